@@ -1,0 +1,413 @@
+"""How transformers is wired: the only file that knows.
+
+It is touched in three places: a named attention function selected on one model, the cache-layer
+protocol, and the forward that first receives the cache.
+"""
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from types import TracebackType
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.configuration_utils import PretrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from cachepress.core import Forward, Press, Rotary, Rows, settle
+from cachepress.errors import CachepressError, UnsupportedError
+from cachepress.ops import AttentionRule
+from cachepress.rotary import CosSin, find_rotary
+from cachepress.stores import DenseStore, RowsHandle
+
+_CACHE_NAMES = ("cache", "past_key_values")
+_PREFIX = "cachepress|"
+_BASES: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One forward of a pressed model that settles its layers."""
+
+    observation: "Observation"
+    layer: int
+    n_layers: int
+    rope: Tensor
+
+
+_TURNS: WeakKeyDictionary[DenseStore, _Turn] = WeakKeyDictionary()
+_ACTIVE: list["Observation"] = []
+
+
+class Observation:
+    """``with press(model)``: the model's caches are settled by the press until exit.
+
+    Args:
+        press: the press.
+        model: a transformers decoder model.
+        turns: "all" to settle after every forward of several tokens, "first" after the first only.
+
+    Raises:
+        UnsupportedError: if the model cannot be compressed.
+    """
+
+    def __init__(self, press: Press, model: PreTrainedModel, turns: str = "all") -> None:
+        if turns not in ("all", "first"):
+            raise CachepressError(f'turns: got {turns!r}, wanted "all" or "first"')
+        check_model(model)
+        self.press, self.model, self.turns = press, model, turns
+        self.decoder = model.get_decoder()
+        self.rotary_modules: list[CosSin] = []
+        self.outputs: dict[nn.Module, list[Tensor]] = {}
+        self._covered = {m for m in model.modules() if isinstance(m, PreTrainedModel)}
+        self._hooks: list[RemovableHandle] = []
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        attach(self.model)
+        for module in self._covered:
+            self._hooks += [
+                module.register_forward_pre_hook(self._before, with_kwargs=True),
+                module.register_forward_hook(self._after, always_call=True),
+            ]
+        if self.press.needs.rotary:
+            self.rotary_modules = _rotary_modules(self.decoder)
+            for module in _attention_modules(self.decoder):
+                self._hooks += [
+                    child.register_forward_hook(partial(self._keep_output, module))
+                    for child in module.children()
+                ]
+        _ACTIVE.append(self)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _ACTIVE.remove(self)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._end_forward()
+
+    def _before(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
+        later = _ACTIVE[_ACTIVE.index(self) + 1 :]
+        if self._depth or any(module in other._covered for other in later):
+            self._depth += 1
+            return None
+        call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given = {**call.pop("kwargs", {}), **call}
+        cache, added = _cache_of(given, self.decoder.config), {}
+        if cache is None and _uses_cache(given, self.decoder.config):
+            cache = DynamicCache(config=self.decoder.config)
+            added[cache_argument(module)] = cache
+        if cache is not None:
+            self._begin_forward(cache, given)
+        self._depth += 1
+        return (args, {**_without_cache(kwargs), **added}) if added else None
+
+    def _begin_forward(self, cache: Cache, given: Mapping[str, object]) -> None:
+        stores = install_stores(cache, self.decoder.config, type(self.model).__name__)
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        if not isinstance(tokens, Tensor):
+            raise CachepressError("the forward got neither input_ids nor inputs_embeds")
+        b, n = tokens.shape[:2]
+        seen = cache.get_seq_length()
+        if not self.press.schedule.due(seen, n) or (seen and self.turns == "first"):
+            return
+        rope = given.get("position_ids")
+        if not isinstance(rope, Tensor):
+            rope = torch.arange(seen, seen + n, device=tokens.device).unsqueeze(0)
+        rope = rope.reshape(-1, *rope.shape[-2:])[0].expand(b, n)
+        for layer, store in stores.items():
+            _TURNS[store] = _Turn(self, layer, len(cache.layers), rope)
+
+    def _after(self, module: nn.Module, args: object, output: object) -> None:
+        self._depth = max(0, self._depth - 1)
+        if not self._depth:
+            self._end_forward()
+
+    def _end_forward(self) -> None:
+        self.outputs.clear()
+        for store in [s for s, turn in _TURNS.items() if turn.observation is self]:
+            del _TURNS[store]
+
+    def _keep_output(
+        self, attention: nn.Module, module: nn.Module, args: object, output: object
+    ) -> None:
+        if isinstance(output, Tensor):
+            self.outputs.setdefault(attention, []).append(output.detach())
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise UnsupportedError unless the model's caches can be compressed."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(f"got {name}, wanted a transformers PreTrainedModel")
+    if model.config.is_encoder_decoder:
+        raise UnsupportedError(f"{name} is an encoder-decoder model: wanted a decoder-only model")
+    if not any(_full_attention(model.get_decoder().config)):
+        raise UnsupportedError(
+            f"{name} has no full-attention layer: its sliding-window or linear-attention layers "
+            "already bound their cache, there is nothing to compress"
+        )
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Select our attention function on this model; it hands on all that is not our store."""
+    decoder = model.get_decoder()
+    current = decoder.config._attn_implementation
+    if current in _BASES:
+        return
+    name = _register(current)
+    if decoder._can_set_attn_implementation():
+        decoder.set_attn_implementation(name)
+    if decoder.config._attn_implementation != name:
+        raise UnsupportedError(
+            f"{type(model).__name__} does not use transformers' attention interface: "
+            "its attention cannot be observed, so its cache cannot be compressed"
+        )
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Give a model back the attention function that it had before it was pressed.
+
+    A compressed cache cannot be used with it afterwards: that raises ForeignAttentionError.
+    """
+    decoder = model.get_decoder()
+    base = _BASES.get(decoder.config._attn_implementation)
+    if base is not None:
+        decoder.set_attn_implementation(base)
+
+
+def cache_argument(module: nn.Module) -> str:
+    """The name under which this module's forward takes a cache in this transformers version."""
+    parameters = inspect.signature(module.forward).parameters
+    for name in _CACHE_NAMES:
+        if name in parameters:
+            return name
+    raise UnsupportedError(f"{type(module).__name__}.forward takes no cache")
+
+
+def install_stores(cache: Cache, config: PretrainedConfig, name: str) -> dict[int, DenseStore]:
+    """Put our stores in place of a cache's full-attention layers, with what those hold.
+
+    Returns:
+        The stores by layer index.
+
+    Raises:
+        UnsupportedError: if the cache is of a kind that cannot be compressed.
+    """
+    if type(cache) is not DynamicCache or cache.offloading:
+        kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
+        raise UnsupportedError(f"got {kind} for {name}: pass a DynamicCache(), or no cache")
+    template = DynamicCache(config=config).layers
+    cache.layers.extend(template[len(cache.layers) :])
+    stores = {}
+    for index, full in enumerate(_full_attention(config)):
+        layer = cache.layers[index]
+        if not full:
+            continue
+        if not isinstance(layer, DenseStore):
+            layer = DenseStore.adopt(layer.keys, layer.values)
+            cache.layers[index] = layer
+        stores[index] = layer
+    return stores
+
+
+def _full_attention(config: PretrainedConfig) -> list[bool]:
+    return [type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers]
+
+
+def _register(base: str) -> str:
+    """Register our attention function over a base function, with the masks of that base."""
+    # transformers reads meaning into names with "flash" or "/" and would load a kernel for ours.
+    name = _PREFIX + base.replace("flash", "fl").replace("/", "|")
+    if name not in _BASES:
+        _BASES[name] = base
+        AttentionInterface.register(name, partial(_attention, base=base))
+        if base in ALL_MASK_ATTENTION_FUNCTIONS:
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: object,
+    *,
+    base: str,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention in full on all rows, and then the layer is settled if it is its turn."""
+    function = _base_function(base, type(module))
+    if not isinstance(key, RowsHandle):
+        return function(module, query, key, value, attention_mask, **kwargs)
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedError(f"{type(module).__name__} adds a position bias: not supported")
+    rows, store = key.rows, key.store
+    mask = _mask_of_rows(attention_mask, rows, query, base)
+    output = function(module, query, rows.keys, rows.values, mask, **kwargs)
+    turn = _TURNS.pop(store, None)
+    if turn is not None:
+        with torch.no_grad():
+            _settle_layer(turn, module, query, rows, store, attention_mask, kwargs)
+    return output
+
+
+def _settle_layer(
+    turn: _Turn,
+    module: nn.Module,
+    query: Tensor,
+    rows: Rows,
+    store: DenseStore,
+    mask: object,
+    options: Mapping[str, object],
+) -> None:
+    observation = turn.observation
+    outputs = observation.outputs.pop(module, [])
+    n = query.shape[2]
+
+    def rotary() -> Rotary:
+        new_keys = rows.keys[:, :, -n:].detach()
+        modules = observation.rotary_modules
+        found = find_rotary(modules, outputs, query.shape[1], new_keys, turn.rope)
+        if found is None:
+            raise UnsupportedError(
+                f"{observation.press!r} needs the position embedding of layer {turn.layer} of "
+                f"{type(observation.model).__name__}, which could not be verified: use a press "
+                "that does not need it, such as KnormPress or SnapKVPress"
+            )
+        return found
+
+    forward = Forward(
+        query=query,
+        rows=rows,
+        text_valid=_text_valid(mask),
+        rope=turn.rope.to(query.device),
+        layer=turn.layer,
+        n_layers=turn.n_layers,
+        rule=_rule(module, query, options),
+        find_rotary=rotary,
+    )
+    settle(observation.press, store, forward)
+
+
+def _rule(module: nn.Module, query: Tensor, options: Mapping[str, object]) -> AttentionRule:
+    scaling = options.get("scaling")
+    if scaling is None:
+        scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+    return AttentionRule(scaling, options.get("softcap"), options.get("s_aux"))
+
+
+def _mask_of_rows(mask: object, rows: Rows, query: Tensor, base: str) -> object:
+    """A mask over text columns, as a mask over the rows that are held."""
+    if rows.positions is None:
+        return mask
+    b, hq, n = query.shape[:3]
+    positions = rows.positions.long()  # [B, H, N]
+    group = hq // positions.shape[1]
+    if mask is None:
+        if "flash" in base or (n == 1 and rows.full):
+            if not rows.full:
+                raise UnsupportedError(f"{base} cannot read a compressed batch with padding")
+            return None
+        ends = positions.amax() - n + 1 + torch.arange(n, device=query.device)
+        allowed = (positions.unsqueeze(-2) <= ends[:, None]) & (positions >= 0).unsqueeze(-2)
+        lowest = torch.finfo(query.dtype).min
+        mask = torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, lowest)
+        return mask.repeat_interleave(group, dim=1)
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        kind = f"{mask.ndim}-D" if isinstance(mask, Tensor) else type(mask).__name__
+        raise UnsupportedError(f"{base} gave a {kind} mask, which a compressed cache cannot read")
+    mask = mask[..., : int(positions.amax()) + 1]
+    column = positions.clamp(min=0).repeat_interleave(group, dim=1).unsqueeze(-2)
+    mask = mask.expand(b, hq, n, -1).gather(-1, column.expand(-1, -1, n, -1))
+    if rows.full:
+        return mask
+    empty = (positions < 0).repeat_interleave(group, dim=1).unsqueeze(-2)
+    nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(empty, nothing)
+
+
+def _text_valid(mask: object) -> Tensor | None:
+    """Which text columns are tokens, ``[B, S]``: those that the last token may attend to."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise UnsupportedError(
+            f"a {type(mask).__name__} mask does not tell which tokens are padding: load the model "
+            'with attn_implementation="sdpa" or "eager"'
+        )
+    last = mask if mask.ndim == 2 else mask[:, 0, -1]
+    valid = last.bool() if last.dtype == torch.bool or mask.ndim == 2 else last == 0
+    return None if bool(valid.all()) else valid
+
+
+@lru_cache
+def _base_function(base: str, kind: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The function that this kind of attention module called before we were selected."""
+    names = sys.modules[kind.__module__].__dict__
+    functions = names.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    function = functions.get_interface(base, names.get("eager_attention_forward"))
+    if function is None:
+        raise UnsupportedError(f"{kind.__name__} has no attention function named {base!r}")
+    return function
+
+
+def _cache_of(given: Mapping[str, object], config: PretrainedConfig) -> Cache | None:
+    for name in _CACHE_NAMES:
+        if given.get(name) is not None:
+            return given[name]  # type: ignore
+    return None
+
+
+def _without_cache(kwargs: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in kwargs.items() if key not in _CACHE_NAMES}
+
+
+def _uses_cache(given: Mapping[str, object], config: PretrainedConfig) -> bool:
+    wanted = given.get("use_cache")
+    return bool(getattr(config, "use_cache", True) if wanted is None else wanted)
+
+
+def _attention_modules(decoder: PreTrainedModel) -> list[nn.Module]:
+    return [m for m in decoder.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+
+
+def _rotary_modules(decoder: PreTrainedModel) -> list[CosSin]:
+    """Copies of the modules that answer positions with cosines and sines.
+
+    Copies, because some of them change their state when they see a long position.
+    """
+    found: list[CosSin] = []
+    for module in decoder.modules():
+        parameters = list(inspect.signature(module.forward).parameters)
+        if parameters[:2] != ["x", "position_ids"]:
+            continue
+        module = copy.deepcopy(module)
+        if "layer_type" in parameters:
+            found.append(partial(_call_rotary, module, "full_attention"))
+        else:
+            found.append(partial(_call_rotary, module, None))
+    return found
+
+
+def _call_rotary(
+    module: nn.Module, layer_type: str | None, x: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    return module(x, positions) if layer_type is None else module(x, positions, layer_type)

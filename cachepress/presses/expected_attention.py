@@ -1,0 +1,73 @@
+"""Expected attention: what the queries of the future will look at."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cachepress.budgets import pin_sinks
+from cachepress.core import LayerView, Needs
+from cachepress.errors import CachepressError
+from cachepress.presses.base import ScorerPress, check_count
+
+
+@dataclass(frozen=True)
+class ExpectedAttentionPress(ScorerPress):
+    """Keeps the rows that future queries are expected to attend to.
+
+    Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from Future
+    Queries Distribution" (arXiv:2510.00636). Queries before RoPE are taken as Gaussian with the
+    moments of the prompt's own queries; rotated by the average rotation of the positions to come,
+    the expectation of ``exp(q k)`` has a closed form. Needs the moments of the queries and the
+    layer's rotary embedding.
+
+    Attributes:
+        n_future_positions: positions after the prompt that the rotation is averaged over.
+        n_sink: first rows, which always stay and whose queries do not count.
+        use_covariance: whether the covariance of the queries enters.
+        use_vnorm: whether the score is multiplied by the norm of the value.
+        epsilon: added to the score before that multiplication.
+    """
+
+    n_future_positions: int = 512
+    n_sink: int = 4
+    use_covariance: bool = True
+    use_vnorm: bool = True
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "n_future_positions")
+        check_count(self, "n_sink", least=0)
+        if not isinstance(self.epsilon, int | float) or self.epsilon < 0:
+            raise CachepressError(f"epsilon: got {self.epsilon!r}, wanted a number >= 0")
+
+    @property
+    def needs(self) -> Needs:
+        """The moments of the queries after the sinks."""
+        return Needs(moments_after=self.n_sink)
+
+    def score(self, view: LayerView) -> Tensor:
+        """Expected attention, times the value's norm, ``[B, H, T]``."""
+        logits = self._expected_logits(view)  # [B, H, G, T]
+        free = view.valid & (view.index >= self.n_sink)
+        lowest = torch.finfo(logits.dtype).min
+        scores = logits.masked_fill(~free.unsqueeze(2), lowest).softmax(-1).mean(2)
+        if self.use_vnorm:
+            scores = (scores + self.epsilon) * view.values.float().norm(dim=-1)
+        return pin_sinks(scores, view, self.n_sink)
+
+    def _expected_logits(self, view: LayerView) -> Tensor:
+        if view.moments is None or view.rotary is None:
+            raise TypeError("the view was made without moments of the queries")
+        ahead = torch.arange(self.n_future_positions, device=view.keys.device)
+        future = view.next_position[:, None] + ahead  # [B, n]
+        keys, scaling = view.keys.float(), view.rule.scaling
+        mean = view.rotary.mean(view.moments.mean, future)  # [B, H, G, D]
+        logits = mean @ keys.mT * scaling
+        if self.use_covariance:
+            half = view.rotary.mean(view.moments.covariance, future)
+            covariance = view.rotary.mean(half.mT, future)  # [B, H, G, D, D]
+            spread = (keys.unsqueeze(2) @ covariance * keys.unsqueeze(2)).sum(-1)
+            logits = logits + spread * (scaling**2 / 2)
+        return logits

@@ -1,0 +1,25 @@
+"""KeyDiff: keys that differ from the average key."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cachepress.core import LayerView
+from cachepress.presses.base import ScorerPress
+
+
+@dataclass(frozen=True)
+class KeyDiffPress(ScorerPress):
+    """Keeps the rows whose keys point away from the mean direction of all keys.
+
+    Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in
+    Resource-Constrained Environments" (arXiv:2504.15364). Needs nothing but keys.
+    """
+
+    def score(self, view: LayerView) -> Tensor:
+        """Minus the cosine between each key and the mean direction, ``[B, H, T]``."""
+        directions = F.normalize(view.keys.float(), dim=-1)
+        real = view.valid.unsqueeze(-1)
+        anchor = (directions * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)
+        return -F.cosine_similarity(directions, anchor, dim=-1)

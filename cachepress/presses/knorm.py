@@ -1,0 +1,21 @@
+"""Knorm: keys with a small norm draw the most attention."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cachepress.core import LayerView
+from cachepress.presses.base import ScorerPress
+
+
+@dataclass(frozen=True)
+class KnormPress(ScorerPress):
+    """Keeps the rows whose keys have the smallest L2 norm.
+
+    Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression"
+    (arXiv:2406.11430). Needs nothing but keys.
+    """
+
+    def score(self, view: LayerView) -> Tensor:
+        """Minus the norm of each key, ``[B, H, T]``."""
+        return -view.keys.float().norm(dim=-1)

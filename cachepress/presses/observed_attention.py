@@ -1,0 +1,29 @@
+"""Observed attention: what the whole prompt looked at."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cachepress.core import LayerView, Needs
+from cachepress.presses.base import ScorerPress
+
+
+@dataclass(frozen=True)
+class ObservedAttentionPress(ScorerPress):
+    """Keeps the rows that received the most attention per query that could see them.
+
+    A prefill form of the accumulated score of Zhang et al., "H2O: Heavy-Hitter Oracle for
+    Efficient Generative Inference of Large Language Models" (arXiv:2306.14048). Needs the
+    attention sums, which cost about one more attention pass; no T x T matrix is made.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """Attention received by each row."""
+        return Needs(attention_sums=True)
+
+    def score(self, view: LayerView) -> Tensor:
+        """Mean attention received, averaged over the query heads of a KV head, ``[B, H, T]``."""
+        if view.attention_sums is None or view.attention_counts is None:
+            raise TypeError("the view was made without attention sums")
+        return view.attention_sums.mean(2) / view.attention_counts.clamp(min=1)

@@ -1,0 +1,31 @@
+"""StreamingLLM: attention sinks and the newest rows."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cachepress.budgets import pin_sinks
+from cachepress.core import LayerView
+from cachepress.presses.base import ScorerPress, check_count
+
+
+@dataclass(frozen=True)
+class StreamingLLMPress(ScorerPress):
+    """Keeps the first rows of the text and the newest ones.
+
+    Xiao et al., "Efficient Streaming Language Models with Attention Sinks" (arXiv:2309.17453).
+    Needs nothing but positions.
+
+    Attributes:
+        n_sink: rows at the beginning that always stay.
+    """
+
+    n_sink: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "n_sink", least=0)
+
+    def score(self, view: LayerView) -> Tensor:
+        """The age of each row, sinks above all, ``[B, H, T]``."""
+        return pin_sinks(view.index.float(), view, self.n_sink)

@@ -1,0 +1,28 @@
+"""TOVA: what the last token looks at."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cachepress.budgets import pin_window
+from cachepress.core import LayerView, Needs
+from cachepress.presses.base import ScorerPress
+
+
+@dataclass(frozen=True)
+class TOVAPress(ScorerPress):
+    """Keeps the rows that the last query attends to, the same ones in every head.
+
+    Oren et al., "Transformers are Multi-State RNNs" (arXiv:2401.06104). Needs the last query.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """The last query."""
+        return Needs(queries=1)
+
+    def score(self, view: LayerView) -> Tensor:
+        """Attention of the last query, averaged over all heads, ``[B, H, T]``."""
+        weights, _ = view.window_attention(1)  # [B, H, G, 1, T]
+        mean = weights[..., 0, :].mean((1, 2))  # [B, T]
+        return pin_window(mean[:, None].expand_as(view.index), view, 1)

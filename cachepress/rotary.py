@@ -1,0 +1,136 @@
+"""Finding a layer's rotary embedding, and proving it on a key that the layer computed.
+
+Models store, scale and lay out rotary embeddings in many ways. Instead of trusting a name, every
+known layout is tried on the layer's own unrotated key until the result is the key in the cache.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CosSin = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""``(x, positions [B, n]) -> cos, sin [B, n, r]``, as a model's rotary module answers."""
+
+
+@dataclass(frozen=True)
+class NoRotary:
+    """The position embedding of a layer that has none in its attention: the identity."""
+
+    def __call__(self, x: Tensor, positions: Tensor, *, inverse: bool = False) -> Tensor:
+        """``x`` as it is."""
+        return x
+
+    def mean(self, x: Tensor, positions: Tensor) -> Tensor:
+        """``x`` as it is."""
+        return x
+
+
+@dataclass(frozen=True)
+class PairRotary:
+    """Rotates pairs of channels: neighbours, or one of each half of the rotated channels.
+
+    Attributes:
+        cos_sin: gives cosine and sine of the angles, one per pair, ``[B, n, r / 2]``.
+        neighbours: whether a pair is channels (2i, 2i + 1) rather than (i, i + r / 2).
+    """
+
+    cos_sin: CosSin
+    neighbours: bool
+
+    def __call__(self, x: Tensor, positions: Tensor, *, inverse: bool = False) -> Tensor:
+        """Rotate ``x [B, ..., n, D]`` to ``positions [B, n]``, or back from them."""
+        cos, sin = self._angles(x, positions, x.ndim - 3)
+        if inverse:
+            length = cos.square() + sin.square()
+            cos, sin = cos / length, -sin / length
+        return self._turn(x, cos, sin)
+
+    def mean(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Average of ``x [B, ..., D]`` rotated to each of ``positions [B, n]``."""
+        cos, sin = self._angles(x, positions, x.ndim - 2)
+        return self._turn(x, cos.mean(-2), sin.mean(-2))
+
+    def _angles(self, x: Tensor, positions: Tensor, inner: int) -> tuple[Tensor, Tensor]:
+        pair = self.cos_sin(x, positions)
+        cos, sin = (t.view(t.shape[0], *[1] * inner, *t.shape[1:]) for t in pair)
+        return cos, sin
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        r = 2 * cos.shape[-1]
+        part, rest = x[..., :r], x[..., r:]
+        if self.neighbours:
+            a, b = part[..., 0::2], part[..., 1::2]
+            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+        else:
+            a, b = part.chunk(2, dim=-1)
+            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        return torch.cat([turned, rest], dim=-1)
+
+
+def find_rotary(
+    modules: Iterable[CosSin], outputs: list[Tensor], query_heads: int, key: Tensor, rope: Tensor
+) -> NoRotary | PairRotary | None:
+    """The rotary embedding that turns one of a layer's projections into its key.
+
+    Args:
+        modules: the model's rotary modules.
+        outputs: what the attention's submodules computed for this forward.
+        query_heads: query heads of the layer.
+        key: ``[B, H, n, D]`` the key as attention used it.
+        rope: ``[B, n]`` positions of its rows.
+
+    Returns:
+        The embedding, or None when no known layout gives that key.
+    """
+    probe = slice(None, None, max(1, key.shape[2] // 8))
+    target, rope = key[:, :, probe].float(), rope[:, probe]
+    tolerance = 1e-3 if key.dtype == torch.float32 else 3e-2
+    modules = list(modules)
+    for raw in _raw_keys(outputs, query_heads, key):
+        raw_rows = raw[:, :, probe].float()
+        for rotary in _candidates(modules, raw_rows, rope):
+            error = (rotary(raw_rows, rope) - target).abs().amax()
+            if error <= tolerance * target.abs().amax():
+                return rotary
+    return None
+
+
+def _candidates(modules: list[CosSin], x: Tensor, rope: Tensor) -> Iterator[NoRotary | PairRotary]:
+    yield NoRotary()
+    for module in modules:
+        width = module(x, rope)[0].shape[-1]
+        for pick in (slice(None, width // 2), slice(None, None, 2), slice(None)):
+            pairs = len(range(width)[pick])
+            if 2 * pairs <= x.shape[-1]:
+                for neighbours in (False, True):
+                    yield PairRotary(_picked(module, pick), neighbours)
+
+
+def _picked(module: CosSin, pick: slice) -> CosSin:
+    def cos_sin(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = module(x, positions)
+        return cos[..., pick], sin[..., pick]
+
+    return cos_sin
+
+
+def _raw_keys(outputs: list[Tensor], query_heads: int, key: Tensor) -> Iterator[Tensor]:
+    """Every reading of the outputs as an unrotated key ``[B, H, n, D]``, the latest first."""
+    b, h, n, d = key.shape
+    for out in reversed(outputs):
+        if out.shape == key.shape:
+            yield out
+        if out.shape == (b, n, h, d):
+            yield out.transpose(1, 2)
+        if out.ndim != 3 or out.shape[:2] != (b, n):
+            continue
+        width = out.shape[-1]
+        if width == h * d:
+            yield out.view(b, n, h, d).transpose(1, 2)
+        start = query_heads * d
+        if width >= start + h * d:
+            yield out[..., start : start + h * d].view(b, n, h, d).transpose(1, 2)
+        if width == 3 * h * d:
+            yield out.view(b, n, h, 3 * d)[..., d : 2 * d].transpose(1, 2)

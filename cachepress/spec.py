@@ -1,0 +1,98 @@
+"""Text to press and back: one spelling in Python, on the command line, in YAML and in results.
+
+The spelling is ``repr(press)``. It is parsed as literals and known names only; nothing of it is
+ever evaluated as code.
+"""
+
+import ast
+import difflib
+from dataclasses import fields
+
+from cachepress.errors import CachepressError
+from cachepress.presses import BasePress
+from cachepress.presses.base import all_presses
+
+NO_PRESS = "no_press"
+ALIASES: dict[str, str] = {
+    "expected_attention": "ExpectedAttentionPress",
+    "keydiff": "KeyDiffPress",
+    "knorm": "KnormPress",
+    "observed_attention": "ObservedAttentionPress",
+    "random": "RandomPress",
+    "snapkv": "SnapKVPress",
+    "streaming_llm": "StreamingLLMPress",
+    "tova": "TOVAPress",
+}
+
+
+class SpecError(CachepressError):
+    """A text that is no press."""
+
+
+def parse(text: str) -> BasePress | None:
+    """The press that a text spells; None for ``no_press``.
+
+    Args:
+        text: an alias (``snapkv``), a spelling (``SnapKVPress(window_size=32)``), or a mixture
+            (``snapkv(compression_ratio=0.5)``).
+
+    Raises:
+        SpecError: if the text is not a spelling of a known press, or an option is wrong.
+    """
+    if text.strip() == NO_PRESS:
+        return None
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise SpecError(
+            f"press {text!r} cannot be read: wanted a name such as snapkv, or a spelling such as "
+            "SnapKVPress(compression_ratio=0.5)"
+        ) from error
+    press = _build(tree, text)
+    if not isinstance(press, BasePress):
+        raise SpecError(f"press {text!r} is not a press: known are {', '.join(known_names())}")
+    return press
+
+
+def known_names() -> list[str]:
+    """Every name that ``parse`` knows, aliases first."""
+    classes = sorted({kind.__name__ for kind in all_presses()} - {"ScorerPress", "WrapperPress"})
+    return [NO_PRESS, *sorted(ALIASES), *classes]
+
+
+def _build(node: ast.expr, text: str) -> object:
+    if isinstance(node, ast.Name):
+        return _call(_class(node.id), [], {})
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        kind = _class(node.func.id)
+        args = [_build(arg, text) for arg in node.args]
+        options = {str(k.arg): _build(k.value, text) for k in node.keywords}
+        return _call(kind, args, options)
+    if isinstance(node, ast.List | ast.Tuple):
+        items = [_build(item, text) for item in node.elts]
+        return items if isinstance(node, ast.List) else tuple(items)
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError) as error:
+        part = ast.unparse(node)
+        raise SpecError(f"press {text!r}: {part!r} is neither a literal nor a press") from error
+
+
+def _class(name: str) -> type[BasePress]:
+    for kind in all_presses():
+        if kind.__name__ == ALIASES.get(name, name):
+            return kind
+    close = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise SpecError(f"unknown press {name!r}: {hint}known are {', '.join(known_names())}")
+
+
+def _call(kind: type[BasePress], args: list[object], options: dict[str, object]) -> BasePress:
+    known = [field.name for field in fields(kind)]  # type: ignore
+    for name in options:
+        if name not in known:
+            raise SpecError(f"{kind.__name__} has no option {name!r}: it has {', '.join(known)}")
+    try:
+        return kind(*args, **options)
+    except TypeError as error:
+        raise SpecError(f"{kind.__name__}: {error}; its options are {', '.join(known)}") from error

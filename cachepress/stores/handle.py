@@ -1,0 +1,60 @@
+"""What a store hands to a model in place of its keys and values."""
+
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor
+
+from cachepress.core import Rows
+from cachepress.errors import ForeignAttentionError
+
+if TYPE_CHECKING:
+    from cachepress.stores.dense import DenseStore
+
+_READABLE = {
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_mps")
+} | {Tensor.size, Tensor.dim}
+
+
+class RowsHandle(Tensor):
+    """Stands for a layer's keys or values over the whole text, and refuses to be computed with.
+
+    Only our attention function can read it. Any other function would take the rows that are held
+    for the text itself and compute a wrong token; it gets an error instead. It has the shape that
+    the text has, ``[B, H, S, D]``, and no memory of its own.
+
+    Attributes:
+        store: the store that made it.
+        rows: the rows as they were at that moment, before anything was dropped.
+    """
+
+    store: "DenseStore"
+    rows: Rows
+
+    @classmethod
+    def of(cls, store: "DenseStore", rows: Rows, like: Tensor, n_text: int) -> "RowsHandle":
+        """A handle for ``rows`` of ``store`` that looks like ``like`` over ``n_text`` columns."""
+        b, h, _, d = like.shape
+        blank = torch.full((1,), float("nan"), dtype=like.dtype, device=like.device)
+        handle = blank.expand(b, h, n_text, d).as_subclass(cls)
+        handle.store, handle.rows = store, rows
+        return handle
+
+    @classmethod
+    def __torch_function__(
+        cls, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
+        """Answer questions about the shape; refuse every computation."""
+        if func in _READABLE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))  # type: ignore
+        return _refuse(getattr(func, "__name__", str(func)))
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ForeignAttentionError(
+        f"{name}() was called on the keys or values of a cachepress cache: only the attention "
+        "function that `with press(model)` selects can read them; enter `with press(model)` "
+        "again, or give the model a fresh cache"
+    )

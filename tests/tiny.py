@@ -1,0 +1,110 @@
+"""Tiny random models of many architectures: small enough for every test, on CPU, offline."""
+
+from functools import cache
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+HALF_SLIDING = ["sliding_attention", "full_attention"] * 2
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "qwen3_moe": ("Qwen3Moe", EXPERTS),
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            **EXPERTS,
+            "shared_expert_intermediate_size": 16,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+    "phi3": ("Phi3", {"sliding_window": None}),
+    "gemma2": (
+        "Gemma2",
+        {"layer_types": HALF_SLIDING, "sliding_window": 16, "query_pre_attn_scalar": 8},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {"layer_types": HALF_SLIDING, "sliding_window": 16, "query_pre_attn_scalar": 8},
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "layer_types": HALF_SLIDING,
+            "sliding_window": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "olmo2": ("Olmo2", {}),
+    "glm4": ("Glm4", {"partial_rotary_factor": 0.5}),
+    "gpt2": ("GPT2", {"n_head": 4}),
+}
+FULL_ONLY = [name for name, (_, extra) in ARCHITECTURES.items() if "layer_types" not in extra]
+GPT2_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
+}
+
+
+@cache
+def _config_and_weights(name: str) -> PreTrainedModel:
+    family, extra = ARCHITECTURES[name]
+    values = {**SMALL, **extra}
+    if family == "GPT2":
+        values = {GPT2_NAMES.get(k, k): v for k, v in values.items()}
+        values = {k: v for k, v in values.items() if k not in ("head_dim", "num_key_value_heads")}
+    config_class = _class(family, "Config", "TextConfig")
+    model_class = _class(family, "ForCausalLM", "LMHeadModel")
+    torch.manual_seed(0)
+    model = model_class(config_class(**values))
+    for weight in model.parameters():
+        if weight.ndim == 1:
+            weight.data += 0.2 * torch.randn_like(weight)
+    return model.eval()
+
+
+def _class(family: str, *endings: str) -> type:
+    for ending in reversed(endings):
+        found = getattr(transformers, family + ending, None)
+        if found is not None:
+            return found
+    raise LookupError(f"{family} with {endings}")
+
+
+def tiny(name: str = "llama") -> PreTrainedModel:
+    """A fresh copy of the tiny model of an architecture; the same weights every time."""
+    source = _config_and_weights(name)
+    model = type(source)(type(source.config).from_dict(source.config.to_dict()))
+    model.load_state_dict(source.state_dict())
+    return model.eval()
+
+
+def tokens(n: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    """Random token ids ``[batch, n]`` without special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 97, (batch, n), generator=generator)
