@@ -294,11 +294,19 @@ def _table(forward: Forward) -> LayerView:
         valid=valid,
         n_seen=n_seen,
         n_kept=n_seen,
-        next_position=forward.rope.amax(-1) + 1,
+        next_position=_next_position(forward),
         layer=forward.layer,
         n_layers=forward.n_layers,
         rule=forward.rule,
     )
+
+
+def _next_position(forward: Forward) -> Tensor:
+    """The position after the last token of each sequence, ``[B]``."""
+    rope = forward.rope
+    if forward.text_valid is not None:
+        rope = rope.masked_fill(~forward.text_valid[:, -rope.shape[1] :], -1)
+    return rope.amax(-1) + 1
 
 
 def _last(flags: Tensor) -> Tensor:
