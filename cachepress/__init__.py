@@ -4,6 +4,7 @@ from cachepress.cache import CacheSize, fork, size_of
 from cachepress.core import LayerView, Needs
 from cachepress.errors import CachepressError, ForeignAttentionError, UnsupportedError
 from cachepress.hf import detach
+from cachepress.pipeline import KVPressTextGenerationPipeline
 from cachepress.presses import *  # noqa: F403
 from cachepress.presses import __all__ as _presses
 from cachepress.spec import SpecError, parse
@@ -13,6 +14,7 @@ __all__ = [
     "CacheSize",
     "CachepressError",
     "ForeignAttentionError",
+    "KVPressTextGenerationPipeline",
     "LayerView",
     "Needs",
     "SpecError",

@@ -38,20 +38,31 @@ def stores(cache: Cache) -> list[DenseStore]:
 
 
 def size_of(cache: Cache) -> CacheSize:
-    """Weigh a cache that was filled inside ``with press(model)``.
+    """Weigh a cache: its keys and values in every layer, compressed or not.
+
+    Rows are counted in layers that keep the whole text; sliding windows bound themselves.
 
     Raises:
-        CachepressError: if it has no filled layer of ours.
+        CachepressError: if no layer holds rows.
     """
-    filled = [store for store in stores(cache) if store.is_initialized]
-    if not filled:
-        raise CachepressError("the cache was never filled inside `with press(model)`")
-    return CacheSize(
-        bytes_before=sum(s.settled.before if s.settled else s.nbytes for s in filled),
-        bytes_after=sum(s.nbytes for s in filled),
-        rows_seen=sum(s.get_seq_length() * s.lengths.numel() for s in filled),
-        rows_held=sum(int(s.lengths.sum()) for s in filled),
-    )
+    sizes = [size for layer in cache.layers if (size := _layer_size(layer)) is not None]
+    total = CacheSize(*(sum(column) for column in zip(*sizes, strict=True)))
+    if not sizes or not total.rows_seen:
+        raise CachepressError("the cache is empty: run a forward with it first")
+    return total
+
+
+def _layer_size(layer: object) -> tuple[int, int, int, int] | None:
+    if isinstance(layer, DenseStore) and layer.is_initialized:
+        before = layer.settled.before if layer.settled else layer.nbytes
+        seen = layer.get_seq_length() * layer.lengths.numel()
+        return before, layer.nbytes, seen, int(layer.lengths.sum())
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if keys is None or values is None:
+        return None
+    nbytes = sum(x.untyped_storage().nbytes() for x in (keys, values))
+    rows = 0 if getattr(layer, "is_sliding", False) else keys.shape[:3].numel()
+    return nbytes, nbytes, rows, rows
 
 
 def fork(cache: Cache, n: int = 1) -> Cache:

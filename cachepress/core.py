@@ -161,12 +161,23 @@ class Press(Protocol):
     """What the engine asks of a press."""
 
     @property
-    def needs(self) -> Needs: ...
+    def needs(self) -> Needs:
+        """What the scorer wants to see beyond keys, values and positions."""
+        ...
+
     @property
-    def budget(self) -> Budget: ...
+    def budget(self) -> Budget:
+        """How many rows stay, and who competes for them."""
+        ...
+
     @property
-    def schedule(self) -> Schedule: ...
-    def score(self, view: LayerView) -> Tensor: ...
+    def schedule(self) -> Schedule:
+        """When a layer is settled."""
+        ...
+
+    def score(self, view: LayerView) -> Tensor:
+        """Worth of each row, ``[B, H, T]``; the highest are kept."""
+        ...
 
 
 @dataclass(frozen=True)

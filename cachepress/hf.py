@@ -227,6 +227,11 @@ def install_stores(cache: Cache, config: PretrainedConfig, name: str) -> dict[in
     return stores
 
 
+def has_only_full_attention(model: PreTrainedModel) -> bool:
+    """Whether every layer of the model keeps an ordinary, unbounded cache."""
+    return all(_full_attention(model.get_decoder().config))
+
+
 def _full_attention(config: PretrainedConfig) -> list[bool]:
     return [type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers]
 

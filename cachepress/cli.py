@@ -1,0 +1,162 @@
+"""The command line: ``cachepress evaluate``, ``cachepress models``, ``cachepress demo``."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from cachepress import __version__
+from cachepress.errors import CachepressError
+
+FAILED = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAILED, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0, or 2 after one line on stderr for anything that the user can mend.
+    """
+    options = vars(_parser().parse_args(arguments))
+    command = options.pop("command")
+    try:
+        command(options)
+    except CachepressError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted: every finished context is on disk, the same command goes on")
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{place}{error.strerror or error}; nothing that was computed is lost")
+    except ImportError as error:
+        return _fail(f'{error}: install it with pip install "cachepress[eval]"')
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"cachepress: error: {' '.join(message.split())}", file=sys.stderr)
+    return FAILED
+
+
+def _evaluate(options: dict[str, object]) -> None:
+    from cachepress.evaluation.config import load_config
+    from cachepress.evaluation.runner import EvaluationRunner
+    from cachepress.evaluation.table import results_table, task_table
+
+    config = load_config(options.pop("config", None), options)
+    _log(config.log_level)
+    runner = EvaluationRunner(config)
+    metrics = runner.run_evaluation()
+    print(task_table(metrics))
+    print()
+    print(results_table([(config.press, metrics)]))
+    print(f"\nresults: {runner.results_dir}")
+
+
+def _demo(options: dict[str, object]) -> None:
+    from cachepress.evaluation.demo import run_demo
+
+    _log("INFO")
+    print(run_demo(**options))
+
+
+def _models(options: dict[str, object]) -> None:
+    from cachepress.models import describe
+
+    for model in describe():
+        place = model.path or "not fetched yet: the first use fetches it"
+        print(f"{model.name}: {model.title}, {model.licence}, context {model.context_length}")
+        print(f"  {place}" + (f" ({model.bytes_on_disk / 1e6:.0f} MB)" if model.path else ""))
+    print("any other name is a local folder or a hub name, and goes to transformers as it is")
+
+
+def _presses(options: dict[str, object]) -> None:
+    from cachepress.spec import ALIASES, parse
+
+    for alias in ALIASES:
+        press = parse(alias)
+        summary = (type(press).__doc__ or "").strip().splitlines()[0]
+        print(f"{alias:20} {press!r}\n{'':20} {summary}")
+
+
+def _log(level: str) -> None:
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("cachepress").setLevel(level.upper())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="cachepress", description="KV-cache compression: press, answer, measure.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _evaluate_parser(commands)
+    demo = commands.add_parser("demo", help="compare four presses on the built-in model and data")
+    demo.add_argument("--output-dir", default="./results", help="default: ./results")
+    demo.set_defaults(command=_demo)
+    models = commands.add_parser("models", help="say which models are built in, and where")
+    models.set_defaults(command=_models)
+    presses = commands.add_parser("presses", help="list the presses with their options")
+    presses.set_defaults(command=_presses)
+    return parser
+
+
+def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    p = commands.add_parser(
+        "evaluate",
+        help="evaluate a press on a data set",
+        description="Evaluate a press on a data set. Options come before the config file, and "
+        "that comes before the defaults: no_press with the built-in model and data, offline.",
+        argument_default=argparse.SUPPRESS,
+    )
+    p.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
+    p.add_argument("--dataset", help="builtin, longbench-e, or a .csv, .jsonl or .parquet file")
+    p.add_argument("--data-dir", help="part of the data set, such as multi_key-1000 of builtin")
+    p.add_argument("--data-path", help="folder with a benchmark's original files")
+    p.add_argument("--model", help="smollm2-135m, a local folder, or a hub name")
+    p.add_argument("--device", help="torch device (default: a GPU if there is one)")
+    p.add_argument("--dtype", help="torch dtype (default: float32 on CPU)")
+    p.add_argument(
+        "--press", "--press-name", dest="press", help='an alias, or "SnapKVPress(window_size=32)"'
+    )
+    p.add_argument("--compression-ratio", type=float, help="fraction of pairs removed, 0 to 1")
+    p.add_argument("--fraction", type=float, help="fraction of the contexts to evaluate")
+    p.add_argument("--seed", type=int, help="seed of data and sampling")
+    p.add_argument("--max-new-tokens", type=int, help="instead of the data's own column")
+    p.add_argument("--max-context-length", type=int, help="most tokens of a context")
+    p.add_argument("--output-dir", help="where results go (default: ./results)")
+    p.add_argument("--model-kwargs", type=_mapping, help="YAML or JSON mapping for from_pretrained")
+    p.add_argument("--log-level", help="DEBUG, INFO, WARNING or ERROR")
+    flag = argparse.BooleanOptionalAction
+    p.add_argument("--query-aware", action=flag, help="let the press see the question")
+    p.add_argument("--truncation", action=flag, help="cut longer contexts instead of refusing")
+    p.add_argument("--overwrite", action=flag, help="do a finished run again")
+    p.set_defaults(command=_evaluate)
+
+
+def _mapping(text: str) -> dict[str, object]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not YAML") from error
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mapping such as '{{key: value}}'")
+    return values
+
+
+if __name__ == "__main__":
+    sys.exit(main())

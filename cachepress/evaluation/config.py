@@ -1,0 +1,196 @@
+"""What an evaluation is made of, where it comes from, and where its results go."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from decimal import Decimal
+from pathlib import Path
+from types import UnionType
+from typing import get_args, get_type_hints
+
+import yaml
+
+from cachepress.budgets import check_ratio
+from cachepress.errors import CachepressError
+from cachepress.presses import BasePress
+from cachepress.spec import ALIASES, NO_PRESS, parse
+
+FREE_FIELDS = ("output_dir", "log_level", "overwrite", "device", "data_path")
+"""Fields that may differ when a run is resumed: they do not change an answer."""
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """One evaluation: a press at a ratio, on a data set, with a model.
+
+    Attributes:
+        dataset: a registered name, or a local .csv, .jsonl or .parquet file.
+        data_dir: part of the data set; for "builtin" a length, a task, or task-length.
+        data_path: folder with the benchmark's original files, instead of the hub.
+        model: a built-in name, a local folder, or a hub name.
+        device: torch device; None for a GPU if there is one.
+        dtype: torch dtype by name; None for float32 on CPU and the model's own elsewhere.
+        press: an alias or a spelling; "no_press" for none.
+        compression_ratio: fraction of pairs removed; None for what the press's spelling says.
+        fraction: fraction of the contexts to evaluate.
+        seed: seed of the data and of the sampling.
+        query_aware: put the question into the context, so that the press sees it.
+        max_new_tokens: instead of the data's own column.
+        max_context_length: most tokens of a context; None for what the model has room for.
+        truncation: cut the end of a longer context instead of refusing it.
+        output_dir: where results go.
+        model_kwargs: passed to the model's from_pretrained.
+        log_level: DEBUG, INFO, WARNING or ERROR.
+        overwrite: do a finished or different run in the same place again.
+    """
+
+    dataset: str = "builtin"
+    data_dir: str | None = None
+    data_path: str | None = None
+    model: str = "smollm2-135m"
+    device: str | None = None
+    dtype: str | None = None
+    press: str = NO_PRESS
+    compression_ratio: float | None = None
+    fraction: float = 1.0
+    seed: int = 0
+    query_aware: bool = False
+    max_new_tokens: int | None = None
+    max_context_length: int | None = None
+    truncation: bool = False
+    output_dir: str = "./results"
+    model_kwargs: dict[str, object] = field(default_factory=dict)
+    log_level: str = "INFO"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            _check_type(name, getattr(self, name), kind)
+        press = self.make_press()
+        if press is None and self.compression_ratio:
+            raise CachepressError(
+                f"no_press cannot have compression_ratio={self.compression_ratio}: name a press"
+            )
+        if not 0 < self.fraction <= 1:
+            raise CachepressError(f"fraction: got {self.fraction}, wanted 0 < fraction <= 1")
+        for name in ("max_new_tokens", "max_context_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CachepressError(f"{name}: got {value}, wanted a whole number above 0")
+        if self.log_level.upper() not in LOG_LEVELS:
+            wanted = ", ".join(LOG_LEVELS)
+            raise CachepressError(f"log_level: got {self.log_level!r}, wanted one of {wanted}")
+
+    def make_press(self) -> BasePress | None:
+        """The press at its ratio; None for no press."""
+        press = parse(self.press)
+        if self.compression_ratio is None:
+            return press
+        check_ratio(self.compression_ratio)
+        return None if press is None else press.with_ratio(self.compression_ratio)
+
+    @property
+    def ratio(self) -> float:
+        """The nominal ratio."""
+        return getattr(self.make_press(), "compression_ratio", self.compression_ratio) or 0.0
+
+    def get_results_dir(self) -> Path:
+        """Folder of the results: dataset__data_dir__model__press__ratio, and what else differs."""
+        dataset = Path(self.dataset).stem if Path(self.dataset).suffix else self.dataset
+        parts = [dataset, self.data_dir or "", Path(self.model).name, self._press_part()]
+        parts += [_decimals(self.ratio), *self._further_parts()]
+        return Path(self.output_dir) / "__".join(_safe(part) for part in parts if part)
+
+    def _press_part(self) -> str:
+        press = self.make_press()
+        if press is None:
+            return NO_PRESS
+        aliases = {parse(name): name for name in ALIASES}
+        plain = press.with_ratio(0.0)
+        return aliases.get(plain) or re.sub(r"compression_ratio=0\.0(, )?", "", repr(plain))
+
+    def _further_parts(self) -> list[str]:
+        parts = []
+        for name in ("fraction", "seed", "max_new_tokens", "max_context_length", "dtype"):
+            value = getattr(self, name)
+            if value != _DEFAULTS[name]:
+                parts.append(f"{name}{value}")
+        parts += [name for name in ("query_aware", "truncation") if getattr(self, name)]
+        if self.model_kwargs:
+            parts.append("model_kwargs-" + _digest(self.model_kwargs))
+        return parts
+
+    def identity(self) -> dict[str, object]:
+        """Every field that can change an answer, the press by its full spelling."""
+        values = {k: v for k, v in asdict(self).items() if k not in FREE_FIELDS}
+        values["press"] = repr(press) if (press := self.make_press()) else NO_PRESS
+        values["compression_ratio"] = self.ratio
+        return values
+
+
+_DEFAULTS = {f.name: f.default for f in fields(EvaluationConfig)}
+
+
+def load_config(path: str | None, options: Mapping[str, object]) -> EvaluationConfig:
+    """A config from a YAML file and options that come before it; ``press_name`` means ``press``.
+
+    Raises:
+        CachepressError: if the file is missing, is not YAML, or has an unknown or wrong field.
+    """
+    values: dict[str, object] = {}
+    if path is not None:
+        values |= _read_yaml(Path(path))
+    values |= options
+    if "press_name" in values:
+        values["press"] = values.pop("press_name")
+    known = [f.name for f in fields(EvaluationConfig)]
+    for name in values:
+        if name not in known:
+            raise CachepressError(f"unknown option {name!r}: wanted one of {', '.join(known)}")
+    return replace(EvaluationConfig(), **values)
+
+
+def _read_yaml(path: Path) -> dict[str, object]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CachepressError(f"config file {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise CachepressError(f"config file {path} is not YAML: {where}") from error
+    if not isinstance(values, dict):
+        raise CachepressError(f"config file {path}: wanted lines of the form option: value")
+    return {str(key): value for key, value in values.items()}
+
+
+def _check_type(name: str, value: object, kind: type | UnionType) -> None:
+    kinds = [getattr(k, "__origin__", k) for k in get_args(kind)] or [kind]
+    if isinstance(kind, type) or hasattr(kind, "__origin__"):
+        kinds = [getattr(kind, "__origin__", kind)]
+    fits = any(
+        isinstance(value, k) and (k is bool or not isinstance(value, bool)) for k in kinds
+    ) or (float in kinds and isinstance(value, int) and not isinstance(value, bool))
+    if not fits:
+        wanted = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
+        raise CachepressError(f"{name}: got {value!r}, wanted {wanted}")
+
+
+def _decimals(ratio: float) -> str:
+    """At least two decimals, and as many as the ratio needs."""
+    exact = Decimal(str(ratio))
+    digits = max(2, -int(exact.as_tuple().exponent))
+    return f"{exact:.{digits}f}"
+
+
+def _safe(part: str) -> str:
+    """A part of a folder name that every file system takes."""
+    clean = re.sub(r"[^A-Za-z0-9_.=-]+", "-", part).strip("-")
+    return clean if len(clean) <= 80 else f"{clean[:70]}-{_digest(part)}"
+
+
+def _digest(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,66 @@
+"""What a run has done so far, on disk: one line a context, and files that are whole or absent."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from cachepress.errors import CachepressError
+
+
+class Records:
+    """An append-only file with one JSON line for every finished context.
+
+    A line that was only half written, by a crash or a full disk, is cut off when the file is
+    opened; every line before it stands.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.done: dict[str, dict] = {}
+        if path.exists():
+            self._read()
+
+    def append(self, key: str, record: dict) -> None:
+        """Write one finished context; it is on disk when this returns."""
+        line = json.dumps({"key": key, **record}, ensure_ascii=False) + "\n"
+        start = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            if self._path.exists():
+                os.truncate(self._path, start)
+            raise
+        self.done[key] = record
+
+    def _read(self) -> None:
+        raw = self._path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if len(whole) < len(raw):
+            os.truncate(self._path, len(whole))
+        for number, line in enumerate(whole.decode(errors="replace").splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                self.done[record.pop("key")] = record
+            except (ValueError, KeyError, AttributeError) as error:
+                raise CachepressError(
+                    f"{self._path} line {number} is damaged: remove that line and run again, "
+                    "or start over with --overwrite"
+                ) from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is the old one or the new one, never a part."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

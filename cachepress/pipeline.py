@@ -1,0 +1,398 @@
+"""One context, many questions: prefill once, compress, answer all from the compressed cache."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Pipeline,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from cachepress.cache import CacheSize, fork, size_of
+from cachepress.errors import CachepressError
+from cachepress.hf import cache_argument, has_only_full_attention
+from cachepress.presses import BasePress
+
+TASK = "kv-press-text-generation"
+_MARKER = "<<the context goes here>>"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How a context and its questions become token ids.
+
+    Attributes:
+        question: one question; exclusive with ``questions``.
+        questions: several questions on the same context.
+        answer_prefix: how answers begin, one text or one for each question; it is not part of
+            the answer.
+        max_new_tokens: most tokens of an answer, one number or one for each question.
+        max_context_length: most tokens of a context; None for what the model has room for.
+        truncation: cut the end of a longer context instead of refusing it.
+        enable_thinking: passed to the chat template.
+    """
+
+    question: str | None = None
+    questions: Sequence[str] | None = None
+    answer_prefix: str | Sequence[str] = ""
+    max_new_tokens: int | Sequence[int] = 50
+    max_context_length: int | None = None
+    truncation: bool = False
+    enable_thinking: bool = False
+
+    def __post_init__(self) -> None:
+        if self.question is not None and self.questions is not None:
+            raise CachepressError("got both question and questions: give one of them")
+        if isinstance(self.questions, str) or not self.asked:
+            raise CachepressError(f"questions: got {self.questions!r}, wanted a list of texts")
+        for name, given in (("max_new_tokens", self.limits), ("answer_prefix", self.prefixes)):
+            if len(given) != len(self.asked):
+                raise CachepressError(f"{name}: got {len(given)} for {len(self.asked)} questions")
+        if not all(isinstance(n, int) and n > 0 for n in self.limits):
+            raise CachepressError(
+                f"max_new_tokens: got {self.max_new_tokens!r}, wanted whole numbers above 0"
+            )
+
+    @property
+    def asked(self) -> list[str]:
+        """The questions, one or many."""
+        return [self.question or ""] if self.questions is None else list(self.questions)
+
+    @property
+    def limits(self) -> list[int]:
+        """Most new tokens of each answer."""
+        if isinstance(self.max_new_tokens, int):
+            return [self.max_new_tokens] * len(self.asked)
+        return list(self.max_new_tokens)
+
+    @property
+    def prefixes(self) -> list[str]:
+        """The beginning of each answer."""
+        if isinstance(self.answer_prefix, str):
+            return [self.answer_prefix] * len(self.asked)
+        return list(self.answer_prefix)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a context ``[1, T]`` and of what follows it for each question ``[1, q]``."""
+
+    context_ids: Tensor
+    question_ids: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers from one compressed cache, and what they cost.
+
+    Attributes:
+        texts: one answer a question.
+        context_tokens: tokens of the context, the chat template's part included.
+        cache: what the cache saw and holds after compression, before the first question.
+        prefill_seconds: time of the context's forward, compression included; 0 if it was reused.
+        decode_seconds: time of all questions and answers.
+        decode_tokens: tokens of all answers.
+    """
+
+    texts: list[str]
+    context_tokens: int
+    cache: CacheSize
+    prefill_seconds: float
+    decode_seconds: float
+    decode_tokens: int
+
+
+class KVPressTextGenerationPipeline(Pipeline):
+    """``pipeline("kv-press-text-generation", model=..., tokenizer=...)``.
+
+    ``pipe(context, questions=[...], press=press)`` gives ``{"answers": [...]}``, and with
+    ``question="..."`` ``{"answer": "..."}``; a list of contexts gives a list of these. Options of
+    a call: those of ``PromptOptions``; ``press``; ``cache``, an empty ``DynamicCache()`` to keep
+    the compressed context in, or one that holds it already; ``return_stats`` to get the
+    ``Answers`` under "stats"; and every option of transformers' ``GenerationConfig``. Answers are
+    greedy unless ``do_sample=True``.
+    """
+
+    _load_processor = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = True
+
+    def __call__(self, inputs: str | list[str], **options: object) -> dict | list[dict]:
+        """Answer questions on one context, or on each of a list of contexts."""
+        questions = options.get("questions")
+        nested = isinstance(questions, list | tuple) and not all(
+            isinstance(question, str) for question in questions
+        )
+        if not nested:
+            return super().__call__(inputs, **options)
+        if isinstance(inputs, str) or len(questions) != len(inputs):
+            raise CachepressError(
+                f"questions: got {len(questions)} lists of questions, wanted one list for each "
+                "context of a list of contexts"
+            )
+        return [
+            self(context, **{**options, "questions": asked})
+            for context, asked in zip(inputs, questions, strict=True)
+        ]
+
+    def _sanitize_parameters(self, **options: object) -> tuple[dict, dict, dict]:
+        known = {field.name for field in fields(PromptOptions)}
+        prompt = {name: options.pop(name) for name in known & options.keys()}
+        names = ("press", "cache")
+        run = {name: options.pop(name) for name in names if name in options}
+        post = {name: options.pop(name) for name in ("return_stats",) if name in options}
+        unknown = options.keys() - GenerationConfig().to_dict().keys()
+        if unknown:
+            raise CachepressError(
+                f"unknown option {sorted(unknown)[0]!r}: wanted {', '.join(sorted(known))}, press, "
+                "cache, return_stats, or an option of GenerationConfig"
+            )
+        if options:
+            run["generation"] = options
+        preprocess = {"options": PromptOptions(**prompt)} if prompt else {}
+        return preprocess, run, post
+
+    def preprocess(self, input_: str, options: PromptOptions | None = None) -> dict:
+        """Token ids of the context apart from its questions."""
+        options = options or PromptOptions()
+        prompt = make_prompt(self.tokenizer, self.model, input_, options)
+        return {"prompt": prompt, "options": options}
+
+    def _forward(
+        self,
+        input_tensors: dict,
+        press: BasePress | None = None,
+        cache: Cache | None = None,
+        generation: Mapping[str, object] | None = None,
+    ) -> dict:
+        prompt, options = input_tensors["prompt"], input_tensors["options"]
+        cache, seconds = prefill(self.model, prompt.context_ids, press, cache)
+        size = size_of(cache)
+        start = time.perf_counter()
+        tokens = self.generate_answer(cache, prompt.question_ids, options.limits, generation or {})
+        answers = Answers(
+            texts=[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens],
+            context_tokens=prompt.context_ids.shape[1],
+            cache=size,
+            prefill_seconds=seconds,
+            decode_seconds=time.perf_counter() - start,
+            decode_tokens=sum(len(ids) for ids in tokens),
+        )
+        return {"answers": answers, "one": options.questions is None}
+
+    def generate_answer(
+        self,
+        cache: Cache,
+        question_ids: list[Tensor],
+        limits: list[int],
+        generation: Mapping[str, object],
+    ) -> list[list[int]]:
+        """Answer all questions as one batch on a fork of the cache, which stays as it is.
+
+        Questions of different lengths are padded on the left. Sliding windows and recurrent
+        states would count that padding, so in models that have them only questions of the same
+        length share a batch.
+
+        Returns:
+            Token ids of each answer, the end-of-sequence token left out.
+        """
+        batches = [list(range(len(question_ids)))]
+        if not has_only_full_attention(self.model):
+            lengths = [ids.shape[1] for ids in question_ids]
+            batches = [
+                [i for i, n in enumerate(lengths) if n == length] for length in sorted(set(lengths))
+            ]
+        answers: dict[int, list[int]] = {}
+        for batch in batches:
+            ids = [question_ids[i] for i in batch]
+            most = max(limits[i] for i in batch)
+            tokens = _generate(self.model, self.tokenizer, cache, ids, most, generation)
+            answers |= {i: row[: limits[i]] for i, row in zip(batch, tokens, strict=True)}
+        return [answers[i] for i in range(len(question_ids))]
+
+    def postprocess(self, model_outputs: dict, return_stats: bool = False) -> dict:
+        """``{"answer": ...}`` or ``{"answers": [...]}``, with "stats" when asked for."""
+        answers: Answers = model_outputs["answers"]
+        if model_outputs["one"]:
+            result: dict[str, object] = {"answer": answers.texts[0]}
+        else:
+            result = {"answers": answers.texts}
+        return {**result, "stats": answers} if return_stats else result
+
+
+def make_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    context: str,
+    options: PromptOptions,
+) -> Prompt:
+    """Tokenise a context and its questions apart, so that the one never sees the others.
+
+    Raises:
+        CachepressError: if the context is empty, or longer than allowed and not to be cut.
+    """
+    if not isinstance(context, str) or not context.strip():
+        raise CachepressError("the context is empty: wanted a text to ask questions about")
+    before, after = _template(tokenizer, options.enable_thinking)
+    plain = not tokenizer.chat_template
+    context_ids = _encode(tokenizer, before + context, special=plain)
+    question_ids = [
+        _encode(tokenizer, asked + after + prefix, special=False)
+        for asked, prefix in zip(options.asked, options.prefixes, strict=True)
+    ]
+    if not all(ids.shape[1] for ids in question_ids):
+        # An answer needs a token to start from, so the context lends its last one.
+        last = context_ids[:, -1:]
+        context_ids = context_ids[:, :-1]
+        question_ids = [torch.cat([last, ids], dim=-1) for ids in question_ids]
+    room = _room(model, question_ids, options)
+    n = context_ids.shape[1]
+    if n > room:
+        if not options.truncation:
+            raise CachepressError(
+                f"the context has {n} tokens, but there is room for {room}: shorten it, or ask "
+                "for truncation"
+            )
+        logger.warning("context cut from %d to %d tokens: the last %d are gone", n, room, n - room)
+        context_ids = context_ids[:, :room]
+    return Prompt(context_ids, question_ids)
+
+
+def prefill(
+    model: PreTrainedModel, context_ids: Tensor, press: BasePress | None, cache: Cache | None = None
+) -> tuple[Cache, float]:
+    """Run a context ``[1, T]`` through the model, without its LM head, under a press.
+
+    Args:
+        model: the model.
+        context_ids: the context.
+        press: the press; None leaves the cache whole.
+        cache: an empty cache to fill, or one that holds this context already.
+
+    Returns:
+        The cache, and the seconds that the forward took.
+
+    Raises:
+        CachepressError: if the cache holds something else.
+    """
+    decoder = model.get_decoder()
+    cache = DynamicCache(config=decoder.config) if cache is None else cache
+    seen, n = cache.get_seq_length(), context_ids.shape[1]
+    if seen:
+        if seen != n:
+            raise CachepressError(
+                f"the cache holds {seen} tokens but the context has {n}: pass an empty cache, or "
+                "the one that this very context was compressed into"
+            )
+        return cache, 0.0
+    start = time.perf_counter()
+    inputs = {"input_ids": context_ids.to(model.device), cache_argument(decoder): cache}
+    with torch.no_grad(), press(model) if press is not None else nullcontext():
+        decoder(**inputs, use_cache=True)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return cache, time.perf_counter() - start
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Cache,
+    question_ids: list[Tensor],
+    max_new_tokens: int,
+    generation: Mapping[str, object],
+) -> list[list[int]]:
+    """Answers to a batch of questions, as token ids up to their end."""
+    seen, longest = cache.get_seq_length(), max(ids.shape[1] for ids in question_ids)
+    ends = _end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    ids = torch.full((len(question_ids), longest), pad)
+    mask = torch.ones(len(question_ids), seen + longest, dtype=torch.long)
+    for i, question in enumerate(question_ids):
+        padding = longest - question.shape[1]
+        ids[i, padding:] = question[0]
+        mask[i, seen : seen + padding] = 0
+    config = GenerationConfig(
+        **{"do_sample": False, "eos_token_id": ends or None, "pad_token_id": pad, **generation},
+        max_new_tokens=max_new_tokens,
+    )
+    inputs = {cache_argument(model): fork(cache, len(question_ids))}
+    stops = generation.get("stop_strings")
+    with torch.no_grad():
+        out = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            tokenizer=tokenizer if stops else None,
+            **inputs,
+        )
+    return [_until(row, ends) for row in out[:, longest:].tolist()]
+
+
+def _until(tokens: list[int], ends: list[int]) -> list[int]:
+    for i, token in enumerate(tokens):
+        if token in ends:
+            return tokens[:i]
+    return tokens
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    if ends is None:
+        return []
+    return list(ends) if isinstance(ends, list | tuple) else [ends]
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool) -> tuple[str, str]:
+    """What the chat template puts before a context and after a question."""
+    if not tokenizer.chat_template:
+        return "", ""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _MARKER}],
+        add_generation_prompt=True,
+        tokenize=False,
+        enable_thinking=enable_thinking,
+    )
+    before, found, after = text.partition(_MARKER)
+    if not found:
+        raise CachepressError("the tokenizer's chat template drops the user's message")
+    return before, after
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> Tensor:
+    ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+    return torch.tensor([ids], dtype=torch.long)
+
+
+def _room(model: PreTrainedModel, question_ids: list[Tensor], options: PromptOptions) -> int:
+    """Most tokens that a context may have."""
+    longest = max(ids.shape[1] + n for ids, n in zip(question_ids, options.limits, strict=True))
+    positions = getattr(model.get_decoder().config, "max_position_embeddings", None)
+    room = None if positions is None else positions - longest
+    limits = [n for n in (room, options.max_context_length) if n is not None]
+    least = min(limits, default=2**63)
+    if least < 1:
+        raise CachepressError(
+            f"no room for a context: {longest} tokens of question and answer, a limit of "
+            f"{positions} positions and max_context_length={options.max_context_length}"
+        )
+    return least
+
+
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, pipeline_class=KVPressTextGenerationPipeline, pt_model=AutoModelForCausalLM
+)
