@@ -10,7 +10,6 @@ from torch import Tensor
 from cachepress.core import LayerView
 from cachepress.errors import CachepressError
 
-_FREE = 1e38
 _WINDOW = 2e38
 _SINK = 3.4e38
 _SINK_STEP = 1e32
@@ -59,19 +58,14 @@ def check_ratio(ratio: float, name: str = "compression_ratio") -> None:
 def pin_sinks(scores: Tensor, view: LayerView, n: int) -> Tensor:
     """Scores with the first ``n`` rows of each text above all others, the earliest highest.
 
-    Pins are plain numbers above every free score, so that any budget honours them: sinks first,
-    then the newest rows, however small the budget is.
+    Pins are plain numbers above every sensible score (1e38), so that any budget honours them:
+    sinks first, then the newest rows, however small the budget is.
     """
     pin = _SINK - _SINK_STEP * view.index.float()
-    return torch.where(view.index < n, pin, _free(scores))
+    return torch.where(view.index < n, pin, scores.float())
 
 
 def pin_window(scores: Tensor, view: LayerView, n: int) -> Tensor:
     """Scores with the last ``n`` rows of each text above every free row; ties go to the newest."""
     recent = view.index >= view.n_seen[:, None, None] - n
-    return torch.where(recent, _WINDOW, _free(scores))
-
-
-def _free(scores: Tensor) -> Tensor:
-    pinned = scores.abs() > _FREE
-    return torch.where(pinned, scores, scores.float().clamp(-_FREE, _FREE))
+    return torch.where(recent, _WINDOW, scores.float())

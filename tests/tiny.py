@@ -4,7 +4,10 @@ from functools import cache
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 SMALL = {
     "vocab_size": 97,
@@ -107,4 +110,28 @@ def tiny(name: str = "llama") -> PreTrainedModel:
 def tokens(n: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     """Random token ids ``[batch, n]`` without special ones."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 97, (batch, n), generator=generator)
+    return torch.randint(3, 96, (batch, n), generator=generator)
+
+
+SPECIAL = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "abcdef": 96}
+
+
+def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer of words, w3 to w95; any other word is padding.
+
+    transformers looks for stop strings by way of the word "abcdef", so there is one.
+    """
+    vocabulary = {**SPECIAL, **{f"w{i}": i for i in range(3, 96)}}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>")
+    if chat:
+        made.chat_template = (
+            "w3 w4 {{ messages[0]['content'] }} w5{% if enable_thinking %} w8{% endif %} w6 "
+        )
+    return made
+
+
+def words(n: int, seed: int = 0) -> str:
+    """A text of ``n`` words."""
+    return " ".join(f"w{i}" for i in tokens(n, seed=seed)[0].tolist())

@@ -1,0 +1,57 @@
+import pytest
+
+import cachepress as cp
+from cachepress.presses.base import all_presses
+from cachepress.spec import ALIASES, known_names
+
+
+def test_aliases_name_every_scorer_of_the_package_once():
+    kinds = {k.__name__ for k in all_presses() if k.__module__.startswith("cachepress.presses.")}
+    assert set(ALIASES.values()) == kinds - {"ScorerPress", "WrapperPress"}
+    assert len(ALIASES) == len(set(ALIASES.values()))
+
+
+@pytest.mark.parametrize(
+    ("text", "press"),
+    [
+        ("snapkv", cp.SnapKVPress()),
+        (" snapkv(compression_ratio=0.5) ", cp.SnapKVPress(0.5)),
+        ("SnapKVPress(0.25, window_size=8)", cp.SnapKVPress(0.25, window_size=8)),
+        ("random(seed=3)", cp.RandomPress(seed=3)),
+        ("expected_attention(use_vnorm=False)", cp.ExpectedAttentionPress(use_vnorm=False)),
+        ("no_press", None),
+    ],
+)
+def test_spellings(text, press):
+    assert cp.parse(text) == press
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("snapk", "unknown press 'snapk': did you mean 'snapkv'?"),
+        ("snapkv(", "cannot be read"),
+        ("", "cannot be read"),
+        ("snapkv(size=1)", "has no option 'size': it has compression_ratio, window_size"),
+        ("snapkv(1, 2, 3, 4)", "wanted a number|positional"),
+        ("snapkv(window_size=0)", "window_size: got 0"),
+        ("snapkv(kernel_size=4)", "kernel_size: got 4, wanted an odd number"),
+        ("snapkv(window_size=open('x'))", "unknown press 'open'"),
+        ("__import__('os')", "unknown press '__import__'"),
+        ("().__class__", "neither a literal nor a press"),
+        ("3", "is not a press"),
+        ("snapkv(compression_ratio=1.0)", "got 1.0"),
+        ("expected_attention(epsilon=-1)", "epsilon: got -1"),
+        ("random(seed=-1)", "seed: got -1"),
+    ],
+)
+def test_what_is_no_press_is_one_clear_line(text, message):
+    with pytest.raises(cp.CachepressError, match=message) as caught:
+        cp.parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_known_names_are_listed_for_the_user():
+    assert known_names()[0] == "no_press"
+    assert "SnapKVPress" in known_names()
+    assert "WrapperPress" not in known_names()
