@@ -316,7 +316,7 @@ def _generate(
 ) -> list[list[int]]:
     """Answers to a batch of questions, as token ids up to their end."""
     seen, longest = cache.get_seq_length(), max(ids.shape[1] for ids in question_ids)
-    ends = _end_tokens(model, tokenizer)
+    ends = _end_tokens(model, tokenizer, generation)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     ids = torch.full((len(question_ids), longest), pad)
     mask = torch.ones(len(question_ids), seen + longest, dtype=torch.long)
@@ -325,7 +325,7 @@ def _generate(
         ids[i, padding:] = question[0]
         mask[i, seen : seen + padding] = 0
     config = GenerationConfig(
-        **{"do_sample": False, "eos_token_id": ends or None, "pad_token_id": pad, **generation},
+        **{"do_sample": False, "pad_token_id": pad, **generation, "eos_token_id": ends or None},
         max_new_tokens=max_new_tokens,
     )
     inputs = {cache_argument(model): fork(cache, len(question_ids))}
@@ -348,10 +348,13 @@ def _until(tokens: list[int], ends: list[int]) -> list[int]:
     return tokens
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _end_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, object]
+) -> list[int]:
     ends = model.generation_config.eos_token_id
     if ends is None:
         ends = tokenizer.eos_token_id
+    ends = generation.get("eos_token_id", ends)
     if ends is None:
         return []
     return list(ends) if isinstance(ends, list | tuple) else [ends]
