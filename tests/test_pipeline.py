@@ -27,7 +27,7 @@ def pipe():
 
 
 def test_one_question_gives_answer_and_several_give_answers(pipe):
-    options = {"press": PRESS, "max_new_tokens": 5, "eos_token_id": 96}
+    options = {"press": PRESS, "max_new_tokens": 5, "suppress_tokens": [0, 1, 2, 96]}
     one = pipe(CONTEXT, question=QUESTIONS[0], **options)
     many = pipe(CONTEXT, questions=QUESTIONS, **options)
     assert list(one) == ["answer"]
@@ -40,7 +40,7 @@ def test_one_question_gives_answer_and_several_give_answers(pipe):
 @pytest.mark.parametrize("press", [None, PRESS], ids=str)
 def test_a_batch_answers_as_one_by_one(name, press):
     pipe = make_pipe(name)
-    options = {"press": press, "max_new_tokens": 6, "eos_token_id": 96}
+    options = {"press": press, "max_new_tokens": 6, "suppress_tokens": [0, 1, 2, 96]}
     batch = pipe(CONTEXT, questions=QUESTIONS, **options)["answers"]
     alone = [pipe(CONTEXT, question=q, **options)["answer"] for q in QUESTIONS]
     assert batch == alone
@@ -89,7 +89,7 @@ def test_an_empty_question_borrows_the_last_token():
     prompt = make_prompt(pipe.tokenizer, pipe.model, "w10 w11", PromptOptions())
     assert prompt.context_ids.tolist() == [[10]]
     assert prompt.question_ids[0].tolist() == [[11]]
-    assert len(pipe(CONTEXT, press=PRESS, max_new_tokens=4, eos_token_id=96)["answer"]) > 0
+    assert len(pipe(CONTEXT, press=PRESS, max_new_tokens=4, suppress_tokens=[0, 1, 2])["answer"]) > 0
 
 
 def test_lists_of_contexts(pipe):
@@ -128,7 +128,7 @@ def test_stats_are_measured(pipe):
 
 
 def test_limits_and_prefixes_of_each_question(pipe):
-    options = {"press": PRESS, "eos_token_id": 96, "questions": QUESTIONS}
+    options = {"press": PRESS, "suppress_tokens": [0, 1, 2, 96], "questions": QUESTIONS}
     wide = pipe(CONTEXT, max_new_tokens=8, answer_prefix=["w9", "w8", "w7"], **options)["answers"]
     cut = pipe(CONTEXT, max_new_tokens=[2, 5, 3], answer_prefix=["w9", "w8", "w7"], **options)
     assert [len(text.split()) for text in cut["answers"]] == [2, 5, 3]
@@ -136,7 +136,7 @@ def test_limits_and_prefixes_of_each_question(pipe):
 
 
 def test_generation_options_pass(pipe):
-    options = {"question": QUESTIONS[1], "press": PRESS, "max_new_tokens": 9, "eos_token_id": 96}
+    options = {"question": QUESTIONS[1], "press": PRESS, "max_new_tokens": 9, "suppress_tokens": [0, 1, 2, 96]}
     greedy = pipe(CONTEXT, **options)["answer"]
     torch.manual_seed(1)
     sampled = pipe(CONTEXT, do_sample=True, temperature=5.0, **options)["answer"]
