@@ -70,8 +70,11 @@ def _demo(options: dict[str, object]) -> None:
 
 
 def _models(options: dict[str, object]) -> None:
-    from cachepress.models import describe
+    from cachepress.models import BUILTIN_MODELS, describe, resolve
 
+    if options.pop("fetch"):
+        for name in BUILTIN_MODELS:
+            resolve(name)
     for model in describe():
         place = model.path or "not fetched yet: the first use fetches it"
         print(f"{model.name}: {model.title}, {model.licence}, context {model.context_length}")
@@ -107,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output-dir", default="./results", help="default: ./results")
     demo.set_defaults(command=_demo)
     models = commands.add_parser("models", help="say which models are built in, and where")
+    models.add_argument("--fetch", action="store_true", help="fetch what is not there yet")
     models.set_defaults(command=_models)
     presses = commands.add_parser("presses", help="list the presses with their options")
     presses.set_defaults(command=_presses)

@@ -12,8 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cachepress.ops import attention_column_sums, attention_weights
-from cachepress.ops.attention import AttentionRule
+from cachepress.ops import AttentionRule, attention_column_sums
 
 
 @dataclass(frozen=True)
@@ -125,16 +124,15 @@ class LayerView:
             raise TypeError("the press did not declare queries in its needs")
         return self.queries[..., -n:, :]
 
-    def window_attention(self, n: int) -> tuple[Tensor, Tensor]:
-        """Attention of the last ``n`` queries, and which of them are real.
+    def window_attention(self, n: int) -> Tensor:
+        """Attention that each row receives from the last ``n`` queries, ``[B, H, G, T]``.
 
-        Returns:
-            Weights ``[B, H, G, Q, T]`` in float32 and ``[B, Q]`` bool, False where a sequence is
-            shorter than the window.
+        The mean over the queries that are tokens: fewer than ``n`` in a shorter text.
         """
         queries = self.last_queries(n)
-        weights = attention_weights(queries, self.keys, self.valid, self.rule)
-        return weights, self.valid[:, 0, -queries.shape[-2] :]
+        sums = attention_column_sums(queries, self.keys, self.valid, self.rule)
+        voters = self.valid[:, 0, -queries.shape[-2] :].sum(-1).clamp(min=1)
+        return sums / voters[:, None, None, None]
 
 
 class Budget(Protocol):

@@ -86,10 +86,17 @@ class PromptOptions:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of a context ``[1, T]`` and of what follows it for each question ``[1, q]``."""
+    """Token ids of a context and its questions.
+
+    Attributes:
+        context_ids: ``[1, T]``.
+        question_ids: ``[1, q]`` for each question: all that follows the context.
+        cut: tokens of the context that were cut off its end.
+    """
 
     context_ids: Tensor
     question_ids: list[Tensor]
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,10 @@ class KVPressTextGenerationPipeline(Pipeline):
         """Token ids of the context apart from its questions."""
         options = options or PromptOptions()
         prompt = make_prompt(self.tokenizer, self.model, input_, options)
+        if prompt.cut:
+            n = prompt.context_ids.shape[1]
+            whole = n + prompt.cut
+            logger.warning("context cut from %d to %d tokens: the end is gone", whole, n)
         return {"prompt": prompt, "options": options}
 
     def _forward(
@@ -259,15 +270,12 @@ def make_prompt(
         question_ids = [torch.cat([last, ids], dim=-1) for ids in question_ids]
     room = _room(model, question_ids, options)
     n = context_ids.shape[1]
-    if n > room:
-        if not options.truncation:
-            raise CachepressError(
-                f"the context has {n} tokens, but there is room for {room}: shorten it, or ask "
-                "for truncation"
-            )
-        logger.warning("context cut from %d to %d tokens: the last %d are gone", n, room, n - room)
-        context_ids = context_ids[:, :room]
-    return Prompt(context_ids, question_ids)
+    if n > room and not options.truncation:
+        raise CachepressError(
+            f"the context has {n} tokens, but there is room for {room}: shorten it, or ask for "
+            "truncation"
+        )
+    return Prompt(context_ids[:, :room], question_ids, max(0, n - room))
 
 
 def prefill(

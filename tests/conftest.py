@@ -1,6 +1,10 @@
+import json
+
 import pytest
 import torch
 import transformers
+
+from tests.tiny import tiny, tokenizer, words
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -8,3 +12,35 @@ def _quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A tiny model and its tokenizer, saved as a user would have them."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    model = tiny()
+    model.generation_config.suppress_tokens = [0, 1, 2, 96]
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    transformers.logging.set_verbosity_error()
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory):
+    """Four contexts with two questions each."""
+    path = tmp_path_factory.mktemp("data") / "facts.jsonl"
+    rows = [
+        {
+            "context": words(40, seed=context),
+            "question": words(3, seed=10 * context + question),
+            "answer": [f"w{10 + question}", "w7"],
+            "answer_prefix": f"w{9 + question}",
+            "max_new_tokens": 4 + question,
+            "task": ["easy", "hard"][question],
+        }
+        for context in range(4)
+        for question in range(2)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)

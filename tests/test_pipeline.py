@@ -89,7 +89,9 @@ def test_an_empty_question_borrows_the_last_token():
     prompt = make_prompt(pipe.tokenizer, pipe.model, "w10 w11", PromptOptions())
     assert prompt.context_ids.tolist() == [[10]]
     assert prompt.question_ids[0].tolist() == [[11]]
-    assert len(pipe(CONTEXT, press=PRESS, max_new_tokens=4, suppress_tokens=[0, 1, 2])["answer"]) > 0
+    assert (
+        len(pipe(CONTEXT, press=PRESS, max_new_tokens=4, suppress_tokens=[0, 1, 2])["answer"]) > 0
+    )
 
 
 def test_lists_of_contexts(pipe):
@@ -136,7 +138,12 @@ def test_limits_and_prefixes_of_each_question(pipe):
 
 
 def test_generation_options_pass(pipe):
-    options = {"question": QUESTIONS[1], "press": PRESS, "max_new_tokens": 9, "suppress_tokens": [0, 1, 2, 96]}
+    options = {
+        "question": QUESTIONS[1],
+        "press": PRESS,
+        "max_new_tokens": 9,
+        "suppress_tokens": [0, 1, 2, 96],
+    }
     greedy = pipe(CONTEXT, **options)["answer"]
     torch.manual_seed(1)
     sampled = pipe(CONTEXT, do_sample=True, temperature=5.0, **options)["answer"]
@@ -151,7 +158,7 @@ def test_too_long_a_context_is_an_error_or_is_cut_and_said(pipe, caplog):
         pipe(CONTEXT, question="w9", max_context_length=20)
     with caplog.at_level(logging.WARNING):
         pipe(CONTEXT, question="w9", max_context_length=20, truncation=True, max_new_tokens=2)
-    assert "context cut from 42 to 20 tokens: the last 22 are gone" in caplog.text
+    assert "context cut from 42 to 20 tokens: the end is gone" in caplog.text
     with pytest.raises(cp.CachepressError, match="has 602 tokens, but there is room for 459"):
         pipe(words(600), question="w9")
 

@@ -149,8 +149,6 @@ class EvaluationRunner:
 
     def _check_contexts(self, pipe: transformers.Pipeline, table: pd.DataFrame) -> None:
         """Refuse a context that is too long before the first one is computed."""
-        level = logging.getLogger("cachepress.pipeline").level
-        logging.getLogger("cachepress.pipeline").setLevel(logging.ERROR)
         for context, group in table.groupby("context", sort=False):
             try:
                 make_prompt(
@@ -158,7 +156,6 @@ class EvaluationRunner:
                 )
             except CachepressError as error:
                 raise CachepressError(f"sample {group.index[0]}: {error}") from error
-        logging.getLogger("cachepress.pipeline").setLevel(level)
 
     def _run_inference(
         self, pipe: transformers.Pipeline, press: BasePress | None, table: pd.DataFrame

@@ -37,19 +37,10 @@ def attention_weights(queries: Tensor, keys: Tensor, valid: Tensor, rule: Attent
     Returns:
         ``[B, H, G, Q, T]`` in float32. The line of a query that is padding is not meaningful.
     """
-    b, h, g, q, d = queries.shape
-    logits = (queries.reshape(b, h, g * q, d) @ keys.mT).float().mul_(rule.scaling)
-    logits = logits.view(b, h, g, q, -1)  # [B, H, G, Q, T]
-    if rule.softcap is not None:
-        logits = logits.div_(rule.softcap).tanh_().mul_(rule.softcap)
-    lowest = torch.finfo(torch.float32).min
-    future = torch.ones(q, q, dtype=torch.bool, device=keys.device).triu_(1)
-    logits[..., -q:].masked_fill_(future, lowest)
-    if not bool(valid.all()):
-        logits.masked_fill_(~valid[:, :, None, None], lowest)
+    logits = _logits(queries, keys, valid, rule)
     if rule.sinks is None:
         return logits.softmax(-1)
-    sink = rule.sinks.float().view(1, h, g, 1, 1).expand(b, h, g, q, 1)
+    sink = _sinks(rule.sinks, queries).expand(*logits.shape[:-1], 1)
     return torch.cat([logits, sink], dim=-1).softmax(-1)[..., :-1]
 
 
@@ -74,8 +65,41 @@ def attention_column_sums(
     for start in range(0, q, block):
         stop = min(start + block, q)
         end = t - q + stop
-        seen = valid[:, :, :end]
-        weights = attention_weights(queries[..., start:stop, :], keys[:, :, :end], seen, rule)
+        part, seen = queries[..., start:stop, :], valid[:, :, :end]
         counted = seen[:, :, None, end - (stop - start) :, None]
-        sums[..., :end] += (weights * counted).sum(-2)
+        sums[..., :end] += _block_sums(part, keys[:, :, :end], seen, counted, rule)
     return sums
+
+
+def _block_sums(
+    queries: Tensor, keys: Tensor, valid: Tensor, counted: Tensor, rule: AttentionRule
+) -> Tensor:
+    """Column sums of one block; softmax and sum in as few passes over the logits as can be."""
+    logits = _logits(queries, keys, valid, rule)  # [B, H, G, Q, T]
+    top = logits.amax(-1, keepdim=True)
+    if rule.sinks is not None:
+        top = torch.maximum(top, _sinks(rule.sinks, queries))
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    if rule.sinks is not None:
+        total = total + (_sinks(rule.sinks, queries) - top).exp()
+    return ((counted / total).mT @ logits).squeeze(-2)
+
+
+def _logits(queries: Tensor, keys: Tensor, valid: Tensor, rule: AttentionRule) -> Tensor:
+    """Masked logits ``[B, H, G, Q, T]`` in float32, fresh memory that may be written to."""
+    b, h, g, q, d = queries.shape
+    scaled = (queries * rule.scaling).reshape(b, h, g * q, d)
+    logits = (scaled @ keys.mT).float().view(b, h, g, q, -1)
+    if rule.softcap is not None:
+        logits = logits.div_(rule.softcap).tanh_().mul_(rule.softcap)
+    lowest = torch.finfo(torch.float32).min
+    future = torch.ones(q, q, dtype=torch.bool, device=keys.device).triu_(1)
+    logits[..., -q:].masked_fill_(future, lowest)
+    if not bool(valid.all()):
+        logits.masked_fill_(~valid[:, :, None, None], lowest)
+    return logits
+
+
+def _sinks(sinks: Tensor, queries: Tensor) -> Tensor:
+    """Sink logits ``[1, H, G, 1, 1]``."""
+    return sinks.float().view(1, *queries.shape[1:3], 1, 1)

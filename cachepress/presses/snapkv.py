@@ -41,10 +41,7 @@ class SnapKVPress(ScorerPress):
 
     def score(self, view: LayerView) -> Tensor:
         """Smoothed attention from the window, ``[B, H, T]``."""
-        weights, real = view.window_attention(self.window_size)  # [B, H, G, Q, T]
-        voters = real[:, None, None, :, None]
-        votes = (weights * voters).sum(-2) / voters.sum(-2).clamp(min=1)  # [B, H, G, T]
-        votes[..., -weights.shape[-2] :] = 0
-        votes = votes.mean(2)  # [B, H, T]
+        votes = view.window_attention(self.window_size).mean(2)  # [B, H, T]
+        votes[..., -view.last_queries(self.window_size).shape[-2] :] = 0
         smooth = F.avg_pool1d(votes, self.kernel_size, stride=1, padding=self.kernel_size // 2)
         return pin_window(smooth, view, self.window_size)

@@ -23,6 +23,5 @@ class TOVAPress(ScorerPress):
 
     def score(self, view: LayerView) -> Tensor:
         """Attention of the last query, averaged over all heads, ``[B, H, T]``."""
-        weights, _ = view.window_attention(1)  # [B, H, G, 1, T]
-        mean = weights[..., 0, :].mean((1, 2))  # [B, T]
+        mean = view.window_attention(1).mean((1, 2))  # [B, T]
         return pin_window(mean[:, None].expand_as(view.index), view, 1)

@@ -121,9 +121,10 @@ class DenseStore(CacheLayerMixin):
         order = mask.byte().argsort(dim=-1, stable=True)[..., -n:]  # [B, H, n]
         positions = rows.text_positions().gather(-1, order)
         empty = torch.arange(n, device=mask.device) < n - counts
-        kept = [_gather(x, order) for x in (rows.keys, rows.values)]
+        batch, heads = (torch.arange(k, device=mask.device) for k in mask.shape[:2])
+        at = (batch[:, None, None], heads[:, None], order)
         full = bool((counts == n).all())
-        self._write(Rows(kept[0], kept[1], positions.masked_fill(empty, -1), full))
+        self._write(Rows(rows.keys[at], rows.values[at], positions.masked_fill(empty, -1), full))
         self._settled_at = self._seen
         self.settled = Settled(before, self.nbytes)
 
@@ -238,7 +239,3 @@ def _with_room(x: Tensor, room: int) -> Tensor:
     with torch.no_grad():
         buffer[:, :, :n] = x
     return buffer
-
-
-def _gather(x: Tensor, order: Tensor) -> Tensor:
-    return x.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))

@@ -1,0 +1,40 @@
+# `make demo` and `make test` are all that a user needs; both set up what they need first.
+PYTHON ?= python3
+VENV := .venv
+OLD := .venv-oldest
+OLDEST := 5.10.1
+NEWEST := 5.24.0
+BIN := $(VENV)/bin
+
+.PHONY: demo test bench lint types clean
+
+demo: $(VENV)/ready
+	$(BIN)/cachepress demo
+
+test: $(VENV)/ready $(OLD)/ready
+	$(BIN)/cachepress models --fetch
+	$(OLD)/bin/python -m pytest tests/laws tests/test_hf.py tests/test_generate.py
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/ready
+	$(BIN)/python scripts/bench.py
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready
+	$(BIN)/pyright
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' transformers==$(NEWEST)
+	touch $@
+
+$(OLD)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]' transformers==$(OLDEST)
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OLD) build *.egg-info .pytest_cache .ruff_cache .hypothesis

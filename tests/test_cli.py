@@ -1,0 +1,182 @@
+"""The command line: what works, and one line with exit code 2 for what does not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cachepress.cli import main
+from cachepress.evaluation import EvaluationRunner
+from cachepress.evaluation.runner import METRICS, PREDICTIONS, RECORDS
+
+
+@pytest.fixture
+def arguments(model_dir, data_file, tmp_path):
+    return [
+        "evaluate",
+        f"--dataset={data_file}",
+        f"--model={model_dir}",
+        "--device=cpu",
+        f"--output-dir={tmp_path / 'out'}",
+    ]
+
+
+def test_evaluate_prints_tables_and_the_place(arguments, capsys):
+    assert main([*arguments, "--press", "snapkv(window_size=8)", "--compression-ratio=0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "easy" in out and "hard" in out
+    assert "facts__tiny-llama__SnapKVPress-window_size=8-kernel_size=5__0.50" in out
+    assert "0.500" in out
+
+
+def test_config_file_and_press_name(arguments, tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("press_name: knorm\ncompression_ratio: 0.25\n")
+    assert main([*arguments, "--config", str(path), "--compression-ratio=0.75"]) == 0
+    assert "facts__tiny-llama__knorm__0.75" in capsys.readouterr().out
+
+
+def bad(name, text=None):
+    return lambda folder: _write(folder / name, text)
+
+
+def _write(path, text):
+    if text is not None:
+        path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--press=nope"], "unknown press 'nope'"),
+        (["--press=knorm", "--compression-ratio=1.0"], "got 1.0"),
+        (["--press=knorm", "--compression-ratio=-0.1"], "got -0.1"),
+        (["--press=knorm", "--compression-ratio=abc"], "invalid float value: 'abc'"),
+        (["--prss=knorm"], "unrecognized arguments: --prss=knorm"),
+        (["--dataset=nowhere"], "unknown dataset 'nowhere'"),
+        (["--dataset=nowhere.csv"], "data file nowhere.csv does not exist"),
+        (["--dataset={empty}"], "has no rows"),
+        (["--dataset={lacking}"], "has no column 'answer'"),
+        (["--dataset={blank}"], "row 0: the context is empty"),
+        (["--config={broken}"], "is not YAML"),
+        (["--config=missing.yaml"], "missing.yaml: No such file or directory"),
+        (["--model=no/such-model"], "'no/such-model'"),
+        (["--max-context-length=10"], "the context has 42 tokens"),
+        (["--output-dir={file}/out"], "Not a directory"),
+        (["--model-kwargs=[1]"], "is not a mapping"),
+        (["--dtype=float99"], "float99"),
+        (["--dataset=builtin", "--data-dir=nothing-9"], "builtin: got data_dir='nothing-9'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, tmp_path, capsys, options, message):
+    files = {
+        "empty": _write(tmp_path / "empty.csv", "context,question,answer\n"),
+        "lacking": _write(tmp_path / "lacking.csv", "context,question\na,b\n"),
+        "blank": _write(tmp_path / "blank.csv", "context,question,answer\n ,b,c\n"),
+        "broken": _write(tmp_path / "broken.yaml", "press: ["),
+        "file": _write(tmp_path / "file", ""),
+    }
+    try:
+        code = main([*arguments, *(option.format(**files) for option in options)])
+    except SystemExit as stopped:
+        code = stopped.code
+    err = capsys.readouterr().err.strip()
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert "Traceback" not in err
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(arguments, tmp_path, capsys, monkeypatch):
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(arguments) == 2
+    assert "No space left on device; nothing that was computed is lost" in capsys.readouterr().err
+    monkeypatch.undo()
+    folder = next((tmp_path / "out").iterdir())
+    assert len((folder / RECORDS).read_text().splitlines()) == 1
+    assert main(arguments) == 0
+    assert len((folder / RECORDS).read_text().splitlines()) == 4
+
+
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(arguments, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EvaluationRunner, "_answer", interrupt)
+    assert main(arguments) == 2
+    assert "interrupted: every finished context is on disk" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(arguments) == 0
+
+
+def test_kill_9_in_the_middle_loses_and_doubles_nothing(arguments, tmp_path):
+    """A real process, killed for real, and the same command again."""
+    rows = [
+        {
+            "context": " ".join(f"w{3 + (i * j) % 90}" for j in range(1, 60)),
+            "question": "w9",
+            "answer": "w8",
+            "max_new_tokens": 60,
+        }
+        for i in range(1, 41)
+    ]
+    data = tmp_path / "many.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "cachepress.cli", *arguments, f"--dataset={data}"]
+    folder = tmp_path / "out" / "many__tiny-llama__no_press__0.00"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while lines(folder / RECORDS) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 5 <= lines(folder / RECORDS) < 40
+    assert not (folder / METRICS).exists()
+    before = (folder / RECORDS).read_bytes()
+    before = before[: before.rfind(b"\n") + 1]
+    subprocess.run(command, check=True, capture_output=True)
+    after = (folder / RECORDS).read_bytes()
+    assert after.startswith(before)
+    keys = [json.loads(line)["key"] for line in after.splitlines()]
+    assert len(keys) == len(set(keys)) == 40
+    undisturbed = [*command[:-2], f"--output-dir={tmp_path / 'other'}", command[-1]]
+    subprocess.run(undisturbed, check=True, capture_output=True)
+    other = tmp_path / "other" / folder.name
+    assert (folder / PREDICTIONS).read_bytes() == (other / PREDICTIONS).read_bytes()
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_models_and_presses_are_listed(capsys):
+    assert main(["models"]) == 0
+    assert (
+        "smollm2-135m: SmolLM2-135M-Instruct, Apache-2.0, context 8192" in capsys.readouterr().out
+    )
+    assert main(["presses"]) == 0
+    out = capsys.readouterr().out
+    assert "SnapKVPress(compression_ratio=0.0, window_size=64, kernel_size=5)" in out
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    for option in ("--dataset", "--press", "--compression-ratio", "--query-aware", "--overwrite"):
+        assert option in out
