@@ -17,7 +17,7 @@ test: $(VENV)/ready $(OLD)/ready
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/ready
-	$(BIN)/python scripts/bench.py
+	$(BIN)/python scripts/bench.py --repeats 5
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -106,9 +106,11 @@ class Observation:
         if self._depth or any(module in other._covered for other in later):
             self._depth += 1
             return None
-        call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        given = {**call.pop("kwargs", {}), **call}
-        cache, added = _cache_of(given, self.decoder.config), {}
+        given = {
+            **dict(zip(inspect.signature(module.forward).parameters, args, strict=False)),
+            **kwargs,
+        }
+        cache, added = next((given[k] for k in _CACHE_NAMES if given.get(k) is not None), None), {}
         if cache is None and _uses_cache(given, self.decoder.config):
             cache = DynamicCache(config=self.decoder.config)
             added[cache_argument(module)] = cache
@@ -168,12 +170,11 @@ def check_model(model: PreTrainedModel) -> None:
 def attach(model: PreTrainedModel) -> None:
     """Select our attention function on this model; it hands on all that is not our store."""
     decoder = model.get_decoder()
-    current = decoder.config._attn_implementation
+    current = decoder.config._attn_implementation or "eager"
     if current in _BASES:
         return
     name = _register(current)
-    if decoder._can_set_attn_implementation():
-        decoder.set_attn_implementation(name)
+    decoder.set_attn_implementation(name)
     if decoder.config._attn_implementation != name:
         raise UnsupportedError(
             f"{type(model).__name__} does not use transformers' attention interface: "
@@ -372,13 +373,6 @@ def _base_function(base: str, kind: type[nn.Module]) -> Callable[..., tuple[Tens
     if function is None:
         raise UnsupportedError(f"{kind.__name__} has no attention function named {base!r}")
     return function
-
-
-def _cache_of(given: Mapping[str, object], config: PretrainedConfig) -> Cache | None:
-    for name in _CACHE_NAMES:
-        if given.get(name) is not None:
-            return given[name]  # type: ignore
-    return None
 
 
 def _without_cache(kwargs: Mapping[str, object]) -> dict[str, object]:

@@ -58,7 +58,7 @@ def estimate(scores: Sequence[float], contexts: Sequence[object]) -> Estimate:
     names = list(dict.fromkeys(contexts))
     mean, clusters = float(values.mean()), len(names)
     residuals = dict.fromkeys(names, 0.0)
-    for value, name in zip(values, contexts, strict=True):
+    for value, name in zip(values.tolist(), contexts, strict=True):
         residuals[name] += value - mean
     variance = sum(r * r for r in residuals.values()) / len(values) ** 2
     variance *= clusters / max(clusters - 1, 1)
@@ -72,7 +72,7 @@ def _wilson(mean: float, n: float) -> tuple[float, float]:
     factor = Z_95**2 / n
     centre = (mean + factor / 2) / (1 + factor)
     half = Z_95 * math.sqrt(mean * (1 - mean) / n + factor / (4 * n)) / (1 + factor)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, round(centre - half, 12)), min(1.0, round(centre + half, 12))
 
 
 def _words(text: str) -> list[str]:

@@ -75,12 +75,12 @@ class DenseStore(CacheLayerMixin):
         return -1 if self._buffers is None else self._buffers.keys.shape[0]
 
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Held keys ``[B, H, N, D]``; None before the first row."""
         return None if self._buffers is None else self._rows().keys
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Held values ``[B, H, N, E]``; None before the first row."""
         return None if self._buffers is None else self._rows().values
 
