@@ -385,7 +385,9 @@ def _uses_cache(given: Mapping[str, object], config: PretrainedConfig) -> bool:
 
 
 def _attention_modules(decoder: PreTrainedModel) -> list[nn.Module]:
-    return [m for m in decoder.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    """The attention modules of full-attention layers, and what else carries such an index."""
+    full = {index for index, is_full in enumerate(_full_attention(decoder.config)) if is_full}
+    return [m for m in decoder.modules() if getattr(m, "layer_idx", None) in full]
 
 
 def _rotary_modules(decoder: PreTrainedModel) -> list[CosSin]:

@@ -9,7 +9,7 @@ from cachepress.evaluation.runner import EvaluationRunner
 from cachepress.evaluation.table import results_table
 from cachepress.models import load
 
-PRESSES = ("snapkv", "keydiff", "random")
+PRESSES = ("snapkv", "knorm", "random")
 RATIOS = (0.5, 0.75)
 PART = "multi_key-1000"
 
