@@ -1,9 +1,9 @@
-"""Grouped attention weights against a slow reference that repeats keys."""
+"""Grouped attention sums against a slow reference that repeats keys."""
 
 import pytest
 import torch
 
-from cachepress.ops import AttentionRule, attention_column_sums, attention_weights
+from cachepress.ops import AttentionRule, attention_column_sums
 
 B, H, G, Q, T, D = 2, 2, 3, 5, 11, 4
 
@@ -28,15 +28,15 @@ def reference(queries, keys, valid, rule):
     [AttentionRule(0.5), AttentionRule(0.7, softcap=2.0), AttentionRule(0.5, sinks=torch.randn(6))],
     ids=["plain", "softcap", "sinks"],
 )
-def test_weights_and_sums(rule):
+def test_sums_over_all_and_over_the_last_queries(rule):
     torch.manual_seed(0)
     queries, keys = torch.randn(B, H, G, T, D), torch.randn(B, H, T, D)
     valid = torch.ones(B, H, T, dtype=torch.bool)
     valid[1, :, :3] = False
     whole = reference(queries, keys, valid, rule)
-    some = attention_weights(queries[..., -Q:, :], keys, valid, rule)
-    torch.testing.assert_close(some, whole[..., -Q:, :])
-    wanted = (whole * valid[:, :, None, :, None]).sum(-2)
-    for block in (1, 4, 128):
-        sums = attention_column_sums(queries, keys, valid, rule, block)
-        torch.testing.assert_close(sums, wanted)
+    counted = whole * valid[:, :, None, :, None]
+    for last in (T, Q):
+        wanted = counted[..., -last:, :].sum(-2)
+        for block in (1, 4, 128):
+            sums = attention_column_sums(queries[..., -last:, :], keys, valid, rule, block)
+            torch.testing.assert_close(sums, wanted)

@@ -1,5 +1,5 @@
 """Tensor operations that presses and stores share."""
 
-from cachepress.ops.attention import AttentionRule, attention_column_sums, attention_weights
+from cachepress.ops.attention import AttentionRule, attention_column_sums
 
-__all__ = ["AttentionRule", "attention_column_sums", "attention_weights"]
+__all__ = ["AttentionRule", "attention_column_sums"]

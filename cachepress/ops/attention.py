@@ -1,4 +1,4 @@
-"""Attention weights for scoring: grouped, so that keys are never repeated for their queries.
+"""Attention sums for scoring: grouped, so that keys are never repeated for their queries.
 
 Shape letters are those of ``cachepress.core``. The rows of a table end with the rows of its
 queries, so causality only ever touches the last Q columns.
@@ -23,25 +23,6 @@ class AttentionRule:
     scaling: float
     softcap: float | None = None
     sinks: Tensor | None = None
-
-
-def attention_weights(queries: Tensor, keys: Tensor, valid: Tensor, rule: AttentionRule) -> Tensor:
-    """Weights of the last Q queries over all rows.
-
-    Args:
-        queries: ``[B, H, G, Q, D]`` of the last Q rows.
-        keys: ``[B, H, T, D]``.
-        valid: ``[B, H, T]`` bool, rows that may be attended to.
-        rule: the layer's rule.
-
-    Returns:
-        ``[B, H, G, Q, T]`` in float32. The line of a query that is padding is not meaningful.
-    """
-    logits = _logits(queries, keys, valid, rule)
-    if rule.sinks is None:
-        return logits.softmax(-1)
-    sink = _sinks(rule.sinks, queries).expand(*logits.shape[:-1], 1)
-    return torch.cat([logits, sink], dim=-1).softmax(-1)[..., :-1]
 
 
 def attention_column_sums(
