@@ -41,10 +41,6 @@ def test_config_file_and_press_name(arguments, tmp_path, capsys):
     assert "facts__tiny-llama__knorm__0.75" in capsys.readouterr().out
 
 
-def bad(name, text=None):
-    return lambda folder: _write(folder / name, text)
-
-
 def _write(path, text):
     if text is not None:
         path.write_text(text)
