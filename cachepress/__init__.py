@@ -1,13 +1,13 @@
 """KV-cache compression for transformers language models: press, answer, measure."""
 
 from cachepress.cache import CacheSize, fork, size_of
-from cachepress.core import LayerView, Needs
 from cachepress.errors import CachepressError, ForeignAttentionError, UnsupportedError
 from cachepress.hf import detach
 from cachepress.pipeline import KVPressTextGenerationPipeline
 from cachepress.presses import *  # noqa: F403
 from cachepress.presses import __all__ as _presses
 from cachepress.spec import SpecError, parse
+from cachepress.view import LayerView, Needs
 
 __version__ = "0.1.0"
 __all__ = [

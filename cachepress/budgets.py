@@ -1,26 +1,42 @@
 """Budgets: how many rows stay, and who competes for them."""
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from cachepress.core import LayerView
 from cachepress.errors import CachepressError
+from cachepress.ops.ragged_attention import PAGE
+from cachepress.view import LayerView
 
+SCOPES = ("head", "layer", "model")
+_FREE = 1e38
+_CHOSEN = 1.5e38
 _WINDOW = 2e38
 _SINK = 3.4e38
 _SINK_STEP = 1e32
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+class Amount(Protocol):
+    """A number of rows, in the user's unit."""
+
+    def rows(self, view: LayerView) -> Tensor:
+        """Rows for each head of a layer, ``[B]``."""
+        ...
 
 
 @dataclass(frozen=True)
-class TopK:
-    """Each head keeps its best rows: floor(rows seen * (1 - ratio)), at least one.
+class Ratio:
+    """What is left when a fraction of the rows seen is removed: floor(seen * (1 - ratio)).
 
     Attributes:
-        ratio: fraction of rows removed, 0 <= ratio < 1, read as the decimal it is written as.
+        ratio: 0 <= ratio < 1, read as the decimal it is written as.
     """
 
     ratio: float
@@ -28,31 +44,195 @@ class TopK:
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
 
-    def count(self, n_seen: Tensor) -> Tensor:
-        """Rows that each head keeps, ``[B]``."""
+    def rows(self, view: LayerView) -> Tensor:
+        """Rows for each head, ``[B]``."""
         kept = 1 - Fraction(str(self.ratio))
-        counts = [max(1, floor(n * kept)) for n in n_seen.tolist()]
-        return torch.tensor(counts, device=n_seen.device)
+        counts = [floor(n * kept) for n in view.n_seen.tolist()]
+        return torch.tensor(counts, device=view.n_seen.device)
 
-    def select(self, scores: Tensor, view: LayerView) -> Tensor:
+
+@dataclass(frozen=True)
+class Fixed:
+    """A number of rows.
+
+    Attributes:
+        n: rows of each head.
+    """
+
+    n: int
+
+    def rows(self, view: LayerView) -> Tensor:
+        """Rows for each head, ``[B]``: those that were seen, and ``n`` at most."""
+        return view.n_seen.clamp(max=self.n)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """As many rows as fit into a number of bytes, allocated for the whole cache.
+
+    The bytes are those of all layers that are compressed and all sequences, unused slots and
+    positions included, when the cache was just compressed.
+
+    Attributes:
+        limit: bytes.
+    """
+
+    limit: int
+
+    def rows(self, view: LayerView) -> Tensor:
+        """Rows for each head, ``[B]``.
+
+        Raises:
+            CachepressError: if not even one row for each head fits.
+        """
+        b, h = view.keys.shape[:2]
+        page = PAGE * view.row_bytes
+        pages = floor(self.limit / (b * h * view.n_layers * page))
+        if pages < 1:
+            least = floor(b * h * view.n_layers * page) + 1
+            raise CachepressError(
+                f"max_bytes: got {self.limit}, wanted at least {least} for {view.n_layers} layers "
+                f"of {b} sequences and {h} KV heads: rows are allocated by {PAGE}"
+            )
+        return view.n_seen.clamp(max=pages * PAGE)
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """A ratio of its own for every layer.
+
+    Attributes:
+        ratios: by rank among the layers that are compressed.
+    """
+
+    ratios: tuple[float, ...]
+
+    def rows(self, view: LayerView) -> Tensor:
+        """Rows for each head, ``[B]``."""
+        return Ratio(self.ratios[view.depth]).rows(view)
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """More rows for the first layers, fewer for the last, the same in total.
+
+    The number falls linearly from layer to layer. The last layer gets ``1 / beta`` of the average,
+    but at least the rows of its window.
+
+    Attributes:
+        amount: the average.
+        window: rows of the window.
+        beta: how steep the pyramid is.
+    """
+
+    amount: Amount
+    window: int
+    beta: int
+
+    def rows(self, view: LayerView) -> Tensor:
+        """Rows for each head, ``[B]``."""
+        pairs = zip(self.amount.rows(view).tolist(), view.n_seen.tolist(), strict=True)
+        rows = [self._rows(n, seen, view.depth, view.n_layers) for n, seen in pairs]
+        return torch.tensor(rows, device=view.n_seen.device)
+
+    def _rows(self, average: int, seen: int, depth: int, n_layers: int) -> int:
+        if n_layers == 1:
+            return average
+        least = min(average, max(Fraction(average, self.beta), Fraction(self.window)))
+        most = min(2 * average - least, Fraction(seen))
+        step = 2 * (most - average) / (n_layers - 1)
+
+        def total(layers: int) -> int:
+            """Rows of the first layers, so that what is rounded off is not lost."""
+            return floor(layers * most - step * (layers * (layers - 1) // 2))
+
+        return total(depth + 1) - total(depth)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The rows with the highest scores, among those that compete.
+
+    Attributes:
+        amount: rows that each head keeps, on average where heads compete; at least one for each
+            group of rows that compete.
+        scope: "head", "layer" or "model": who competes.
+        floor: fraction of the average that every head keeps whatever its scores.
+    """
+
+    amount: Amount
+    scope: str = "head"
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise CachepressError(f"scope: got {self.scope!r}, wanted one of {', '.join(SCOPES)}")
+
+    def count(self, view: LayerView) -> Tensor:
+        """Rows that each head keeps, ``[B]``, on average where heads compete."""
+        rows = self.amount.rows(view)
+        return rows.clamp(min=1) if self.scope == "head" else rows
+
+    def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
         """Keep mask ``[B, H, T]``; of equal scores the newest rows stay."""
-        worst = torch.finfo(torch.float32).min
-        scores = scores.float().nan_to_num(nan=worst, posinf=None, neginf=worst)
-        scores = scores.masked_fill(~view.valid, float("-inf"))
-        newest_first = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
-        best = torch.arange(scores.shape[-1], device=scores.device) < view.n_kept[:, None, None]
-        mask = torch.zeros_like(view.valid).scatter_(-1, newest_first, best.expand_as(scores))
-        return mask.flip(-1) & view.valid
+        n_kept = n_kept.double()[:, None, None]
+        if self.scope == "head":
+            return best(scores, valid, n_kept)
+        safe = best(scores, valid, floor_of(n_kept, self.floor))
+        everything = scores.float().masked_fill(safe, float("inf")).flatten(1)[:, None]
+        total = (n_kept * scores.shape[1]).round().clamp(min=1)
+        return best(everything, valid.flatten(1)[:, None], total).view_as(valid)
+
+
+def best(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
+    """Mask of the ``counts [B, H or 1, 1]`` highest scores ``[B, H, T]`` among the valid rows.
+
+    Of equal scores the newest rows are taken; NaN is the lowest score.
+    """
+    worst = torch.finfo(torch.float32).min
+    scores = scores.float().nan_to_num(nan=worst, posinf=None, neginf=worst)
+    scores = scores.masked_fill(~valid, float("-inf"))
+    newest_first = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
+    ranked = (torch.arange(scores.shape[-1], device=scores.device) < counts).expand_as(scores)
+    mask = torch.zeros_like(valid).scatter_(-1, newest_first, ranked)
+    return mask.flip(-1) & valid
+
+
+def floor_of(counts: Tensor, fraction: float) -> Tensor:
+    """floor(counts * fraction), with the fraction read as the decimal it is written as."""
+    exact = Fraction(str(fraction))
+    # The nudge is far above the rounding of a double and far below one part of the denominator.
+    return (counts * exact.numerator / exact.denominator + 1e-9).floor()
 
 
 def check_ratio(ratio: float, name: str = "compression_ratio") -> None:
     """Raise unless ``ratio`` is a number with 0 <= ratio < 1."""
-    number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
-    if not number or not 0 <= ratio < 1:
+    if not _is_number(ratio) or not 0 <= ratio < 1:
         raise CachepressError(
             f"{name} is the fraction of pairs removed: got {ratio!r}, wanted a number from 0 "
             "up to but not including 1"
         )
+
+
+def check_fraction(fraction: float, name: str) -> None:
+    """Raise unless ``fraction`` is a number with 0 <= fraction <= 1."""
+    if not _is_number(fraction) or not 0 <= fraction <= 1:
+        raise CachepressError(f"{name}: got {fraction!r}, wanted a number from 0 to 1")
+
+
+def parse_bytes(text: str | int) -> int:
+    """A number of bytes: 1048576, "512MB" or "1.5GiB".
+
+    Raises:
+        CachepressError: if it is not a number of bytes above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    unit = _UNITS.get(found[2].lower()) if found else None
+    if found is None or unit is None or isinstance(text, bool) or not Fraction(found[1]):
+        raise CachepressError(
+            f'max_bytes: got {text!r}, wanted a number of bytes such as 500000000 or "1.5GiB"'
+        )
+    return floor(Fraction(found[1]) * unit)
 
 
 def pin_sinks(scores: Tensor, view: LayerView, n: int) -> Tensor:
@@ -69,3 +249,22 @@ def pin_window(scores: Tensor, view: LayerView, n: int) -> Tensor:
     """Scores with the last ``n`` rows of each text above every free row; ties go to the newest."""
     recent = view.index >= view.n_seen[:, None, None] - n
     return torch.where(recent, _WINDOW, scores.float())
+
+
+def pin(scores: Tensor, rows: Tensor) -> Tensor:
+    """Scores with the rows ``[B, H, T]`` above every free row; pinned ones stay as they are."""
+    return torch.where(rows & ~pinned(scores), _CHOSEN, scores.float())
+
+
+def choose(scores: Tensor, rows: Tensor) -> Tensor:
+    """Scores with the rows ``[B, H, T]`` above every other row, pinned or free."""
+    return torch.where(rows, _CHOSEN, scores.float().clamp(max=_FREE))
+
+
+def pinned(scores: Tensor) -> Tensor:
+    """Which rows are pinned."""
+    return scores > _FREE
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)

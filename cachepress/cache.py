@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from cachepress.errors import CachepressError
-from cachepress.stores import DenseStore
+from cachepress.stores import Store
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class CacheSize:
         return 1 - self.rows_held / self.rows_seen
 
 
-def stores(cache: Cache) -> list[DenseStore]:
+def stores(cache: Cache) -> list[Store]:
     """The layers of a cache that cachepress holds."""
-    return [layer for layer in cache.layers if isinstance(layer, DenseStore)]
+    return [layer for layer in cache.layers if isinstance(layer, Store)]
 
 
 def size_of(cache: Cache) -> CacheSize:
@@ -53,7 +53,7 @@ def size_of(cache: Cache) -> CacheSize:
 
 
 def _layer_size(layer: object) -> tuple[int, int, int, int] | None:
-    if isinstance(layer, DenseStore) and layer.is_initialized:
+    if isinstance(layer, Store) and layer.is_initialized:
         before = layer.settled.before if layer.settled else layer.nbytes
         seen = layer.get_seq_length() * layer.lengths.numel()
         return before, layer.nbytes, seen, int(layer.lengths.sum())

@@ -7,10 +7,12 @@ protocol, and the forward that first receives the cache.
 import copy
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import TracebackType
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,11 +24,19 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cachepress.core import Forward, Press, Rotary, Rows, settle
+from cachepress.core import Pending, Press, Turn, settle, settle_together
 from cachepress.errors import CachepressError, UnsupportedError
+from cachepress.forward import Forward, Rows
+from cachepress.masks import TextMask
 from cachepress.ops import AttentionRule
+from cachepress.projection import Projections
 from cachepress.rotary import CosSin, find_rotary
-from cachepress.stores import DenseStore, RowsHandle
+from cachepress.stores import Held, RowsHandle, Store
+from cachepress.trace import Trace
+from cachepress.view import Rotary
+
+if TYPE_CHECKING:
+    from cachepress.presses.base import BasePress
 
 _CACHE_NAMES = ("cache", "past_key_values")
 _PREFIX = "cachepress|"
@@ -34,17 +44,29 @@ _BASES: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """One forward of a pressed model that settles its layers."""
+class _Watched:
+    """One forward of a pressed model in which a layer is noted, or settled as well."""
 
     observation: "Observation"
+    press: Press
     layer: int
+    depth: int
     n_layers: int
     rope: Tensor
+    turn: Turn
+    due: bool
 
 
-_TURNS: WeakKeyDictionary[DenseStore, _Turn] = WeakKeyDictionary()
+_WATCHED: WeakKeyDictionary[Store, _Watched] = WeakKeyDictionary()
 _ACTIVE: list["Observation"] = []
+_FEW = 16
+
+
+def _no_mask() -> None:
+    """Stands for a mask that is gone."""
+
+
+_last_mask: tuple[Callable[[], object], TextMask] = (_no_mask, TextMask(None, 1))
 
 
 class Observation:
@@ -59,14 +81,18 @@ class Observation:
         UnsupportedError: if the model cannot be compressed.
     """
 
-    def __init__(self, press: Press, model: PreTrainedModel, turns: str = "all") -> None:
+    def __init__(self, press: "BasePress", model: PreTrainedModel, turns: str = "all") -> None:
         if turns not in ("all", "first"):
             raise CachepressError(f'turns: got {turns!r}, wanted "all" or "first"')
         check_model(model)
         self.press, self.model, self.turns = press, model, turns
         self.decoder = model.get_decoder()
+        press.check_layers(sum(_full_attention(self.decoder.config)))
+        self.chunk: str | None = None
         self.rotary_modules: list[CosSin] = []
-        self.outputs: dict[nn.Module, list[Tensor]] = {}
+        self.outputs: dict[nn.Module, dict[nn.Module, Tensor]] = {}
+        self.projections = Projections()
+        self._pending: dict[Press, list[Pending]] = {}
         self._covered = {m for m in model.modules() if isinstance(m, PreTrainedModel)}
         self._hooks: list[RemovableHandle] = []
         self._depth = 0
@@ -78,13 +104,18 @@ class Observation:
                 module.register_forward_pre_hook(self._before, with_kwargs=True),
                 module.register_forward_hook(self._after, always_call=True),
             ]
-        if self.press.needs.rotary:
+        needs = self.press.needs
+        turns_keys = needs.rotary or needs.moments_after is not None
+        if turns_keys:
             self.rotary_modules = _rotary_modules(self.decoder)
+        if turns_keys or needs.projection:
             for module in _attention_modules(self.decoder):
-                self._hooks += [
-                    child.register_forward_hook(partial(self._keep_output, module))
-                    for child in module.children()
-                ]
+                for child in module.children():
+                    self._hooks.append(
+                        child.register_forward_hook(partial(self._keep_output, module))
+                    )
+                    if needs.projection:
+                        self._hooks.append(child.register_forward_pre_hook(self.projections.verify))
         _ACTIVE.append(self)
 
     def __exit__(
@@ -127,30 +158,55 @@ class Observation:
             raise CachepressError("the forward got neither input_ids nor inputs_embeds")
         b, n = tokens.shape[:2]
         seen = cache.get_seq_length()
-        if not self.press.schedule.due(seen, n) or (seen and self.turns == "first"):
+        since = seen + n - next(iter(stores.values())).looked_at
+        turn = Turn(seen, n, since, prompt=n > 1 or self.chunk is not None)
+        press = self.press.acting(turn)
+        due = self._due(turn)
+        if not due and not (press.needs.watches and self._watches(turn)):
             return
         rope = given.get("position_ids")
         if not isinstance(rope, Tensor):
             rope = torch.arange(seen, seen + n, device=tokens.device).unsqueeze(0)
         rope = rope.reshape(-1, *rope.shape[-2:])[0].expand(b, n)
-        for layer, store in stores.items():
-            _TURNS[store] = _Turn(self, layer, len(cache.layers), rope)
+        for depth, (layer, store) in enumerate(stores.items()):
+            _WATCHED[store] = _Watched(self, press, layer, depth, len(stores), rope, turn, due)
+
+    def _due(self, turn: Turn) -> bool:
+        if self.chunk is not None:
+            return self.chunk == "settle"
+        later = turn.prompt and turn.seen > 0 and self.turns == "first"
+        return not later and self.press.schedule.due(turn)
+
+    def _watches(self, turn: Turn) -> bool:
+        """Whether a forward that settles nothing has to be noted for one that will."""
+        return self.chunk is not None or (self.press.schedule.decodes and not turn.prompt)
+
+    def wait(self, press: Press, layer: Pending) -> None:
+        """Let a scored layer wait for the others of its model."""
+        self._pending.setdefault(press, []).append(layer)
 
     def _after(self, module: nn.Module, args: object, output: object) -> None:
         self._depth = max(0, self._depth - 1)
-        if not self._depth:
-            self._end_forward()
+        if self._depth:
+            return
+        if output is not None:
+            with torch.no_grad():
+                for press, layers in self._pending.items():
+                    settle_together(press, layers)
+        self._end_forward()
 
     def _end_forward(self) -> None:
         self.outputs.clear()
-        for store in [s for s, turn in _TURNS.items() if turn.observation is self]:
-            del _TURNS[store]
+        self._pending.clear()
+        self.projections.end_forward()
+        for store in [s for s, watched in _WATCHED.items() if watched.observation is self]:
+            del _WATCHED[store]
 
     def _keep_output(
         self, attention: nn.Module, module: nn.Module, args: object, output: object
     ) -> None:
         if isinstance(output, Tensor):
-            self.outputs.setdefault(attention, []).append(output.detach())
+            self.outputs.setdefault(attention, {})[module] = output.detach()
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -202,7 +258,7 @@ def cache_argument(module: nn.Module) -> str:
     raise UnsupportedError(f"{type(module).__name__}.forward takes no cache")
 
 
-def install_stores(cache: Cache, config: PretrainedConfig, name: str) -> dict[int, DenseStore]:
+def install_stores(cache: Cache, config: PretrainedConfig, name: str) -> dict[int, Store]:
     """Put our stores in place of a cache's full-attention layers, with what those hold.
 
     Returns:
@@ -221,8 +277,8 @@ def install_stores(cache: Cache, config: PretrainedConfig, name: str) -> dict[in
         layer = cache.layers[index]
         if not full:
             continue
-        if not isinstance(layer, DenseStore):
-            layer = DenseStore.adopt(layer.keys, layer.values)
+        if not isinstance(layer, Store):
+            layer = Store.adopt(layer.keys, layer.values)
             cache.layers[index] = layer
         stores[index] = layer
     return stores
@@ -265,52 +321,116 @@ def _attention(
         return function(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise UnsupportedError(f"{type(module).__name__} adds a position bias: not supported")
-    rows, store = key.rows, key.store
-    mask = _mask_of_rows(attention_mask, rows, query, base)
-    output = function(module, query, rows.keys, rows.values, mask, **kwargs)
-    turn = _TURNS.pop(store, None)
-    if turn is not None:
+    n = query.shape[2]
+    mask, rule = _text_mask(attention_mask, n), _rule(module, query, kwargs)
+    rows = None
+    if key.new is not None:
+        rows = Rows(*key.new)
+        output = function(module, query, *key.new, attention_mask, **kwargs)
+    elif _own_attention(key.held, n, mask, kwargs):
+        output = key.held.attend(query, mask, rule), None
+    else:
+        rows = key.held.rows()
+        row_mask = _mask_of_rows(attention_mask, rows, query, base)
+        output = function(module, query, rows.keys, rows.values, row_mask, **kwargs)
+    watched = _WATCHED.pop(key.store, None)
+    if watched is not None:
         with torch.no_grad():
-            _settle_layer(turn, module, query, rows, store, attention_mask, kwargs)
+            _note(watched, module, query, output[0], key, rows, mask, rule)
     return output
 
 
-def _settle_layer(
-    turn: _Turn,
+def _own_attention(held: Held, n: int, mask: TextMask, options: Mapping[str, object]) -> bool:
+    """Whether the store attends itself: for few queries, or over rows that sequences share."""
+    few = n <= _FEW or held.shared
+    return few and not mask.per_head and not options.get("output_attentions")
+
+
+def _text_mask(mask: object, n: int) -> TextMask:
+    """The mask of a forward, read once for all its layers."""
+    global _last_mask
+    known, read = _last_mask
+    if known() is not mask or mask is None:
+        read = TextMask(mask, n)
+        _last_mask = (weakref.ref(mask) if mask is not None else _no_mask, read)
+    return read
+
+
+def _note(
+    watched: _Watched,
     module: nn.Module,
     query: Tensor,
-    rows: Rows,
-    store: DenseStore,
-    mask: object,
-    options: Mapping[str, object],
+    output: Tensor,
+    key: RowsHandle,
+    rows: Rows | None,
+    mask: TextMask,
+    rule: AttentionRule,
 ) -> None:
-    observation = turn.observation
-    outputs = observation.outputs.pop(module, [])
-    n = query.shape[2]
-
-    def rotary() -> Rotary:
-        new_keys = rows.keys[:, :, -n:].detach()
-        modules = observation.rotary_modules
-        found = find_rotary(modules, outputs, query.shape[1], new_keys, turn.rope)
-        if found is None:
-            raise UnsupportedError(
-                f"{observation.press!r} needs the position embedding of layer {turn.layer} of "
-                f"{type(observation.model).__name__}, which could not be verified: use a press "
-                "that does not need it, such as KnormPress or SnapKVPress"
-            )
-        return found
-
+    """Note what a forward showed of a layer, and settle the layer if it is due."""
+    store, press, turn = key.store, watched.press, watched.turn
+    rope = watched.rope.to(query.device)
+    trace = store.trace
+    if trace is None or trace.needs != press.needs or trace.end != turn.seen:
+        trace = Trace(press.needs, turn.seen)
+    store.trace, trace.end = trace, turn.seen + turn.new
+    if not turn.prompt:
+        if press.needs.watches:
+            trace.add_decoded(query, rope, press.buffer)
+        if not watched.due:
+            return
     forward = Forward(
         query=query,
-        rows=rows,
-        text_valid=_text_valid(mask),
-        rope=turn.rope.to(query.device),
-        layer=turn.layer,
-        n_layers=turn.n_layers,
-        rule=_rule(module, query, options),
-        find_rotary=rotary,
+        rows=key.held.rows() if rows is None else rows,
+        text_valid=mask.valid,
+        rope=rope,
+        layer=watched.layer,
+        depth=watched.depth,
+        n_layers=watched.n_layers,
+        rule=rule,
+        find_rotary=partial(_find_rotary, watched, module, key, query),
+        find_projection=partial(_find_projection, watched, module, key, output),
     )
-    settle(observation.press, store, forward)
+    if turn.prompt and press.needs.watches:
+        trace.add(forward)
+    if watched.due:
+        pending = settle(press, store, forward, trace)
+        store.looked()
+        if pending is not None:
+            watched.observation.wait(press, pending)
+
+
+def _find_rotary(watched: _Watched, module: nn.Module, key: RowsHandle, query: Tensor) -> Rotary:
+    observation = watched.observation
+    outputs = list(observation.outputs.get(module, {}).values())
+    n = query.shape[2]
+    new_keys = key.new[0] if key.new is not None else key.held.rows().keys[:, :, -n:]
+    found = find_rotary(
+        observation.rotary_modules, outputs, query.shape[1], new_keys.detach(), watched.rope
+    )
+    if found is None:
+        raise UnsupportedError(
+            f"{watched.press!r} needs the position embedding of layer {watched.layer} of "
+            f"{type(observation.model).__name__}, which could not be verified: use a press "
+            "that does not need it, such as KnormPress or SnapKVPress"
+        )
+    return found
+
+
+def _find_projection(
+    watched: _Watched, module: nn.Module, key: RowsHandle, output: Tensor
+) -> Tensor:
+    observation = watched.observation
+    heads = key.shape[1]
+    found = observation.projections.find(
+        module, list(observation.outputs.get(module, {})), heads, output
+    )
+    if found is None:
+        raise UnsupportedError(
+            f"{watched.press!r} needs the output projection of layer {watched.layer} of "
+            f"{type(observation.model).__name__}, which could not be found: use the inner press "
+            "without it"
+        )
+    return found
 
 
 def _rule(module: nn.Module, query: Tensor, options: Mapping[str, object]) -> AttentionRule:
@@ -348,20 +468,6 @@ def _mask_of_rows(mask: object, rows: Rows, query: Tensor, base: str) -> object:
     empty = (positions < 0).repeat_interleave(group, dim=1).unsqueeze(-2)
     nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return mask.masked_fill(empty, nothing)
-
-
-def _text_valid(mask: object) -> Tensor | None:
-    """Which text columns are tokens, ``[B, S]``: those that the last token may attend to."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise UnsupportedError(
-            f"a {type(mask).__name__} mask does not tell which tokens are padding: load the model "
-            'with attn_implementation="sdpa" or "eager"'
-        )
-    last = mask if mask.ndim == 2 else mask[:, 0, -1]
-    valid = last.bool() if last.dtype == torch.bool or mask.ndim == 2 else last == 0
-    return None if bool(valid.all()) else valid
 
 
 @lru_cache

@@ -2,11 +2,33 @@
 
 from dataclasses import dataclass
 
+from cachepress.core import Turn
+
 
 @dataclass(frozen=True)
 class AfterPrefill:
     """Settle after the prompt and after every further turn of several tokens; never in decode."""
 
-    def due(self, n_seen: int, n_new: int) -> bool:
-        """Whether a forward of ``n_new`` tokens on ``n_seen`` earlier ones settles the layer."""
-        return n_new > 1
+    decodes: bool = False
+
+    def due(self, turn: Turn) -> bool:
+        """Whether a forward settles the layer."""
+        return turn.prompt
+
+
+@dataclass(frozen=True)
+class Every:
+    """Settle after the prompt, and in decode whenever ``interval`` tokens came since.
+
+    Attributes:
+        interval: tokens between two settles.
+        prompts: whether prompts are settled too.
+    """
+
+    interval: int
+    prompts: bool = True
+    decodes: bool = True
+
+    def due(self, turn: Turn) -> bool:
+        """Whether a forward settles the layer."""
+        return (turn.prompt and self.prompts) or turn.since >= self.interval

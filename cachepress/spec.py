@@ -18,6 +18,7 @@ ALIASES: dict[str, str] = {
     "keydiff": "KeyDiffPress",
     "knorm": "KnormPress",
     "observed_attention": "ObservedAttentionPress",
+    "pyramidkv": "PyramidKVPress",
     "random": "RandomPress",
     "snapkv": "SnapKVPress",
     "streaming_llm": "StreamingLLMPress",
@@ -56,7 +57,8 @@ def parse(text: str) -> BasePress | None:
 
 def known_names() -> list[str]:
     """Every name that ``parse`` knows, aliases first."""
-    classes = sorted({kind.__name__ for kind in all_presses()} - {"ScorerPress", "WrapperPress"})
+    names = {kind.__name__ for kind in all_presses()} - {"ScorerPress", "WrapperPress"}
+    classes = sorted(name for name in names if not name.startswith("_"))
     return [NO_PRESS, *sorted(ALIASES), *classes]
 
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from cachepress.budgets import TopK, pin_sinks, pin_window
-from cachepress.core import LayerView
+from cachepress.budgets import Ratio, TopK, pin_sinks, pin_window
 from cachepress.ops import AttentionRule
+from cachepress.view import LayerView
 
 
 def view(n, kept, pad=0):
@@ -14,18 +14,22 @@ def view(n, kept, pad=0):
         values=torch.zeros(1, 1, n, 2),
         positions=positions,
         index=positions - pad,
+        rope=positions - pad,
         valid=positions >= pad,
         n_seen=torch.tensor([n - pad]),
         n_kept=torch.tensor([kept]),
         next_position=torch.tensor([n]),
         layer=0,
+        depth=0,
         n_layers=1,
+        row_bytes=20,
         rule=AttentionRule(1.0),
     )
 
 
 def stay(scores, table):
-    return TopK(0.5).select(scores.view(1, 1, -1), table)[0, 0].nonzero().flatten().tolist()
+    mask = TopK(Ratio(0.5)).select(scores.view(1, 1, -1), table.valid, table.n_kept)
+    return mask[0, 0].nonzero().flatten().tolist()
 
 
 def test_of_equal_scores_the_newest_stay():

@@ -38,5 +38,7 @@ def test_sums_over_all_and_over_the_last_queries(rule):
     for last in (T, Q):
         wanted = counted[..., -last:, :].sum(-2)
         for block in (1, 4, 128):
-            sums = attention_column_sums(queries[..., -last:, :], keys, valid, rule, block)
+            sums = attention_column_sums(
+                queries[..., -last:, :], keys, valid, valid[:, 0, -last:], rule, block
+            )
             torch.testing.assert_close(sums, wanted)

@@ -1,6 +1,6 @@
 """Attention sums for scoring: grouped, so that keys are never repeated for their queries.
 
-Shape letters are those of ``cachepress.core``. The rows of a table end with the rows of its
+Shape letters are those of ``cachepress.view``. The rows of a table end with the rows of its
 queries, so causality only ever touches the last Q columns.
 """
 
@@ -26,14 +26,20 @@ class AttentionRule:
 
 
 def attention_column_sums(
-    queries: Tensor, keys: Tensor, valid: Tensor, rule: AttentionRule, block: int = 128
+    queries: Tensor,
+    keys: Tensor,
+    valid: Tensor,
+    counted: Tensor,
+    rule: AttentionRule,
+    block: int = 128,
 ) -> Tensor:
     """Attention that each row receives, summed over the queries, one block of queries at a time.
 
     Args:
         queries: ``[B, H, G, Q, D]`` of the last Q rows.
         keys: ``[B, H, T, D]``.
-        valid: ``[B, H, T]`` bool; queries of rows that are not valid do not count.
+        valid: ``[B, H, T]`` bool, which rows can be attended to.
+        counted: ``[B, Q]`` bool, which queries count.
         rule: the layer's rule.
         block: queries per block; the largest intermediate is ``[B, H, G, block, T]``.
 
@@ -46,9 +52,8 @@ def attention_column_sums(
     for start in range(0, q, block):
         stop = min(start + block, q)
         end = t - q + stop
-        part, seen = queries[..., start:stop, :], valid[:, :, :end]
-        counted = seen[:, :, None, end - (stop - start) :, None]
-        sums[..., :end] += _block_sums(part, keys[:, :, :end], seen, counted, rule)
+        part, votes = queries[..., start:stop, :], counted[:, None, None, start:stop, None]
+        sums[..., :end] += _block_sums(part, keys[:, :, :end], valid[:, :, :end], votes, rule)
     return sums
 
 

@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachepress.budgets import TopK, check_ratio
-from cachepress.core import Budget, LayerView, Needs, Press, Schedule
+from cachepress.budgets import Amount, Bytes, Fixed, Ratio, TopK, check_ratio, parse_bytes
+from cachepress.core import Schedule, Turn
 from cachepress.errors import CachepressError
 from cachepress.hf import Observation
 from cachepress.schedules import AfterPrefill
+from cachepress.view import LayerView, Needs
 
 
 class BasePress:
@@ -22,13 +23,27 @@ class BasePress:
     ``cachepress.parse`` reads it back.
     """
 
+    def __init_subclass__(cls) -> None:
+        """Keep dataclasses from writing a ``repr`` of their own."""
+        super().__init_subclass__()
+        cls.__repr__ = BasePress.__repr__
+
+    def __repr__(self) -> str:
+        """The press's spelling; keyword-only options that were not given are left out."""
+        shown = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)  # type: ignore
+            if not (field.kw_only and getattr(self, field.name) == field.default)
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     @property
     def needs(self) -> Needs:
         """What the scorer wants to see beyond keys, values and positions."""
         return Needs()
 
     @property
-    def budget(self) -> Budget:
+    def budget(self) -> TopK:
         """How many rows stay, and who competes for them."""
         raise NotImplementedError(f"{type(self).__name__} has no budget")
 
@@ -37,13 +52,30 @@ class BasePress:
         """When a layer is settled."""
         return AfterPrefill()
 
+    @property
+    def compacts(self) -> bool:
+        """Whether kept keys are rotated to positions without gaps."""
+        return False
+
+    @property
+    def buffer(self) -> int:
+        """Most decoded queries that are held between two settles."""
+        return self.needs.queries
+
     def score(self, view: LayerView) -> Tensor:
         """Worth of each row, ``[B, H, T]``; the highest are kept."""
         raise NotImplementedError(f"{type(self).__name__} has no score")
 
     def with_ratio(self, ratio: float) -> Self:
         """The same press at another compression ratio."""
-        raise NotImplementedError(f"{type(self).__name__} has no compression ratio")
+        raise CachepressError(f"{type(self).__name__} has no compression ratio to set")
+
+    def acting(self, turn: Turn) -> "BasePress":
+        """The press that acts in a forward: this one, unless it is made of several."""
+        return self
+
+    def check_layers(self, n_layers: int) -> None:
+        """Raise if the press does not fit a model with ``n_layers`` compressed layers."""
 
     def __call__(
         self, model: PreTrainedModel, *, turns: str = "all"
@@ -60,30 +92,51 @@ class BasePress:
         return Observation(self, model, turns)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ScorerPress(BasePress):
     """A press that is a score, with the same budget for every head.
 
     Attributes:
         compression_ratio: fraction of pairs removed, 0 <= ratio < 1.
+        n_kept: instead of a ratio, rows that each head keeps, on average where heads compete.
+        max_bytes: instead of a ratio, bytes that the whole compressed cache may allocate, such as
+            "1.5GiB".
     """
 
     compression_ratio: float = 0.0
+    n_kept: int | None = field(default=None, kw_only=True)
+    max_bytes: int | str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_ratio(self.compression_ratio)
+        if self.n_kept is not None:
+            check_count(self, "n_kept")
+        if self.max_bytes is not None:
+            parse_bytes(self.max_bytes)
+        given = [n for n in ("compression_ratio", "n_kept", "max_bytes") if getattr(self, n)]
+        if len(given) > 1:
+            raise CachepressError(f"got both {given[0]} and {given[1]}: give one budget")
 
     @property
-    def budget(self) -> Budget:
+    def amount(self) -> Amount:
+        """Rows that each head keeps."""
+        if self.n_kept is not None:
+            return Fixed(self.n_kept)
+        if self.max_bytes is not None:
+            return Bytes(parse_bytes(self.max_bytes))
+        return Ratio(self.compression_ratio)
+
+    @property
+    def budget(self) -> TopK:
         """The best rows of each head."""
-        return TopK(self.compression_ratio)
+        return TopK(self.amount)
 
     def with_ratio(self, ratio: float) -> Self:
         """The same press at another compression ratio."""
-        return replace(self, compression_ratio=ratio)
+        return replace(self, compression_ratio=ratio, n_kept=None, max_bytes=None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WrapperPress(BasePress):
     """A press around a press: forwards every answer; subclasses override one.
 
@@ -106,7 +159,7 @@ class WrapperPress(BasePress):
         return self.press.needs
 
     @property
-    def budget(self) -> Budget:
+    def budget(self) -> TopK:
         """The inner press's budget."""
         return self.press.budget
 
@@ -115,16 +168,40 @@ class WrapperPress(BasePress):
         """The inner press's schedule."""
         return self.press.schedule
 
+    @property
+    def compacts(self) -> bool:
+        """Whether the inner press compacts."""
+        return self.press.compacts
+
+    @property
+    def buffer(self) -> int:
+        """The inner press's buffer."""
+        return self.press.buffer
+
+    @property
+    def compression_ratio(self) -> float | None:
+        """The inner press's ratio; None where it has another budget."""
+        return getattr(self.press, "compression_ratio", None)
+
     def score(self, view: LayerView) -> Tensor:
         """The inner press's score, ``[B, H, T]``."""
         return self.press.score(view)
+
+    def acting(self, turn: Turn) -> BasePress:
+        """The same wrapper around the inner press that acts."""
+        acting = self.press.acting(turn)
+        return self if acting is self.press else replace(self, press=acting)
+
+    def check_layers(self, n_layers: int) -> None:
+        """Raise if the inner press does not fit the model."""
+        self.press.check_layers(n_layers)
 
     def with_ratio(self, ratio: float) -> Self:
         """The same wrapper around the inner press at another ratio."""
         return replace(self, press=self.press.with_ratio(ratio))
 
 
-def check_count(press: Press, name: str, least: int = 1) -> None:
+def check_count(press: BasePress, name: str, least: int = 1) -> None:
     """Raise unless the press's field ``name`` is an integer of at least ``least``."""
     got = getattr(press, name)
     if not isinstance(got, int) or isinstance(got, bool) or got < least:

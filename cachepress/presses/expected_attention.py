@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import pin_sinks
-from cachepress.core import LayerView, Needs
 from cachepress.errors import CachepressError
 from cachepress.presses.base import ScorerPress, check_count
+from cachepress.view import LayerView, Needs
 
 
 @dataclass(frozen=True)

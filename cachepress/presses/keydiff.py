@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachepress.core import LayerView
 from cachepress.presses.base import ScorerPress
+from cachepress.view import LayerView
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cachepress.core import LayerView
 from cachepress.presses.base import ScorerPress
+from cachepress.view import LayerView
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachepress.core import LayerView
 from cachepress.presses.base import ScorerPress, check_count
+from cachepress.view import LayerView
 
 _WRAP = 1 << 64
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cachepress.budgets import pin_sinks
-from cachepress.core import LayerView
 from cachepress.presses.base import ScorerPress, check_count
+from cachepress.view import LayerView
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
-from cachepress.core import Rows
 from cachepress.errors import ForeignAttentionError
 
 if TYPE_CHECKING:
-    from cachepress.stores.dense import DenseStore
+    from cachepress.stores.held import Held
+    from cachepress.stores.store import Store
 
 _READABLE = {
     getattr(Tensor, name).__get__
@@ -26,19 +26,23 @@ class RowsHandle(Tensor):
 
     Attributes:
         store: the store that made it.
-        rows: the rows as they were at that moment, before anything was dropped.
+        held: what it held at that moment, before anything was dropped.
+        new: keys and values of the forward, if they are all that is held.
     """
 
-    store: "DenseStore"
-    rows: Rows
+    store: "Store"
+    held: "Held"
+    new: tuple[Tensor, Tensor] | None
 
     @classmethod
-    def of(cls, store: "DenseStore", rows: Rows, like: Tensor, n_text: int) -> "RowsHandle":
-        """A handle for ``rows`` of ``store`` that looks like ``like`` over ``n_text`` columns."""
+    def of(
+        cls, store: "Store", held: "Held", new: tuple[Tensor, Tensor] | None, like: Tensor
+    ) -> "RowsHandle":
+        """A handle for what ``store`` holds that looks like ``like`` over the whole text."""
         b, h, _, d = like.shape
         blank = torch.full((1,), float("nan"), dtype=like.dtype, device=like.device)
-        handle = blank.expand(b, h, n_text, d).as_subclass(cls)
-        handle.store, handle.rows = store, rows
+        handle = blank.expand(b, h, held.seen, d).as_subclass(cls)
+        handle.store, handle.held, handle.new = store, held, new
         return handle
 
     @classmethod

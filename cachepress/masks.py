@@ -1,0 +1,89 @@
+"""The attention mask of one forward, read as a table of queries and text columns."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cachepress.errors import UnsupportedError
+
+_LOWEST = torch.finfo(torch.float32).min
+
+
+class TextMask:
+    """What the queries of a forward may attend to; all layers of a forward share one.
+
+    Args:
+        mask: None for causal attention, ``[B, S]`` which columns are tokens, or ``[B, heads, n,
+            S]``, bool (True is visible) or added to the logits.
+        n: queries of the forward, the last n text columns.
+    """
+
+    def __init__(self, mask: object, n: int) -> None:
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim in (2, 4)):
+            kind = f"{mask.ndim}-D" if isinstance(mask, Tensor) else type(mask).__name__
+            raise UnsupportedError(
+                f"a {kind} attention mask cannot be read by a compressed cache: load the model "
+                'with attn_implementation="sdpa" or "eager"'
+            )
+        self._mask, self._n = mask, n
+        self._seen: dict[tuple[int, int], bool] = {}
+
+    @property
+    def per_head(self) -> bool:
+        """Whether heads have masks of their own."""
+        return self._mask is not None and self._mask.ndim == 4 and self._mask.shape[1] > 1
+
+    @cached_property
+    def valid(self) -> Tensor | None:
+        """Which text columns are tokens, ``[B, S]``: those that the last token may attend to."""
+        mask = self._mask
+        if mask is None:
+            return None
+        last = mask if mask.ndim == 2 else mask[:, 0, -1]
+        valid = last.bool() if last.dtype == torch.bool or mask.ndim == 2 else last == 0
+        return None if bool(valid.all()) else valid
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """Added to logits, ``[B, n, S]`` in float32; None for causal attention."""
+        mask = self._mask
+        if mask is None:
+            return None
+        if mask.ndim == 4:
+            mask = mask[:, 0]
+            return _bias(mask) if mask.dtype == torch.bool else mask.float().clamp(min=_LOWEST)
+        s = mask.shape[1]
+        causal = torch.ones(self._n, s, dtype=torch.bool, device=mask.device).tril_(s - self._n)
+        return _bias(mask.bool()[:, None] & causal)
+
+    def of_rows(self, end: int, known: Tensor | None) -> Tensor | None:
+        """The bias, if it hides any token before column ``end`` from any query; else None.
+
+        Args:
+            end: a text column before those of this forward.
+            known: ``[B, end]`` columns of which no row is held where False; None where all are.
+        """
+        if self.bias is None:
+            return None
+        key = (end, id(known))
+        if key not in self._seen:
+            hidden = self.bias[..., :end] != 0
+            if known is not None:
+                hidden = hidden & known[:, None]
+            self._seen[key] = bool(hidden.any())
+        return self.bias if self._seen[key] else None
+
+    def of_columns(self, start: int, end: int, device: torch.device) -> Tensor | None:
+        """The bias of text columns from ``start`` to the last, ``[B or 1, n, end - start]``."""
+        if self.bias is not None:
+            return self.bias[..., start:end]
+        if self._n == 1:
+            return None
+        n, columns = self._n, end - start
+        visible = torch.ones(1, n, columns, dtype=torch.bool, device=device).tril_(columns - n)
+        return _bias(visible)
+
+
+def _bias(visible: Tensor) -> Tensor:
+    return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, _LOWEST)

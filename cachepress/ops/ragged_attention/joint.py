@@ -1,0 +1,66 @@
+"""Fast attention over parts: batched products, and one softmax over the logits of all parts."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cachepress.ops.attention import AttentionRule
+from cachepress.ops.ragged_attention.parts import Part
+
+LOGITS = 1 << 24
+"""Most logits of one part that are held at once; more queries are taken in turns."""
+
+
+def ragged_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -> Tensor:
+    """Attention of the queries over all parts.
+
+    Args:
+        query: ``[B, H, G, n, D]``.
+        parts: the rows; of each span, at least one is visible to every query.
+        rule: the layer's rule.
+
+    Returns:
+        ``[B, H, G, n, E]`` in float32.
+    """
+    b, h, g, n, d = query.shape
+    step = max(1, LOGITS // (b * h * g * max(part.width for part in parts)))
+    if n > step:
+        return torch.cat(
+            [
+                ragged_attention(
+                    query[..., i : i + step, :],
+                    [part.of_queries(slice(i, i + step)) for part in parts],
+                    rule,
+                )
+                for i in range(0, n, step)
+            ],
+            dim=3,
+        )
+    # Half types are widened first: their products would be rounded.
+    scaled = (query.float() * rule.scaling).reshape(b * h, g * n, d)
+    logits = [_logits(part, scaled, rule, (b, h, g, n)) for part in parts]
+    widths = [x.shape[-1] for x in logits]
+    if rule.sinks is not None:
+        sinks = rule.sinks.float().view(1, h, g, 1).expand(b, h, g, n)
+        logits.append(sinks.reshape(b * h, g * n, 1))
+    weights = torch.cat(logits, dim=-1).softmax(-1) if len(logits) > 1 else logits[0].softmax(-1)
+    start, out = 0, None
+    for part, width in zip(parts, widths, strict=True):
+        share = part.weighted(weights[..., start : start + width])
+        out = share if out is None else out + share
+        start += width
+    assert out is not None
+    return out.view(b, h, g, n, -1)
+
+
+def _logits(
+    part: Part, query: Tensor, rule: AttentionRule, shape: tuple[int, int, int, int]
+) -> Tensor:
+    """Logits ``[X, M, N]`` of one part in fresh memory."""
+    logits = part.logits(query)
+    if rule.softcap is not None:
+        logits = logits.div_(rule.softcap).tanh_().mul_(rule.softcap)
+    if part.bias is not None:
+        logits.view(*shape, -1).add_(part.bias)
+    return logits

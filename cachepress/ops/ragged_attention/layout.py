@@ -1,0 +1,94 @@
+"""Where the rows of each span lie in the pages."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+PAGE = 32
+"""Slots of a page. A span ends with a page that is not full, so fewer than this are unused."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Spans of rows in pages: page p belongs to one span, and the pages of a span are in order.
+
+    Attributes:
+        lengths: rows of each span, on the CPU's side, so that asking costs no synchronisation.
+        device: where the pages are.
+    """
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @cached_property
+    def pages_of(self) -> tuple[int, ...]:
+        """Number of pages of each span."""
+        return tuple(-(-n // PAGE) for n in self.lengths)
+
+    @cached_property
+    def n_pages(self) -> int:
+        """Number of all pages."""
+        return sum(self.pages_of)
+
+    @cached_property
+    def even(self) -> int | None:
+        """The number of rows that every span has, or None where they differ."""
+        return self.lengths[0] if len(set(self.lengths)) == 1 else None
+
+    @cached_property
+    def span(self) -> Tensor:
+        """The span of each page, ``[P]``."""
+        spans = torch.arange(len(self.lengths))
+        pages = torch.tensor(self.pages_of, dtype=torch.long)
+        return spans.repeat_interleave(pages).to(self.device)
+
+    @property
+    def most_pages(self) -> int:
+        """Pages of the longest span."""
+        return max(self.pages_of, default=0)
+
+    @cached_property
+    def page(self) -> Tensor:
+        """The rank of each page in its span, ``[P]``."""
+        return torch.arange(self.n_pages, device=self.device) - self.first_page[self.span]
+
+    @property
+    def first_page(self) -> Tensor:
+        """The first page of each span, ``[X]``."""
+        pages = torch.tensor(self.pages_of)
+        return (pages.cumsum(0) - pages).to(self.device)
+
+    @cached_property
+    def last_page(self) -> Tensor:
+        """The last page of each span that has one, ``[spans that have rows]``."""
+        ends = torch.tensor(self.pages_of).cumsum(0) - 1
+        return ends[torch.tensor(self.lengths) > 0].to(self.device)
+
+    @cached_property
+    def last_bias(self) -> Tensor:
+        """Added to the logits of ``last_page``, ``[those, 1, C]``: lowest in unused slots."""
+        used = torch.tensor([(n - 1) % PAGE + 1 for n in self.lengths if n])
+        unused = torch.arange(PAGE) >= used[:, None, None]
+        lowest = torch.finfo(torch.float32).min
+        return torch.zeros(unused.shape).masked_fill_(unused, lowest).to(self.device)
+
+    @property
+    def slots(self) -> Tensor:
+        """The slot among all slots of each row, spans one after the other, ``[rows]``."""
+        table, real = self.padded()
+        return table[real]
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """The slot of each row as a table ``[X, longest]``, and which of its entries are rows."""
+        lengths = torch.tensor(self.lengths, device=self.device)[:, None]
+        column = torch.arange(max(self.lengths, default=0), device=self.device)
+        real = column < lengths
+        return torch.where(real, self.first_page[:, None] * PAGE + column, 0), real
+
+    def tensors(self) -> list[Tensor]:
+        """What attention over uneven spans reads, made now."""
+        if self.even is not None:
+            return []
+        return [self.span, self.page, self.last_page, self.last_bias]

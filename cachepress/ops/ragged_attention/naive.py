@@ -1,0 +1,34 @@
+"""The specification: one query after the other, over the rows that it sees."""
+
+import torch
+from torch import Tensor
+
+from cachepress.ops.attention import AttentionRule
+
+
+def naive_attention(
+    query: Tensor, rows: list[list[tuple[Tensor, Tensor]]], rule: AttentionRule
+) -> Tensor:
+    """Attention where every sequence and KV head has rows of its own.
+
+    Args:
+        query: ``[B, H, G, n, D]``.
+        rows: for each sequence and KV head, keys ``[N, D]`` and values ``[N, E]``; all visible.
+        rule: the layer's rule.
+
+    Returns:
+        ``[B, H, G, n, E]`` in float32.
+    """
+    b, h, g, n, _ = query.shape
+    out = torch.zeros(b, h, g, n, rows[0][0][1].shape[-1])
+    for i, j, k, q in torch.cartesian_prod(*(torch.arange(size) for size in (b, h, g, n))).tolist():
+        keys, values = (x.float() for x in rows[i][j])
+        logits = keys @ query[i, j, k, q].float() * rule.scaling
+        if rule.softcap is not None:
+            logits = rule.softcap * torch.tanh(logits / rule.softcap)
+        weights = logits.exp()
+        total = weights.sum()
+        if rule.sinks is not None:
+            total = total + rule.sinks[j * g + k].exp()
+        out[i, j, k, q] = weights @ values / total
+    return out

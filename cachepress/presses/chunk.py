@@ -1,0 +1,82 @@
+"""Chunk: the budget is spent evenly along the text."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cachepress.budgets import choose
+from cachepress.errors import CachepressError
+from cachepress.presses.base import WrapperPress, check_count
+from cachepress.view import EVERY, LayerView, Needs
+
+
+@dataclass(frozen=True)
+class ChunkPress(WrapperPress):
+    """Cuts the text into chunks, and scores and keeps rows in each as if it were alone.
+
+    The budget is shared out in proportion to the chunks' lengths, and exact in total. A press that
+    looks at queries sees those of the chunk; chunks of an earlier turn, whose queries are gone,
+    are scored by the queries of this one. Needs what the inner press needs, for all queries.
+
+    Attributes:
+        press: the press that scores.
+        chunk_length: tokens of a chunk.
+    """
+
+    chunk_length: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "chunk_length")
+        if self.press.budget.scope == "model":
+            raise CachepressError(
+                'ChunkPress chooses layer by layer and cannot wrap a budget of scope="model": '
+                'wrap the other way round, AdaKVPress(ChunkPress(...), scope="model")'
+            )
+
+    @property
+    def needs(self) -> Needs:
+        """What the inner press needs, with the queries of every chunk."""
+        needs = self.press.needs
+        return replace(needs, queries=EVERY) if needs.queries else needs
+
+    def score(self, view: LayerView) -> Tensor:
+        """The inner score of each chunk, its winners above all other rows, ``[B, H, T]``."""
+        return torch.cat([self._score_one(view.sequence(b)) for b in range(len(view.n_seen))])
+
+    def _score_one(self, view: LayerView) -> Tensor:
+        """The score of one sequence, ``[1, H, T]``."""
+        seen, kept, spent = int(view.n_seen), int(view.n_kept), 0
+        scores = torch.zeros_like(view.valid, dtype=torch.float32)
+        winners = torch.zeros_like(view.valid)
+        for start in range(0, seen, self.chunk_length):
+            stop = min(start + self.chunk_length, seen)
+            quota = kept * stop // seen - spent
+            spent += quota
+            inside = view.valid & (view.index >= start) & (view.index < stop)
+            columns = inside.any(1)[0].nonzero()
+            if not len(columns):
+                continue
+            part = slice(int(columns[0]), int(columns[-1]) + 1)
+            chunk = _alone(view, part, inside, start, stop, quota)
+            if self.press.needs.queries and not bool(chunk.voters.any()):
+                score = self.press.score(view)[..., part]
+            else:
+                score = self.press.score(chunk)
+            scores[..., part] = torch.where(chunk.valid, score, scores[..., part])
+            winners[..., part] |= self.press.budget.select(score, chunk.valid, chunk.n_kept)
+        return choose(scores, winners)
+
+
+def _alone(
+    view: LayerView, part: slice, inside: Tensor, start: int, stop: int, quota: int
+) -> LayerView:
+    """The rows of a chunk as a text of their own."""
+    chunk = view.only(inside)[part]
+    return replace(
+        chunk,
+        index=chunk.index - start,
+        n_seen=torch.full_like(view.n_seen, stop - start),
+        n_kept=torch.full_like(view.n_kept, quota),
+    )

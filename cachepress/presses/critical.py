@@ -1,0 +1,114 @@
+"""CriticalKV: what a dropped row would change in the layer's output."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cachepress.budgets import TopK, best, check_fraction, choose, floor_of, pin, pinned
+from cachepress.errors import CachepressError
+from cachepress.presses.adakv import AdaKVPress
+from cachepress.presses.base import WrapperPress
+from cachepress.view import LayerView, Needs
+
+_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class CriticalKVPress(WrapperPress):
+    """Weighs a score with the size of what the value adds to the layer's output.
+
+    Feng et al., "Identify Critical KV Cache in LLM Inference from an Output Perturbation
+    Perspective" (arXiv:2502.03805). A first stage keeps the best rows by the inner score; the rest
+    of the budget goes to the highest (score + epsilon) * |W_O v|_1. Scores below zero are lifted,
+    so that the product keeps their order. Needs the output projection.
+
+    Attributes:
+        press: the press that scores; a budget that heads of a layer compete for is honoured in
+            both stages.
+        epsilon: added to the score before the product.
+        first_stage_ratio: fraction of each head's budget that the inner score alone fills.
+    """
+
+    epsilon: float = 1e-4
+    first_stage_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction(self.first_stage_ratio, "first_stage_ratio")
+        if not isinstance(self.epsilon, int | float) or self.epsilon < 0:
+            raise CachepressError(f"epsilon: got {self.epsilon!r}, wanted a number >= 0")
+        if self.press.budget.scope == "model":
+            raise CachepressError(
+                f"{type(self).__name__} chooses layer by layer and cannot wrap a budget of "
+                'scope="model": wrap the other way round, AdaKVPress(CriticalKVPress(...), '
+                'scope="model")'
+            )
+
+    @property
+    def needs(self) -> Needs:
+        """What the inner press needs, and the output projection."""
+        return self.press.needs | Needs(projection=True)
+
+    def score(self, view: LayerView) -> Tensor:
+        """The score times the norm of the projected value, winners above all, ``[B, H, T]``."""
+        scores = self.press.score(view).float()
+        budgets = self.press.budget.select(scores, view.valid, view.n_kept).sum(-1, keepdim=True)
+        free = scores.masked_fill(~view.valid | pinned(scores), 0)
+        lifted = free - free.amin(-1, keepdim=True).clamp(max=0)
+        weighed = (lifted + self.epsilon) * _projected_norms(view)
+        weighed = torch.where(pinned(scores), scores, weighed)
+        first = floor_of(budgets.double(), self.first_stage_ratio)
+        chosen = best(scores, view.valid, first)
+        return choose(weighed, best(pin(weighed, chosen), view.valid, budgets))
+
+
+@dataclass(frozen=True)
+class CriticalAdaKVPress(WrapperPress):
+    """CriticalKV in a layer whose heads compete: ``CriticalKVPress(AdaKVPress(press))``.
+
+    Feng et al. (arXiv:2502.03805 and arXiv:2407.11550). Needs the output projection.
+
+    Attributes:
+        press: the press that scores.
+        alpha_safeguard: fraction of its even share that every head keeps whatever its scores.
+        epsilon: added to the score before the product.
+        first_stage_ratio: fraction of each head's budget that the inner score alone fills.
+    """
+
+    alpha_safeguard: float = 0.20
+    epsilon: float = 1e-4
+    first_stage_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._whole()
+
+    @property
+    def needs(self) -> Needs:
+        """What the inner press needs, and the output projection."""
+        return self._whole().needs
+
+    @property
+    def budget(self) -> TopK:
+        """The inner budget, for the heads of a layer together."""
+        return self._whole().budget
+
+    def score(self, view: LayerView) -> Tensor:
+        """The score times the norm of the projected value, ``[B, H, T]``."""
+        return self._whole().score(view)
+
+    def _whole(self) -> CriticalKVPress:
+        adaptive = AdaKVPress(self.press, self.alpha_safeguard)
+        return CriticalKVPress(adaptive, self.epsilon, self.first_stage_ratio)
+
+
+def _projected_norms(view: LayerView) -> Tensor:
+    """L1 norm of each value after the output projection, mean of the query heads, [B, H, T]."""
+    if view.projection is None:
+        raise TypeError("the view was made without the output projection")
+    norms = []
+    for values in view.values.split(_BLOCK, dim=2):
+        projected = values.unsqueeze(2).float() @ view.projection.float()  # [B, H, G, block, M]
+        norms.append(projected.abs().sum(-1).mean(2))
+    return torch.cat(norms, dim=-1)

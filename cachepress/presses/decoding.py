@@ -1,0 +1,207 @@
+"""Compression of a running generation."""
+
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+from cachepress.budgets import Fixed, Ratio, TopK, check_ratio
+from cachepress.core import Schedule, Turn
+from cachepress.errors import CachepressError
+from cachepress.presses.base import BasePress, WrapperPress, check_count
+from cachepress.schedules import AfterPrefill, Every
+from cachepress.view import Needs
+
+
+@dataclass(frozen=True)
+class _WhileDecodingPress(WrapperPress):
+    """What the presses for decoding have in common."""
+
+    compression_interval: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "compression_interval")
+        check_count(self, "hidden_states_buffer_size")
+        if self.press.schedule != AfterPrefill():
+            raise CachepressError(
+                f"{type(self).__name__} decides when rows are dropped, and {self.press!r} does so "
+                "already: give it the press that scores"
+            )
+
+    @property
+    def schedule(self) -> Schedule:
+        """After the prompt, and whenever ``compression_interval`` tokens came."""
+        return Every(self.compression_interval)
+
+    @property
+    def buffer(self) -> int:
+        """Decoded queries that are held for the score."""
+        return min(self.hidden_states_buffer_size, self.compression_interval)
+
+
+@dataclass(frozen=True)
+class DecodingPress(_WhileDecodingPress):
+    """Keeps the cache of a running generation below a bound.
+
+    When the prompt is read, and then whenever ``compression_interval`` tokens were decoded, the
+    cache is brought down to ``target_size`` rows: it never holds more than both together. Decoded
+    queries are those that attention used, so their positions are the true ones. Needs what the
+    inner press needs.
+
+    Attributes:
+        press: the press that scores; its own ratio does not count.
+        compression_interval: decoded tokens between two compressions.
+        target_size: rows that each head keeps, on average where heads compete.
+        hidden_states_buffer_size: most decoded queries that a score can look at.
+    """
+
+    target_size: int = 2048
+    hidden_states_buffer_size: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "target_size")
+
+    @property
+    def budget(self) -> TopK:
+        """``target_size`` rows, for those who compete under the inner press."""
+        return replace(self.press.budget, amount=Fixed(self.target_size))
+
+    @property
+    def compression_ratio(self) -> None:
+        """None: the budget is a number of rows."""
+        return None
+
+    def with_ratio(self, ratio: float) -> NoReturn:
+        """Refused: the budget is a number of rows."""
+        raise CachepressError("DecodingPress has no compression ratio: give target_size")
+
+
+@dataclass(frozen=True)
+class CompressionRatioDecodingPress(_WhileDecodingPress):
+    """Keeps the cache of a running generation at a fraction of what it has seen.
+
+    Needs what the inner press needs.
+
+    Attributes:
+        press: the press that scores; its own ratio does not count.
+        compression_interval: decoded tokens between two compressions.
+        target_compression_ratio: fraction of all pairs seen that are removed.
+        hidden_states_buffer_size: most decoded queries that a score can look at.
+    """
+
+    target_compression_ratio: float = 0.5
+    hidden_states_buffer_size: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ratio(self.target_compression_ratio, "target_compression_ratio")
+
+    @property
+    def budget(self) -> TopK:
+        """The fraction that is left, for those who compete under the inner press."""
+        return replace(self.press.budget, amount=Ratio(self.target_compression_ratio))
+
+    @property
+    def compression_ratio(self) -> float:
+        """The ratio that the cache is brought to."""
+        return self.target_compression_ratio
+
+    def with_ratio(self, ratio: float) -> "CompressionRatioDecodingPress":
+        """The same press at another ratio."""
+        return replace(self, target_compression_ratio=ratio)
+
+
+@dataclass(frozen=True)
+class PrefillDecodingPress(BasePress):
+    """One press for prompts and another one for decoding.
+
+    Attributes:
+        prefilling_press: compresses prompts; None leaves them whole.
+        decoding_press: a ``DecodingPress`` or ``CompressionRatioDecodingPress`` that compresses
+            what is decoded, the prompt's rows included; None for none.
+    """
+
+    prefilling_press: BasePress | None = None
+    decoding_press: BasePress | None = None
+
+    def __post_init__(self) -> None:
+        first, second = self.prefilling_press, self.decoding_press
+        if first is None and second is None:
+            raise CachepressError("got neither prefilling_press nor decoding_press: give one")
+        if first is not None and (not isinstance(first, BasePress) or first.schedule.decodes):
+            raise CachepressError(f"prefilling_press: got {first!r}, wanted a press for prompts")
+        if second is not None and not (isinstance(second, BasePress) and second.schedule.decodes):
+            raise CachepressError(
+                f"decoding_press: got {second!r}, wanted for example "
+                "DecodingPress(KnormPress(), target_size=1024)"
+            )
+
+    @property
+    def needs(self) -> Needs:
+        """What both presses need."""
+        return self._first.needs | self._second.needs
+
+    @property
+    def budget(self) -> TopK:
+        """The budget for prompts, or the one for decoding if there is no other."""
+        return self._first.budget
+
+    @property
+    def schedule(self) -> Schedule:
+        """That of both."""
+        return _Both(self.prefilling_press, self.decoding_press)
+
+    @property
+    def buffer(self) -> int:
+        """That of the press for decoding."""
+        return self._second.buffer
+
+    @property
+    def compression_ratio(self) -> float | None:
+        """The ratio for prompts."""
+        return getattr(self.prefilling_press, "compression_ratio", None)
+
+    def acting(self, turn: Turn) -> BasePress:
+        """The press for prompts, or the one for decoding."""
+        return self._first if turn.prompt else self._second
+
+    def check_layers(self, n_layers: int) -> None:
+        """Raise if one of the presses does not fit the model."""
+        self._first.check_layers(n_layers)
+        self._second.check_layers(n_layers)
+
+    def with_ratio(self, ratio: float) -> "PrefillDecodingPress":
+        """The same presses, the one for prompts at another ratio."""
+        if self.prefilling_press is None:
+            raise CachepressError("there is no prefilling_press to set a ratio of")
+        return replace(self, prefilling_press=self.prefilling_press.with_ratio(ratio))
+
+    @property
+    def _first(self) -> BasePress:
+        press = self.prefilling_press or self.decoding_press
+        assert press is not None
+        return press
+
+    @property
+    def _second(self) -> BasePress:
+        press = self.decoding_press or self.prefilling_press
+        assert press is not None
+        return press
+
+
+@dataclass(frozen=True)
+class _Both:
+    """The schedule of a press for prompts and one for decoding."""
+
+    first: BasePress | None
+    second: BasePress | None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether there is a press for decoding."""
+        return self.second is not None
+
+    def due(self, turn: Turn) -> bool:
+        """Whether the press that acts is due."""
+        press = self.first if turn.prompt else self.second
+        return press is not None and press.schedule.due(turn)

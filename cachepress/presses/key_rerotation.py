@@ -1,0 +1,29 @@
+"""Key rerotation: kept keys stand next to each other."""
+
+from dataclasses import dataclass
+
+from cachepress.presses.base import WrapperPress
+from cachepress.view import Needs
+
+
+@dataclass(frozen=True)
+class KeyRerotationPress(WrapperPress):
+    """Rotates kept keys to positions without gaps, which end at the last position seen.
+
+    The distance from a kept row to the next query is then its rank from the end, as if the dropped
+    rows had never been there; the positions of the tokens to come stay what they are. Needs the
+    layer's rotary embedding.
+
+    Attributes:
+        press: the press that chooses the rows.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """What the inner press needs, and the rotary embedding."""
+        return self.press.needs | Needs(rotary=True)
+
+    @property
+    def compacts(self) -> bool:
+        """Yes."""
+        return True

@@ -1,0 +1,71 @@
+"""Finding a layer's output projection, and proving that it takes what attention gave."""
+
+import torch
+from torch import Tensor, nn
+
+from cachepress.errors import UnsupportedError
+
+
+class Projections:
+    """The output projections of the attention modules of one model.
+
+    A layer is settled before its output projection runs, so the projection is the one submodule
+    with fitting weights that has not run yet. When it does run, its input must be what attention
+    gave; a layer that gates or norms it in between is refused.
+    """
+
+    def __init__(self) -> None:
+        self._weights: dict[nn.Module, Tensor] = {}
+        self._expected: dict[nn.Module, Tensor] = {}
+
+    def find(
+        self, attention: nn.Module, done: list[nn.Module], heads: int, output: Tensor
+    ) -> Tensor | None:
+        """The projection ``[H, G, E, M]``, or None if there is no single fitting submodule.
+
+        Args:
+            attention: the attention module.
+            done: its submodules that ran already.
+            heads: KV heads.
+            output: ``[B, n, H * G, E]`` what attention gave.
+        """
+        width, e = output.shape[-2] * output.shape[-1], output.shape[-1]
+        left = [m for m in attention.children() if m not in done and _takes(m, width)]
+        if len(left) != 1:
+            return None
+        module = left[0]
+        self._expected[module] = output.detach().flatten(-2)
+        if module not in self._weights:
+            self._weights[module] = _matrix(module, width, output)
+        return self._weights[module].view(heads, -1, e, self._weights[module].shape[-1])
+
+    def verify(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        """Raise unless a projection gets what attention gave."""
+        expected = self._expected.pop(module, None)
+        if expected is None:
+            return
+        given = args[0] if args else None
+        same_size = isinstance(given, Tensor) and given.numel() == expected.numel()
+        if same_size and torch.equal(given.detach().reshape(expected.shape), expected):
+            return
+        raise UnsupportedError(
+            "the output projection does not take what attention gave, but something made from it "
+            "(a gate or a norm): presses that need the output projection cannot be used here"
+        )
+
+    def end_forward(self) -> None:
+        """Forget what was expected."""
+        self._expected.clear()
+
+
+def _takes(module: nn.Module, width: int) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2 and width in weight.shape
+
+
+def _matrix(module: nn.Module, width: int, like: Tensor) -> Tensor:
+    """The module as a matrix ``[width, M]``, read off what it does to unit vectors."""
+    with torch.no_grad():
+        units = torch.eye(width, dtype=like.dtype, device=like.device)
+        nothing = torch.zeros(1, width, dtype=like.dtype, device=like.device)
+        return module.forward(units) - module.forward(nothing)

@@ -1,0 +1,136 @@
+"""Rows that no longer change: what a settled layer holds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cachepress.forward import Rows
+from cachepress.ops.ragged_attention import PAGE, DensePart, Layout, PagedPart, Part
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of each sequence and KV head, every head with its own number of them, in pages.
+
+    A head costs its own rows and what is left of its last page. A block is never written to, so
+    any number of caches can hold it.
+
+    Attributes:
+        shape: ``(B, H)``.
+        layout: where each head's rows are.
+        keys: ``[P, C, D]``.
+        values: ``[P, C, E]``.
+        positions: ``[P, C]`` index of each row in the text, -1 in an unused slot.
+        rope: ``[P, C]`` position that each key is rotated to; None where it is the position.
+    """
+
+    shape: tuple[int, int]
+    layout: Layout
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    rope: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Rows, mask: Tensor) -> "Block":
+        """The rows of ``mask [B, H, T]``, in their order."""
+        b, h, _ = mask.shape
+        layout = Layout(tuple(mask.sum(-1).flatten().tolist()), mask.device)
+        slots = layout.slots
+
+        def paged(x: Tensor, empty: int = 0) -> Tensor:
+            with torch.inference_mode(False), torch.no_grad():
+                size = (layout.n_pages * PAGE, *x.shape[3:])
+                pages = torch.full(size, empty, dtype=x.dtype, device=x.device)
+            with torch.no_grad():
+                pages[slots] = x[mask]
+            return pages.view(layout.n_pages, PAGE, *x.shape[3:])
+
+        return cls(
+            shape=(b, h),
+            layout=layout,
+            keys=paged(rows.keys),
+            values=paged(rows.values),
+            positions=paged(rows.text_positions().int(), -1),
+            rope=None if rows.rope is None else paged(rows.rope.int(), -1),
+        )
+
+    def rows(self) -> Rows:
+        """All rows as a table ``[B, H, longest, ...]``; a view where all heads hold the same."""
+        columns = (self.keys, self.values, self.positions, self.rope)
+        n = self.layout.even
+        if n is not None:
+            tables = [None if x is None else self._spans(x)[:, :, :n] for x in columns]
+            return Rows(*tables[:3], rope=tables[3])  # pyright: ignore[reportArgumentType]
+        table, real = self.layout.padded()
+        tables = [
+            None if x is None else x.flatten(0, 1)[table].unflatten(0, self.shape) for x in columns
+        ]
+        keys, values, positions, rope = tables
+        hidden = ~real.unflatten(0, self.shape)
+        positions = positions.masked_fill(hidden, -1)  # pyright: ignore[reportOptionalMemberAccess]
+        return Rows(keys, values, positions, full=False, rope=rope)  # pyright: ignore[reportArgumentType]
+
+    def part(self, mask: Tensor | None) -> Part:
+        """The rows as attention reads them.
+
+        Args:
+            mask: added to the logits, ``[B', n, S]`` over text columns; None if all are visible.
+        """
+        n = self.layout.even
+        if n is None:
+            bias = None if mask is None else self._bias(mask)
+            return PagedPart(self.keys, self.values, self.layout, bias)
+        bias = None if mask is None else _of_columns(mask, self._spans(self.positions)[:, :, :n])
+        keys, values = (self._spans(x)[:, :, :n].flatten(0, 1) for x in (self.keys, self.values))
+        return DensePart(keys, values, bias)
+
+    def select(self, sequences: Tensor) -> "Block":
+        """The block of some of the sequences ``[B']``, which may repeat."""
+        b, h = self.shape
+        wanted = sequences.tolist()
+        lengths = [self.layout.lengths[i * h : (i + 1) * h] for i in wanted]
+        starts = self.layout.first_page.view(b, h).tolist()
+        counts = [self.layout.pages_of[i * h : (i + 1) * h] for i in range(b)]
+        pages = torch.tensor(
+            [starts[i][0] + p for i in wanted for p in range(sum(counts[i]))],
+            dtype=torch.long,
+            device=self.layout.device,
+        )
+        return replace(
+            self,
+            shape=(len(wanted), h),
+            layout=Layout(tuple(n for row in lengths for n in row), self.layout.device),
+            keys=self.keys[pages],
+            values=self.values[pages],
+            positions=self.positions[pages],
+            rope=None if self.rope is None else self.rope[pages],
+        )
+
+    def tensors(self) -> Sequence[Tensor]:
+        """Everything that is allocated."""
+        columns = (self.keys, self.values, self.positions, self.rope)
+        return [x for x in columns if x is not None] + self.layout.tensors()
+
+    def _spans(self, x: Tensor) -> Tensor:
+        """Pages of even spans as a table ``[B, H, slots, ...]``."""
+        b, h = self.shape
+        return x.reshape(b, h, -1, *x.shape[2:])
+
+    def _bias(self, mask: Tensor) -> Tensor:
+        """A mask over text columns as one over the slots of the longest span."""
+        layout = self.layout
+        table = self.positions.new_full((len(layout.lengths), layout.most_pages, PAGE), -1)
+        table[layout.span, layout.page] = self.positions
+        return _of_columns(mask, table.view(*self.shape, -1))
+
+
+def _of_columns(mask: Tensor, positions: Tensor) -> Tensor:
+    """A mask ``[B, n, S]`` at ``positions [B or 1, H, N]``, as a bias ``[B, H, 1, n, N]``."""
+    b, n, s = mask.shape
+    h = positions.shape[1]
+    column = positions.clamp(min=0).long().expand(b, -1, -1)[:, :, None]
+    picked = mask[:, None].expand(b, h, n, s).gather(-1, column.expand(-1, -1, n, -1))
+    return picked.unsqueeze(2)

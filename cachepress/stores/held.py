@@ -1,0 +1,88 @@
+"""What a store holds at one moment, and attention over it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cachepress.forward import Rows
+from cachepress.masks import TextMask
+from cachepress.ops import AttentionRule
+from cachepress.ops.ragged_attention import Part, ragged_attention
+from cachepress.stores.block import Block
+from cachepress.stores.tail import TailRows
+
+
+@dataclass(frozen=True)
+class Held:
+    """Blocks and tail of a store as they were at one moment.
+
+    Attributes:
+        blocks: settled rows, of all sequences or of one that all share.
+        tail: rows since.
+        seen: text columns seen.
+        batch: number of sequences.
+        known: ``[B, S]`` of the settled text columns, those that are tokens; None if all.
+    """
+
+    blocks: tuple[Block, ...]
+    tail: TailRows | None
+    seen: int
+    batch: int
+    known: Tensor | None
+
+    @property
+    def shared(self) -> bool:
+        """Whether sequences share rows."""
+        return any(block.shape[0] != self.batch for block in self.blocks)
+
+    def rows(self) -> Rows:
+        """Everything as one table ``[B, H, T, ...]``, the rows of the tail last."""
+        if not self.blocks and self.tail is not None:
+            return Rows(self.tail.keys, self.tail.values)
+        parts = [block.rows() for block in self.blocks]
+        if self.tail is not None:
+            parts.append(self.tail.rows(self.seen))
+        parts = [self._expanded(part) for part in parts]
+        if len(parts) == 1:
+            return parts[0]
+        rope = None
+        if any(part.rope is not None for part in parts):
+            columns = [part.text_positions().new_full(part.keys.shape[:3], -1) for part in parts]
+            ropes = [c if p.rope is None else p.rope for p, c in zip(parts, columns, strict=True)]
+            rope = torch.cat(ropes, dim=2)
+        return Rows(
+            keys=torch.cat([part.keys for part in parts], dim=2),
+            values=torch.cat([part.values for part in parts], dim=2),
+            positions=torch.cat([part.text_positions() for part in parts], dim=2),
+            full=all(part.full for part in parts),
+            rope=rope,
+        )
+
+    def attend(self, query: Tensor, mask: TextMask, rule: AttentionRule) -> Tensor:
+        """Attention of ``query [B, H * G, n, D]`` over everything, ``[B, n, H * G, E]``.
+
+        The rows of the tail end with those of the queries. Rows that sequences share are read
+        once for all of them.
+        """
+        b, hq, n, d = query.shape
+        own = 0 if self.tail is None else self.tail.keys.shape[2]
+        start = self.seen - own
+        bias = mask.of_rows(start, self.known)
+        parts: list[Part] = [block.part(bias) for block in self.blocks]
+        if self.tail is not None:
+            parts.append(self.tail.part(mask.of_columns(start, self.seen, query.device)))
+        h = self.tail.keys.shape[1] if self.tail is not None else self.blocks[0].shape[1]
+        out = ragged_attention(query.reshape(b, h, hq // h, n, d), parts, rule)
+        return out.view(b, hq, n, -1).transpose(1, 2).to(query.dtype).contiguous()
+
+    def _expanded(self, rows: Rows) -> Rows:
+        """A shared table as one of every sequence."""
+        if rows.keys.shape[0] == self.batch:
+            return rows
+        columns = {"keys": rows.keys, "values": rows.values}
+        columns |= {"positions": rows.positions, "rope": rows.rope}
+        return replace(
+            rows,
+            **{k: x.expand(self.batch, *x.shape[1:]) for k, x in columns.items() if x is not None},
+        )

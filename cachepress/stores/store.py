@@ -1,0 +1,265 @@
+"""The store: a transformers cache layer whose rows can be dropped, head by head."""
+
+import copy
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from cachepress.errors import CachepressError, UnsupportedError
+from cachepress.forward import Rows
+from cachepress.stores.block import Block
+from cachepress.stores.handle import RowsHandle
+from cachepress.stores.held import Held
+from cachepress.stores.tail import SLACK, Tail
+from cachepress.trace import Trace
+
+POSITION_BYTES = 4
+
+
+class Settled(NamedTuple):
+    """Bytes held by a store before and after it was last settled, measured from storage."""
+
+    before: int
+    after: int
+
+
+class Store(CacheLayerMixin):
+    """A transformers cache layer whose rows can be dropped.
+
+    ``get_seq_length()`` is what was *seen*, so positions and masks of the next forward come out
+    right; ``lengths`` is what is *held*. What was settled is in blocks that never change, with
+    each head's own number of rows, and may be shared with other caches; what came since is in a
+    tail of this store's own.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        self._blocks: tuple[Block, ...] = ()
+        self._tail: Tail | None = None
+        self._batch = -1
+        self._seen = 0
+        self._settled_at = 0
+        self.looked_at = 0
+        self.trace: Trace | None = None
+        self.known: Tensor | None = None
+        self.settled: Settled | None = None
+
+    @classmethod
+    def adopt(cls, keys: Tensor | None, values: Tensor | None) -> "Store":
+        """A store that holds what an ordinary cache layer held, ``[B, H, T, D]`` each."""
+        store = cls()
+        if keys is not None and values is not None and keys.numel():
+            store._append(keys, values)
+        return store
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether any row was written."""
+        return self._batch > 0
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held; -1 before the first row."""
+        return self._batch
+
+    @property
+    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Held keys ``[B, H, N, D]``; None before the first row."""
+        return self.held.rows().keys if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Held values ``[B, H, N, E]``; None before the first row."""
+        return self.held.rows().values if self.is_initialized else None
+
+    @property
+    def positions(self) -> Tensor:
+        """Index in the text of each held row, ``[B, H, N]``, padding included; -1 if empty."""
+        return self.held.rows().text_positions()
+
+    @property
+    def lengths(self) -> Tensor:
+        """Rows held by each head, ``[B, H]``."""
+        return (self.positions >= 0).sum(-1)
+
+    @property
+    def held(self) -> Held:
+        """What is held now, as attention reads it."""
+        if not self.is_initialized:
+            raise CachepressError("the store is empty: run a forward with it first")
+        tail = None if self._tail is None else self._tail.read()
+        return Held(self._blocks, tail, self._seen, self._batch, self.known)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for the rows, slack and bookkeeping included."""
+        return sum({x.data_ptr(): x.untyped_storage().nbytes() for x in self.tensors()}.values())
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is allocated."""
+        found = [x for block in self._blocks for x in block.tensors()]
+        return found if self._tail is None else found + self._tail.tensors()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write the rows of a forward, and hand out what attention reads them by."""
+        new = (key_states, value_states) if not self._seen else None
+        self._append(key_states, value_states)
+        held = self.held
+        return (
+            RowsHandle.of(self, held, new, key_states),
+            RowsHandle.of(self, held, new, value_states),
+        )
+
+    def keep(self, rows: Rows, mask: Tensor, known: Tensor | None = None) -> None:
+        """Hold exactly the rows of ``mask [B, H, T]``, in their order, in new storage.
+
+        Args:
+            rows: a table of everything that is held.
+            mask: what stays of it.
+            known: ``[B, S]`` which text columns are tokens; None where all are.
+        """
+        before = self.nbytes
+        self._blocks, self._tail = (Block.of(rows, mask),), None
+        self._settled_at, self.known = self._seen, known
+        self.settled = Settled(before, self.nbytes)
+
+    @property
+    def recodes(self) -> bool:
+        """Whether rows that are kept are stored in another form than they came in."""
+        return False
+
+    def row_bytes(self, rows: Rows, compacts: bool) -> float:
+        """Bytes that a kept row of a head needs: key, value, and its positions."""
+        vectors = sum(x.shape[-1] * x.element_size() for x in (rows.keys, rows.values))
+        return vectors + POSITION_BYTES * (2 if compacts or rows.rope is not None else 1)
+
+    def looked(self) -> None:
+        """Note that a press looked at the rows, whether or not it dropped any."""
+        self.looked_at, self.trace = self._seen, None
+
+    def fork(self) -> "Store":
+        """A store with the same rows, which it shares; what is appended to one stays with it."""
+        if self._tail is not None and self._tail.n > SLACK:
+            self._freeze()
+        forked = copy.copy(self)
+        forked._tail = copy.deepcopy(self._tail)
+        if self.trace is not None:
+            forked.trace = self.trace.select(torch.arange(self._batch))
+        return forked
+
+    def get_seq_length(self) -> int:
+        """Text columns seen, which is where the next token stands."""
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the attention mask: the whole text and the new tokens."""
+        return self._seen + int(query_length), 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` text columns, or all after a positive length.
+
+        Raises:
+            CachepressError: if rows would be needed that were dropped when the store was settled.
+        """
+        target = tokens_to_remove if tokens_to_remove > 0 else self._seen + tokens_to_remove
+        if target >= self._seen or not self.is_initialized:
+            return
+        if target < self._settled_at or target < 0:
+            raise CachepressError(
+                f"cannot crop a compressed cache to {target} tokens: rows before "
+                f"{self._settled_at} were dropped when the prompt was compressed; crop to "
+                f"{self._settled_at} or more"
+            )
+        surplus, own = self._seen - target, 0 if self._tail is None else self._tail.n
+        if self._tail is not None and surplus <= own:
+            self._tail.n -= surplus
+        else:
+            rows = self.held.rows()
+            positions = rows.text_positions()
+            self._blocks = (Block.of(rows, (positions >= 0) & (positions < target)),)
+            self._tail = None
+        self._seen = target
+        self.looked_at, self.trace = min(self.looked_at, target), None
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__init__()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: buffers are made when the first rows arrive."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace the sequences by those of ``beam_idx [B']``, which may repeat.
+
+        Rows that all sequences share are not copied.
+        """
+        if not self.is_initialized:
+            return
+        index = beam_idx.to(self.tensors()[0].device)
+        self._blocks = tuple(
+            block if block.shape[0] == 1 else block.select(index) for block in self._blocks
+        )
+        if self._tail is not None:
+            self._tail = self._tail.select(index)
+        if self.known is not None:
+            self.known = self.known[index.to(self.known.device)]
+        if self.trace is not None:
+            self.trace = self.trace.select(index)
+        self._batch = len(index)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence ``repeats`` times in a row."""
+        self.reorder_cache(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences of ``indices`` only."""
+        batch = torch.arange(max(self.batch_size, 0), device=indices.device)
+        self.reorder_cache(batch[indices] if self.is_initialized else batch)
+
+    def offload(self) -> None:
+        """Refused: the attention function reads the rows where they are."""
+        raise UnsupportedError("a compressed cache cannot be offloaded: use DynamicCache()")
+
+    prefetch = offload
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """A fork: blocks never change, so they need no copy."""
+        return self.fork()  # pyright: ignore[reportReturnType]
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        batch = keys.shape[0]
+        if not self.is_initialized:
+            self._batch = batch
+        if batch != self._batch:
+            if self._batch != 1:
+                raise CachepressError(
+                    f"the cache holds {self._batch} sequences and the forward has {batch}: wanted "
+                    "the same number, or a cache of one sequence, which is shared by all"
+                )
+            self.reorder_cache(torch.zeros(batch, dtype=torch.long))
+        if self._tail is None:
+            self._tail = Tail.of(keys, values)
+        else:
+            self._tail.append(keys, values)
+        self._seen += keys.shape[2]
+
+    def _freeze(self) -> None:
+        """Turn the tail into a block, which forks can share."""
+        assert self._tail is not None
+        rows = self._tail.read().rows(self._seen)
+        mask = torch.ones(rows.keys.shape[:3], dtype=torch.bool, device=rows.keys.device)
+        self._blocks, self._tail = (*self._blocks, Block.of(rows, mask)), None

@@ -1,0 +1,86 @@
+"""Rows that were appended since a layer was last settled."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cachepress.forward import Rows
+from cachepress.ops.ragged_attention import DensePart
+
+SLACK = 64
+"""Slots that a buffer has more than it needs when it is made, so that appends do not copy it."""
+
+
+@dataclass
+class Tail:
+    """The newest rows, the same in every head: text columns without a gap, in a growing buffer.
+
+    Attributes:
+        keys: ``[B, H, slots, D]``, of which the first ``n`` are in use.
+        values: ``[B, H, slots, E]``.
+        n: rows in use.
+    """
+
+    keys: Tensor
+    values: Tensor
+    n: int
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor) -> "Tail":
+        """A tail that holds a copy of these rows."""
+        return cls(_with_room(keys, SLACK), _with_room(values, SLACK), keys.shape[2])
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Write rows after the last one; the buffer is copied once in ``SLACK`` rows at most."""
+        n = self.n + keys.shape[2]
+        if n > self.keys.shape[2]:
+            room = keys.shape[2] + SLACK
+            self.keys = _with_room(self.keys[:, :, : self.n], room)
+            self.values = _with_room(self.values[:, :, : self.n], room)
+        with torch.no_grad():
+            self.keys[:, :, self.n : n] = keys
+            self.values[:, :, self.n : n] = values
+        self.n = n
+
+    def read(self) -> "TailRows":
+        """The rows as they are now; rows that are appended later do not show."""
+        return TailRows(self.keys[:, :, : self.n], self.values[:, :, : self.n])
+
+    def select(self, sequences: Tensor) -> "Tail":
+        """A tail of some of the sequences ``[B']``, which may repeat."""
+        rows = self.read()
+        return Tail.of(*(x.index_select(0, sequences) for x in (rows.keys, rows.values)))
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is allocated."""
+        return [self.keys, self.values]
+
+
+@dataclass(frozen=True)
+class TailRows:
+    """Rows of a tail at one moment, ``[B, H, n, ...]`` each."""
+
+    keys: Tensor
+    values: Tensor
+
+    def rows(self, seen: int) -> Rows:
+        """The rows as a table, when ``seen`` text columns were seen."""
+        b, h, n = self.keys.shape[:3]
+        positions = torch.arange(seen - n, seen, dtype=torch.int32, device=self.keys.device)
+        return Rows(self.keys, self.values, positions.expand(b, h, n))
+
+    def part(self, mask: Tensor | None) -> DensePart:
+        """The rows as attention reads them, with a mask ``[B or 1, n, rows]`` or none."""
+        bias = None if mask is None else mask[:, None, None]
+        return DensePart(self.keys.flatten(0, 1), self.values.flatten(0, 1), bias)
+
+
+def _with_room(x: Tensor, room: int) -> Tensor:
+    """A copy of ``x [B, H, N, ...]`` with ``room`` more slots, usable in every grad mode."""
+    b, h, n = x.shape[:3]
+    with torch.inference_mode(False), torch.no_grad():
+        buffer = torch.empty(b, h, n + room, *x.shape[3:], dtype=x.dtype, device=x.device)
+    with torch.no_grad():
+        buffer[:, :, :n] = x
+    return buffer

@@ -1,0 +1,183 @@
+"""What is noted of a turn between two settles, when it takes more than one forward."""
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cachepress.forward import Forward
+from cachepress.ops import attention_column_sums, gather, valid_last
+from cachepress.view import LayerView, Moments, Needs
+
+
+class _Decoded(NamedTuple):
+    """The query ``[B, H * G, 1, D]`` of a decoded token and the position of it, ``[B, 1]``."""
+
+    query: Tensor
+    rope: Tensor
+
+
+@dataclass
+class Trace:
+    """Queries, moments and attention sums of one layer since it was last settled.
+
+    Chunks of a prompt are noted as they come; of decoded tokens the last queries are held, and
+    looked at when the layer is settled.
+
+    Attributes:
+        needs: what is noted.
+        end: text columns seen when the last forward was noted; a gap makes the trace void.
+    """
+
+    needs: Needs
+    end: int
+    _length: int = 0
+    _queries: Tensor | None = None
+    _voters: Tensor | None = None
+    _sums: Tensor | None = None
+    _moments: "_Running | None" = None
+    _decoded: list[_Decoded] = field(default_factory=list)
+
+    def add(self, forward: Forward) -> None:
+        """Note the queries of a prompt, or of a part of it."""
+        b, _, n, d = forward.query.shape
+        h = forward.rows.keys.shape[1]
+        query = forward.query.detach().reshape(b, h, -1, n, d)  # [B, H, G, n, D]
+        counted = torch.ones(b, n, dtype=torch.bool, device=query.device)
+        if forward.text_valid is not None:
+            counted = forward.text_valid[:, -n:]
+        self._length += n
+        if self.needs.queries:
+            self._add_queries(query, counted)
+        if self.needs.attention_sums:
+            self._add_sums(query, counted, forward)
+        if self.needs.moments_after is not None:
+            self._add_moments(query, counted, forward)
+
+    def add_decoded(self, query: Tensor, rope: Tensor, most: int) -> None:
+        """Hold the query of a decoded token; of all of them the last ``most``."""
+        self._decoded.append(_Decoded(query.detach(), rope))
+        del self._decoded[:-most]
+
+    def show(self, view: LayerView, forward: Forward) -> LayerView:
+        """The view with all that was noted, and what the press declared besides."""
+        if self._decoded:
+            queries, ropes = zip(*self._decoded, strict=True)
+            self._decoded = []
+            query, rope = torch.cat(queries, dim=2), torch.cat(ropes, dim=1)
+            self.add(replace(forward, query=query, rope=rope))
+        view = replace(view, queries=self._queries, voters=self._voters)
+        if self._sums is not None:
+            sums = self._sums
+            if forward.text_valid is not None or not forward.rows.full:
+                order = valid_last(_valid_rows(forward))
+                sums = sums.gather(-1, order.unsqueeze(2).expand_as(sums))
+            counts = _times_seen(view, self._length)
+            view = replace(view, attention_sums=sums, attention_counts=counts)
+        if self._moments is not None:
+            view = replace(view, moments=self._moments.moments())
+        if self.needs.rotary or self.needs.moments_after is not None:
+            view = replace(view, rotary=forward.find_rotary())
+        if self.needs.projection:
+            view = replace(view, projection=forward.find_projection())
+        return view
+
+    def select(self, sequences: Tensor) -> "Trace":
+        """The trace of some of the sequences ``[B']``, which may repeat."""
+
+        def of(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.index_select(0, sequences)
+
+        return Trace(
+            self.needs,
+            self.end,
+            self._length,
+            of(self._queries),
+            of(self._voters),
+            of(self._sums),
+            None if self._moments is None else _Running(*(x[sequences] for x in self._moments)),
+            [_Decoded(*(x[sequences] for x in token)) for token in self._decoded],
+        )
+
+    def _add_queries(self, query: Tensor, counted: Tensor) -> None:
+        queries, voters = _joined(self._queries, query, 3), _joined(self._voters, counted, 1)
+        if not bool(voters.all()):
+            order = valid_last(voters)
+            voters = voters.gather(1, order)
+            b, h, g, n, _ = queries.shape
+            order = order[:, None].expand(b, h * g, n)
+            queries = gather(queries.flatten(1, 2), order).view_as(queries)
+        most = min(self.needs.queries, voters.shape[1])
+        self._queries, self._voters = queries[..., -most:, :], voters[:, -most:]
+
+    def _add_sums(self, query: Tensor, counted: Tensor, forward: Forward) -> None:
+        rows = forward.rows
+        sums = attention_column_sums(
+            query, rows.keys.detach(), _valid_rows(forward), counted, forward.rule
+        )
+        if self._sums is not None:
+            sums += F.pad(self._sums, (0, sums.shape[-1] - self._sums.shape[-1]))
+        self._sums = sums
+
+    def _add_moments(self, query: Tensor, counted: Tensor, forward: Forward) -> None:
+        n = query.shape[-2]
+        own = torch.arange(self.end - n, self.end, device=query.device).expand_as(counted)
+        if forward.text_valid is not None:
+            own = forward.text_valid.cumsum(-1)[:, -n:] - 1
+        raw = forward.find_rotary()(query.float(), forward.rope, inverse=True)
+        counted = counted & (own >= (self.needs.moments_after or 0))
+        new = _Running.of(raw, counted)
+        self._moments = new if self._moments is None else self._moments.join(new)
+
+
+class _Running(NamedTuple):
+    """Count ``[B, 1, 1, 1]``, mean ``[B, H, G, D]`` and scatter ``[B, H, G, D, D]`` of vectors."""
+
+    count: Tensor
+    mean: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, counted: Tensor) -> "_Running":
+        """Those of ``x [B, H, G, Q, D]`` over the vectors with ``counted [B, Q]``."""
+        weight = counted[:, None, None, :, None].to(x.dtype)
+        count = weight.sum(-2)
+        mean = (x * weight).sum(-2) / count.clamp(min=1)
+        centred = (x - mean.unsqueeze(-2)) * weight
+        return cls(count, mean, centred.mT @ centred)
+
+    def join(self, other: "_Running") -> "_Running":
+        """Those of both sets of vectors."""
+        count = self.count + other.count
+        step = other.mean - self.mean
+        share = other.count / count.clamp(min=1)
+        between = step.unsqueeze(-1) * step.unsqueeze(-2) * (self.count * share).unsqueeze(-1)
+        return _Running(count, self.mean + step * share, self.scatter + other.scatter + between)
+
+    def moments(self) -> Moments:
+        """Mean and covariance."""
+        return Moments(self.mean, self.scatter / self.count.clamp(min=1).unsqueeze(-1))
+
+
+def _joined(old: Tensor | None, new: Tensor, dim: int) -> Tensor:
+    return new if old is None else torch.cat([old, new], dim=dim)
+
+
+def _valid_rows(forward: Forward) -> Tensor:
+    """Which rows are tokens, ``[B, H, T]``, in the order of the store."""
+    positions = forward.rows.text_positions()
+    valid = positions >= 0
+    if forward.text_valid is not None:
+        column = positions.clamp(min=0).long().flatten(1)
+        valid = valid & forward.text_valid.gather(1, column).view_as(positions)
+    return valid
+
+
+def _times_seen(view: LayerView, n: int) -> Tensor:
+    """How many of the last ``n`` queries could attend to each row, ``[B, H, T]``."""
+    t = view.valid.shape[-1]
+    real = view.valid[..., -n:].sum(-1, keepdim=True)
+    later = torch.arange(t, 0, -1, device=view.valid.device)
+    return torch.minimum(later, real)

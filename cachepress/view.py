@@ -1,0 +1,188 @@
+"""What a press sees: one layer's rows, and the extras that it declared.
+
+Shape letters, used at the end of lines where shapes change:
+    B batch, H KV heads, G query heads per KV head, T rows (held plus new), N held rows,
+    Q queries, D key head size, E value head size, S text columns (seen plus new).
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from cachepress.errors import CachepressError
+from cachepress.ops import AttentionRule, attention_column_sums, gather
+
+EVERY = 1 << 62
+"""As a number of queries: all of them."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a press wants to see beyond keys, values and positions; paid for only when declared.
+
+    Attributes:
+        queries: how many of the last queries of the turn, 0 for none, ``EVERY`` for all.
+        moments_after: mean and covariance of the queries before RoPE, over all queries but the
+            first ``moments_after`` of the text; None for none.
+        attention_sums: attention that each row received, summed over the queries of the turn.
+        rotary: the layer's position embedding.
+        projection: the layer's output projection.
+    """
+
+    queries: int = 0
+    moments_after: int | None = None
+    attention_sums: bool = False
+    rotary: bool = False
+    projection: bool = False
+
+    @property
+    def watches(self) -> bool:
+        """Whether something must be noted at every forward, not only when a layer is settled."""
+        return bool(self.queries) or self.moments_after is not None or self.attention_sums
+
+    def __or__(self, other: "Needs") -> "Needs":
+        """What both need."""
+        after = [n.moments_after for n in (self, other) if n.moments_after is not None]
+        if len(set(after)) > 1:
+            raise CachepressError(
+                f"presses that leave out {after[0]} and {after[1]} first queries from their "
+                "statistics cannot be combined: give them the same n_sink"
+            )
+        return Needs(
+            queries=max(self.queries, other.queries),
+            moments_after=after[0] if after else None,
+            attention_sums=self.attention_sums or other.attention_sums,
+            rotary=self.rotary or other.rotary,
+            projection=self.projection or other.projection,
+        )
+
+
+class Rotary(Protocol):
+    """The position embedding of one layer, verified against a key that the layer computed."""
+
+    def __call__(self, x: Tensor, positions: Tensor, *, inverse: bool = False) -> Tensor:
+        """Rotate ``x [B, ..., n, D]`` to ``positions [B, n]``, or back from them."""
+        ...
+
+    def mean(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Average of ``x [B, ..., D]`` rotated to each of ``positions [B, n]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean ``[B, H, G, D]`` and covariance ``[B, H, G, D, D]`` of queries before RoPE."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One layer's table of rows, as a scorer sees it: rows are tokens in text order.
+
+    Rows that are not valid (padding, empty slots) stand before all others, so the last ``Q`` rows
+    are those of the last ``Q`` queries in every sequence, padded or not.
+
+    Attributes:
+        keys: ``[B, H, T, D]``, as the model's attention used them (normed and rotated).
+        values: ``[B, H, T, E]``.
+        positions: ``[B, H, T]`` index of the row in the text, padding included; -1 if empty.
+        index: ``[B, H, T]`` index of the row in its own text, without padding.
+        rope: ``[B, H, T]`` position that the key is rotated to.
+        valid: ``[B, H, T]`` bool; False for padding, empty slots, and rows that are out already.
+        n_seen: ``[B]`` valid rows of the text so far.
+        n_kept: ``[B]`` rows that the budget leaves to each head, on average where heads compete.
+        next_position: ``[B]`` the position that the next query will be rotated to.
+        layer: index of the layer in the model.
+        depth: rank of the layer among those that are compressed.
+        n_layers: number of layers that are compressed.
+        row_bytes: bytes that the store needs for a row of a head.
+        rule: how the layer turns query-key products into weights.
+        queries: ``[B, H, G, Q, D]`` the last Q queries as attention used them, or None.
+        voters: ``[B, Q]`` bool, which of the queries are tokens, or None.
+        moments: moments of the queries before RoPE, or None.
+        rotary: the layer's position embedding, or None.
+        projection: ``[H, G, E, M]`` output projection of each query head to M channels, or None.
+        attention_sums: ``[B, H, G, T]`` attention received from all queries, or None.
+        attention_counts: ``[B, H, T]`` how many queries could attend to the row, or None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    index: Tensor
+    rope: Tensor
+    valid: Tensor
+    n_seen: Tensor
+    n_kept: Tensor
+    next_position: Tensor
+    layer: int
+    depth: int
+    n_layers: int
+    row_bytes: float
+    rule: AttentionRule
+    queries: Tensor | None = None
+    voters: Tensor | None = None
+    moments: Moments | None = None
+    rotary: Rotary | None = None
+    projection: Tensor | None = None
+    attention_sums: Tensor | None = None
+    attention_counts: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> "LayerView":
+        """The same view over some of its rows; every row column is sliced, and the queries too."""
+        columns = {}
+        for name in ("keys", "values"):
+            columns[name] = getattr(self, name)[:, :, rows]
+        for name in ("positions", "index", "rope", "valid", "attention_sums", "attention_counts"):
+            column = getattr(self, name)
+            columns[name] = None if column is None else column[..., rows]
+        if self.queries is not None and self.voters is not None:
+            t, q = self.keys.shape[2], self.queries.shape[-2]
+            start, stop, _ = rows.indices(t)
+            own = slice(max(0, start - t + q), max(0, stop - t + q))
+            columns["queries"], columns["voters"] = self.queries[..., own, :], self.voters[:, own]
+        return replace(self, **columns)
+
+    def sequence(self, b: int) -> "LayerView":
+        """The same view over one sequence of the batch."""
+        columns = {}
+        for field in fields(self):
+            column = getattr(self, field.name)
+            if isinstance(column, Tensor) and field.name != "projection":
+                columns[field.name] = column[b : b + 1]
+        if self.moments is not None:
+            mean, covariance = self.moments.mean, self.moments.covariance
+            columns["moments"] = Moments(mean[b : b + 1], covariance[b : b + 1])
+        return replace(self, **columns)
+
+    def take(self, order: Tensor) -> "LayerView":
+        """The same view over the rows ``order [B, H, n]`` of each head, without its queries."""
+        columns: dict[str, Tensor | None] = {"queries": None, "voters": None}
+        for name in ("keys", "values"):
+            columns[name] = gather(getattr(self, name), order)
+        for name in ("positions", "index", "rope", "valid"):
+            columns[name] = getattr(self, name).gather(-1, order)
+        return replace(self, attention_sums=None, attention_counts=None, **columns)
+
+    def only(self, rows: Tensor) -> "LayerView":
+        """The same view, in which the rows that are not in ``rows [B, H, T]`` are out."""
+        return replace(self, valid=self.valid & rows)
+
+    def last_queries(self, n: int) -> Tensor:
+        """The last ``n`` queries (fewer if the turn was shorter), ``[B, H, G, Q, D]``."""
+        if self.queries is None:
+            raise TypeError("the press did not declare queries in its needs")
+        return self.queries[..., -n:, :]
+
+    def window_attention(self, n: int) -> Tensor:
+        """Attention that each row receives from the last ``n`` queries, ``[B, H, G, T]``.
+
+        The mean over the queries that are tokens: fewer than ``n`` in a shorter text.
+        """
+        queries = self.last_queries(n)
+        voters = self.voters[:, -n:]  # type: ignore
+        sums = attention_column_sums(queries, self.keys, self.valid, voters, self.rule)
+        return sums / voters.sum(-1).clamp(min=1)[:, None, None, None]
