@@ -1,7 +1,7 @@
 """Budgets: how many rows stay, and who competes for them."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor
 from typing import Protocol
@@ -19,6 +19,8 @@ _CHOSEN = 1.5e38
 _WINDOW = 2e38
 _SINK = 3.4e38
 _SINK_STEP = 1e32
+_PAGE_INDEX, _SPAN_INDEX = 16, PAGE * 4 + 24
+"""Bytes of the index of uneven heads, for each page and for each head."""
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -75,26 +77,32 @@ class Bytes:
 
     Attributes:
         limit: bytes.
+        uneven: whether heads end up with numbers of their own, each with a page that is not full.
     """
 
     limit: int
+    uneven: bool = False
 
     def rows(self, view: LayerView) -> Tensor:
-        """Rows for each head, ``[B]``.
+        """Rows for each head, ``[B]``, on average.
 
         Raises:
             CachepressError: if not even one row for each head fits.
         """
         b, h = view.keys.shape[:2]
-        page = PAGE * view.row_bytes
-        pages = floor(self.limit / (b * h * view.n_layers * page))
-        if pages < 1:
-            least = floor(b * h * view.n_layers * page) + 1
+        heads = b * h * view.n_layers
+        each, fixed = view.row_bytes
+        if self.uneven:
+            each, fixed = each + _PAGE_INDEX / PAGE, fixed + (PAGE - 1) * each + _SPAN_INDEX
+        rows = floor((self.limit / heads - fixed) / each)
+        rows = rows if self.uneven else rows // PAGE * PAGE
+        if rows < 1:
             raise CachepressError(
-                f"max_bytes: got {self.limit}, wanted at least {least} for {view.n_layers} layers "
-                f"of {b} sequences and {h} KV heads: rows are allocated by {PAGE}"
+                f"max_bytes: got {self.limit}, wanted at least "
+                f"{floor(heads * (fixed + PAGE * each)) + 1} for {view.n_layers} layers of {b} "
+                f"sequences and {h} KV heads: rows are allocated by {PAGE}"
             )
-        return view.n_seen.clamp(max=pages * PAGE)
+        return view.n_seen.clamp(max=rows)
 
 
 @dataclass(frozen=True)
@@ -170,8 +178,10 @@ class TopK:
 
     def count(self, view: LayerView) -> Tensor:
         """Rows that each head keeps, ``[B]``, on average where heads compete."""
-        rows = self.amount.rows(view)
-        return rows.clamp(min=1) if self.scope == "head" else rows
+        if self.scope == "head":
+            return self.amount.rows(view).clamp(min=1)
+        amount = self.amount
+        return (replace(amount, uneven=True) if isinstance(amount, Bytes) else amount).rows(view)
 
     def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
         """Keep mask ``[B, H, T]``; of equal scores the newest rows stay."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachepress.forward import Forward, Rows
+from cachepress.forward import Forward, RowBytes, Rows
 from cachepress.ops import gather, valid_last
 from cachepress.trace import Trace
 from cachepress.view import LayerView, Needs
@@ -96,8 +96,8 @@ class Press(Protocol):
 class Store(Protocol):
     """What the engine asks of a cache layer: hold rows, and drop those that lost."""
 
-    def row_bytes(self, rows: Rows, compacts: bool) -> float:
-        """Bytes that a kept row of a head will need."""
+    def row_bytes(self, rows: Rows, compacts: bool) -> RowBytes:
+        """Bytes that the kept rows of a head will need."""
         ...
 
     @property
@@ -228,7 +228,7 @@ def _table(forward: Forward) -> LayerView:
         layer=forward.layer,
         depth=forward.depth,
         n_layers=forward.n_layers,
-        row_bytes=0,
+        row_bytes=RowBytes(0, 0),
         rule=forward.rule,
     )
 

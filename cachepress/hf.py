@@ -31,7 +31,7 @@ from cachepress.masks import TextMask
 from cachepress.ops import AttentionRule
 from cachepress.projection import Projections
 from cachepress.rotary import CosSin, find_rotary
-from cachepress.stores import Held, RowsHandle, Store
+from cachepress.stores import Codec, Held, RowsHandle, Store
 from cachepress.trace import Trace
 from cachepress.view import Rotary
 
@@ -76,18 +76,26 @@ class Observation:
         press: the press.
         model: a transformers decoder model.
         turns: "all" to settle after every forward of several tokens, "first" after the first only.
+        storage: "full", "int8" or "int4".
+
+    Attributes:
+        chunk: for forwards that are chunks of one prompt, "hold" if the layers wait for the last
+            one, "settle" if they are settled after each, and "last" for the last one.
 
     Raises:
         UnsupportedError: if the model cannot be compressed.
     """
 
-    def __init__(self, press: "BasePress", model: PreTrainedModel, turns: str = "all") -> None:
+    def __init__(
+        self, press: "BasePress", model: PreTrainedModel, turns: str = "all", storage: str = "full"
+    ) -> None:
         if turns not in ("all", "first"):
             raise CachepressError(f'turns: got {turns!r}, wanted "all" or "first"')
         check_model(model)
         self.press, self.model, self.turns = press, model, turns
         self.decoder = model.get_decoder()
         press.check_layers(sum(_full_attention(self.decoder.config)))
+        self.codec = Codec.named(storage)
         self.chunk: str | None = None
         self.rotary_modules: list[CosSin] = []
         self.outputs: dict[nn.Module, dict[nn.Module, Tensor]] = {}
@@ -162,6 +170,10 @@ class Observation:
         turn = Turn(seen, n, since, prompt=n > 1 or self.chunk is not None)
         press = self.press.acting(turn)
         due = self._due(turn)
+        if self.codec is not None:
+            for store in stores.values():
+                # Rows that are settled chunk by chunk would be quantized again and again.
+                store.codec = None if self.chunk == "settle" else self.codec
         if not due and not (press.needs.watches and self._watches(turn)):
             return
         rope = given.get("position_ids")
@@ -172,14 +184,14 @@ class Observation:
             _WATCHED[store] = _Watched(self, press, layer, depth, len(stores), rope, turn, due)
 
     def _due(self, turn: Turn) -> bool:
-        if self.chunk is not None:
-            return self.chunk == "settle"
-        later = turn.prompt and turn.seen > 0 and self.turns == "first"
+        if self.chunk == "hold":
+            return False
+        later = self.chunk is None and turn.prompt and turn.seen > 0 and self.turns == "first"
         return not later and self.press.schedule.due(turn)
 
     def _watches(self, turn: Turn) -> bool:
         """Whether a forward that settles nothing has to be noted for one that will."""
-        return self.chunk is not None or (self.press.schedule.decodes and not turn.prompt)
+        return self.chunk == "hold" or (self.press.schedule.decodes and not turn.prompt)
 
     def wait(self, press: Press, layer: Pending) -> None:
         """Let a scored layer wait for the others of its model."""
@@ -324,9 +336,9 @@ def _attention(
     n = query.shape[2]
     mask, rule = _text_mask(attention_mask, n), _rule(module, query, kwargs)
     rows = None
-    if key.new is not None:
-        rows = Rows(*key.new)
-        output = function(module, query, *key.new, attention_mask, **kwargs)
+    if key.fresh is not None:
+        rows = Rows(*key.fresh)
+        output = function(module, query, *key.fresh, attention_mask, **kwargs)
     elif _own_attention(key.held, n, mask, kwargs):
         output = key.held.attend(query, mask, rule), None
     else:
@@ -403,7 +415,7 @@ def _find_rotary(watched: _Watched, module: nn.Module, key: RowsHandle, query: T
     observation = watched.observation
     outputs = list(observation.outputs.get(module, {}).values())
     n = query.shape[2]
-    new_keys = key.new[0] if key.new is not None else key.held.rows().keys[:, :, -n:]
+    new_keys = key.fresh[0] if key.fresh is not None else key.held.rows().keys[:, :, -n:]
     found = find_rotary(
         observation.rotary_modules, outputs, query.shape[1], new_keys.detach(), watched.rope
     )

@@ -15,12 +15,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from cachepress.cache import CacheSize, fork, size_of
 from cachepress.errors import CachepressError
 from cachepress.hf import cache_argument, has_only_full_attention
+from cachepress.prefill import prefill
 from cachepress.presses import BasePress
 
 TASK = "kv-press-text-generation"
@@ -41,6 +42,8 @@ class PromptOptions:
         max_context_length: most tokens of a context; None for what the model has room for.
         truncation: cut the end of a longer context instead of refusing it.
         enable_thinking: passed to the chat template.
+        beyond_trained_length: allow contexts that are longer than the model was trained for; what
+            it answers there is not to be trusted.
     """
 
     question: str | None = None
@@ -50,6 +53,7 @@ class PromptOptions:
     max_context_length: int | None = None
     truncation: bool = False
     enable_thinking: bool = False
+    beyond_trained_length: bool = False
 
     def __post_init__(self) -> None:
         if self.question is not None and self.questions is not None:
@@ -126,7 +130,8 @@ class KVPressTextGenerationPipeline(Pipeline):
     ``pipe(context, questions=[...], press=press)`` gives ``{"answers": [...]}``, and with
     ``question="..."`` ``{"answer": "..."}``; a list of contexts gives a list of these. Options of
     a call: those of ``PromptOptions``; ``press``; ``cache``, an empty ``DynamicCache()`` to keep
-    the compressed context in, or one that holds it already; ``return_stats`` to get the
+    the compressed context in, or one that holds it already; ``prefill_chunk_size``,
+    ``prefill_mode`` and ``storage``, see ``cachepress.prefill``; ``return_stats`` to get the
     ``Answers`` under "stats"; and every option of transformers' ``GenerationConfig``. Answers are
     greedy unless ``do_sample=True``.
     """
@@ -157,14 +162,14 @@ class KVPressTextGenerationPipeline(Pipeline):
     def _sanitize_parameters(self, **options: object) -> tuple[dict, dict, dict]:
         known = {field.name for field in fields(PromptOptions)}
         prompt = {name: options.pop(name) for name in known & options.keys()}
-        names = ("press", "cache")
+        names = ("press", "cache", "prefill_chunk_size", "prefill_mode", "storage")
         run = {name: options.pop(name) for name in names if name in options}
         post = {name: options.pop(name) for name in ("return_stats",) if name in options}
         unknown = options.keys() - GenerationConfig().to_dict().keys()
         if unknown:
             raise CachepressError(
-                f"unknown option {sorted(unknown)[0]!r}: wanted {', '.join(sorted(known))}, press, "
-                "cache, return_stats, or an option of GenerationConfig"
+                f"unknown option {sorted(unknown)[0]!r}: wanted {', '.join(sorted(known))}, "
+                f"{', '.join(names)}, return_stats, or an option of GenerationConfig"
             )
         if options:
             run["generation"] = options
@@ -186,13 +191,29 @@ class KVPressTextGenerationPipeline(Pipeline):
         input_tensors: dict,
         press: BasePress | None = None,
         cache: Cache | None = None,
+        prefill_chunk_size: int | None = None,
+        prefill_mode: str = "exact",
+        storage: str = "full",
         generation: Mapping[str, object] | None = None,
     ) -> dict:
         prompt, options = input_tensors["prompt"], input_tensors["options"]
-        cache, seconds = prefill(self.model, prompt.context_ids, press, cache)
+        cache, seconds = read_context(
+            self.model,
+            prompt.context_ids,
+            press,
+            cache,
+            chunk_size=prefill_chunk_size,
+            mode=prefill_mode,
+            storage=storage,
+        )
         size = size_of(cache)
         start = time.perf_counter()
-        tokens = self.generate_answer(cache, prompt.question_ids, options.limits, generation or {})
+        decoding = press is not None and press.schedule.decodes
+        # The press acts on the answers only if it is made for that, and never on the questions.
+        with press(self.model, turns="first") if press and decoding else nullcontext():
+            tokens = self.generate_answer(
+                cache, prompt.question_ids, options.limits, generation or {}
+            )
         answers = Answers(
             texts=[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens],
             context_tokens=prompt.context_ids.shape[1],
@@ -278,27 +299,35 @@ def make_prompt(
     return Prompt(context_ids[:, :room], question_ids, max(0, n - room))
 
 
-def prefill(
-    model: PreTrainedModel, context_ids: Tensor, press: BasePress | None, cache: Cache | None = None
+def read_context(
+    model: PreTrainedModel,
+    context_ids: Tensor,
+    press: BasePress | None,
+    cache: Cache | None = None,
+    *,
+    chunk_size: int | None = None,
+    mode: str = "exact",
+    storage: str = "full",
 ) -> tuple[Cache, float]:
-    """Run a context ``[1, T]`` through the model, without its LM head, under a press.
+    """Read a context ``[1, T]`` under a press, unless the cache holds it already.
 
     Args:
         model: the model.
         context_ids: the context.
         press: the press; None leaves the cache whole.
         cache: an empty cache to fill, or one that holds this context already.
+        chunk_size: tokens that are computed at once; None for all.
+        mode: "exact" or "online", see ``cachepress.prefill``.
+        storage: "full", "int8" or "int4".
 
     Returns:
-        The cache, and the seconds that the forward took.
+        The cache, and the seconds that reading took.
 
     Raises:
         CachepressError: if the cache holds something else.
     """
-    decoder = model.get_decoder()
-    cache = DynamicCache(config=decoder.config) if cache is None else cache
-    seen, n = cache.get_seq_length(), context_ids.shape[1]
-    if seen:
+    seen, n = 0 if cache is None else cache.get_seq_length(), context_ids.shape[1]
+    if cache is not None and seen:
         if seen != n:
             raise CachepressError(
                 f"the cache holds {seen} tokens but the context has {n}: pass an empty cache, or "
@@ -306,9 +335,9 @@ def prefill(
             )
         return cache, 0.0
     start = time.perf_counter()
-    inputs = {"input_ids": context_ids.to(model.device), cache_argument(decoder): cache}
-    with torch.no_grad(), press(model) if press is not None else nullcontext():
-        decoder(**inputs, use_cache=True)
+    cache = prefill(
+        model, context_ids, press, cache, chunk_size=chunk_size, mode=mode, storage=storage
+    )
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return cache, time.perf_counter() - start
@@ -393,6 +422,8 @@ def _room(model: PreTrainedModel, question_ids: list[Tensor], options: PromptOpt
     """Most tokens that a context may have."""
     longest = max(ids.shape[1] + n for ids, n in zip(question_ids, options.limits, strict=True))
     positions = getattr(model.get_decoder().config, "max_position_embeddings", None)
+    if options.beyond_trained_length:
+        positions = None
     room = None if positions is None else positions - longest
     limits = [n for n in (room, options.max_context_length) if n is not None]
     least = min(limits, default=2**63)

@@ -98,7 +98,7 @@ class LayerView:
         layer: index of the layer in the model.
         depth: rank of the layer among those that are compressed.
         n_layers: number of layers that are compressed.
-        row_bytes: bytes that the store needs for a row of a head.
+        row_bytes: bytes that the store needs for a row of a head, and besides.
         rule: how the layer turns query-key products into weights.
         queries: ``[B, H, G, Q, D]`` the last Q queries as attention used them, or None.
         voters: ``[B, Q]`` bool, which of the queries are tokens, or None.
@@ -121,7 +121,7 @@ class LayerView:
     layer: int
     depth: int
     n_layers: int
-    row_bytes: float
+    row_bytes: tuple[float, float]
     rule: AttentionRule
     queries: Tensor | None = None
     voters: Tensor | None = None

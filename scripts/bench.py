@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 import cachepress as cp
 from cachepress.hf import cache_argument
 from cachepress.models import load
-from cachepress.pipeline import prefill
+from cachepress.pipeline import read_context as prefill
 
 SNAPKV = cp.SnapKVPress(0.5)
 

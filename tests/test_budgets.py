@@ -22,7 +22,7 @@ def view(n, kept, pad=0):
         layer=0,
         depth=0,
         n_layers=1,
-        row_bytes=20,
+        row_bytes=(20, 0),
         rule=AttentionRule(1.0),
     )
 

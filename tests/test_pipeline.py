@@ -8,7 +8,7 @@ from transformers import DynamicCache, pipeline
 
 import cachepress as cp
 from cachepress.cache import stores
-from cachepress.pipeline import TASK, PromptOptions, make_prompt, prefill
+from cachepress.pipeline import TASK, PromptOptions, make_prompt, read_context
 from tests.tiny import ARCHITECTURES, tiny, tokenizer, words
 from tests.tiny_cache import forward
 
@@ -50,7 +50,7 @@ def test_a_batch_answers_as_one_by_one(name, press):
 def test_batched_logits_equal_one_by_one(name):
     model, words_of = tiny(name), tokenizer()
     prompt = make_prompt(words_of, model, CONTEXT, PromptOptions(questions=QUESTIONS[:2]))
-    cache, _ = prefill(model, prompt.context_ids, PRESS)
+    cache, _ = read_context(model, prompt.context_ids, PRESS)
     seen = cache.get_seq_length()
     short, long = sorted(prompt.question_ids, key=lambda ids: ids.shape[1])
     pad = long.shape[1] - short.shape[1]

@@ -78,18 +78,20 @@ class BasePress:
         """Raise if the press does not fit a model with ``n_layers`` compressed layers."""
 
     def __call__(
-        self, model: PreTrainedModel, *, turns: str = "all"
+        self, model: PreTrainedModel, *, turns: str = "all", storage: str = "full"
     ) -> AbstractContextManager[None]:
         """Compress what the model caches inside the ``with`` block.
 
         Args:
             model: a transformers decoder model.
             turns: "all" settles after every forward of several tokens, "first" after the first.
+            storage: how kept rows are stored: "full", "int8" or "int4". Keys are quantized by
+                channel, values by token; the newest 64 rows of a head stay as they are.
 
         Raises:
             UnsupportedError: if the model's cache cannot be compressed.
         """
-        return Observation(self, model, turns)
+        return Observation(self, model, turns, storage)
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,6 +1,6 @@
 """Rows that no longer change: what a settled layer holds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cachepress.forward import Rows
 from cachepress.ops.ragged_attention import PAGE, DensePart, Layout, PagedPart, Part
+from cachepress.stores.codec import Codec, Quantized
 
 
 @dataclass(frozen=True)
@@ -20,21 +21,21 @@ class Block:
     Attributes:
         shape: ``(B, H)``.
         layout: where each head's rows are.
-        keys: ``[P, C, D]``.
-        values: ``[P, C, E]``.
+        keys: ``[P, C, D]``, as they are or quantized.
+        values: ``[P, C, E]``, as they are or quantized.
         positions: ``[P, C]`` index of each row in the text, -1 in an unused slot.
         rope: ``[P, C]`` position that each key is rotated to; None where it is the position.
     """
 
     shape: tuple[int, int]
     layout: Layout
-    keys: Tensor
-    values: Tensor
+    keys: Tensor | Quantized
+    values: Tensor | Quantized
     positions: Tensor
     rope: Tensor | None = None
 
     @classmethod
-    def of(cls, rows: Rows, mask: Tensor) -> "Block":
+    def of(cls, rows: Rows, mask: Tensor, codec: Codec | None = None) -> "Block":
         """The rows of ``mask [B, H, T]``, in their order."""
         b, h, _ = mask.shape
         layout = Layout(tuple(mask.sum(-1).flatten().tolist()), mask.device)
@@ -48,18 +49,20 @@ class Block:
                 pages[slots] = x[mask]
             return pages.view(layout.n_pages, PAGE, *x.shape[3:])
 
+        keys, values = paged(rows.keys), paged(rows.values)
+        positions = paged(rows.text_positions().int(), -1)
         return cls(
             shape=(b, h),
             layout=layout,
-            keys=paged(rows.keys),
-            values=paged(rows.values),
-            positions=paged(rows.text_positions().int(), -1),
+            keys=keys if codec is None else codec.encode_keys(keys, positions >= 0),
+            values=values if codec is None else codec.encode_values(values),
+            positions=positions,
             rope=None if rows.rope is None else paged(rows.rope.int(), -1),
         )
 
     def rows(self) -> Rows:
         """All rows as a table ``[B, H, longest, ...]``; a view where all heads hold the same."""
-        columns = (self.keys, self.values, self.positions, self.rope)
+        columns = (_decoded(self.keys), _decoded(self.values), self.positions, self.rope)
         n = self.layout.even
         if n is not None:
             tables = [None if x is None else self._spans(x)[:, :, :n] for x in columns]
@@ -80,11 +83,12 @@ class Block:
             mask: added to the logits, ``[B', n, S]`` over text columns; None if all are visible.
         """
         n = self.layout.even
+        keys, values = _decoded(self.keys), _decoded(self.values)
         if n is None:
             bias = None if mask is None else self._bias(mask)
-            return PagedPart(self.keys, self.values, self.layout, bias)
+            return PagedPart(keys, values, self.layout, bias)
         bias = None if mask is None else _of_columns(mask, self._spans(self.positions)[:, :, :n])
-        keys, values = (self._spans(x)[:, :, :n].flatten(0, 1) for x in (self.keys, self.values))
+        keys, values = (self._spans(x)[:, :, :n].flatten(0, 1) for x in (keys, values))
         return DensePart(keys, values, bias)
 
     def select(self, sequences: Tensor) -> "Block":
@@ -103,16 +107,35 @@ class Block:
             self,
             shape=(len(wanted), h),
             layout=Layout(tuple(n for row in lengths for n in row), self.layout.device),
-            keys=self.keys[pages],
-            values=self.values[pages],
+            keys=_paged(self.keys, lambda x: x[pages]),
+            values=_paged(self.values, lambda x: x[pages]),
             positions=self.positions[pages],
             rope=None if self.rope is None else self.rope[pages],
         )
 
+    def join(self, other: "Block") -> "Block":
+        """The block with the rows of another one after its own; both have full pages only."""
+        spans = len(self.layout.lengths)
+
+        def joined(x: Tensor, y: Tensor) -> Tensor:
+            pages = (z.view(spans, -1, *z.shape[1:]) for z in (x, y))
+            return torch.cat(list(pages), dim=1).flatten(0, 1)
+
+        lengths = zip(self.layout.lengths, other.layout.lengths, strict=True)
+        return replace(
+            self,
+            layout=Layout(tuple(a + b for a, b in lengths), self.layout.device),
+            keys=_joined(self.keys, other.keys, joined),
+            values=_joined(self.values, other.values, joined),
+            positions=joined(self.positions, other.positions),
+        )
+
     def tensors(self) -> Sequence[Tensor]:
         """Everything that is allocated."""
-        columns = (self.keys, self.values, self.positions, self.rope)
-        return [x for x in columns if x is not None] + self.layout.tensors()
+        columns = [self.positions] if self.rope is None else [self.positions, self.rope]
+        for x in (self.keys, self.values):
+            columns += x.tensors() if isinstance(x, Quantized) else [x]
+        return columns + self.layout.tensors()
 
     def _spans(self, x: Tensor) -> Tensor:
         """Pages of even spans as a table ``[B, H, slots, ...]``."""
@@ -134,3 +157,21 @@ def _of_columns(mask: Tensor, positions: Tensor) -> Tensor:
     column = positions.clamp(min=0).long().expand(b, -1, -1)[:, :, None]
     picked = mask[:, None].expand(b, h, n, s).gather(-1, column.expand(-1, -1, n, -1))
     return picked.unsqueeze(2)
+
+
+def _decoded(x: Tensor | Quantized) -> Tensor:
+    return x.decode() if isinstance(x, Quantized) else x
+
+
+def _paged(x: Tensor | Quantized, change: Callable[[Tensor], Tensor]) -> Tensor | Quantized:
+    return x.pages(change) if isinstance(x, Quantized) else change(x)
+
+
+def _joined(
+    x: Tensor | Quantized, y: Tensor | Quantized, join: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor | Quantized:
+    if isinstance(x, Quantized) and isinstance(y, Quantized):
+        codes, scale, zero = map(join, x.tensors(), y.tensors())
+        return replace(x, codes=codes, scale=scale, zero=zero)
+    assert isinstance(x, Tensor) and isinstance(y, Tensor)
+    return join(x, y)

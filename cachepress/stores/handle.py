@@ -27,22 +27,22 @@ class RowsHandle(Tensor):
     Attributes:
         store: the store that made it.
         held: what it held at that moment, before anything was dropped.
-        new: keys and values of the forward, if they are all that is held.
+        fresh: keys and values of the forward, if they are all that is held.
     """
 
     store: "Store"
     held: "Held"
-    new: tuple[Tensor, Tensor] | None
+    fresh: tuple[Tensor, Tensor] | None
 
     @classmethod
     def of(
-        cls, store: "Store", held: "Held", new: tuple[Tensor, Tensor] | None, like: Tensor
+        cls, store: "Store", held: "Held", fresh: tuple[Tensor, Tensor] | None, like: Tensor
     ) -> "RowsHandle":
         """A handle for what ``store`` holds that looks like ``like`` over the whole text."""
         b, h, _, d = like.shape
         blank = torch.full((1,), float("nan"), dtype=like.dtype, device=like.device)
         handle = blank.expand(b, h, held.seen, d).as_subclass(cls)
-        handle.store, handle.held, handle.new = store, held, new
+        handle.store, handle.held, handle.fresh = store, held, fresh
         return handle
 
     @classmethod

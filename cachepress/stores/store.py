@@ -8,8 +8,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from cachepress.errors import CachepressError, UnsupportedError
-from cachepress.forward import Rows
+from cachepress.forward import RowBytes, Rows
+from cachepress.ops.ragged_attention import PAGE
 from cachepress.stores.block import Block
+from cachepress.stores.codec import Codec
 from cachepress.stores.handle import RowsHandle
 from cachepress.stores.held import Held
 from cachepress.stores.tail import SLACK, Tail
@@ -47,6 +49,8 @@ class Store(CacheLayerMixin):
         self._settled_at = 0
         self.looked_at = 0
         self.trace: Trace | None = None
+        self.codec: Codec | None = None
+        self._encoded = False
         self.known: Tensor | None = None
         self.settled: Settled | None = None
 
@@ -110,12 +114,12 @@ class Store(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write the rows of a forward, and hand out what attention reads them by."""
-        new = (key_states, value_states) if not self._seen else None
+        fresh = (key_states, value_states) if not self._seen else None
         self._append(key_states, value_states)
         held = self.held
         return (
-            RowsHandle.of(self, held, new, key_states),
-            RowsHandle.of(self, held, new, value_states),
+            RowsHandle.of(self, held, fresh, key_states),
+            RowsHandle.of(self, held, fresh, value_states),
         )
 
     def keep(self, rows: Rows, mask: Tensor, known: Tensor | None = None) -> None:
@@ -127,19 +131,25 @@ class Store(CacheLayerMixin):
             known: ``[B, S]`` which text columns are tokens; None where all are.
         """
         before = self.nbytes
-        self._blocks, self._tail = (Block.of(rows, mask),), None
+        self._blocks, self._tail, self._encoded = self._blocks_of(rows, mask), None, False
         self._settled_at, self.known = self._seen, known
         self.settled = Settled(before, self.nbytes)
 
     @property
     def recodes(self) -> bool:
         """Whether rows that are kept are stored in another form than they came in."""
-        return False
+        return self.codec is not None
 
-    def row_bytes(self, rows: Rows, compacts: bool) -> float:
-        """Bytes that a kept row of a head needs: key, value, and its positions."""
-        vectors = sum(x.shape[-1] * x.element_size() for x in (rows.keys, rows.values))
-        return vectors + POSITION_BYTES * (2 if compacts or rows.rope is not None else 1)
+    def row_bytes(self, rows: Rows, compacts: bool) -> RowBytes:
+        """Bytes that the kept rows of a head need: keys, values, and positions."""
+        d, e = rows.keys.shape[-1], rows.values.shape[-1]
+        full = d * rows.keys.element_size() + e * rows.values.element_size()
+        positions = POSITION_BYTES * (2 if compacts or rows.rope is not None else 1)
+        if self.codec is None:
+            return RowBytes(full + positions, 0)
+        # Quantized rows and the residual end with a page each that is not full.
+        residual = (self.codec.residual + 2 * PAGE) * (full + positions)
+        return RowBytes(self.codec.row_bytes(d, e) + positions, residual)
 
     def looked(self) -> None:
         """Note that a press looked at the rows, whether or not it dropped any."""
@@ -190,14 +200,16 @@ class Store(CacheLayerMixin):
         else:
             rows = self.held.rows()
             positions = rows.text_positions()
-            self._blocks = (Block.of(rows, (positions >= 0) & (positions < target)),)
-            self._tail = None
+            left = (positions >= 0) & (positions < target)
+            self._blocks, self._tail, self._encoded = self._blocks_of(rows, left), None, False
         self._seen = target
         self.looked_at, self.trace = min(self.looked_at, target), None
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything but how rows are stored."""
+        codec = self.codec
         self.__init__()
+        self.codec = codec
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: buffers are made when the first rows arrive."""
@@ -251,6 +263,8 @@ class Store(CacheLayerMixin):
                     "the same number, or a cache of one sequence, which is shared by all"
                 )
             self.reorder_cache(torch.zeros(batch, dtype=torch.long))
+        if self.codec is not None and self._settled_at:
+            self._encode_tail(self.codec)
         if self._tail is None:
             self._tail = Tail.of(keys, values)
         else:
@@ -263,3 +277,28 @@ class Store(CacheLayerMixin):
         rows = self._tail.read().rows(self._seen)
         mask = torch.ones(rows.keys.shape[:3], dtype=torch.bool, device=rows.keys.device)
         self._blocks, self._tail = (*self._blocks, Block.of(rows, mask)), None
+        self._encoded = False
+
+    def _blocks_of(self, rows: Rows, mask: Tensor) -> tuple[Block, ...]:
+        """The rows of ``mask [B, H, T]`` as they are stored."""
+        if self.codec is None:
+            return (Block.of(rows, mask),)
+        rank = mask.flip(-1).cumsum(-1).flip(-1)  # 1 for the last row that stays
+        newest = mask & (rank <= self.codec.residual)
+        old = mask & ~newest
+        blocks = [Block.of(rows, old, self.codec)] if bool(old.any()) else []
+        return (*blocks, Block.of(rows, newest))
+
+    def _encode_tail(self, codec: Codec) -> None:
+        """Quantize the oldest rows of a tail that is longer than the residual, by full pages."""
+        n = 0 if self._tail is None else (self._tail.n - codec.residual) // PAGE * PAGE
+        if n <= 0 or self._tail is None:
+            return
+        rows = self._tail.read().rows(self._seen)
+        some = torch.ones(rows.keys.shape[:3], dtype=torch.bool, device=rows.keys.device)
+        some[:, :, n:] = False
+        block = Block.of(rows, some, codec)
+        if self._encoded:
+            block, self._blocks = self._blocks[-1].join(block), self._blocks[:-1]
+        self._blocks, self._encoded = (*self._blocks, block), True
+        self._tail = Tail.of(rows.keys[:, :, n:], rows.values[:, :, n:])

@@ -1,0 +1,96 @@
+"""Reading a prompt into a cache, in one go or in chunks."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils import logging
+
+from cachepress.errors import CachepressError
+from cachepress.hf import Observation, cache_argument
+from cachepress.presses.base import BasePress
+
+MODES = ("exact", "online")
+
+
+def prefill(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    press: BasePress | None = None,
+    cache: Cache | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    mode: str = "exact",
+    storage: str = "full",
+    progress: bool = False,
+) -> Cache:
+    """Read a prompt into a cache, without the LM head, and compress it.
+
+    Args:
+        model: a transformers decoder model.
+        input_ids: ``[B, T]``.
+        press: the press; None leaves the cache whole.
+        cache: a cache to read into, after what it holds; None for a new one.
+        attention_mask: ``[B, T]``, 0 for padding, or ``[B, seen + T]`` after what the cache holds.
+        chunk_size: tokens that are computed at once; None for all. Bounds activations.
+        mode: "exact" compresses when the last chunk is read, with the outcome of one go. "online"
+            compresses after each chunk, down to the budget of what was read so far, which bounds
+            keys and values as well; later tokens then never see the dropped rows.
+        storage: how kept rows are stored: "full", "int8" or "int4".
+        progress: show a bar over the chunks.
+
+    Returns:
+        The cache.
+
+    Raises:
+        CachepressError: if an argument is wrong or the combination cannot work.
+    """
+    chunk_size = _check(press, chunk_size, mode, storage, input_ids)
+    decoder = model.get_decoder()
+    cache = DynamicCache(config=decoder.config) if cache is None else cache
+    name = cache_argument(decoder)
+    ids = input_ids.to(model.device)
+    seen, n = cache.get_seq_length(), ids.shape[1]
+    mask = None if attention_mask is None else attention_mask.to(model.device)
+    if mask is not None and mask.shape[1] == n < seen + n:
+        mask = torch.cat([mask.new_ones(mask.shape[0], seen), mask], dim=1)
+    starts = range(0, n, chunk_size)
+    bar = logging.tqdm(starts, unit="chunk", disable=not progress)
+    observation = None if press is None else Observation(press, model, storage=storage)
+    with torch.no_grad():
+        for start in bar:
+            stop = min(start + chunk_size, n)
+            inputs = {"input_ids": ids[:, start:stop], name: cache, "use_cache": True}
+            if mask is not None:
+                inputs["attention_mask"] = mask[:, : seen + stop]
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)
+                inputs["position_ids"] = positions[:, seen + start : seen + stop]
+            if observation is None:
+                decoder(**inputs)
+                continue
+            observation.chunk = "last" if stop == n else "hold" if mode == "exact" else "settle"
+            with observation:
+                decoder(**inputs)
+    return cache
+
+
+def _check(
+    press: BasePress | None, chunk_size: int | None, mode: str, storage: str, ids: Tensor
+) -> int:
+    """The size of a chunk, if all arguments fit."""
+    if ids.ndim != 2 or not ids.shape[1]:
+        raise CachepressError(f"input_ids: got shape {tuple(ids.shape)}, wanted [B, T] with T > 0")
+    if mode not in MODES:
+        raise CachepressError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
+    if press is None and storage != "full":
+        raise CachepressError(
+            f"storage={storage!r} needs a press: give KnormPress(0.0) to keep all"
+        )
+    if chunk_size is None:
+        if mode == "online":
+            raise CachepressError("online prefill compresses chunk by chunk: give a chunk size")
+        return ids.shape[1]
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+        raise CachepressError(f"chunk size: got {chunk_size!r}, wanted a whole number above 0")
+    return chunk_size
