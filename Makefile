@@ -6,7 +6,7 @@ OLDEST := 5.10.1
 NEWEST := 5.24.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint types clean
+.PHONY: demo test laws bench lint types clean
 
 demo: $(VENV)/ready
 	$(BIN)/cachepress demo
@@ -15,6 +15,9 @@ test: $(VENV)/ready $(OLD)/ready
 	$(BIN)/cachepress models --fetch
 	$(OLD)/bin/python -m pytest tests/laws tests/test_hf.py tests/test_generate.py
 	$(BIN)/python -m pytest
+
+laws: $(VENV)/ready
+	CACHEPRESS_LAWS=all $(BIN)/python -m pytest tests/laws
 
 bench: $(VENV)/ready
 	$(BIN)/python scripts/bench.py --repeats 5

@@ -9,12 +9,14 @@ from cachepress.prefill import prefill
 from cachepress.presses import *  # noqa: F403
 from cachepress.presses import __all__ as _presses
 from cachepress.spec import SpecError, parse
+from cachepress.stores import Codec
 from cachepress.view import LayerView, Needs
 
 __version__ = "0.1.0"
 __all__ = [
     "CacheSize",
     "CachepressError",
+    "Codec",
     "ForeignAttentionError",
     "KVPressTextGenerationPipeline",
     "LayerView",

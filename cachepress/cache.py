@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache
 
 from cachepress.errors import CachepressError
 from cachepress.stores import Store
+from cachepress.stores.store import allocated_bytes
 
 
 @dataclass(frozen=True)
@@ -45,24 +46,41 @@ def size_of(cache: Cache) -> CacheSize:
     Raises:
         CachepressError: if no layer holds rows.
     """
-    sizes = [size for layer in cache.layers if (size := _layer_size(layer)) is not None]
-    total = CacheSize(*(sum(column) for column in zip(*sizes, strict=True)))
-    if not sizes or not total.rows_seen:
+    before = rows_seen = rows_held = 0
+    tensors: list[torch.Tensor] = []
+    for layer in cache.layers:
+        own = _tensors(layer)
+        tensors += own
+        before += layer.settled.before if _is_settled(layer) else allocated_bytes(own)
+        seen, held = _rows(layer)
+        rows_seen, rows_held = rows_seen + seen, rows_held + held
+    if not rows_seen:
         raise CachepressError("the cache is empty: run a forward with it first")
-    return total
+    return CacheSize(before, allocated_bytes(tensors), rows_seen, rows_held)
 
 
-def _layer_size(layer: object) -> tuple[int, int, int, int] | None:
-    if isinstance(layer, Store) and layer.is_initialized:
-        before = layer.settled.before if layer.settled else layer.nbytes
-        seen = layer.get_seq_length() * layer.lengths.numel()
-        return before, layer.nbytes, seen, int(layer.lengths.sum())
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if keys is None or values is None:
-        return None
-    nbytes = sum(x.untyped_storage().nbytes() for x in (keys, values))
-    rows = 0 if getattr(layer, "is_sliding", False) else keys.shape[:3].numel()
-    return nbytes, nbytes, rows, rows
+def _is_settled(layer: object) -> bool:
+    return isinstance(layer, Store) and layer.settled is not None
+
+
+def _tensors(layer: object) -> list[torch.Tensor]:
+    """Keys and values of a layer; those of sliding windows, too."""
+    if isinstance(layer, Store):
+        return layer.tensors()
+    found = (getattr(layer, name, None) for name in ("keys", "values"))
+    return [x for x in found if x is not None]
+
+
+def _rows(layer: object) -> tuple[int, int]:
+    """Rows seen and held by a layer that keeps the whole text."""
+    if isinstance(layer, Store):
+        if not layer.is_initialized:
+            return 0, 0
+        lengths = layer.lengths
+        return layer.get_seq_length() * lengths.numel(), int(lengths.sum())
+    keys = getattr(layer, "keys", None)
+    rows = 0 if keys is None or getattr(layer, "is_sliding", False) else keys.shape[:3].numel()
+    return rows, rows
 
 
 def fork(cache: Cache, n: int = 1) -> Cache:

@@ -76,7 +76,7 @@ class Observation:
         press: the press.
         model: a transformers decoder model.
         turns: "all" to settle after every forward of several tokens, "first" after the first only.
-        storage: "full", "int8" or "int4".
+        storage: "full", "int8", "int4", or a Codec.
 
     Attributes:
         chunk: for forwards that are chunks of one prompt, "hold" if the layers wait for the last
@@ -87,7 +87,11 @@ class Observation:
     """
 
     def __init__(
-        self, press: "BasePress", model: PreTrainedModel, turns: str = "all", storage: str = "full"
+        self,
+        press: "BasePress",
+        model: PreTrainedModel,
+        turns: str = "all",
+        storage: str | Codec = "full",
     ) -> None:
         if turns not in ("all", "first"):
             raise CachepressError(f'turns: got {turns!r}, wanted "all" or "first"')
@@ -95,7 +99,7 @@ class Observation:
         self.press, self.model, self.turns = press, model, turns
         self.decoder = model.get_decoder()
         press.check_layers(sum(_full_attention(self.decoder.config)))
-        self.codec = Codec.named(storage)
+        self.codec = Codec.of(storage)
         self.chunk: str | None = None
         self.rotary_modules: list[CosSin] = []
         self.outputs: dict[nn.Module, dict[nn.Module, Tensor]] = {}

@@ -42,7 +42,8 @@ class TextMask:
             return None
         last = mask if mask.ndim == 2 else mask[:, 0, -1]
         valid = last.bool() if last.dtype == torch.bool or mask.ndim == 2 else last == 0
-        return None if bool(valid.all()) else valid
+        # A copy, because stores remember it, and would hold the whole mask with a view of it.
+        return None if bool(valid.all()) else valid.clone()
 
     @cached_property
     def bias(self) -> Tensor | None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,12 +21,13 @@ from cachepress.ops.ragged_attention import Layout
 from cachepress.stores import Codec, Store
 from cachepress.stores.block import Block
 from cachepress.stores.codec import Quantized
+from cachepress.stores.store import Settled
 from cachepress.stores.tail import Tail
 from cachepress.trace import Trace
 
 _FORMAT = "cachepress-cache-1"
 _SAMPLE = 64
-_PARTS = {part.__name__: part for part in (Block, Codec, Layout, Quantized)}
+_PARTS = {part.__name__: part for part in (Block, Codec, Layout, Quantized, Settled)}
 
 
 def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
@@ -63,7 +65,8 @@ def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedMode
         save_file(tensors, partial, metadata)
         partial.replace(target)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise CachepressError(f"cannot write the cache to {target}: {error}") from error
 
 

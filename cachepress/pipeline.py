@@ -23,6 +23,7 @@ from cachepress.errors import CachepressError
 from cachepress.hf import cache_argument, has_only_full_attention
 from cachepress.prefill import prefill
 from cachepress.presses import BasePress
+from cachepress.stores import Codec
 
 TASK = "kv-press-text-generation"
 _MARKER = "<<the context goes here>>"
@@ -193,7 +194,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         cache: Cache | None = None,
         prefill_chunk_size: int | None = None,
         prefill_mode: str = "exact",
-        storage: str = "full",
+        storage: str | Codec = "full",
         generation: Mapping[str, object] | None = None,
     ) -> dict:
         prompt, options = input_tensors["prompt"], input_tensors["options"]
@@ -307,7 +308,7 @@ def read_context(
     *,
     chunk_size: int | None = None,
     mode: str = "exact",
-    storage: str = "full",
+    storage: str | Codec = "full",
 ) -> tuple[Cache, float]:
     """Read a context ``[1, T]`` under a press, unless the cache holds it already.
 
@@ -318,7 +319,7 @@ def read_context(
         cache: an empty cache to fill, or one that holds this context already.
         chunk_size: tokens that are computed at once; None for all.
         mode: "exact" or "online", see ``cachepress.prefill``.
-        storage: "full", "int8" or "int4".
+        storage: "full", "int8", "int4", or a Codec.
 
     Returns:
         The cache, and the seconds that reading took.

@@ -9,6 +9,7 @@ from transformers.utils import logging
 from cachepress.errors import CachepressError
 from cachepress.hf import Observation, cache_argument
 from cachepress.presses.base import BasePress
+from cachepress.stores import Codec
 
 MODES = ("exact", "online")
 
@@ -22,7 +23,7 @@ def prefill(
     attention_mask: Tensor | None = None,
     chunk_size: int | None = None,
     mode: str = "exact",
-    storage: str = "full",
+    storage: str | Codec = "full",
     progress: bool = False,
 ) -> Cache:
     """Read a prompt into a cache, without the LM head, and compress it.
@@ -37,7 +38,7 @@ def prefill(
         mode: "exact" compresses when the last chunk is read, with the outcome of one go. "online"
             compresses after each chunk, down to the budget of what was read so far, which bounds
             keys and values as well; later tokens then never see the dropped rows.
-        storage: how kept rows are stored: "full", "int8" or "int4".
+        storage: how kept rows are stored: "full", "int8", "int4", or a ``Codec``.
         progress: show a bar over the chunks.
 
     Returns:
@@ -76,14 +77,14 @@ def prefill(
 
 
 def _check(
-    press: BasePress | None, chunk_size: int | None, mode: str, storage: str, ids: Tensor
+    press: BasePress | None, chunk_size: int | None, mode: str, storage: str | Codec, ids: Tensor
 ) -> int:
     """The size of a chunk, if all arguments fit."""
     if ids.ndim != 2 or not ids.shape[1]:
         raise CachepressError(f"input_ids: got shape {tuple(ids.shape)}, wanted [B, T] with T > 0")
     if mode not in MODES:
         raise CachepressError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
-    if press is None and storage != "full":
+    if press is None and Codec.of(storage) is not None:
         raise CachepressError(
             f"storage={storage!r} needs a press: give KnormPress(0.0) to keep all"
         )

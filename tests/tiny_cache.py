@@ -32,3 +32,23 @@ def kept(cache: Cache) -> list[list[list[list[int]]]]:
         [[[p for p in head if p >= 0] for head in row] for row in store.positions.tolist()]
         for store in stores(cache)
     ]
+
+
+def allocated(store: object) -> int:
+    """Bytes of every tensor that can be reached from a store: found by walking, not by asking."""
+    found: dict[int, int] = {}
+    seen, todo = set(), [store]
+    while todo:
+        x = todo.pop()
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        if isinstance(x, Tensor):
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        elif isinstance(x, dict):
+            todo += x.values()
+        elif isinstance(x, list | tuple):
+            todo += x
+        elif hasattr(x, "__dict__"):
+            todo += vars(x).values()
+    return sum(found.values())

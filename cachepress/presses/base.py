@@ -13,6 +13,7 @@ from cachepress.core import Schedule, Turn
 from cachepress.errors import CachepressError
 from cachepress.hf import Observation
 from cachepress.schedules import AfterPrefill
+from cachepress.stores import Codec
 from cachepress.view import LayerView, Needs
 
 
@@ -78,15 +79,16 @@ class BasePress:
         """Raise if the press does not fit a model with ``n_layers`` compressed layers."""
 
     def __call__(
-        self, model: PreTrainedModel, *, turns: str = "all", storage: str = "full"
+        self, model: PreTrainedModel, *, turns: str = "all", storage: str | Codec = "full"
     ) -> AbstractContextManager[None]:
         """Compress what the model caches inside the ``with`` block.
 
         Args:
             model: a transformers decoder model.
             turns: "all" settles after every forward of several tokens, "first" after the first.
-            storage: how kept rows are stored: "full", "int8" or "int4". Keys are quantized by
-                channel, values by token; the newest 64 rows of a head stay as they are.
+            storage: how kept rows are stored: "full", "int8", "int4", or a ``Codec``. Keys are
+                quantized by channel, values by token; the newest 64 rows of a head stay as they
+                are.
 
         Raises:
             UnsupportedError: if the model's cache cannot be compressed.

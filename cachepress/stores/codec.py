@@ -24,16 +24,24 @@ class Codec:
     bits: int
     residual: int = 64
 
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise CachepressError(f"bits: got {self.bits!r}, wanted 4 or 8")
+        if not isinstance(self.residual, int) or self.residual < 0:
+            raise CachepressError(f"residual: got {self.residual!r}, wanted a number of rows")
+
     @classmethod
-    def named(cls, name: str) -> "Codec | None":
+    def of(cls, storage: "str | Codec") -> "Codec | None":
         """The codec of "int8" or "int4"; None for "full".
 
         Raises:
             CachepressError: for another name.
         """
-        if name not in STORAGES:
-            raise CachepressError(f"storage: got {name!r}, wanted one of {', '.join(STORAGES)}")
-        return None if name == "full" else cls(int(name[3:]))
+        if isinstance(storage, Codec):
+            return storage
+        if storage not in STORAGES:
+            raise CachepressError(f"storage: got {storage!r}, wanted one of {', '.join(STORAGES)}")
+        return None if storage == "full" else cls(int(storage[3:]))
 
     def encode_keys(self, pages: Tensor, used: Tensor) -> "Quantized":
         """Pages ``[P, C, D]`` with a scale for each channel of a page.

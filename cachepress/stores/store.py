@@ -1,7 +1,9 @@
 """The store: a transformers cache layer whose rows can be dropped, head by head."""
 
 import copy
-from typing import NamedTuple, Self
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,7 +22,14 @@ from cachepress.trace import Trace
 POSITION_BYTES = 4
 
 
-class Settled(NamedTuple):
+def allocated_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storage behind some tensors, each counted once."""
+    storages = (x.untyped_storage() for x in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@dataclass(frozen=True)
+class Settled:
     """Bytes held by a store before and after it was last settled, measured from storage."""
 
     before: int
@@ -103,12 +112,13 @@ class Store(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes allocated for the rows, slack and bookkeeping included."""
-        return sum({x.data_ptr(): x.untyped_storage().nbytes() for x in self.tensors()}.values())
+        return allocated_bytes(self.tensors())
 
     def tensors(self) -> list[Tensor]:
-        """Everything that is allocated."""
+        """Everything that is allocated; layers of one cache can share what they know of padding."""
         found = [x for block in self._blocks for x in block.tensors()]
-        return found if self._tail is None else found + self._tail.tensors()
+        found += [] if self._tail is None else self._tail.tensors()
+        return found if self.known is None else [*found, self.known]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object

@@ -58,9 +58,7 @@ def _logits(
     part: Part, query: Tensor, rule: AttentionRule, shape: tuple[int, int, int, int]
 ) -> Tensor:
     """Logits ``[X, M, N]`` of one part in fresh memory."""
-    logits = part.logits(query)
-    if rule.softcap is not None:
-        logits = logits.div_(rule.softcap).tanh_().mul_(rule.softcap)
+    logits = part.logits(query, rule.softcap)
     if part.bias is not None:
         logits.view(*shape, -1).add_(part.bias)
     return logits

@@ -31,8 +31,8 @@ class Part(Protocol):
         """The part as some of the queries see it."""
         ...
 
-    def logits(self, query: Tensor) -> Tensor:
-        """Products ``[X, M, N]`` of ``query [X, M, D]`` and the keys; lowest in empty columns."""
+    def logits(self, query: Tensor, softcap: float | None) -> Tensor:
+        """Logits ``[X, M, N]`` of ``query [X, M, D]``, capped; lowest in empty columns."""
         ...
 
     def weighted(self, weights: Tensor) -> Tensor:
@@ -63,10 +63,11 @@ class DensePart:
         """The part as some of the queries see it."""
         return self if self.bias is None else replace(self, bias=self.bias[..., some, :])
 
-    def logits(self, query: Tensor) -> Tensor:
-        """Products ``[X, M, N]``; shared keys are read once for all sequences."""
+    def logits(self, query: Tensor, softcap: float | None) -> Tensor:
+        """Logits ``[X, M, N]``; shared keys are read once for all sequences."""
         together = _together(query, self.keys.shape[0])
-        return _apart(together @ self.keys.to(query.dtype).mT, query.shape[0])
+        products = together @ self.keys.to(query.dtype).mT
+        return _apart(_capped(products, softcap), query.shape[0])
 
     def weighted(self, weights: Tensor) -> Tensor:
         """Sums ``[X, M, E]``."""
@@ -99,13 +100,13 @@ class PagedPart:
         """The part as some of the queries see it."""
         return self if self.bias is None else replace(self, bias=self.bias[..., some, :])
 
-    def logits(self, query: Tensor) -> Tensor:
-        """Products ``[X, M, N]``, where N is the number of slots of the longest span."""
+    def logits(self, query: Tensor, softcap: float | None) -> Tensor:
+        """Logits ``[X, M, N]``, where N is the number of slots of the longest span."""
         layout, spans = self.layout, len(self.layout.lengths)
         together = _together(query, spans)
-        products = together[layout.span] @ self.keys.to(query.dtype).mT  # [P, M, C]
+        products = _capped(together[layout.span] @ self.keys.to(query.dtype).mT, softcap)
         unused = layout.last_bias.expand(-1, products.shape[1], -1)
-        products.index_add_(0, layout.last_page, unused)
+        products.index_add_(0, layout.last_page, unused)  # [P, M, C]
         columns = products.new_full((spans, products.shape[1], layout.most_pages, PAGE), _LOWEST)
         columns[layout.span, :, layout.page] = products
         return _apart(columns.flatten(2), query.shape[0])
@@ -117,6 +118,10 @@ class PagedPart:
         sums = together[layout.span, :, layout.page] @ self.values.to(weights.dtype)  # [P, M, E]
         total = sums.new_zeros(spans, *sums.shape[1:]).index_add_(0, layout.span, sums)
         return _apart(total, weights.shape[0])
+
+
+def _capped(products: Tensor, softcap: float | None) -> Tensor:
+    return products if softcap is None else products.div_(softcap).tanh_().mul_(softcap)
 
 
 def _together(x: Tensor, spans: int) -> Tensor:

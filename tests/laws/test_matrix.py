@@ -1,0 +1,226 @@
+"""The laws over presses, wrappers, storages and modes: every pair, or with ``make laws`` all."""
+
+import os
+from functools import cache
+from itertools import product
+
+import pytest
+import torch
+from allpairspy import AllPairs
+from transformers import DynamicCache
+
+import cachepress as cp
+from cachepress.cache import stores
+from cachepress.masks import TextMask
+from cachepress.ops import AttentionRule
+from cachepress.ops.ragged_attention import PAGE
+from cachepress.ops.ragged_attention.naive import naive_attention
+from cachepress.stores.tail import SLACK
+from tests.laws.presses import (
+    HEADS,
+    LAYERS,
+    RATIO,
+    UNSUPPORTED,
+    WRAPPERS,
+    every_press,
+    every_wrapper,
+    name_of,
+)
+from tests.tiny import tiny, tokens
+from tests.tiny_cache import allocated, forward, kept
+
+SCORERS = {name_of(press): press for press in every_press(RATIO)}
+STORAGES = {"full": "full", "int8": cp.Codec(8, residual=5), "int4": cp.Codec(4, residual=5)}
+FACTORS = [
+    list(SCORERS),
+    list(WRAPPERS),
+    list(STORAGES),
+    ["one shot", "chunked"],
+    ["alone", "padded"],
+]
+LENGTHS = (41, 26, 23)
+CHUNK = 12
+
+
+def combinations():
+    every = product(*FACTORS) if os.environ.get("CACHEPRESS_LAWS") == "all" else AllPairs(FACTORS)
+    return [tuple(row) for row in every if (row[0], row[1]) not in UNSUPPORTED]
+
+
+matrix = pytest.mark.parametrize(
+    ("scorer", "wrapper", "storage", "going", "company"), combinations()
+)
+
+
+def build(scorer, wrapper, ratio=RATIO):
+    return WRAPPERS[wrapper].build(SCORERS[scorer].with_ratio(ratio), ratio)
+
+
+@cache
+def model():
+    return tiny()
+
+
+def batch(company):
+    """Texts, and how they stand in a batch: ids and mask."""
+    if company == "alone":
+        ids = tokens(LENGTHS[0], seed=LENGTHS[0])
+        return [ids], ids, None
+    texts = [tokens(n, seed=n) for n in LENGTHS]
+    ids = torch.zeros(len(texts), LENGTHS[0], dtype=torch.long)
+    for row, text in zip(ids, texts, strict=True):
+        row[LENGTHS[0] - text.shape[1] :] = text[0]
+    return texts, ids, (ids > 0).long()
+
+
+def compress(press, ids, mask, going, storage="full", mode="exact"):
+    chunk = CHUNK if going == "chunked" else None
+    return cp.prefill(
+        model(),
+        ids,
+        press,
+        attention_mask=mask,
+        chunk_size=chunk,
+        mode=mode,
+        storage=STORAGES[storage],
+    )
+
+
+@matrix
+def test_the_laws(scorer, wrapper, storage, going, company):
+    press = build(scorer, wrapper)
+    texts, ids, mask = batch(company)
+    cache = compress(press, ids, mask, going, storage)
+    _counts_are_exact(cache, wrapper, texts)
+    _each_text_is_as_if_alone(cache, press, texts, ids)
+    _positions_rise(cache, ids)
+    _bytes_are_those_allocated(cache, ids, storage)
+    _attends_like_the_reference(cache, ids)
+    _rows_are_those_of_the_text(cache, ids, mask, press, storage)
+    assert cp.parse(repr(press)) == press
+
+
+def _counts_are_exact(cache, wrapper, texts):
+    promised = WRAPPERS[wrapper]
+    lengths = torch.stack([store.lengths for store in stores(cache)])  # [layers, B, H]
+    for b, text in enumerate(texts):
+        counts = torch.tensor(promised.counts(text.shape[1]))
+        if promised.scope == "head":
+            assert torch.equal(lengths[:, b], counts[:, None].expand(-1, HEADS))
+        elif promised.scope == "layer":
+            assert torch.equal(lengths[:, b].sum(-1), counts * HEADS)
+        else:
+            assert lengths[:, b].sum() == counts.sum() * HEADS
+
+
+def _each_text_is_as_if_alone(cache, press, texts, ids):
+    for b, text in enumerate(texts):
+        alone = kept(compress(press, text, None, "one shot"))
+        pad = ids.shape[1] - text.shape[1]
+        for layer, layer_alone in zip(kept(cache), alone, strict=True):
+            assert [[p - pad for p in head] for head in layer[b]] == layer_alone[0]
+
+
+def _positions_rise(cache, ids):
+    assert cache.get_seq_length() == ids.shape[1]
+    for layer in kept(cache):
+        for row in layer:
+            for head in row:
+                assert head == sorted(set(head))
+
+
+def _bytes_are_those_allocated(cache, ids, storage):
+    store_bytes = [allocated(store) for store in stores(cache)]
+    assert cp.size_of(cache).bytes_after == allocated(stores(cache))
+    if storage == "full":
+        for store, nbytes in zip(stores(cache), store_bytes, strict=True):
+            rows, spans = int(store.lengths.sum()), store.lengths.numel()
+            row = 2 * 8 * 4 + 4 + (4 if store.held.rows().rope is not None else 0)
+            index = 16 * (rows // PAGE + spans) + 160 * spans + ids.numel()
+            assert rows * row <= nbytes <= (rows + (PAGE - 1) * spans) * row + index
+
+
+def _attends_like_the_reference(cache, ids):
+    for store in stores(cache):
+        rows, b = store.held.rows(), ids.shape[0]
+        valid = rows.text_positions() >= 0
+        query = torch.randn(b, 2 * HEADS, 3, 8)
+        columns = [
+            [(rows.keys[i, j][valid[i, j]], rows.values[i, j][valid[i, j]]) for j in range(HEADS)]
+            for i in range(b)
+        ]
+        rule = AttentionRule(0.3)
+        wanted = naive_attention(query.view(b, HEADS, 2, 3, 8), columns, rule)
+        ours = store.held.attend(query, TextMask(None, 3), rule)
+        torch.testing.assert_close(
+            ours.transpose(1, 2), wanted.view(b, 2 * HEADS, 3, 8), atol=1e-5, rtol=1e-5
+        )
+
+
+def _rows_are_those_of_the_text(cache, ids, mask, press, storage):
+    whole = compress(None, ids, mask, "one shot")
+    for store, layer in zip(stores(cache), whole.layers, strict=True):
+        rows = store.held.rows()
+        where = rows.text_positions()
+        column = where.clamp(min=0).long()[..., None].expand_as(rows.keys)
+        valid = (where >= 0)[..., None].expand_as(rows.keys)
+        values = layer.values.gather(2, column)
+        tolerance = {"full": 1e-4, "int8": 0.05, "int4": 0.6}[storage]
+        assert (rows.values - values)[valid].abs().max() <= tolerance
+        if not press.compacts:
+            assert (rows.keys - layer.keys.gather(2, column))[valid].abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_ratio_0_equals_no_press(scorer, wrapper):
+    if (scorer, wrapper) in UNSUPPORTED:
+        pytest.skip("refused when it is built")
+    ids = tokens(40)
+    plain, cache = DynamicCache(), DynamicCache()
+    wanted = forward(model(), plain, input_ids=ids).logits
+    with build(scorer, wrapper, ratio=0.0)(model()):
+        assert torch.equal(forward(model(), cache, input_ids=ids).logits, wanted)
+        for step in range(12):
+            ours = forward(model(), cache, input_ids=tokens(1, seed=step)).logits
+            plainly = forward(model(), plain, input_ids=tokens(1, seed=step)).logits
+            torch.testing.assert_close(ours, plainly, atol=1e-5, rtol=1e-5)
+    assert stores(cache)[0].lengths.tolist() == [[52, 52]]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_online_chunks_and_a_second_turn_end_at_the_same_counts(scorer, wrapper):
+    if (scorer, wrapper) in UNSUPPORTED:
+        pytest.skip("refused when it is built")
+    press = build(scorer, wrapper)
+    texts, ids, mask = batch("padded")
+    cache = compress(press, ids, mask, "chunked", mode="online")
+    _counts_are_exact(cache, wrapper, texts)
+    _positions_rise(cache, ids)
+    cache, ids = DynamicCache(), tokens(40)
+    with press(model()):
+        forward(model(), cache, input_ids=ids[:, :23])
+        forward(model(), cache, input_ids=ids[:, 23:])
+    _counts_are_exact(cache, wrapper, [ids])
+    _positions_rise(cache, ids)
+
+
+def test_unsupported_pairs_are_refused_when_they_are_built():
+    refused = set()
+    for scorer, wrapper in product(SCORERS, WRAPPERS):
+        try:
+            build(scorer, wrapper)
+        except cp.CachepressError as error:
+            assert "use ChunkPress" in str(error)
+            refused.add((scorer, wrapper))
+    assert refused == UNSUPPORTED
+
+
+def test_the_matrix_has_every_wrapper():
+    assert every_wrapper() <= set(WRAPPERS)
+    assert len(stores(compress(cp.KnormPress(0.5), tokens(8), None, "one shot"))) == LAYERS
+
+
+def test_slack_is_what_the_docs_say():
+    assert PAGE - 1 + SLACK <= 128

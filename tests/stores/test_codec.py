@@ -1,0 +1,102 @@
+"""Quantized rows: how far off they are, what they cost, and that forks and turns work on them."""
+
+import pytest
+import torch
+
+import cachepress as cp
+from cachepress.cache import stores
+from cachepress.stores import Codec
+from tests.tiny import tiny, tokens
+from tests.tiny_cache import allocated, forward, kept
+
+PRESS = cp.AdaKVPress(cp.KnormPress(0.5))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_numbers_are_off_by_half_a_step_at_most(bits):
+    pages = (
+        torch.randn(5, 32, 16)
+        * torch.tensor([0.01, 1.0, 100.0, 0.0])[:, None].repeat(1, 4).flatten()
+    )
+    used = torch.ones(5, 32, dtype=torch.bool)
+    used[4, 3:] = False
+    steps = 2**bits - 1
+    keys = Codec(bits).encode_keys(pages, used).decode()
+    for page, rows, ours in zip(pages, used, keys, strict=True):
+        span = page[rows].amax(0) - page[rows].amin(0)
+        limit = span / steps * 0.51 + page[rows].abs().amax(0) * 2e-3 + 1e-6
+        assert ((ours - page)[rows].abs() <= limit).all()
+    values = Codec(bits).encode_values(pages).decode()
+    span = pages.amax(-1) - pages.amin(-1)
+    limit = span / steps * 0.51 + pages.abs().amax(-1) * 2e-3 + 1e-6
+    assert ((values - pages).abs() <= limit[..., None]).all()
+
+
+@pytest.mark.parametrize(("storage", "most"), [("int8", 0.40), ("int4", 0.27)])
+def test_bytes_are_measured_and_small(storage, most):
+    model, ids = tiny(), tokens(500)
+    full = cp.prefill(model, ids, cp.KnormPress(0.0))
+    small = cp.prefill(model, ids, cp.KnormPress(0.0), storage=storage)
+    held = [cp.size_of(cache).bytes_after for cache in (small, full)]
+    assert held == [allocated(stores(cache)) for cache in (small, full)]
+    # Small heads (8 channels) make the positions weigh more than they do in a real model.
+    positions = 4 * 4 * 2 * 512
+    assert (held[0] - positions) / (held[1] - positions) < most + 64 / 500
+    assert stores(small)[0].lengths.tolist() == [[500, 500]]
+
+
+@pytest.mark.parametrize("storage", ["int8", Codec(8, residual=0), Codec(8, residual=300)])
+def test_answers_are_close_to_those_of_full_rows(storage):
+    model, ids = tiny(), tokens(300)
+    full, small = (cp.prefill(model, ids, PRESS, storage=s) for s in ("full", storage))
+    assert kept(small) == kept(full)
+    for step in range(150):
+        token = tokens(1, seed=step)
+        wanted = forward(model, full, input_ids=token).logits
+        ours = forward(model, small, input_ids=token).logits
+        assert (ours - wanted).abs().max() < 0.35
+    assert kept(small) == kept(full)
+
+
+def test_decoded_rows_are_quantized_once_the_residual_is_full():
+    model = tiny()
+    cache = cp.prefill(model, tokens(100), PRESS, storage=Codec(4, residual=16))
+    for step in range(150):
+        forward(model, cache, input_ids=tokens(1, seed=step))
+    store = stores(cache)[0]
+    assert store._tail.n < 16 + 32 + 1
+    assert store.lengths.sum() == 2 * 200
+    whole = cp.prefill(model, tokens(100), PRESS)
+    for step in range(150):
+        forward(model, whole, input_ids=tokens(1, seed=step))
+    assert allocated(store) < 0.75 * allocated(stores(whole)[0])
+
+
+def test_forks_share_quantized_rows_and_a_second_turn_is_compressed():
+    model, ids = tiny(), tokens(200)
+    cache = cp.prefill(model, ids, PRESS, storage="int4")
+    one, three = cp.fork(cache), cp.fork(cache, 3)
+    step = tokens(3, seed=1)
+    wanted = forward(model, cache, input_ids=step).logits
+    torch.testing.assert_close(forward(model, one, input_ids=step).logits, wanted)
+    batch = forward(model, three, input_ids=step.expand(3, -1)).logits
+    torch.testing.assert_close(batch, wanted.expand(3, -1, -1), atol=2e-5, rtol=1e-4)
+    with PRESS(model):
+        forward(model, one, input_ids=tokens(97))
+    assert stores(one)[0].lengths.sum() == 2 * 150
+    assert stores(one)[0].codec == Codec(4)
+
+
+@pytest.mark.parametrize("bad", ["int2", "", 4])
+def test_an_unknown_storage_is_refused(bad):
+    with pytest.raises(cp.CachepressError, match="storage: got"):
+        PRESS(tiny(), storage=bad)
+
+
+def test_a_codec_checks_what_it_is_given():
+    with pytest.raises(cp.CachepressError, match="bits: got 3"):
+        Codec(3)
+    with pytest.raises(cp.CachepressError, match="residual: got -1"):
+        Codec(8, -1)
+    with pytest.raises(cp.CachepressError, match="got 7 channels"):
+        Codec(4).encode_values(torch.zeros(1, 32, 7))
