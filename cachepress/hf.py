@@ -321,6 +321,7 @@ def _register(base: str) -> str:
     return name
 
 
+@torch.compiler.disable
 def _attention(
     module: nn.Module,
     query: Tensor,

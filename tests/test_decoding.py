@@ -49,7 +49,7 @@ def test_the_cache_never_exceeds_its_bound(scorer, adaptive):
     assert len(watch.held) == n
     assert watch.held[0] == [TARGET * 2] * 4
     most = max(max(step) for step in watch.held)
-    assert (TARGET + INTERVAL - 1) * 2 == most
+    assert most == (TARGET + INTERVAL - 1) * 2
     assert min(min(step) for step in watch.held) == TARGET * 2
     assert cache.get_seq_length() == 100 + n - 1
 

@@ -137,3 +137,157 @@ def test_a_fork_as_a_batch_decodes_like_the_original(name):
 def test_a_fork_needs_a_number():
     with pytest.raises(cp.CachepressError, match="got n=0"):
         cp.fork(DynamicCache(), 0)
+
+
+RAGGED = cp.AdaKVPress(cp.KnormPress(0.5))
+
+
+def answer(model, cache, question, **options):
+    """What generate() appends to a question on a cache."""
+    mask = torch.ones(len(question), cache.get_seq_length() + question.shape[1])
+    with torch.no_grad():
+        out = model.generate(
+            question, attention_mask=mask, past_key_values=cache, **{**OPTIONS, **options}
+        )
+    return out[:, question.shape[1] :]
+
+
+@pytest.mark.parametrize("press", [PRESS, RAGGED], ids=["dense", "ragged"])
+@pytest.mark.parametrize("storage", ["full", cp.Codec(8, residual=4)], ids=["full", "int8"])
+def test_a_cache_of_one_expands_itself_for_beams_and_sequences(press, storage):
+    model, question = tiny(), tokens(3, seed=7)
+    cache = cp.prefill(model, tokens(60), press, storage=storage)
+    beams = answer(model, cp.fork(cache), question, num_beams=3, num_return_sequences=3)
+    wanted = answer(model, cp.fork(cache, 3), question.expand(3, -1)[:1], num_beams=3)
+    assert torch.equal(beams[:1], wanted)
+    assert len({tuple(row.tolist()) for row in beams}) == 3
+    torch.manual_seed(0)
+    sampled = answer(model, cp.fork(cache), question, do_sample=True, num_return_sequences=4)
+    assert len({tuple(row.tolist()) for row in sampled}) > 1
+    greedy = answer(model, cp.fork(cache), question)
+    assert torch.equal(answer(model, cp.fork(cache), question.expand(2, -1)), greedy.expand(2, -1))
+
+
+def test_beams_on_ragged_rows_are_those_of_a_search_by_hand():
+    """The best of all continuations of two tokens, found by trying each."""
+    model, ids, question = tiny(), tokens(60), tokens(3, seed=7)
+    cache = cp.prefill(model, ids, RAGGED)
+    found = answer(model, cp.fork(cache), question, num_beams=97, max_new_tokens=2)
+    first = cp.fork(cache)
+    scores = forward(model, first, input_ids=question).logits[:, -1].log_softmax(-1)
+    first.reorder_cache(torch.zeros(97, dtype=torch.long))
+    second = forward(model, first, input_ids=torch.arange(97)[:, None]).logits[:, -1]
+    total = scores.T + second.log_softmax(-1)
+    assert found[0].tolist() == [int(total.argmax()) // 97, int(total.argmax()) % 97]
+
+
+def test_another_number_of_sequences_is_refused():
+    model = tiny()
+    cache = cp.fork(cp.prefill(model, tokens(30), PRESS), 2)
+    with pytest.raises(cp.CachepressError, match="holds 2 sequences and the forward has 3"):
+        forward(model, cache, input_ids=tokens(1, batch=3))
+
+
+def test_streaming_hands_out_every_token():
+    model, question = tiny(), tokens(3, seed=7)
+    cache = cp.prefill(model, tokens(60), RAGGED)
+
+    class Streamer:
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.tokens.append("end")
+
+    streamer = Streamer()
+    out = answer(model, cp.fork(cache), question, streamer=streamer)
+    assert streamer.tokens == [*question[0].tolist(), *out[0].tolist(), "end"]
+
+
+@pytest.mark.parametrize("press", [PRESS, RAGGED], ids=["dense", "ragged"])
+def test_assisted_decoding_gives_the_greedy_tokens(press):
+    model, question = tiny(), tokens(3, seed=7)
+    cache = cp.prefill(model, tokens(60), press)
+    greedy = answer(model, cp.fork(cache), question, max_new_tokens=20)
+    by_lookup = answer(
+        model, cp.fork(cache), question, max_new_tokens=20, prompt_lookup_num_tokens=3
+    )
+    assert torch.equal(by_lookup, greedy)
+
+
+def test_an_assistant_works_after_the_context_and_is_refused_in_it():
+    model, question = tiny(), tokens(3, seed=7)
+    cache = cp.prefill(model, tokens(60), RAGGED)
+    greedy = answer(model, cp.fork(cache), question, max_new_tokens=20)
+    with (
+        torch.no_grad(),
+        RAGGED(model),
+        pytest.raises(cp.CachepressError, match="do assisted decoding after"),
+    ):
+        model.generate(tokens(60), prompt_lookup_num_tokens=5, **{**OPTIONS, "max_new_tokens": 30})
+    assert torch.equal(answer(model, cp.fork(cache), question, max_new_tokens=20), greedy)
+
+
+def test_crop_on_ragged_rows_and_across_a_fork():
+    model, ids = tiny(), tokens(60)
+    cache = cp.prefill(model, ids, RAGGED)
+    longer = tokens(80, seed=3)
+    wanted = forward(model, cp.fork(cache), input_ids=longer[:, :50]).logits[:, -1]
+    forward(model, cache, input_ids=longer)
+    forked = cp.fork(cache)
+    forked.crop(-30)
+    assert forked.get_seq_length() == 110
+    assert cache.get_seq_length() == 140
+    forked.crop(-1)
+    again = forward(model, forked, input_ids=longer[:, 49:50]).logits[:, -1]
+    torch.testing.assert_close(again, wanted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["function", "in place"])
+def test_a_compiled_model_gives_the_same_logits_and_is_compressed(how):
+    model, ids, question = tiny(), tokens(60), tokens(4, seed=3)
+    cache = cp.prefill(model, ids, RAGGED)
+    wanted = [forward(model, cp.fork(cache), input_ids=question[:, :n]).logits for n in (1, 4)]
+    if how == "in place":
+        model.compile(backend="eager")
+        compiled = model
+    else:
+        compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for n, logits in zip((1, 4), wanted, strict=True):
+            ours = compiled(question[:, :n], past_key_values=cp.fork(cache)).logits
+            torch.testing.assert_close(ours, logits, atol=1e-5, rtol=1e-5)
+        fresh = DynamicCache()
+        with RAGGED(model):
+            compiled(ids, past_key_values=fresh)
+    assert kept(fresh) == kept(cache)
+
+
+def test_eight_questions_hold_the_context_once():
+    model = tiny()
+    cache = cp.prefill(model, tokens(400), RAGGED)
+    forked = cp.fork(cache, 8)
+    one, eight = cp.size_of(cache).bytes_after, cp.size_of(forked).bytes_after
+    assert eight == one
+    forward(model, forked, input_ids=tokens(5, batch=8))
+    row = 2 * 8 * 4
+    assert cp.size_of(forked).bytes_after == one + 4 * 2 * 8 * (5 + 64) * row
+    storages = {x.data_ptr() for store in stores(cache) for x in store.tensors()}
+    shared = {x.data_ptr() for store in stores(forked) for x in store.tensors()} & storages
+    assert shared == storages
+
+
+def test_a_fork_of_an_uncompressed_cache_shares_its_rows_too():
+    model = tiny()
+    cache = cp.prefill(model, tokens(400), cp.KnormPress(0.0))
+    forked = cp.fork(cache, 8)
+    step = tokens(2, seed=3)
+    forward(model, forked, input_ids=step.expand(8, -1))
+    wanted = forward(model, cp.prefill(model, tokens(400)), input_ids=step).logits
+    ours = forward(model, cache, input_ids=step).logits
+    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+    tails = 8 * 4 * 2 * (2 + 64) * 2 * 8 * 4
+    assert cp.size_of(forked).bytes_after < 4 * 2 * (400 + 32) * (2 * 8 * 4 + 4) + tails

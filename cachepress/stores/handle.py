@@ -11,10 +11,15 @@ if TYPE_CHECKING:
     from cachepress.stores.held import Held
     from cachepress.stores.store import Store
 
-_READABLE = {
-    getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_mps")
-} | {Tensor.size, Tensor.dim}
+_ATTRIBUTES = (
+    "shape dtype device ndim layout requires_grad grad is_leaf is_cuda is_mps is_mkldnn is_nested "
+    "is_sparse is_quantized _base"
+)
+_METHODS = "size dim stride storage_offset untyped_storage is_neg is_conj _is_view"
+_READABLE = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()} | {
+    getattr(Tensor, name) for name in _METHODS.split()
+}
+"""What models, and torch.compile between two graphs, ask of a tensor without its numbers."""
 
 
 class RowsHandle(Tensor):

@@ -120,6 +120,7 @@ class Store(CacheLayerMixin):
         found += [] if self._tail is None else self._tail.tensors()
         return found if self.known is None else [*found, self.known]
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
@@ -202,7 +203,8 @@ class Store(CacheLayerMixin):
             raise CachepressError(
                 f"cannot crop a compressed cache to {target} tokens: rows before "
                 f"{self._settled_at} were dropped when the prompt was compressed; crop to "
-                f"{self._settled_at} or more"
+                f"{self._settled_at} or more, and do assisted decoding after `with press(model)`, "
+                "on a cache that cachepress.prefill compressed"
             )
         surplus, own = self._seen - target, 0 if self._tail is None else self._tail.n
         if self._tail is not None and surplus <= own:
