@@ -339,7 +339,7 @@ def _attention(
     if kwargs.get("position_bias") is not None:
         raise UnsupportedError(f"{type(module).__name__} adds a position bias: not supported")
     n = query.shape[2]
-    mask, rule = _text_mask(attention_mask, n), _rule(module, query, kwargs)
+    mask, rule = _text_mask(attention_mask, n), _rule(module, query, kwargs, base)
     rows = None
     if key.fresh is not None:
         rows = Rows(*key.fresh)
@@ -450,10 +450,16 @@ def _find_projection(
     return found
 
 
-def _rule(module: nn.Module, query: Tensor, options: Mapping[str, object]) -> AttentionRule:
+def _rule(
+    module: nn.Module, query: Tensor, options: Mapping[str, object], base: str
+) -> AttentionRule:
+    """How the base function turns products into weights, which is what we must equal."""
     scaling = options.get("scaling")
     if scaling is None:
         scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+    if base == "sdpa":
+        # It knows neither a cap nor sinks, and computes without them where a model asks for them.
+        return AttentionRule(scaling)
     return AttentionRule(scaling, options.get("softcap"), options.get("s_aux"))
 
 

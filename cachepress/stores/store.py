@@ -121,7 +121,7 @@ class Store(CacheLayerMixin):
         return found if self.known is None else [*found, self.known]
 
     @torch.compiler.disable
-    def update(
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write the rows of a forward, and hand out what attention reads them by."""
