@@ -140,12 +140,22 @@ def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     p.add_argument("--seed", type=int, help="seed of data and sampling")
     p.add_argument("--max-new-tokens", type=int, help="instead of the data's own column")
     p.add_argument("--max-context-length", type=int, help="most tokens of a context")
+    p.add_argument("--prefill-chunk-size", type=int, help="tokens of a context computed at once")
+    p.add_argument(
+        "--prefill-mode", help="exact: compress after the last chunk; online: after each"
+    )
+    p.add_argument("--storage", help="how kept rows are stored: full, int8 or int4")
     p.add_argument("--output-dir", help="where results go (default: ./results)")
     p.add_argument("--model-kwargs", type=_mapping, help="YAML or JSON mapping for from_pretrained")
     p.add_argument("--log-level", help="DEBUG, INFO, WARNING or ERROR")
     flag = argparse.BooleanOptionalAction
     p.add_argument("--query-aware", action=flag, help="let the press see the question")
     p.add_argument("--truncation", action=flag, help="cut longer contexts instead of refusing")
+    p.add_argument(
+        "--beyond-trained-length",
+        action=flag,
+        help="allow contexts longer than the model was trained for; answers are not to be trusted",
+    )
     p.add_argument("--overwrite", action=flag, help="do a finished run again")
     p.set_defaults(command=_evaluate)
 

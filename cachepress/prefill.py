@@ -47,7 +47,11 @@ def prefill(
     Raises:
         CachepressError: if an argument is wrong or the combination cannot work.
     """
-    chunk_size = _check(press, chunk_size, mode, storage, input_ids)
+    check_prefill(press, chunk_size, mode, storage)
+    if input_ids.ndim != 2 or not input_ids.shape[1]:
+        raise CachepressError(
+            f"input_ids: got shape {tuple(input_ids.shape)}, wanted [B, T] with T > 0"
+        )
     decoder = model.get_decoder()
     cache = DynamicCache(config=decoder.config) if cache is None else cache
     name = cache_argument(decoder)
@@ -56,6 +60,7 @@ def prefill(
     mask = None if attention_mask is None else attention_mask.to(model.device)
     if mask is not None and mask.shape[1] == n < seen + n:
         mask = torch.cat([mask.new_ones(mask.shape[0], seen), mask], dim=1)
+    chunk_size = n if chunk_size is None else chunk_size
     starts = range(0, n, chunk_size)
     bar = logging.tqdm(starts, unit="chunk", disable=not progress)
     observation = None if press is None else Observation(press, model, storage=storage)
@@ -76,22 +81,18 @@ def prefill(
     return cache
 
 
-def _check(
-    press: BasePress | None, chunk_size: int | None, mode: str, storage: str | Codec, ids: Tensor
-) -> int:
-    """The size of a chunk, if all arguments fit."""
-    if ids.ndim != 2 or not ids.shape[1]:
-        raise CachepressError(f"input_ids: got shape {tuple(ids.shape)}, wanted [B, T] with T > 0")
+def check_prefill(
+    press: BasePress | None, chunk_size: int | None, mode: str, storage: str | Codec
+) -> None:
+    """Raise unless a press and the options of ``prefill`` fit each other."""
     if mode not in MODES:
-        raise CachepressError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
+        raise CachepressError(f"prefill mode: got {mode!r}, wanted one of {', '.join(MODES)}")
     if press is None and Codec.of(storage) is not None:
-        raise CachepressError(
-            f"storage={storage!r} needs a press: give KnormPress(0.0) to keep all"
-        )
+        raise CachepressError(f"storage={storage!r} needs a press: KnormPress(0.0) keeps all rows")
     if chunk_size is None:
         if mode == "online":
             raise CachepressError("online prefill compresses chunk by chunk: give a chunk size")
-        return ids.shape[1]
-    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
-        raise CachepressError(f"chunk size: got {chunk_size!r}, wanted a whole number above 0")
-    return chunk_size
+    elif not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+        raise CachepressError(
+            f"prefill chunk size: got {chunk_size!r}, wanted a whole number above 0"
+        )

@@ -14,6 +14,7 @@ import yaml
 
 from cachepress.budgets import check_ratio
 from cachepress.errors import CachepressError
+from cachepress.prefill import check_prefill
 from cachepress.presses import BasePress
 from cachepress.spec import ALIASES, NO_PRESS, parse
 
@@ -41,6 +42,10 @@ class EvaluationConfig:
         max_new_tokens: instead of the data's own column.
         max_context_length: most tokens of a context; None for what the model has room for.
         truncation: cut the end of a longer context instead of refusing it.
+        beyond_trained_length: allow contexts longer than the model was trained for.
+        prefill_chunk_size: tokens of a context that are computed at once; None for all.
+        prefill_mode: "exact" compresses after the last chunk, "online" after each.
+        storage: how kept rows are stored: "full", "int8" or "int4".
         output_dir: where results go.
         model_kwargs: passed to the model's from_pretrained.
         log_level: DEBUG, INFO, WARNING or ERROR.
@@ -61,6 +66,10 @@ class EvaluationConfig:
     max_new_tokens: int | None = None
     max_context_length: int | None = None
     truncation: bool = False
+    beyond_trained_length: bool = False
+    prefill_chunk_size: int | None = None
+    prefill_mode: str = "exact"
+    storage: str = "full"
     output_dir: str = "./results"
     model_kwargs: dict[str, object] = field(default_factory=dict)
     log_level: str = "INFO"
@@ -76,6 +85,7 @@ class EvaluationConfig:
             )
         if not 0 < self.fraction <= 1:
             raise CachepressError(f"fraction: got {self.fraction}, wanted 0 < fraction <= 1")
+        check_prefill(press, self.prefill_chunk_size, self.prefill_mode, self.storage)
         for name in ("max_new_tokens", "max_context_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -108,17 +118,24 @@ class EvaluationConfig:
         press = self.make_press()
         if press is None:
             return NO_PRESS
-        aliases = {parse(name): name for name in ALIASES}
-        plain = press.with_ratio(0.0)
-        return aliases.get(plain) or re.sub(r"compression_ratio=0\.0(, )?", "", repr(plain))
+        for alias in ALIASES:
+            plain = parse(alias)
+            if plain is not None and plain.with_ratio(self.ratio) == press:
+                return alias
+        return re.sub(rf"compression_ratio={self.ratio!r}(, )?", "", repr(press))
 
     def _further_parts(self) -> list[str]:
         parts = []
-        for name in ("fraction", "seed", "max_new_tokens", "max_context_length", "dtype"):
+        numbers = ("fraction", "seed", "max_new_tokens", "max_context_length", "dtype")
+        for name in (*numbers, "prefill_chunk_size"):
             value = getattr(self, name)
             if value != _DEFAULTS[name]:
                 parts.append(f"{name}{value}")
-        parts += [name for name in ("query_aware", "truncation") if getattr(self, name)]
+        for name in ("prefill_mode", "storage"):
+            if getattr(self, name) != _DEFAULTS[name]:
+                parts.append(getattr(self, name))
+        flags = ("query_aware", "truncation", "beyond_trained_length")
+        parts += [name for name in flags if getattr(self, name)]
         if self.model_kwargs:
             parts.append("model_kwargs-" + _digest(self.model_kwargs))
         return parts

@@ -145,6 +145,7 @@ class EvaluationRunner:
             "max_new_tokens": [int(n) for n in group["max_new_tokens"]],
             "max_context_length": self.config.max_context_length,
             "truncation": self.config.truncation,
+            "beyond_trained_length": self.config.beyond_trained_length,
         }
 
     def _check_contexts(self, pipe: transformers.Pipeline, table: pd.DataFrame) -> None:
@@ -195,7 +196,9 @@ class EvaluationRunner:
         context: str,
         group: pd.DataFrame,
     ) -> Answers:
-        return pipe(context, press=press, return_stats=True, **self._options(group))["stats"]
+        names = ("prefill_chunk_size", "prefill_mode", "storage")
+        how = {name: getattr(self.config, name) for name in names}
+        return pipe(context, press=press, return_stats=True, **how, **self._options(group))["stats"]
 
     def _save_results(self, table: pd.DataFrame, records: Mapping[str, dict]) -> pd.DataFrame:
         answers: dict[int, str] = {}
