@@ -13,14 +13,14 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready $(OLD)/ready
 	$(BIN)/cachepress models --fetch
-	$(OLD)/bin/python -m pytest tests/laws tests/test_hf.py tests/test_generate.py
+	$(OLD)/bin/python -m pytest tests/laws tests/test_hf.py tests/test_generate.py tests/test_prefill.py tests/test_persist.py
 	$(BIN)/python -m pytest
 
 laws: $(VENV)/ready
 	CACHEPRESS_LAWS=all $(BIN)/python -m pytest tests/laws
 
 bench: $(VENV)/ready
-	$(BIN)/python scripts/bench.py --repeats 5
+	$(BIN)/cachepress bench --presses snapkv "AdaKVPress(SnapKVPress())" --ratios 0 0.5 0.9 --lengths 8192 --steps 40 --repeats 1
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -31,7 +31,7 @@ types: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' transformers==$(NEWEST)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,triton]' transformers==$(NEWEST)
 	touch $@
 
 $(OLD)/ready: pyproject.toml constraints.txt

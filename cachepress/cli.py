@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from typing import NoReturn
 
 from cachepress import __version__
@@ -83,12 +84,42 @@ def _models(options: dict[str, object]) -> None:
 
 
 def _presses(options: dict[str, object]) -> None:
-    from cachepress.spec import ALIASES, parse
+    import cachepress
+    from cachepress.spec import ALIASES, known_names, parse
 
     for alias in ALIASES:
-        press = parse(alias)
-        summary = (type(press).__doc__ or "").strip().splitlines()[0]
-        print(f"{alias:20} {press!r}\n{'':20} {summary}")
+        _print_press(alias, repr(parse(alias)), type(parse(alias)))
+    print("\nwrappers, around any of them and around each other:")
+    for name in known_names():
+        if name[0].isupper() and name not in ALIASES.values():
+            kind = getattr(cachepress, name)
+            _print_press("", name + _options_of(kind), kind)
+
+
+def _print_press(alias: str, spelling: str, kind: type) -> None:
+    summary = (kind.__doc__ or "").strip().splitlines()[0]
+    print(f"{alias:20} {spelling}\n{'':20} {summary}")
+
+
+def _options_of(kind: type) -> str:
+    """The options of a press class as it would be written, with their defaults."""
+    parts = [
+        f.name if f.default is MISSING else f"{f.name}={f.default!r}"
+        for f in fields(kind)
+        if not f.kw_only
+    ]
+    return f"({', '.join(parts)})"
+
+
+def _bench(options: dict[str, object]) -> None:
+    from cachepress.bench import BenchOptions, bench_table, run_bench, write_json
+
+    _log("INFO")
+    path = options.pop("json", None)
+    result = run_bench(BenchOptions(**options))
+    print(bench_table(result))
+    if path is not None:
+        write_json(result, path)
 
 
 def _log(level: str) -> None:
@@ -112,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="say which models are built in, and where")
     models.add_argument("--fetch", action="store_true", help="fetch what is not there yet")
     models.set_defaults(command=_models)
+    _bench_parser(commands)
     presses = commands.add_parser("presses", help="list the presses with their options")
     presses.set_defaults(command=_presses)
     return parser
@@ -158,6 +190,40 @@ def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     )
     p.add_argument("--overwrite", action=flag, help="do a finished run again")
     p.set_defaults(command=_evaluate)
+
+
+def _bench_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    p = commands.add_parser(
+        "bench",
+        help="time presses: prefill, decoding, bytes",
+        description="Time presses against transformers' own cache: seconds of prefill, the share "
+        "of it that the press takes, ms of a decoding step, bytes held after prefill and the peak "
+        "of it. Runs are interleaved and repeated; medians are shown.",
+        argument_default=argparse.SUPPRESS,
+    )
+    many = {"nargs": "+"}
+    p.add_argument("--presses", **many, help="aliases or spellings (default: snapkv)")
+    p.add_argument("--ratios", type=float, **many, help="ratios for each press")
+    p.add_argument("--lengths", type=int, **many, help="tokens of context (default: 4096)")
+    p.add_argument("--batch-sizes", type=int, **many, help="contexts read at once (default: 1)")
+    p.add_argument("--forks", type=int, **many, help="continuations of a context (default: 1)")
+    p.add_argument(
+        "--baseline",
+        action=argparse.BooleanOptionalAction,
+        help="time transformers' own cache, too (default: yes)",
+    )
+    p.add_argument("--steps", type=int, help="tokens decoded in each repeat (default: 32)")
+    p.add_argument("--repeats", type=int, help="of everything (default: 3)")
+    p.add_argument("--model", help="smollm2-135m, a local folder, or a hub name")
+    p.add_argument("--config", help="random weights of a shape: llama-3.1-8b, qwen3-4b, a folder")
+    p.add_argument("--layers", type=int, help="layers of that shape (default: all)")
+    p.add_argument("--dtype", help="torch dtype (default: float32 on CPU)")
+    p.add_argument("--device", help="torch device (default: a GPU if there is one)")
+    p.add_argument("--prefill-chunk-size", type=int, help="tokens of a context computed at once")
+    p.add_argument("--prefill-mode", help="exact or online")
+    p.add_argument("--storage", help="full, int8 or int4")
+    p.add_argument("--json", metavar="FILE", help="write every timing to a file")
+    p.set_defaults(command=_bench)
 
 
 def _mapping(text: str) -> dict[str, object]:

@@ -344,23 +344,30 @@ def _attention(
     if key.fresh is not None:
         rows = Rows(*key.fresh)
         output = function(module, query, *key.fresh, attention_mask, **kwargs)
-    elif _own_attention(key.held, n, mask, kwargs):
+    elif _own_attention(key.held, n, mask, base, kwargs):
         output = key.held.attend(query, mask, rule), None
     else:
         rows = key.held.rows()
-        row_mask = _mask_of_rows(attention_mask, rows, query, base)
-        output = function(module, query, rows.keys, rows.values, row_mask, **kwargs)
+        if rows.positions is not None:
+            attention_mask = _mask_of_rows(mask, key.held, rows, query)
+        output = function(module, query, rows.keys, rows.values, attention_mask, **kwargs)
     watched = _WATCHED.pop(key.store, None)
     if watched is not None:
         with torch.no_grad():
-            _note(watched, module, query, output[0], key, rows, mask, rule)
+            note(watched, module, query, output[0], key, rows, mask, rule)
     return output
 
 
-def _own_attention(held: Held, n: int, mask: TextMask, options: Mapping[str, object]) -> bool:
-    """Whether the store attends itself: for few queries, or over rows that sequences share."""
-    few = n <= _FEW or held.shared
-    return few and not mask.per_head and not options.get("output_attentions")
+def _own_attention(
+    held: Held, n: int, mask: TextMask, base: str, options: Mapping[str, object]
+) -> bool:
+    """Whether the store attends itself.
+
+    It does for few queries, over rows that sequences share, and in place of functions that take
+    no mask over rows.
+    """
+    wanted = n <= _FEW or held.shared or (held.blocks and "flash" in base)
+    return bool(wanted) and not mask.per_head and not options.get("output_attentions")
 
 
 def _text_mask(mask: object, n: int) -> TextMask:
@@ -373,7 +380,7 @@ def _text_mask(mask: object, n: int) -> TextMask:
     return read
 
 
-def _note(
+def note(
     watched: _Watched,
     module: nn.Module,
     query: Tensor,
@@ -463,34 +470,28 @@ def _rule(
     return AttentionRule(scaling, options.get("softcap"), options.get("s_aux"))
 
 
-def _mask_of_rows(mask: object, rows: Rows, query: Tensor, base: str) -> object:
-    """A mask over text columns, as a mask over the rows that are held."""
-    if rows.positions is None:
-        return mask
+def _mask_of_rows(mask: TextMask, held: Held, rows: Rows, query: Tensor) -> Tensor:
+    """A mask over text columns as one over rows, added to logits: ``[B, heads, n, T]``.
+
+    Where only the tail hides rows from some query, one mask serves all heads.
+    """
     b, hq, n = query.shape[:3]
-    positions = rows.positions.long()  # [B, H, N]
-    group = hq // positions.shape[1]
-    if mask is None:
-        if "flash" in base or (n == 1 and rows.full):
-            if not rows.full:
-                raise UnsupportedError(f"{base} cannot read a compressed batch with padding")
-            return None
-        ends = positions.amax() - n + 1 + torch.arange(n, device=query.device)
-        allowed = (positions.unsqueeze(-2) <= ends[:, None]) & (positions >= 0).unsqueeze(-2)
-        lowest = torch.finfo(query.dtype).min
-        mask = torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, lowest)
-        return mask.repeat_interleave(group, dim=1)
-    if not isinstance(mask, Tensor) or mask.ndim != 4:
-        kind = f"{mask.ndim}-D" if isinstance(mask, Tensor) else type(mask).__name__
-        raise UnsupportedError(f"{base} gave a {kind} mask, which a compressed cache cannot read")
-    mask = mask[..., : int(positions.amax()) + 1]
-    column = positions.clamp(min=0).repeat_interleave(group, dim=1).unsqueeze(-2)
-    mask = mask.expand(b, hq, n, -1).gather(-1, column.expand(-1, -1, n, -1))
-    if rows.full:
-        return mask
-    empty = (positions < 0).repeat_interleave(group, dim=1).unsqueeze(-2)
-    nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return mask.masked_fill(empty, nothing)
+    positions = rows.text_positions()  # [B, H, T]
+    h, t = positions.shape[1:]
+    if mask.per_head or mask.of_rows(held.start, held.known) is not None:
+        column = positions.clamp(min=0).long().repeat_interleave(hq // h, dim=1).unsqueeze(-2)
+        bias = mask.by_head.expand(b, hq, n, -1).gather(-1, column.expand(-1, -1, n, -1))
+    else:
+        tail = mask.of_columns(held.start, held.seen, query.device)
+        sequences = 1 if tail is None else tail.shape[0]
+        bias = torch.zeros(sequences, 1, n, t, device=query.device)
+        if tail is not None:
+            bias[..., t - (held.seen - held.start) :] = tail.unsqueeze(1)
+    lowest = torch.finfo(query.dtype).min
+    if not rows.full:
+        empty = (positions < 0).repeat_interleave(hq // h, dim=1).unsqueeze(-2)
+        bias = bias.masked_fill(empty, lowest)
+    return bias.clamp(min=lowest).to(query.dtype)
 
 
 @lru_cache

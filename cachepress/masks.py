@@ -3,6 +3,7 @@
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.errors import UnsupportedError
@@ -46,6 +47,15 @@ class TextMask:
         return None if bool(valid.all()) else valid.clone()
 
     @cached_property
+    def by_head(self) -> Tensor:
+        """Added to logits, ``[B, 1 or heads, n, S]`` in float32, where there is a mask."""
+        if self.per_head:
+            mask: Tensor = self._mask  # pyright: ignore[reportAssignmentType]
+            return _bias(mask) if mask.dtype == torch.bool else mask.float().clamp(min=_LOWEST)
+        assert self.bias is not None
+        return self.bias.unsqueeze(1)
+
+    @cached_property
     def bias(self) -> Tensor | None:
         """Added to logits, ``[B, n, S]`` in float32; None for causal attention."""
         mask = self._mask
@@ -63,7 +73,8 @@ class TextMask:
 
         Args:
             end: a text column before those of this forward.
-            known: ``[B, end]`` columns of which no row is held where False; None where all are.
+            known: ``[B, S]`` of the first columns, False where no row of it is held; None where
+                all are.
         """
         if self.bias is None:
             return None
@@ -71,7 +82,7 @@ class TextMask:
         if key not in self._seen:
             hidden = self.bias[..., :end] != 0
             if known is not None:
-                hidden = hidden & known[:, None]
+                hidden = hidden & F.pad(known, (0, end - known.shape[1]), value=True)[:, None]
             self._seen[key] = bool(hidden.any())
         return self.bias if self._seen[key] else None
 

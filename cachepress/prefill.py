@@ -87,7 +87,7 @@ def check_prefill(
     """Raise unless a press and the options of ``prefill`` fit each other."""
     if mode not in MODES:
         raise CachepressError(f"prefill mode: got {mode!r}, wanted one of {', '.join(MODES)}")
-    if press is None and Codec.of(storage) is not None:
+    if Codec.of(storage) is not None and press is None:
         raise CachepressError(f"storage={storage!r} needs a press: KnormPress(0.0) keeps all rows")
     if chunk_size is None:
         if mode == "online":

@@ -1,7 +1,13 @@
 import json
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when triton is first imported, which other libraries do as well.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import transformers
 
 from tests.tiny import tiny, tokenizer, words

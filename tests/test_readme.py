@@ -9,14 +9,17 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.builtin_model
-def test_snippets_run(capsys):
+def test_snippets_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     for snippet in snippets:
         exec(compile(snippet, str(README), "exec"), names)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     out = capsys.readouterr().out
     assert "Aurora" in out
     assert "rows_held=" in out
+    assert names["cache"].get_seq_length() == names["ids"].shape[1]
+    assert (tmp_path / "document.safetensors").exists()
     press = names["LoudValuesPress"](0.5)
     assert names["cp"].parse(repr(press)) == press

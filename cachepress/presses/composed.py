@@ -54,8 +54,9 @@ class ComposedPress(BasePress):
                     "not: wrap the ComposedPress instead"
                 )
         object.__setattr__(self, "presses", tuple(presses))
-        if len({press.compacts for press in presses[:-1]} | {False}) > 1:
+        if any(press.compacts for press in presses[:-1]):
             raise CachepressError("only the last of the presses can rotate keys: put it last")
+        reduce(or_, (press.needs for press in presses))  # Raises where they cannot be combined.
 
     @property
     def needs(self) -> Needs:

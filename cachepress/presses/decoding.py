@@ -135,6 +135,7 @@ class PrefillDecodingPress(BasePress):
                 f"decoding_press: got {second!r}, wanted for example "
                 "DecodingPress(KnormPress(), target_size=1024)"
             )
+        self._first.needs | self._second.needs  # Raises where they cannot be combined.
 
     @property
     def needs(self) -> Needs:

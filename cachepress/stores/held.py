@@ -32,6 +32,11 @@ class Held:
     known: Tensor | None
 
     @property
+    def start(self) -> int:
+        """The text column that the tail begins with."""
+        return self.seen - (0 if self.tail is None else self.tail.keys.shape[2])
+
+    @property
     def shared(self) -> bool:
         """Whether sequences share rows."""
         return any(block.shape[0] != self.batch for block in self.blocks)
@@ -66,12 +71,10 @@ class Held:
         once for all of them.
         """
         b, hq, n, d = query.shape
-        own = 0 if self.tail is None else self.tail.keys.shape[2]
-        start = self.seen - own
-        bias = mask.of_rows(start, self.known)
+        bias = mask.of_rows(self.start, self.known)
         parts: list[Part] = [block.part(bias) for block in self.blocks]
         if self.tail is not None:
-            parts.append(self.tail.part(mask.of_columns(start, self.seen, query.device)))
+            parts.append(self.tail.part(mask.of_columns(self.start, self.seen, query.device)))
         h = self.tail.keys.shape[1] if self.tail is not None else self.blocks[0].shape[1]
         out = ragged_attention(query.reshape(b, h, hq // h, n, d), parts, rule)
         return out.view(b, hq, n, -1).transpose(1, 2).to(query.dtype).contiguous()

@@ -100,3 +100,28 @@ def test_a_codec_checks_what_it_is_given():
         Codec(8, -1)
     with pytest.raises(cp.CachepressError, match="got 7 channels"):
         Codec(4).encode_values(torch.zeros(1, 32, 7))
+
+
+@pytest.mark.parametrize("storage", ["full", Codec(8, residual=8)])
+def test_a_padded_batch_decodes_past_forks_and_encoded_tails(storage):
+    """Blocks that were made after the settle hold columns that the mask of the prompt lacks."""
+    model, ids = tiny(), tokens(60, batch=2)
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[0, :21] = 0
+    cache = cp.prefill(model, ids, PRESS, attention_mask=mask, storage=storage)
+    alone = cp.prefill(model, ids[:1, 21:], PRESS, storage=storage)
+    for step in range(90):
+        if step == 80:
+            cache = cp.fork(cache)
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+        token = tokens(1, seed=step)
+        both = forward(
+            model,
+            cache,
+            input_ids=token.expand(2, -1),
+            attention_mask=mask,
+            position_ids=mask.sum(-1, keepdim=True) - 1,
+        ).logits
+        one = forward(model, alone, input_ids=token).logits
+        assert (both[0] - one[0]).abs().max() < (1e-4 if storage == "full" else 0.35)
+    assert len(stores(cache)[0]._blocks) > 1

@@ -5,8 +5,32 @@ M = G * n queries of a span, P pages, C slots of a page, N columns of a part, D 
 E value head size.
 """
 
-from cachepress.ops.ragged_attention.joint import ragged_attention
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from torch import Tensor
+
+from cachepress.ops.attention import AttentionRule
+from cachepress.ops.ragged_attention.joint import joint_attention
 from cachepress.ops.ragged_attention.layout import PAGE, Layout
 from cachepress.ops.ragged_attention.parts import DensePart, PagedPart, Part
+
+_MOST_QUERIES = 64
+_HAS_TRITON = find_spec("triton") is not None
+
+
+def ragged_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -> Tensor:
+    """Attention of ``query [B, H, G, n, D]`` over all parts, ``[B, H, G, n, E]`` in float32.
+
+    The Triton kernel takes few queries on a GPU that see every row; batched products all else.
+    """
+    b, _, g, n, _ = query.shape
+    few = b * g * n <= _MOST_QUERIES and all(part.bias is None for part in parts)
+    if query.is_cuda and few and _HAS_TRITON:
+        from cachepress.ops.ragged_attention.triton import triton_attention
+
+        return triton_attention(query, parts, rule)
+    return joint_attention(query, parts, rule)
+
 
 __all__ = ["PAGE", "DensePart", "Layout", "PagedPart", "Part", "ragged_attention"]

@@ -12,7 +12,7 @@ LOGITS = 1 << 24
 """Most logits of one part that are held at once; more queries are taken in turns."""
 
 
-def ragged_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -> Tensor:
+def joint_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -> Tensor:
     """Attention of the queries over all parts.
 
     Args:
@@ -28,7 +28,7 @@ def ragged_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) 
     if n > step:
         return torch.cat(
             [
-                ragged_attention(
+                joint_attention(
                     query[..., i : i + step, :],
                     [part.of_queries(slice(i, i + step)) for part in parts],
                     rule,

@@ -1,7 +1,7 @@
 """Parts of the rows that a layer attends to: how their logits and weighted sums are computed."""
 
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -9,6 +9,24 @@ from torch import Tensor
 from cachepress.ops.ragged_attention.layout import PAGE, Layout
 
 _LOWEST = torch.finfo(torch.float32).min
+
+
+class Spans(NamedTuple):
+    """Rows of each span one after the other, for kernels.
+
+    Attributes:
+        keys: memory of rows of D numbers.
+        values: memory of rows of E numbers.
+        starts: ``[X]`` the first row of each span in that memory.
+        lengths: ``[X]`` rows of each span.
+        longest: rows of the longest span.
+    """
+
+    keys: Tensor
+    values: Tensor
+    starts: Tensor
+    lengths: Tensor
+    longest: int
 
 
 class Part(Protocol):
@@ -29,6 +47,10 @@ class Part(Protocol):
 
     def of_queries(self, some: slice) -> Self:
         """The part as some of the queries see it."""
+        ...
+
+    def spans(self) -> Spans:
+        """The rows for a kernel."""
         ...
 
     def logits(self, query: Tensor, softcap: float | None) -> Tensor:
@@ -63,16 +85,23 @@ class DensePart:
         """The part as some of the queries see it."""
         return self if self.bias is None else replace(self, bias=self.bias[..., some, :])
 
+    def spans(self) -> Spans:
+        """The rows for a kernel; both buffers have the same number of slots for each span."""
+        x, n, d = self.keys.shape
+        room = self.keys.stride(0) // d
+        starts = torch.arange(x, device=self.keys.device) * room
+        return Spans(self.keys, self.values, starts, torch.full_like(starts, n), n)
+
     def logits(self, query: Tensor, softcap: float | None) -> Tensor:
         """Logits ``[X, M, N]``; shared keys are read once for all sequences."""
-        together = _together(query, self.keys.shape[0])
-        products = together @ self.keys.to(query.dtype).mT
-        return _apart(_capped(products, softcap), query.shape[0])
+        queries = together(query, self.keys.shape[0])
+        products = queries @ self.keys.to(query.dtype).mT
+        return apart(_capped(products, softcap), query.shape[0])
 
     def weighted(self, weights: Tensor) -> Tensor:
         """Sums ``[X, M, E]``."""
-        together = _together(weights, self.values.shape[0])
-        return _apart(together @ self.values.to(weights.dtype), weights.shape[0])
+        queries = together(weights, self.values.shape[0])
+        return apart(queries @ self.values.to(weights.dtype), weights.shape[0])
 
 
 @dataclass(frozen=True)
@@ -100,38 +129,46 @@ class PagedPart:
         """The part as some of the queries see it."""
         return self if self.bias is None else replace(self, bias=self.bias[..., some, :])
 
+    def spans(self) -> Spans:
+        """The rows for a kernel."""
+        layout = self.layout
+        lengths = torch.tensor(layout.lengths, device=layout.device)
+        starts = layout.first_page * PAGE
+        return Spans(self.keys, self.values, starts, lengths, max(layout.lengths))
+
     def logits(self, query: Tensor, softcap: float | None) -> Tensor:
         """Logits ``[X, M, N]``, where N is the number of slots of the longest span."""
         layout, spans = self.layout, len(self.layout.lengths)
-        together = _together(query, spans)
-        products = _capped(together[layout.span] @ self.keys.to(query.dtype).mT, softcap)
+        queries = together(query, spans)
+        products = queries.index_select(0, layout.span) @ self.keys.to(query.dtype).mT
+        products = _capped(products, softcap)
         unused = layout.last_bias.expand(-1, products.shape[1], -1)
         products.index_add_(0, layout.last_page, unused)  # [P, M, C]
         columns = products.new_full((spans, products.shape[1], layout.most_pages, PAGE), _LOWEST)
         columns[layout.span, :, layout.page] = products
-        return _apart(columns.flatten(2), query.shape[0])
+        return apart(columns.flatten(2), query.shape[0])
 
     def weighted(self, weights: Tensor) -> Tensor:
         """Sums ``[X, M, E]``."""
         layout, spans = self.layout, len(self.layout.lengths)
-        together = _together(weights, spans).unflatten(2, (-1, PAGE))
-        sums = together[layout.span, :, layout.page] @ self.values.to(weights.dtype)  # [P, M, E]
+        pages = together(weights, spans).unflatten(2, (-1, PAGE))
+        sums = pages[layout.span, :, layout.page] @ self.values.to(weights.dtype)  # [P, M, E]
         total = sums.new_zeros(spans, *sums.shape[1:]).index_add_(0, layout.span, sums)
-        return _apart(total, weights.shape[0])
+        return apart(total, weights.shape[0])
 
 
 def _capped(products: Tensor, softcap: float | None) -> Tensor:
     return products if softcap is None else products.div_(softcap).tanh_().mul_(softcap)
 
 
-def _together(x: Tensor, spans: int) -> Tensor:
+def together(x: Tensor, spans: int) -> Tensor:
     """Queries ``[X, M, ...]`` of all sequences as queries ``[H, B * M, ...]`` of one."""
     if x.shape[0] == spans:
         return x
     return x.unflatten(0, (-1, spans)).transpose(0, 1).flatten(1, 2)
 
 
-def _apart(x: Tensor, spans: int) -> Tensor:
+def apart(x: Tensor, spans: int) -> Tensor:
     """Back from ``[H, B * M, ...]`` to ``[X, M, ...]``."""
     if x.shape[0] == spans:
         return x

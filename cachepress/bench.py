@@ -1,0 +1,409 @@
+"""``cachepress bench``: what presses cost and save, in seconds and bytes, on one machine.
+
+Runs are interleaved and repeated, and medians are compared: a shared machine is never quiet.
+"""
+
+import ctypes
+import gc
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from pydoc_data import topics
+
+import torch
+import transformers
+from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
+
+import cachepress
+from cachepress import hf
+from cachepress.cache import fork, size_of
+from cachepress.errors import CachepressError
+from cachepress.models import load
+from cachepress.prefill import check_prefill, prefill
+from cachepress.presses import BasePress
+from cachepress.spec import NO_PRESS, parse
+
+MIB = 2**20
+SHAPES: dict[str, tuple[str, dict[str, int]]] = {
+    "llama-3.1-8b": (
+        "llama",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+            "max_position_embeddings": 131072,
+        },
+    ),
+    "qwen3-4b": (
+        "qwen3",
+        {
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "max_position_embeddings": 40960,
+        },
+    ),
+    "smollm2-135m": (
+        "llama",
+        {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "max_position_embeddings": 8192,
+        },
+    ),
+}
+"""Shapes of known models, for ``--config``; weights are random."""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is timed.
+
+    Attributes:
+        presses: spellings.
+        ratios: ratios for each press; none for those in the spellings.
+        lengths: tokens of context.
+        batch_sizes: contexts that are read at once.
+        forks: continuations of each context that are decoded at once.
+        baseline: whether transformers' own cache without a press is timed as well.
+        steps: tokens to decode in each repeat.
+        repeats: of everything.
+        model: a built-in name, a local folder or a hub name.
+        config: instead of a model, a shape with random weights: a known name, or a folder or file
+            with a config.json.
+        layers: layers of that shape; None for all.
+        dtype: torch dtype by name.
+        device: torch device.
+        prefill_chunk_size: tokens that are computed at once.
+        prefill_mode: "exact" or "online".
+        storage: "full", "int8" or "int4".
+    """
+
+    presses: Sequence[str] = ("snapkv",)
+    ratios: Sequence[float] = ()
+    lengths: Sequence[int] = (4096,)
+    batch_sizes: Sequence[int] = (1,)
+    forks: Sequence[int] = (1,)
+    baseline: bool = True
+    steps: int = 32
+    repeats: int = 3
+    model: str = "smollm2-135m"
+    config: str | None = None
+    layers: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    prefill_chunk_size: int | None = None
+    prefill_mode: str = "exact"
+    storage: str = "full"
+
+    def __post_init__(self) -> None:
+        for name in ("lengths", "batch_sizes", "forks"):
+            for n in getattr(self, name):
+                if n < 1:
+                    raise CachepressError(f"{name}: got {n}, wanted whole numbers above 0")
+        for name in ("steps", "repeats"):
+            if getattr(self, name) < 1:
+                raise CachepressError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        if any(b > 1 and f > 1 for b in self.batch_sizes for f in self.forks):
+            raise CachepressError("forks are continuations of one context: give batch size 1")
+        for press in self.made():
+            check_prefill(press, self.prefill_chunk_size, self.prefill_mode, self.storage)
+
+    def made(self) -> list[BasePress]:
+        """The presses, at each ratio."""
+        parsed = [press for text in self.presses if (press := parse(text)) is not None]
+        if not self.ratios:
+            return parsed
+        return [press.with_ratio(ratio) for press in parsed for ratio in self.ratios]
+
+
+@dataclass
+class Cell:
+    """The timings of one press on one kind of context.
+
+    Attributes:
+        press: its spelling.
+        length: tokens of context.
+        batch_size: contexts read at once.
+        forks: continuations of each.
+        prefill: seconds of each prefill, compression included.
+        scoring: seconds of it that went into scoring and dropping.
+        decode: seconds of each decoded step.
+        held: bytes of the cache after prefill.
+        peak: most bytes that a prefill needed above what was there before.
+    """
+
+    press: str
+    length: int
+    batch_size: int
+    forks: int
+    prefill: list[float] = field(default_factory=list)
+    scoring: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    held: int = 0
+    peak: int = 0
+
+
+def run_bench(options: BenchOptions, quiet: bool = False) -> dict[str, object]:
+    """Time every press at every length and batch size.
+
+    Returns:
+        The machine, the options and the cells, ready for JSON.
+
+    Raises:
+        CachepressError: if an option is wrong, or a length is more than the model has room for.
+    """
+    presses: list[BasePress | None] = [*([None] if options.baseline else []), *options.made()]
+    model, ids = _model_and_text(options)
+    cells = []
+    kinds = list(itertools.product(options.lengths, options.batch_sizes, options.forks))
+    total = len(kinds) * options.repeats * len(presses)
+    with tqdm(total=total, unit="run", disable=quiet) as bar:
+        for length, batch, forks in kinds:
+            group = [Cell(repr(p) if p else NO_PRESS, length, batch, forks) for p in presses]
+            for _ in range(options.repeats):
+                _repeat(model, ids, presses, group, options, bar)
+            cells += group
+    return {
+        "machine": _machine(model),
+        "options": asdict(options),
+        "cells": [asdict(cell) for cell in cells],
+    }
+
+
+def bench_table(result: dict) -> str:
+    """The result as a table, each line against the line without a press."""
+    rows, base = [], math.nan
+    for cell in result["cells"]:
+        decode = statistics.median(cell["decode"])
+        if cell["press"] == NO_PRESS:
+            base = decode
+        rows.append(
+            (
+                cell["press"],
+                cell["length"],
+                cell["batch_size"],
+                cell["forks"],
+                statistics.median(cell["prefill"]),
+                100 * statistics.median(_shares(cell)),
+                1000 * decode,
+                _spread(cell["decode"]),
+                decode / base,
+                cell["held"] / MIB,
+                cell["peak"] / MIB,
+            )
+        )
+    headers = (
+        "press",
+        "tokens",
+        "batch",
+        "forks",
+        "prefill s",
+        "press %",
+        "ms a step",
+        "middle half",
+        "ratio",
+        "held MiB",
+        "peak MiB",
+    )
+    widths = [48, *[None] * (len(headers) - 1)]
+    formats = ("", "", "", "", ".2f", ".2f", ".1f", "", ".2f", ".1f", ".0f")
+    return f"{result['machine']}\n\n" + tabulate(
+        rows, headers=headers, floatfmt=formats, maxcolwidths=widths
+    )
+
+
+def write_json(result: dict, path: str) -> None:
+    """Write the result to a file."""
+    Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _repeat(
+    model: PreTrainedModel,
+    ids: Tensor,
+    presses: Sequence[BasePress | None],
+    cells: Sequence[Cell],
+    options: BenchOptions,
+    bar: tqdm,
+) -> None:
+    """Read a context under each press, then decode, a token of each in turn."""
+    length, batch, forks = cells[0].length, cells[0].batch_size, cells[0].forks
+    context = _contexts(ids, length, batch).to(model.device)
+    caches = []
+    for press, cell in zip(presses, cells, strict=True):
+        bar.set_postfix_str(f"{length} tokens, {cell.press[:40]}", refresh=True)
+        caches.append(_prefill(model, context, press, cell, options))
+        bar.update()
+    caches = [fork(cache, forks) if forks > 1 else cache for cache in caches]
+    token = context[:, :1].repeat_interleave(forks, dim=0)
+    with torch.no_grad():
+        for step in range(options.steps + 1):
+            for cache, cell in zip(caches, cells, strict=True):
+                seconds = _timed_step(model, token, cache)
+                if step:  # The first one allocates.
+                    cell.decode.append(seconds)
+
+
+def _prefill(
+    model: PreTrainedModel,
+    context: Tensor,
+    press: BasePress | None,
+    cell: Cell,
+    options: BenchOptions,
+) -> Cache:
+    how = {"chunk_size": options.prefill_chunk_size}
+    if press is not None:
+        how |= {"mode": options.prefill_mode, "storage": options.storage}
+    with _peak_memory(model.device) as peak, _timed_notes() as spent:
+        start = time.perf_counter()
+        cache = prefill(model, context, press, **how)
+        _wait(model.device)
+        seconds = time.perf_counter() - start
+    cell.prefill.append(seconds)
+    cell.scoring.append(sum(spent))
+    cell.held = size_of(cache).bytes_after
+    cell.peak = max(cell.peak, peak[0])
+    return cache
+
+
+def _timed_step(model: PreTrainedModel, token: Tensor, cache: Cache) -> float:
+    start = time.perf_counter()
+    model(token, **{hf.cache_argument(model): cache})
+    _wait(model.device)
+    return time.perf_counter() - start
+
+
+@contextmanager
+def _timed_notes() -> Iterator[list[float]]:
+    """Collects the seconds that noting and settling take, layer by layer."""
+    real, spent = hf.note, []
+
+    def timed(*args: object) -> None:
+        start = time.perf_counter()
+        real(*args)  # type: ignore
+        spent.append(time.perf_counter() - start)
+
+    hf.note = timed
+    try:
+        yield spent
+    finally:
+        hf.note = real
+
+
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """Most bytes above those at the start; 0 where the system does not tell."""
+    peak = [0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak[0] = torch.cuda.max_memory_allocated(device) - before
+        return
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    try:
+        # What earlier runs freed would hide what this one needs.
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        reset.write_text("5")
+        before = _status_bytes(status, "VmRSS")
+    except (OSError, AttributeError):
+        yield peak
+        return
+    yield peak
+    peak[0] = max(0, _status_bytes(status, "VmHWM") - before)
+
+
+def _status_bytes(status: Path, name: str) -> int:
+    lines = status.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _model_and_text(options: BenchOptions) -> tuple[PreTrainedModel, Tensor]:
+    """The model, and a long row of token ids: English prose, or random ones for random weights."""
+    if options.config is None:
+        model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+        text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
+        return model, torch.tensor(tokenizer(text, verbose=False).input_ids)
+    config = _shape(options.config)
+    if options.layers is not None:
+        config.num_hidden_layers = options.layers
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, options.dtype or ("float32" if device == "cpu" else "bfloat16"))
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return model, torch.randint(3, config.vocab_size, (65536,))
+
+
+def _shape(name: str) -> transformers.PretrainedConfig:
+    if name in SHAPES:
+        kind, sizes = SHAPES[name]
+        return AutoConfig.for_model(kind, **sizes)
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CachepressError(
+            f"config: got {name!r}, wanted one of {', '.join(SHAPES)}, or a folder with a "
+            "config.json"
+        ) from error
+
+
+def _contexts(ids: Tensor, length: int, batch: int) -> Tensor:
+    """``[batch, length]`` pieces of the text, which is repeated where it is too short."""
+    needed = length * batch
+    return ids.repeat(-(-needed // len(ids)))[:needed].view(batch, length)
+
+
+def _machine(model: PreTrainedModel) -> str:
+    device = model.device.type
+    if device == "cuda":
+        device = torch.cuda.get_device_name(model.device)
+    return (
+        f"{type(model).__name__} of {model.num_parameters() / 1e6:.0f}M, {model.dtype}, {device}, "
+        f"{platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, cachepress "
+        f"{cachepress.__version__}"
+    )
+
+
+def _shares(cell: dict) -> list[float]:
+    """Scoring over the rest of each prefill."""
+    pairs = zip(cell["prefill"], cell["scoring"], strict=True)
+    return [scoring / (whole - scoring) for whole, scoring in pairs]
+
+
+def _spread(seconds: list[float]) -> str:
+    """The middle half of the steps, in ms."""
+    if len(seconds) < 2:
+        return ""
+    low, _, high = statistics.quantiles(seconds, n=4)
+    return f"{1000 * low:.1f} to {1000 * high:.1f}"

@@ -1,0 +1,94 @@
+"""``cachepress bench``: what it reports on a tiny model, and what it refuses."""
+
+import json
+
+import pytest
+
+from cachepress.bench import BenchOptions, bench_table, run_bench
+from cachepress.cli import main
+from cachepress.errors import CachepressError
+
+
+def options(model_dir, **more):
+    sizes = {"lengths": (60,), "steps": 3, "repeats": 2, "ratios": (0.5,)}
+    return BenchOptions(model=model_dir, **{**sizes, **more})
+
+
+def test_every_cell_is_timed_and_weighed(model_dir):
+    result = run_bench(
+        options(model_dir, presses=("knorm", "AdaKVPress(KnormPress())")), quiet=True
+    )
+    cells = result["cells"]
+    assert [c["press"].split("(")[0] for c in cells] == ["no_press", "KnormPress", "AdaKVPress"]
+    for cell in cells:
+        assert [len(cell[k]) for k in ("prefill", "scoring", "decode")] == [2, 2, 6]
+        assert min(cell["prefill"]) > 0 and min(cell["decode"]) > 0
+    assert cells[0]["scoring"] == [0, 0]
+    assert 0 < cells[1]["scoring"][0] < cells[1]["prefill"][0]
+    row = 2 * 8 * 4
+    assert cells[0]["held"] == 4 * 2 * 60 * row
+    assert cells[1]["held"] == 4 * 2 * 32 * (row + 4)
+    assert result["options"]["lengths"] == (60,)
+    assert "LlamaForCausalLM" in bench_table(result)
+
+
+def test_forks_batches_chunks_and_storage(model_dir):
+    forks = run_bench(options(model_dir, presses=("knorm",), forks=(1, 4)), quiet=True)["cells"]
+    assert [c["forks"] for c in forks] == [1, 1, 4, 4]
+    both = run_bench(
+        options(
+            model_dir,
+            presses=("knorm",),
+            batch_sizes=(2,),
+            lengths=(200,),
+            prefill_chunk_size=32,
+            storage="int8",
+            baseline=False,
+        ),
+        quiet=True,
+    )["cells"]
+    assert len(both) == 1
+    assert both[0]["held"] < 2 * 4 * 2 * 100 * 68
+
+
+def test_a_shape_with_random_weights():
+    result = run_bench(
+        BenchOptions(
+            presses=("knorm",), config="smollm2-135m", layers=1, lengths=(32,), steps=1, repeats=1
+        ),
+        quiet=True,
+    )
+    assert result["machine"].startswith("LlamaForCausalLM of 60M")
+    assert result["cells"][0]["held"] == 1 * 3 * 32 * 2 * 64 * 4
+
+
+def test_the_command_prints_a_table_and_writes_json(model_dir, tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    arguments = ["bench", "--model", model_dir, "--presses", "knorm", "--ratios", "0.5", "0.9"]
+    arguments += ["--lengths", "50", "--steps", "2", "--repeats", "1", "--json", str(path)]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "ms a step" in out and "no_press" in out
+    assert len(json.loads(path.read_text())["cells"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"presses": ("snapvk",)}, "did you mean 'snapkv'"),
+        ({"ratios": (1.2,)}, "got 1.2"),
+        ({"lengths": (0,)}, "lengths: got 0"),
+        ({"steps": 0}, "steps: got 0"),
+        ({"storage": "int3"}, "storage: got 'int3'"),
+        ({"batch_sizes": (2,), "forks": (2,)}, "give batch size 1"),
+        ({"prefill_mode": "online"}, "give a chunk size"),
+    ],
+)
+def test_wrong_options_are_one_clear_line(more, message):
+    with pytest.raises(CachepressError, match=message):
+        BenchOptions(**more)
+
+
+def test_an_unknown_shape_is_refused():
+    with pytest.raises(CachepressError, match="config: got 'llama-9', wanted one of llama-3.1-8b"):
+        run_bench(BenchOptions(config="llama-9"), quiet=True)

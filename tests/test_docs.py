@@ -1,0 +1,47 @@
+"""The table of what is refused names what the library refuses."""
+
+from pathlib import Path
+
+import pytest
+
+import cachepress as cp
+from cachepress.spec import ALIASES
+from tests.laws.presses import UNSUPPORTED
+
+TEXT = (Path(__file__).parents[1] / "docs" / "combinations.md").read_text()
+MODEL_WIDE = cp.AdaKVPress(cp.KnormPress(), scope="model")
+DECODING = cp.DecodingPress(cp.KnormPress())
+
+
+def test_every_refused_pair_of_the_laws_is_in_the_table():
+    row = next(line for line in TEXT.splitlines() if line.startswith("| `BlockPress`"))
+    aliases = {kind: alias for alias, kind in ALIASES.items()}
+    for scorer, wrapper in UNSUPPORTED:
+        assert wrapper in row
+        assert f"`{aliases[scorer]}`" in row
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: cp.BlockPress(cp.PyramidKVPress()),
+        lambda: cp.CriticalKVPress(MODEL_WIDE),
+        lambda: cp.ChunkPress(MODEL_WIDE),
+        lambda: cp.BlockPress(MODEL_WIDE),
+        lambda: cp.ComposedPress([MODEL_WIDE]),
+        lambda: cp.DecodingPress(DECODING),
+        lambda: cp.CompressionRatioDecodingPress(cp.PrefillDecodingPress(None, DECODING)),
+        lambda: cp.ComposedPress([DECODING]),
+        lambda: cp.ComposedPress([cp.KeyRerotationPress(cp.KnormPress()), cp.KnormPress()]),
+        lambda: cp.PrefillDecodingPress(prefilling_press=DECODING),
+        lambda: cp.PrefillDecodingPress(decoding_press=cp.KnormPress()),
+        lambda: cp.ComposedPress(
+            [cp.ExpectedAttentionPress(n_sink=2), cp.ExpectedAttentionPress(n_sink=4)]
+        ),
+        lambda: cp.KnormPress(n_kept=3, max_bytes="1MB"),
+    ],
+)
+def test_every_row_of_the_first_table_is_refused_when_it_is_built(build):
+    with pytest.raises(cp.CachepressError) as caught:
+        build()
+    assert "\n" not in str(caught.value)
