@@ -20,7 +20,8 @@ laws: $(VENV)/ready
 	CACHEPRESS_LAWS=all $(BIN)/python -m pytest tests/laws
 
 bench: $(VENV)/ready
-	$(BIN)/cachepress bench --presses snapkv "AdaKVPress(SnapKVPress())" --ratios 0 0.5 0.9 --lengths 8192 --steps 40 --repeats 1
+	$(BIN)/cachepress bench --lengths 8192 --steps 40 --repeats 1 --presses "KnormPress(0.0)" \
+		"SnapKVPress(0.5)" "AdaKVPress(SnapKVPress(0.9))"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

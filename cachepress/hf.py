@@ -491,7 +491,7 @@ def _mask_of_rows(mask: TextMask, held: Held, rows: Rows, query: Tensor) -> Tens
     if not rows.full:
         empty = (positions < 0).repeat_interleave(hq // h, dim=1).unsqueeze(-2)
         bias = bias.masked_fill(empty, lowest)
-    return bias.clamp(min=lowest).to(query.dtype)
+    return bias if bias.dtype == query.dtype else bias.clamp(min=lowest).to(query.dtype)
 
 
 @lru_cache

@@ -49,47 +49,38 @@ class TextMask:
     @cached_property
     def by_head(self) -> Tensor:
         """Added to logits, ``[B, 1 or heads, n, S]`` in float32, where there is a mask."""
-        if self.per_head:
-            mask: Tensor = self._mask  # pyright: ignore[reportAssignmentType]
-            return _bias(mask) if mask.dtype == torch.bool else mask.float().clamp(min=_LOWEST)
-        assert self.bias is not None
-        return self.bias.unsqueeze(1)
-
-    @cached_property
-    def bias(self) -> Tensor | None:
-        """Added to logits, ``[B, n, S]`` in float32; None for causal attention."""
         mask = self._mask
-        if mask is None:
-            return None
+        assert mask is not None
         if mask.ndim == 4:
-            mask = mask[:, 0]
-            return _bias(mask) if mask.dtype == torch.bool else mask.float().clamp(min=_LOWEST)
+            return _bias(mask)
         s = mask.shape[1]
         causal = torch.ones(self._n, s, dtype=torch.bool, device=mask.device).tril_(s - self._n)
-        return _bias(mask.bool()[:, None] & causal)
+        return _bias(mask.bool()[:, None, None] & causal)
 
     def of_rows(self, end: int, known: Tensor | None) -> Tensor | None:
-        """The bias, if it hides any token before column ``end`` from any query; else None.
+        """The bias ``[B, n, S]``, if it hides any token before ``end`` from any query; else None.
 
         Args:
             end: a text column before those of this forward.
             known: ``[B, S]`` of the first columns, False where no row of it is held; None where
                 all are.
         """
-        if self.bias is None:
+        if self._mask is None:
             return None
         key = (end, id(known))
         if key not in self._seen:
-            hidden = self.bias[..., :end] != 0
+            hidden = _hidden(self._mask, end)  # [B, n or 1, end]
             if known is not None:
                 hidden = hidden & F.pad(known, (0, end - known.shape[1]), value=True)[:, None]
             self._seen[key] = bool(hidden.any())
-        return self.bias if self._seen[key] else None
+        return self.by_head[:, 0] if self._seen[key] else None
 
     def of_columns(self, start: int, end: int, device: torch.device) -> Tensor | None:
         """The bias of text columns from ``start`` to the last, ``[B or 1, n, end - start]``."""
-        if self.bias is not None:
-            return self.bias[..., start:end]
+        if self._mask is not None:
+            if self._mask.ndim == 4:
+                return _bias(self._mask[:, 0, :, start:end])
+            return self.by_head[:, 0, :, start:end]
         if self._n == 1:
             return None
         n, columns = self._n, end - start
@@ -97,5 +88,16 @@ class TextMask:
         return _bias(visible)
 
 
-def _bias(visible: Tensor) -> Tensor:
-    return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, _LOWEST)
+def _hidden(mask: Tensor, end: int) -> Tensor:
+    """Which of the first columns are hidden from which query, ``[B, n or 1, end]``."""
+    if mask.ndim == 2:
+        return ~mask[:, None, :end].bool()
+    first = mask[:, 0, :, :end]
+    return ~first if mask.dtype == torch.bool else first != 0
+
+
+def _bias(mask: Tensor) -> Tensor:
+    """A mask, bool or added to logits, as one that is added, in float32."""
+    if mask.dtype != torch.bool:
+        return mask.float().clamp(min=_LOWEST)
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, _LOWEST)
