@@ -7,7 +7,6 @@ import ctypes
 import gc
 import itertools
 import json
-import math
 import os
 import platform
 import statistics
@@ -100,6 +99,8 @@ class BenchOptions:
         prefill_chunk_size: tokens that are computed at once.
         prefill_mode: "exact" or "online".
         storage: "full", "int8" or "int4".
+        beyond_trained_length: allow lengths that the model was not trained for; times and bytes
+            mean what they say, answers would not.
     """
 
     presses: Sequence[str] = ("snapkv",)
@@ -118,6 +119,7 @@ class BenchOptions:
     prefill_chunk_size: int | None = None
     prefill_mode: str = "exact"
     storage: str = "full"
+    beyond_trained_length: bool = False
 
     def __post_init__(self) -> None:
         for name in ("lengths", "batch_sizes", "forks"):
@@ -178,6 +180,7 @@ def run_bench(options: BenchOptions, quiet: bool = False) -> dict[str, object]:
     """
     presses: list[BasePress | None] = [*([None] if options.baseline else []), *options.made()]
     model, ids = _model_and_text(options)
+    _check_lengths(model, options)
     cells = []
     kinds = list(itertools.product(options.lengths, options.batch_sizes, options.forks))
     total = len(kinds) * options.repeats * len(presses)
@@ -196,7 +199,7 @@ def run_bench(options: BenchOptions, quiet: bool = False) -> dict[str, object]:
 
 def bench_table(result: dict) -> str:
     """The result as a table, each line against the line without a press."""
-    rows, base = [], math.nan
+    rows, base = [], None
     for cell in result["cells"]:
         decode = statistics.median(cell["decode"])
         if cell["press"] == NO_PRESS:
@@ -211,7 +214,7 @@ def bench_table(result: dict) -> str:
                 100 * statistics.median(_shares(cell)),
                 1000 * decode,
                 _spread(cell["decode"]),
-                decode / base,
+                "" if base is None else f"{decode / base:.2f}",
                 cell["held"] / MIB,
                 cell["peak"] / MIB,
             )
@@ -230,7 +233,7 @@ def bench_table(result: dict) -> str:
         "peak MiB",
     )
     widths = [48, *[None] * (len(headers) - 1)]
-    formats = ("", "", "", "", ".2f", ".2f", ".1f", "", ".2f", ".1f", ".0f")
+    formats = ("", "", "", "", ".2f", ".2f", ".1f", "", "", ".1f", ".0f")
     return f"{result['machine']}\n\n" + tabulate(
         rows, headers=headers, floatfmt=formats, maxcolwidths=widths
     )
@@ -239,6 +242,16 @@ def bench_table(result: dict) -> str:
 def write_json(result: dict, path: str) -> None:
     """Write the result to a file."""
     Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_lengths(model: PreTrainedModel, options: BenchOptions) -> None:
+    trained = getattr(model.get_decoder().config, "max_position_embeddings", None)
+    longest = max(options.lengths)
+    if trained is not None and longest > trained and not options.beyond_trained_length:
+        raise CachepressError(
+            f"lengths: got {longest}, but the model was trained for {trained} tokens: ask for "
+            "--beyond-trained-length to time it anyway"
+        )
 
 
 def _repeat(

@@ -84,10 +84,10 @@ def _rows(layer: object) -> tuple[int, int]:
 
 
 def fork(cache: Cache, n: int = 1) -> Cache:
-    """A copy of a cache of one sequence, ``n`` times as a batch; the original is not touched.
+    """A continuation of a cache that leaves the original untouched, ``n`` times as a batch.
 
-    Works for every kind of layer that transformers can reorder for beam search, sliding-window
-    and linear-attention layers included.
+    Compressed layers share their rows with the original: a fork costs what it appends. Layers with
+    sliding windows or recurrent states are copied.
 
     Raises:
         CachepressError: if ``n`` is less than 1.

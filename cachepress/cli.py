@@ -85,14 +85,16 @@ def _models(options: dict[str, object]) -> None:
 
 def _presses(options: dict[str, object]) -> None:
     import cachepress
-    from cachepress.spec import ALIASES, known_names, parse
+    from cachepress.presses import ScorerPress, WrapperPress
+    from cachepress.spec import ALIASES, parse
 
     for alias in ALIASES:
         _print_press(alias, repr(parse(alias)), type(parse(alias)))
     print("\nwrappers, around any of them and around each other:")
-    for name in known_names():
-        if name[0].isupper() and name not in ALIASES.values():
-            kind = getattr(cachepress, name)
+    for name in sorted(cachepress.presses.__all__):
+        kind = getattr(cachepress, name)
+        bare = kind in (cachepress.BasePress, ScorerPress, WrapperPress)
+        if not bare and not issubclass(kind, ScorerPress):
             _print_press("", name + _options_of(kind), kind)
 
 
@@ -222,6 +224,11 @@ def _bench_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     p.add_argument("--prefill-chunk-size", type=int, help="tokens of a context computed at once")
     p.add_argument("--prefill-mode", help="exact or online")
     p.add_argument("--storage", help="full, int8 or int4")
+    p.add_argument(
+        "--beyond-trained-length",
+        action=argparse.BooleanOptionalAction,
+        help="allow lengths that the model was not trained for",
+    )
     p.add_argument("--json", metavar="FILE", help="write every timing to a file")
     p.set_defaults(command=_bench)
 

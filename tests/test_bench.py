@@ -89,6 +89,16 @@ def test_wrong_options_are_one_clear_line(more, message):
         BenchOptions(**more)
 
 
+def test_a_length_beyond_the_trained_one_must_be_asked_for(model_dir):
+    longer = {"lengths": (600,), "presses": ("knorm",), "repeats": 1, "steps": 1}
+    with pytest.raises(CachepressError, match="got 600, but the model was trained for 512"):
+        run_bench(options(model_dir, **longer), quiet=True)
+    asked = options(model_dir, **longer, baseline=False, beyond_trained_length=True)
+    result = run_bench(asked, quiet=True)
+    assert result["cells"][0]["length"] == 600
+    assert "nan" not in bench_table(result)
+
+
 def test_an_unknown_shape_is_refused():
     with pytest.raises(CachepressError, match="config: got 'llama-9', wanted one of llama-3.1-8b"):
         run_bench(BenchOptions(config="llama-9"), quiet=True)

@@ -24,7 +24,17 @@ def attributes(model):
     return {name: sorted(vars(module)) for name, module in model.named_modules()}
 
 
-@pytest.mark.parametrize("press", [PRESS, cp.ExpectedAttentionPress(0.5)], ids=str)
+@pytest.mark.parametrize(
+    "press",
+    [
+        PRESS,
+        cp.ExpectedAttentionPress(0.5),
+        cp.CriticalKVPress(PRESS),
+        cp.AdaKVPress(PRESS, scope="model"),
+        cp.DecodingPress(cp.TOVAPress()),
+    ],
+    ids=str,
+)
 def test_leaving_leaves_nothing(press):
     model, ids = tiny(), tokens(20)
     before, n_hooks = attributes(model), hooks(model)

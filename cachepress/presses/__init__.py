@@ -6,17 +6,14 @@ from cachepress.presses.block import BlockPress
 from cachepress.presses.chunk import ChunkPress
 from cachepress.presses.composed import ComposedPress
 from cachepress.presses.critical import CriticalAdaKVPress, CriticalKVPress
-from cachepress.presses.decoding import (
-    CompressionRatioDecodingPress,
-    DecodingPress,
-    PrefillDecodingPress,
-)
+from cachepress.presses.decoding import CompressionRatioDecodingPress, DecodingPress
 from cachepress.presses.expected_attention import ExpectedAttentionPress
 from cachepress.presses.key_rerotation import KeyRerotationPress
 from cachepress.presses.keydiff import KeyDiffPress
 from cachepress.presses.knorm import KnormPress
 from cachepress.presses.observed_attention import ObservedAttentionPress
 from cachepress.presses.per_layer import PerLayerCompressionPress
+from cachepress.presses.prefill_decoding import PrefillDecodingPress
 from cachepress.presses.pyramidkv import PyramidKVPress
 from cachepress.presses.random import RandomPress
 from cachepress.presses.snapkv import SnapKVPress

@@ -41,6 +41,21 @@ class Held:
         """Whether sequences share rows."""
         return any(block.shape[0] != self.batch for block in self.blocks)
 
+    def lengths(self) -> Tensor:
+        """Rows of each head, ``[B, H]``."""
+        own = self.seen - self.start
+        total = torch.full((self.batch, self.heads), own)
+        for block in self.blocks:
+            total += torch.tensor(block.layout.lengths).view(block.shape)
+        return total
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        if self.tail is not None:
+            return self.tail.keys.shape[1]
+        return self.blocks[0].shape[1]
+
     def rows(self) -> Rows:
         """Everything as one table ``[B, H, T, ...]``, the rows of the tail last."""
         if not self.blocks and self.tail is not None:
@@ -75,8 +90,8 @@ class Held:
         parts: list[Part] = [block.part(bias) for block in self.blocks]
         if self.tail is not None:
             parts.append(self.tail.part(mask.of_columns(self.start, self.seen, query.device)))
-        h = self.tail.keys.shape[1] if self.tail is not None else self.blocks[0].shape[1]
-        out = ragged_attention(query.reshape(b, h, hq // h, n, d), parts, rule)
+        grouped = query.reshape(b, self.heads, hq // self.heads, n, d)
+        out = ragged_attention(grouped, parts, rule)
         return out.view(b, hq, n, -1).transpose(1, 2).to(query.dtype).contiguous()
 
     def _expanded(self, rows: Rows) -> Rows:

@@ -98,8 +98,8 @@ class Store(CacheLayerMixin):
 
     @property
     def lengths(self) -> Tensor:
-        """Rows held by each head, ``[B, H]``."""
-        return (self.positions >= 0).sum(-1)
+        """Rows held by each head, ``[B, H]``; rows that sequences share count for each."""
+        return self.held.lengths()
 
     @property
     def held(self) -> Held:

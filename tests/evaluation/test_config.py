@@ -113,3 +113,31 @@ def test_the_shipped_files_are_complete():
     builtin = load_config("evaluation/builtin_config.yaml", {})
     assert (builtin.dataset, builtin.model) == ("builtin", "smollm2-135m")
     assert set(PRESS_REGISTRY) == {"no_press", *ALIASES}
+
+
+def test_the_folder_names_budgets_and_ways_to_read():
+    assert folder(press="snapkv", prefill_chunk_size=64, prefill_mode="online").endswith(
+        "__snapkv__0.00__prefill_chunk_size64__online"
+    )
+    assert folder(press="knorm", storage="int4").endswith("__knorm__0.00__int4")
+    named = folder(press="KnormPress(n_kept=64)")
+    assert named.endswith("__KnormPress-n_kept=64__0.00")
+    assert folder(press="KnormPress(n_kept=32)") != named
+    decoding = folder(press="DecodingPress(KnormPress(), target_size=64)")
+    assert "DecodingPress-press=KnormPress" in decoding and decoding.endswith("__0.00")
+    assert folder(press="AdaKVPress(KnormPress())", compression_ratio=0.75).endswith("__0.75")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefill_mode": "online"}, "give a chunk size"),
+        ({"prefill_chunk_size": 0}, "prefill chunk size: got 0"),
+        ({"storage": "int8"}, "needs a press"),
+        ({"press": "knorm", "storage": "int3"}, "storage: got 'int3'"),
+        ({"press": "DecodingPress(KnormPress())", "compression_ratio": 0.5}, "give target_size"),
+    ],
+)
+def test_ways_to_read_that_cannot_work_are_refused(options, message):
+    with pytest.raises(cp.CachepressError, match=message):
+        EvaluationConfig(**options)
