@@ -1,5 +1,6 @@
 """What a store hands to a model in place of its keys and values."""
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -45,8 +46,7 @@ class RowsHandle(Tensor):
     ) -> "RowsHandle":
         """A handle for what ``store`` holds that looks like ``like`` over the whole text."""
         b, h, _, d = like.shape
-        blank = torch.full((1,), float("nan"), dtype=like.dtype, device=like.device)
-        handle = blank.expand(b, h, held.seen, d).as_subclass(cls)
+        handle = _blank(like.dtype, like.device).expand(b, h, held.seen, d).as_subclass(cls)
         handle.store, handle.held, handle.fresh = store, held, fresh
         return handle
 
@@ -59,6 +59,13 @@ class RowsHandle(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))  # type: ignore
         return _refuse(getattr(func, "__name__", str(func)))
+
+
+@lru_cache
+def _blank(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The one number that all handles of a kind expand."""
+    with torch.inference_mode(False):
+        return torch.full((1,), float("nan"), dtype=dtype, device=device)
 
 
 def _refuse(name: str) -> NoReturn:

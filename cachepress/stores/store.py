@@ -127,11 +127,10 @@ class Store(CacheLayerMixin):
         """Write the rows of a forward, and hand out what attention reads them by."""
         fresh = (key_states, value_states) if not self._seen else None
         self._append(key_states, value_states)
-        held = self.held
-        return (
-            RowsHandle.of(self, held, fresh, key_states),
-            RowsHandle.of(self, held, fresh, value_states),
-        )
+        keys = RowsHandle.of(self, self.held, fresh, key_states)
+        if key_states.shape == value_states.shape:
+            return keys, keys
+        return keys, RowsHandle.of(self, keys.held, fresh, value_states)
 
     def keep(self, rows: Rows, mask: Tensor, known: Tensor | None = None) -> None:
         """Hold exactly the rows of ``mask [B, H, T]``, in their order, in new storage.
