@@ -95,13 +95,13 @@ class DensePart:
     def logits(self, query: Tensor, softcap: float | None) -> Tensor:
         """Logits ``[X, M, N]``; shared keys are read once for all sequences."""
         queries = together(query, self.keys.shape[0])
-        products = queries @ self.keys.to(query.dtype).mT
+        products = torch.bmm(queries, self.keys.to(query.dtype).mT)
         return apart(_capped(products, softcap), query.shape[0])
 
     def weighted(self, weights: Tensor) -> Tensor:
         """Sums ``[X, M, E]``."""
         queries = together(weights, self.values.shape[0])
-        return apart(queries @ self.values.to(weights.dtype), weights.shape[0])
+        return apart(torch.bmm(queries, self.values.to(weights.dtype)), weights.shape[0])
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,8 @@ class PagedPart:
         """Logits ``[X, M, N]``, where N is the number of slots of the longest span."""
         layout, spans = self.layout, len(self.layout.lengths)
         queries = together(query, spans)
-        products = queries.index_select(0, layout.span) @ self.keys.to(query.dtype).mT
+        pages = queries.index_select(0, layout.span)
+        products = torch.bmm(pages, self.keys.to(query.dtype).mT)
         products = _capped(products, softcap)
         unused = layout.last_bias.expand(-1, products.shape[1], -1)
         products.index_add_(0, layout.last_page, unused)  # [P, M, C]
@@ -152,7 +153,8 @@ class PagedPart:
         """Sums ``[X, M, E]``."""
         layout, spans = self.layout, len(self.layout.lengths)
         pages = together(weights, spans).unflatten(2, (-1, PAGE))
-        sums = pages[layout.span, :, layout.page] @ self.values.to(weights.dtype)  # [P, M, E]
+        shares = pages[layout.span, :, layout.page]  # [P, M, C]
+        sums = torch.bmm(shares, self.values.to(weights.dtype))  # [P, M, E]
         total = sums.new_zeros(spans, *sums.shape[1:]).index_add_(0, layout.span, sums)
         return apart(total, weights.shape[0])
 
