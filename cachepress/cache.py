@@ -51,16 +51,13 @@ def size_of(cache: Cache) -> CacheSize:
     for layer in cache.layers:
         own = _tensors(layer)
         tensors += own
-        before += layer.settled.before if _is_settled(layer) else allocated_bytes(own)
+        earlier = layer.bytes_before if isinstance(layer, Store) else None
+        before += allocated_bytes(own) if earlier is None else earlier
         seen, held = _rows(layer)
         rows_seen, rows_held = rows_seen + seen, rows_held + held
     if not rows_seen:
         raise CachepressError("the cache is empty: run a forward with it first")
     return CacheSize(before, allocated_bytes(tensors), rows_seen, rows_held)
-
-
-def _is_settled(layer: object) -> bool:
-    return isinstance(layer, Store) and layer.settled is not None
 
 
 def _tensors(layer: object) -> list[torch.Tensor]:

@@ -137,17 +137,18 @@ def settle(press: Press, store: Store, forward: Forward, trace: Trace) -> Pendin
     Returns:
         The scored layer, if it competes with the others of the model; else None.
     """
+    budget = press.budget
     view = replace(_table(forward), row_bytes=store.row_bytes(forward.rows, press.compacts))
-    view = replace(view, n_kept=press.budget.count(view))
-    if press.budget.scope != "model" and _holds_all(press.budget, view):
+    view = replace(view, n_kept=budget.count(view))
+    if budget.scope != "model" and _holds_all(budget, view):
         if store.recodes or not bool(view.valid.all()):
             _drop(press, store, view, view.valid, forward.text_valid)
         return None
     view = trace.show(view, forward)
     scores = press.score(view)
-    if press.budget.scope == "model":
+    if budget.scope == "model":
         return Pending(store, view, scores, forward.text_valid)
-    mask = press.budget.select(scores, view.valid, view.n_kept)
+    mask = budget.select(scores, view.valid, view.n_kept)
     _drop(press, store, view, mask, forward.text_valid)
     return None
 

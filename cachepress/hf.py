@@ -426,11 +426,9 @@ def note(
 def _find_rotary(watched: _Watched, module: nn.Module, key: RowsHandle, query: Tensor) -> Rotary:
     observation = watched.observation
     outputs = list(observation.outputs.get(module, {}).values())
-    n = query.shape[2]
-    new_keys = key.fresh[0] if key.fresh is not None else key.held.rows().keys[:, :, -n:]
-    found = find_rotary(
-        observation.rotary_modules, outputs, query.shape[1], new_keys.detach(), watched.rope
-    )
+    assert key.held.tail is not None
+    new_keys = key.held.tail.keys[:, :, -query.shape[2] :]
+    found = find_rotary(observation.rotary_modules, outputs, query.shape[1], new_keys, watched.rope)
     if found is None:
         raise UnsupportedError(
             f"{watched.press!r} needs the position embedding of layer {watched.layer} of "

@@ -21,13 +21,12 @@ from cachepress.ops.ragged_attention import Layout
 from cachepress.stores import Codec, Store
 from cachepress.stores.block import Block
 from cachepress.stores.codec import Quantized
-from cachepress.stores.store import Settled
 from cachepress.stores.tail import Tail
 from cachepress.trace import Trace
 
 _FORMAT = "cachepress-cache-1"
 _SAMPLE = 64
-_PARTS = {part.__name__: part for part in (Block, Codec, Layout, Quantized, Settled)}
+_PARTS = {part.__name__: part for part in (Block, Codec, Layout, Quantized)}
 
 
 def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedModel) -> None:

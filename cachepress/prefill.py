@@ -60,6 +60,7 @@ def prefill(
     mask = None if attention_mask is None else attention_mask.to(model.device)
     if mask is not None and mask.shape[1] == n < seen + n:
         mask = torch.cat([mask.new_ones(mask.shape[0], seen), mask], dim=1)
+    positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     chunk_size = n if chunk_size is None else chunk_size
     starts = range(0, n, chunk_size)
     bar = logging.tqdm(starts, unit="chunk", disable=not progress)
@@ -68,9 +69,8 @@ def prefill(
         for start in bar:
             stop = min(start + chunk_size, n)
             inputs = {"input_ids": ids[:, start:stop], name: cache, "use_cache": True}
-            if mask is not None:
+            if mask is not None and positions is not None:
                 inputs["attention_mask"] = mask[:, : seen + stop]
-                positions = (mask.cumsum(-1) - 1).clamp(min=0)
                 inputs["position_ids"] = positions[:, seen + start : seen + stop]
             if observation is None:
                 decoder(**inputs)

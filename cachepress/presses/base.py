@@ -212,6 +212,16 @@ def check_count(press: BasePress, name: str, least: int = 1) -> None:
         raise CachepressError(f"{name}: got {got!r}, wanted a whole number of at least {least}")
 
 
+def check_by_layer(wrapper: WrapperPress) -> None:
+    """Raise if a wrapper that chooses layer by layer is around a budget of the whole model."""
+    name = type(wrapper).__name__
+    if wrapper.press.budget.scope == "model":
+        raise CachepressError(
+            f'{name} chooses layer by layer and cannot wrap a budget of scope="model": wrap the '
+            f'other way round, AdaKVPress({name}(...), scope="model")'
+        )
+
+
 def all_presses(base: type[BasePress] = BasePress) -> Iterator[type[BasePress]]:
     """Every press class that is defined in this process."""
     for kind in base.__subclasses__():

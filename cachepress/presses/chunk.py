@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import choose
-from cachepress.errors import CachepressError
-from cachepress.presses.base import WrapperPress, check_count
+from cachepress.presses.base import WrapperPress, check_by_layer, check_count
 from cachepress.view import EVERY, LayerView, Needs
 
 
@@ -29,11 +28,7 @@ class ChunkPress(WrapperPress):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self, "chunk_length")
-        if self.press.budget.scope == "model":
-            raise CachepressError(
-                'ChunkPress chooses layer by layer and cannot wrap a budget of scope="model": '
-                'wrap the other way round, AdaKVPress(ChunkPress(...), scope="model")'
-            )
+        check_by_layer(self)
 
     @property
     def needs(self) -> Needs:

@@ -8,7 +8,7 @@ from torch import Tensor
 from cachepress.budgets import TopK, best, check_fraction, choose, floor_of, pin, pinned
 from cachepress.errors import CachepressError
 from cachepress.presses.adakv import AdaKVPress
-from cachepress.presses.base import WrapperPress
+from cachepress.presses.base import WrapperPress, check_by_layer
 from cachepress.view import LayerView, Needs
 
 _BLOCK = 1024
@@ -38,12 +38,7 @@ class CriticalKVPress(WrapperPress):
         check_fraction(self.first_stage_ratio, "first_stage_ratio")
         if not isinstance(self.epsilon, int | float) or self.epsilon < 0:
             raise CachepressError(f"epsilon: got {self.epsilon!r}, wanted a number >= 0")
-        if self.press.budget.scope == "model":
-            raise CachepressError(
-                f"{type(self).__name__} chooses layer by layer and cannot wrap a budget of "
-                'scope="model": wrap the other way round, AdaKVPress(CriticalKVPress(...), '
-                'scope="model")'
-            )
+        check_by_layer(self)
 
     @property
     def needs(self) -> Needs:

@@ -34,6 +34,10 @@ class Block:
     positions: Tensor
     rope: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        # The index is made with the block, so that the bytes are there from the start.
+        self.layout.tensors()
+
     @classmethod
     def of(cls, rows: Rows, mask: Tensor, codec: Codec | None = None) -> "Block":
         """The rows of ``mask [B, H, T]``, in their order."""

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -28,14 +27,6 @@ def allocated_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-@dataclass(frozen=True)
-class Settled:
-    """Bytes held by a store before and after it was last settled, measured from storage."""
-
-    before: int
-    after: int
-
-
 class Store(CacheLayerMixin):
     """A transformers cache layer whose rows can be dropped.
 
@@ -43,6 +34,13 @@ class Store(CacheLayerMixin):
     right; ``lengths`` is what is *held*. What was settled is in blocks that never change, with
     each head's own number of rows, and may be shared with other caches; what came since is in a
     tail of this store's own.
+
+    Attributes:
+        bytes_before: bytes held just before rows were last dropped; None if none were.
+        known: ``[B, S]`` which of the settled text columns are tokens; None if all.
+        codec: how kept rows are stored; None for as they are.
+        looked_at: text columns seen when a press last looked at the rows.
+        trace: what a press noted since.
     """
 
     is_compileable = False
@@ -61,7 +59,7 @@ class Store(CacheLayerMixin):
         self.codec: Codec | None = None
         self._encoded = False
         self.known: Tensor | None = None
-        self.settled: Settled | None = None
+        self.bytes_before: int | None = None
 
     @classmethod
     def adopt(cls, keys: Tensor | None, values: Tensor | None) -> "Store":
@@ -140,10 +138,9 @@ class Store(CacheLayerMixin):
             mask: what stays of it.
             known: ``[B, S]`` which text columns are tokens; None where all are.
         """
-        before = self.nbytes
+        self.bytes_before = self.nbytes
         self._blocks, self._tail, self._encoded = self._blocks_of(rows, mask), None, False
         self._settled_at, self.known = self._seen, known
-        self.settled = Settled(before, self.nbytes)
 
     @property
     def recodes(self) -> bool:
