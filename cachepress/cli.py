@@ -6,10 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from cachepress import __version__
 from cachepress.errors import CachepressError
+
+if TYPE_CHECKING:
+    from cachepress.presses import BasePress
 
 FAILED = 2
 
@@ -84,23 +87,20 @@ def _models(options: dict[str, object]) -> None:
 
 
 def _presses(options: dict[str, object]) -> None:
-    import cachepress
-    from cachepress.presses import ScorerPress, WrapperPress
-    from cachepress.spec import ALIASES, parse
+    from cachepress.presses import ScorerPress
+    from cachepress.spec import aliases
 
-    for alias in ALIASES:
-        _print_press(alias, repr(parse(alias)), type(parse(alias)))
-    print("\nwrappers, around any of them and around each other:")
-    for name in sorted(cachepress.presses.__all__):
-        kind = getattr(cachepress, name)
-        bare = kind in (cachepress.BasePress, ScorerPress, WrapperPress)
-        if not bare and not issubclass(kind, ScorerPress):
-            _print_press("", name + _options_of(kind), kind)
+    known = list(aliases().values())
+    for kind in (k for k in known if issubclass(k, ScorerPress)):
+        _print_press(kind)
+    print("\nwith budgets of their own, or around any of them and around each other:")
+    for kind in (k for k in known if not issubclass(k, ScorerPress)):
+        _print_press(kind)
 
 
-def _print_press(alias: str, spelling: str, kind: type) -> None:
+def _print_press(kind: "type[BasePress]") -> None:
     summary = (kind.__doc__ or "").strip().splitlines()[0]
-    print(f"{alias:20} {spelling}\n{'':20} {summary}")
+    print(f"{kind.alias:28} {kind.__name__}{_options_of(kind)}\n{'':28} {summary}")
 
 
 def _options_of(kind: type) -> str:

@@ -13,17 +13,6 @@ from cachepress.presses import BasePress
 from cachepress.presses.base import all_presses
 
 NO_PRESS = "no_press"
-ALIASES: dict[str, str] = {
-    "expected_attention": "ExpectedAttentionPress",
-    "keydiff": "KeyDiffPress",
-    "knorm": "KnormPress",
-    "observed_attention": "ObservedAttentionPress",
-    "pyramidkv": "PyramidKVPress",
-    "random": "RandomPress",
-    "snapkv": "SnapKVPress",
-    "streaming_llm": "StreamingLLMPress",
-    "tova": "TOVAPress",
-}
 
 
 class SpecError(CachepressError):
@@ -55,11 +44,20 @@ def parse(text: str) -> BasePress | None:
     return press
 
 
+def aliases() -> dict[str, type[BasePress]]:
+    """Every press class that has a short name, by it."""
+    return {kind.alias: kind for kind in sorted(all_presses(), key=_name) if kind.alias}
+
+
 def known_names() -> list[str]:
     """Every name that ``parse`` knows, aliases first."""
     names = {kind.__name__ for kind in all_presses()} - {"ScorerPress", "WrapperPress"}
     classes = sorted(name for name in names if not name.startswith("_"))
-    return [NO_PRESS, *sorted(ALIASES), *classes]
+    return [NO_PRESS, *aliases(), *classes]
+
+
+def _name(kind: type[BasePress]) -> str:
+    return kind.__name__
 
 
 def _build(node: ast.expr, text: str) -> object:
@@ -82,7 +80,7 @@ def _build(node: ast.expr, text: str) -> object:
 
 def _class(name: str) -> type[BasePress]:
     for kind in all_presses():
-        if kind.__name__ == ALIASES.get(name, name):
+        if name in (kind.alias, kind.__name__):
             return kind
     close = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""

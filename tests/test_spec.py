@@ -1,14 +1,15 @@
 import pytest
 
 import cachepress as cp
-from cachepress.presses.base import ScorerPress, all_presses
-from cachepress.spec import ALIASES, known_names
+from cachepress.presses.base import ScorerPress, WrapperPress, all_presses
+from cachepress.spec import aliases, known_names
 
 
-def test_aliases_name_every_scorer_of_the_package_once():
-    kinds = {k.__name__ for k in all_presses(ScorerPress) if k.__module__.startswith("cachepress.")}
-    assert set(ALIASES.values()) == kinds
-    assert len(ALIASES) == len(set(ALIASES.values()))
+def test_aliases_name_every_press_of_the_package_once():
+    kinds = {k for k in all_presses() if k.__module__.startswith("cachepress.")}
+    named = {k for k in kinds - {ScorerPress, WrapperPress} if not k.__name__.startswith("_")}
+    assert set(aliases().values()) >= named
+    assert len({k.alias for k in named}) == len(named)
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,7 @@ def test_aliases_name_every_scorer_of_the_package_once():
         ("SnapKVPress(0.25, window_size=8)", cp.SnapKVPress(0.25, window_size=8)),
         ("random(seed=3)", cp.RandomPress(seed=3)),
         ("expected_attention(use_vnorm=False)", cp.ExpectedAttentionPress(use_vnorm=False)),
+        ("adakv(knorm(0.5))", cp.AdaKVPress(cp.KnormPress(0.5))),
         ("no_press", None),
     ],
 )

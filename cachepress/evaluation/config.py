@@ -15,8 +15,8 @@ import yaml
 from cachepress.budgets import check_ratio
 from cachepress.errors import CachepressError
 from cachepress.prefill import check_prefill
-from cachepress.presses import BasePress
-from cachepress.spec import ALIASES, NO_PRESS, parse
+from cachepress.presses import BasePress, ScorerPress
+from cachepress.spec import NO_PRESS, parse
 
 FREE_FIELDS = ("output_dir", "log_level", "overwrite", "device", "data_path")
 """Fields that may differ when a run is resumed: they do not change an answer."""
@@ -118,10 +118,9 @@ class EvaluationConfig:
         press = self.make_press()
         if press is None:
             return NO_PRESS
-        for alias in ALIASES:
-            plain = parse(alias)
-            if plain is not None and plain.with_ratio(self.ratio) == press:
-                return alias
+        kind = type(press)
+        if kind.alias and issubclass(kind, ScorerPress) and kind(self.ratio) == press:
+            return kind.alias
         return re.sub(rf"compression_ratio={self.ratio!r}(, )?", "", repr(press))
 
     def _further_parts(self) -> list[str]:

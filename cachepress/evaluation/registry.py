@@ -13,13 +13,16 @@ from cachepress.evaluation.metrics import qa_f1, string_match
 from cachepress.evaluation.tasks import builtin
 from cachepress.evaluation.tasks.files import SUFFIXES, load_file, normalise
 from cachepress.evaluation.tasks.longbench import load_longbench_e
-from cachepress.spec import ALIASES, NO_PRESS
+from cachepress.spec import NO_PRESS, aliases
 
 DEFAULT_LENGTH = 1000
 Scorer = Callable[[str, Sequence[str]], float]
 Loader = Callable[[EvaluationConfig, PreTrainedTokenizerBase], pd.DataFrame]
 
-PRESS_REGISTRY: dict[str, str] = {NO_PRESS: NO_PRESS, **ALIASES}
+PRESS_REGISTRY: dict[str, str] = {
+    NO_PRESS: NO_PRESS,
+    **{alias: kind.__name__ for alias, kind in aliases().items()},
+}
 SCORER_REGISTRY: dict[str, Scorer] = {"string_match": string_match, "qa_f1": qa_f1}
 
 

@@ -8,7 +8,7 @@ from cachepress.presses.base import WrapperPress
 
 
 @dataclass(frozen=True)
-class AdaKVPress(WrapperPress):
+class AdaKVPress(WrapperPress, alias="adakv"):
     """Lets the rows of all heads of a layer compete, so that busy heads keep more.
 
     Feng et al., "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient

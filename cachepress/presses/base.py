@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,12 +21,19 @@ class BasePress:
     """A method of compression, as frozen data.
 
     Subclasses are frozen dataclasses: ``repr(press)`` is the press's spelling and
-    ``cachepress.parse`` reads it back.
+    ``cachepress.parse`` reads it back. ``class MyPress(ScorerPress, alias="my")`` gives a press a
+    short name besides.
+
+    Attributes:
+        alias: the short name; None for none.
     """
 
-    def __init_subclass__(cls) -> None:
-        """Keep dataclasses from writing a ``repr`` of their own."""
+    alias: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, alias: str | None = None) -> None:
+        """Note the alias, and keep dataclasses from writing a ``repr`` of their own."""
         super().__init_subclass__()
+        cls.alias = alias
         cls.__repr__ = BasePress.__repr__
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from cachepress.view import LayerView
 
 
 @dataclass(frozen=True)
-class BlockPress(WrapperPress):
+class BlockPress(WrapperPress, alias="block"):
     """Chooses as if the text had come in blocks, each of which was compressed on arrival.
 
     The way KeyDiff is meant for devices with little memory (Park et al., arXiv:2504.15364), but

@@ -11,7 +11,7 @@ from cachepress.view import EVERY, LayerView, Needs
 
 
 @dataclass(frozen=True)
-class ChunkPress(WrapperPress):
+class ChunkPress(WrapperPress, alias="chunk"):
     """Cuts the text into chunks, and scores and keeps rows in each as if it were alone.
 
     The budget is shared out in proportion to the chunks' lengths, and exact in total. A press that

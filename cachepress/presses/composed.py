@@ -30,7 +30,7 @@ class _Chain:
 
 
 @dataclass(frozen=True)
-class ComposedPress(BasePress):
+class ComposedPress(BasePress, alias="composed"):
     """Lets several presses choose, each among the rows that the one before it left.
 
     Two presses at 0.5 remove three quarters. Needs what all of them need.

@@ -15,7 +15,7 @@ _BLOCK = 1024
 
 
 @dataclass(frozen=True)
-class CriticalKVPress(WrapperPress):
+class CriticalKVPress(WrapperPress, alias="critical"):
     """Weighs a score with the size of what the value adds to the layer's output.
 
     Feng et al., "Identify Critical KV Cache in LLM Inference from an Output Perturbation
@@ -59,7 +59,7 @@ class CriticalKVPress(WrapperPress):
 
 
 @dataclass(frozen=True)
-class CriticalAdaKVPress(WrapperPress):
+class CriticalAdaKVPress(WrapperPress, alias="critical_adakv"):
     """CriticalKV in a layer whose heads compete: ``CriticalKVPress(AdaKVPress(press))``.
 
     Feng et al. (arXiv:2502.03805 and arXiv:2407.11550). Needs the output projection.

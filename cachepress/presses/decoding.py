@@ -38,7 +38,7 @@ class _WhileDecodingPress(WrapperPress):
 
 
 @dataclass(frozen=True)
-class DecodingPress(_WhileDecodingPress):
+class DecodingPress(_WhileDecodingPress, alias="decoding"):
     """Keeps the cache of a running generation below a bound.
 
     When the prompt is read, and then whenever ``compression_interval`` tokens were decoded, the
@@ -76,7 +76,7 @@ class DecodingPress(_WhileDecodingPress):
 
 
 @dataclass(frozen=True)
-class CompressionRatioDecodingPress(_WhileDecodingPress):
+class CompressionRatioDecodingPress(_WhileDecodingPress, alias="compression_ratio_decoding"):
     """Keeps the cache of a running generation at a fraction of what it has seen.
 
     Needs what the inner press needs.

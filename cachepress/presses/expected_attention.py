@@ -12,7 +12,7 @@ from cachepress.view import LayerView, Needs
 
 
 @dataclass(frozen=True)
-class ExpectedAttentionPress(ScorerPress):
+class ExpectedAttentionPress(ScorerPress, alias="expected_attention"):
     """Keeps the rows that future queries are expected to attend to.
 
     Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from Future

@@ -7,7 +7,7 @@ from cachepress.view import Needs
 
 
 @dataclass(frozen=True)
-class KeyRerotationPress(WrapperPress):
+class KeyRerotationPress(WrapperPress, alias="key_rerotation"):
     """Rotates kept keys to positions without gaps, which end at the last position seen.
 
     The distance from a kept row to the next query is then its rank from the end, as if the dropped

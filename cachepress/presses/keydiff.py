@@ -10,7 +10,7 @@ from cachepress.view import LayerView
 
 
 @dataclass(frozen=True)
-class KeyDiffPress(ScorerPress):
+class KeyDiffPress(ScorerPress, alias="keydiff"):
     """Keeps the rows whose keys point away from the mean direction of all keys.
 
     Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in

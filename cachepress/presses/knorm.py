@@ -9,7 +9,7 @@ from cachepress.view import LayerView
 
 
 @dataclass(frozen=True)
-class KnormPress(ScorerPress):
+class KnormPress(ScorerPress, alias="knorm"):
     """Keeps the rows whose keys have the smallest L2 norm.
 
     Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression"

@@ -9,7 +9,7 @@ from cachepress.view import LayerView, Needs
 
 
 @dataclass(frozen=True)
-class ObservedAttentionPress(ScorerPress):
+class ObservedAttentionPress(ScorerPress, alias="observed_attention"):
     """Keeps the rows that received the most attention per query that could see them.
 
     A prefill form of the accumulated score of Zhang et al., "H2O: Heavy-Hitter Oracle for

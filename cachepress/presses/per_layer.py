@@ -11,7 +11,7 @@ from cachepress.presses.base import WrapperPress
 
 
 @dataclass(frozen=True)
-class PerLayerCompressionPress(WrapperPress):
+class PerLayerCompressionPress(WrapperPress, alias="per_layer"):
     """Gives every layer a ratio of its own. Needs what the inner press needs.
 
     Attributes:

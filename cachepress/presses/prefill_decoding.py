@@ -10,7 +10,7 @@ from cachepress.view import Needs
 
 
 @dataclass(frozen=True)
-class PrefillDecodingPress(BasePress):
+class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
     """One press for prompts and another one for decoding.
 
     Attributes:

@@ -8,7 +8,7 @@ from cachepress.presses.snapkv import SnapKVPress
 
 
 @dataclass(frozen=True)
-class PyramidKVPress(SnapKVPress):
+class PyramidKVPress(SnapKVPress, alias="pyramidkv"):
     """SnapKV with budgets that fall from the first layer to the last.
 
     Cai et al., "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling"

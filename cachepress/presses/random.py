@@ -17,7 +17,7 @@ def _signed(x: int) -> int:
 
 
 @dataclass(frozen=True)
-class RandomPress(ScorerPress):
+class RandomPress(ScorerPress, alias="random"):
     """Keeps random rows; every layer and head draws its own, every run draws the same.
 
     A row's score depends on the seed, the layer, the head and the row's place in its own text

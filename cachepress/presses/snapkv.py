@@ -12,7 +12,7 @@ from cachepress.view import LayerView, Needs
 
 
 @dataclass(frozen=True)
-class SnapKVPress(ScorerPress):
+class SnapKVPress(ScorerPress, alias="snapkv"):
     """Keeps the rows that the last queries of the prompt attend to, and those queries' own rows.
 
     Li et al., "SnapKV: LLM Knows What You Are Looking for Before Generation" (arXiv:2404.14469).

@@ -10,7 +10,7 @@ from cachepress.view import LayerView
 
 
 @dataclass(frozen=True)
-class StreamingLLMPress(ScorerPress):
+class StreamingLLMPress(ScorerPress, alias="streaming_llm"):
     """Keeps the first rows of the text and the newest ones.
 
     Xiao et al., "Efficient Streaming Language Models with Attention Sinks" (arXiv:2309.17453).

@@ -10,7 +10,7 @@ from cachepress.view import LayerView, Needs
 
 
 @dataclass(frozen=True)
-class TOVAPress(ScorerPress):
+class TOVAPress(ScorerPress, alias="tova"):
     """Keeps the rows that the last query attends to, the same ones in every head.
 
     Oren et al., "Transformers are Multi-State RNNs" (arXiv:2401.06104). Needs the last query.

@@ -3,7 +3,7 @@ import pytest
 import cachepress as cp
 from cachepress.evaluation import PRESS_REGISTRY, EvaluationConfig
 from cachepress.evaluation.config import load_config
-from cachepress.spec import ALIASES
+from cachepress.spec import aliases
 
 
 def folder(**options):
@@ -112,7 +112,7 @@ def test_the_shipped_files_are_complete():
     assert (debug.make_press(), debug.fraction) == (cp.SnapKVPress(0.5), 0.01)
     builtin = load_config("evaluation/builtin_config.yaml", {})
     assert (builtin.dataset, builtin.model) == ("builtin", "smollm2-135m")
-    assert set(PRESS_REGISTRY) == {"no_press", *ALIASES}
+    assert set(PRESS_REGISTRY) == {"no_press", *aliases()}
 
 
 def test_the_folder_names_budgets_and_ways_to_read():
