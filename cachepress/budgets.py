@@ -49,8 +49,8 @@ class Ratio:
     def rows(self, view: LayerView) -> Tensor:
         """Rows for each head, ``[B]``."""
         kept = 1 - Fraction(str(self.ratio))
-        counts = [floor(n * kept) for n in view.n_seen.tolist()]
-        return torch.tensor(counts, device=view.n_seen.device)
+        counts = [floor(n * kept) for n in view.n_seen.flatten().tolist()]
+        return torch.tensor(counts, device=view.n_seen.device).view_as(view.n_seen)
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,10 @@ class Pyramid:
 
     def rows(self, view: LayerView) -> Tensor:
         """Rows for each head, ``[B]``."""
-        pairs = zip(self.amount.rows(view).tolist(), view.n_seen.tolist(), strict=True)
+        average, seen = self.amount.rows(view).flatten(), view.n_seen.flatten()
+        pairs = zip(average.tolist(), seen.tolist(), strict=True)
         rows = [self._rows(n, seen, view.depth, view.n_layers) for n, seen in pairs]
-        return torch.tensor(rows, device=view.n_seen.device)
+        return torch.tensor(rows, device=view.n_seen.device).view_as(view.n_seen)
 
     def _rows(self, average: int, seen: int, depth: int, n_layers: int) -> int:
         if n_layers == 1:
@@ -183,15 +184,55 @@ class TopK:
         amount = self.amount
         return (replace(amount, uneven=True) if isinstance(amount, Bytes) else amount).rows(view)
 
-    def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
-        """Keep mask ``[B, H, T]``; of equal scores the newest rows stay."""
-        n_kept = n_kept.double()[:, None, None]
+    def holds_all(self, valid: Tensor, n_kept: Tensor) -> bool:
+        """Whether there is room for every row."""
+        rows = valid.sum(-1)  # [B, H]
         if self.scope == "head":
-            return best(scores, valid, n_kept)
-        safe = best(scores, valid, floor_of(n_kept, self.floor))
+            return bool((n_kept[:, None] >= rows).all())
+        return bool((n_kept * rows.shape[1] >= rows.sum(-1)).all())
+
+    def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
+        """Keep mask ``[B, H, T]``; of equal scores the newest rows stay.
+
+        ``n_kept`` may also be ``[B, H]``, a number for each head.
+        """
+        counts = n_kept.double().view(len(n_kept), -1, 1)  # [B, 1 or H, 1]
+        if self.scope == "head":
+            return best(scores, valid, counts)
+        safe = best(scores, valid, floor_of(counts, self.floor))
         everything = scores.float().masked_fill(safe, float("inf")).flatten(1)[:, None]
-        total = (n_kept * scores.shape[1]).round().clamp(min=1)
+        total = counts.expand(-1, scores.shape[1], -1).sum(1, keepdim=True).round().clamp(min=1)
         return best(everything, valid.flatten(1)[:, None], total).view_as(valid)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Every row whose score is high enough, however many those are; the newest row in any case.
+
+    Attributes:
+        least: the lowest score that stays.
+        scope: each head for itself.
+    """
+
+    least: float
+    scope: str = "head"
+
+    def count(self, view: LayerView) -> Tensor:
+        """The rows seen, ``[B]``: as many may stay."""
+        return view.n_seen
+
+    def holds_all(self, valid: Tensor, n_kept: Tensor) -> bool:
+        """Nobody knows without the scores."""
+        return False
+
+    def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
+        """Keep mask ``[B, H, T]``."""
+        newest = valid.flip(-1).cumsum(-1).flip(-1) == 1
+        return valid & ((scores >= self.least) | newest)
+
+
+CHOSEN = Threshold(1.2e38)
+"""For scores in which the rows that stay were chosen already, by ``choose``."""
 
 
 def best(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:

@@ -44,6 +44,10 @@ class Budget(Protocol):
         """Rows that each head keeps, ``[B]``, on average where heads compete."""
         ...
 
+    def holds_all(self, valid: Tensor, n_kept: Tensor) -> bool:
+        """Whether no row is dropped, whatever the scores."""
+        ...
+
     def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
         """Keep mask ``[B, H, T]`` from ``scores [B, H, T]``, higher is kept.
 
@@ -88,15 +92,37 @@ class Press(Protocol):
         """Whether kept keys are rotated to positions without gaps."""
         ...
 
+    @property
+    def carries(self) -> bool:
+        """Whether something is left with each row for the next time."""
+        ...
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether rows are stored anew even when none is dropped."""
+        ...
+
     def score(self, view: LayerView) -> Tensor:
         """Worth of each row, ``[B, H, T]``; the highest are kept."""
+        ...
+
+    def carry(self, view: LayerView) -> Tensor | None:
+        """What is left with each row for the next time, ``[B, H, T]``; None for nothing."""
+        ...
+
+    def fold(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Keys and values in which the rows outside of ``mask`` left something; None for not."""
+        ...
+
+    def channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
+        """Which channels of the keys are stored, ``[B, H, D]``; None for all."""
         ...
 
 
 class Store(Protocol):
     """What the engine asks of a cache layer: hold rows, and drop those that lost."""
 
-    def row_bytes(self, rows: Rows, compacts: bool) -> RowBytes:
+    def row_bytes(self, rows: Rows, compacts: bool, carries: bool) -> RowBytes:
         """Bytes that the kept rows of a head will need."""
         ...
 
@@ -105,10 +131,11 @@ class Store(Protocol):
         """Whether rows that are kept are stored in another form than they came in."""
         ...
 
-    def keep(self, rows: Rows, mask: Tensor, known: Tensor | None) -> None:
+    def keep(self, rows: Rows, mask: Tensor, known: Tensor | None, channels: Tensor | None) -> None:
         """Hold exactly the rows of ``mask [B, H, T]``, in their order.
 
-        ``known [B, S]`` says which text columns are tokens; None for all.
+        ``known [B, S]`` says which text columns are tokens; None for all. ``channels [B, H, D]``
+        says which channels of the keys are stored; None for all.
         """
         ...
 
@@ -126,7 +153,8 @@ class Pending:
 def settle(press: Press, store: Store, forward: Forward, trace: Trace) -> Pending | None:
     """Score the rows of a layer and drop the losers from its store.
 
-    Nothing is scored when the budget holds every row, so ratio 0 costs nothing.
+    Nothing is scored when the budget holds every row and the press leaves rows as they are, so
+    ratio 0 costs nothing.
 
     Args:
         press: says what stays.
@@ -138,9 +166,11 @@ def settle(press: Press, store: Store, forward: Forward, trace: Trace) -> Pendin
         The scored layer, if it competes with the others of the model; else None.
     """
     budget = press.budget
-    view = replace(_table(forward), row_bytes=store.row_bytes(forward.rows, press.compacts))
+    row_bytes = store.row_bytes(forward.rows, press.compacts, press.carries)
+    view = replace(_table(forward), row_bytes=row_bytes)
     view = replace(view, n_kept=budget.count(view))
-    if budget.scope != "model" and _holds_all(budget, view):
+    idle = not press.rewrites and budget.holds_all(view.valid, view.n_kept)
+    if idle and budget.scope != "model":
         if store.recodes or not bool(view.valid.all()):
             _drop(press, store, view, view.valid, forward.text_valid)
         return None
@@ -170,16 +200,13 @@ def settle_together(press: Press, layers: list[Pending]) -> None:
         _drop(press, layer.store, layer.view, part, layer.known)
 
 
-def _holds_all(budget: Budget, view: LayerView) -> bool:
-    rows = view.valid.sum(-1)  # [B, H]
-    if budget.scope == "head":
-        return bool((view.n_kept[:, None] >= rows).all())
-    return bool((view.n_kept * rows.shape[1] >= rows.sum(-1)).all())
-
-
 def _drop(press: Press, store: Store, view: LayerView, mask: Tensor, known: Tensor | None) -> None:
     """Leave the rows of ``mask [B, H, T]`` in the store."""
-    rows = Rows(view.keys, view.values, view.positions)
+    rows = Rows(view.keys, view.values, view.positions, carried=press.carry(view))
+    folded = press.fold(view, mask)
+    if folded is not None:
+        rows = replace(rows, keys=folded[0], values=folded[1])
+        view = replace(view, keys=folded[0], values=folded[1])
     if press.compacts and view.rotary is not None:
         rank = mask.cumsum(-1)
         rope = view.next_position[:, None, None] - rank[..., -1:] + rank - 1
@@ -187,7 +214,7 @@ def _drop(press: Press, store: Store, view: LayerView, mask: Tensor, known: Tens
         bare = view.rotary(keys.float(), view.rope.clamp(min=0).flatten(0, 1), inverse=True)
         turned = view.rotary(bare, rope.clamp(min=0).flatten(0, 1)).to(keys.dtype)
         rows = replace(rows, keys=turned.view_as(view.keys), rope=rope)
-    store.keep(rows, mask, known)
+    store.keep(rows, mask, known, press.channels(replace(view, keys=rows.keys), mask))
 
 
 def _table(forward: Forward) -> LayerView:
@@ -210,12 +237,14 @@ def _table(forward: Forward) -> LayerView:
     rope = index + (next_position - n_seen)[:, None, None]
     if rows.rope is not None:
         rope = torch.where(rows.rope >= 0, rows.rope, rope)
+    carried = rows.carried
     if forward.text_valid is not None or not rows.full:
         order = valid_last(valid)
         keys, values = gather(keys, order), gather(values, order)
         positions, index, rope, valid = (
             x.gather(-1, order) for x in (positions, index, rope, valid)
         )
+        carried = None if carried is None else carried.gather(-1, order)
     return LayerView(
         keys=keys,
         values=values,
@@ -231,6 +260,7 @@ def _table(forward: Forward) -> LayerView:
         n_layers=forward.n_layers,
         row_bytes=RowBytes(0, 0),
         rule=forward.rule,
+        carried=carried,
     )
 
 

@@ -25,6 +25,7 @@ class Rows:
             head is text column t.
         full: whether no slot is empty.
         rope: ``[B, H, T]`` position that each key is rotated to; None where it is the position.
+        carried: ``[B, H, T]`` what a press left with each row, NaN for nothing; None for no row.
     """
 
     keys: Tensor
@@ -32,6 +33,7 @@ class Rows:
     positions: Tensor | None = None
     full: bool = True
     rope: Tensor | None = None
+    carried: Tensor | None = None
 
     def text_positions(self) -> Tensor:
         """Positions ``[B, H, T]``, written out."""
@@ -68,6 +70,8 @@ class Forward:
         rule: how the layer turns products into weights.
         find_rotary: finds and verifies the layer's position embedding, or raises.
         find_projection: finds the layer's output projection ``[H, G, E, M]``, or raises.
+        hidden: ``[B, n, M]`` hidden states that attention read; None where nobody asked.
+        n_question: ``[B]`` tokens at the end of the text that are the question; None for none.
     """
 
     query: Tensor
@@ -80,3 +84,5 @@ class Forward:
     rule: AttentionRule
     find_rotary: Callable[[], Rotary]
     find_projection: Callable[[], Tensor]
+    hidden: Tensor | None = None
+    n_question: Tensor | None = None

@@ -8,7 +8,7 @@ import copy
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import TracebackType
@@ -77,6 +77,8 @@ class Observation:
         model: a transformers decoder model.
         turns: "all" to settle after every forward of several tokens, "first" after the first only.
         storage: "full", "int8", "int4", or a Codec.
+        question: tokens at the end of the prompt that are the question, one number or one for each
+            sequence; for presses that ask for it.
 
     Attributes:
         chunk: for forwards that are chunks of one prompt, "hold" if the layers wait for the last
@@ -92,17 +94,21 @@ class Observation:
         model: PreTrainedModel,
         turns: str = "all",
         storage: str | Codec = "full",
+        question: int | Sequence[int] | None = None,
     ) -> None:
         if turns not in ("all", "first"):
             raise CachepressError(f'turns: got {turns!r}, wanted "all" or "first"')
         check_model(model)
+        press = press.for_model(model)
         self.press, self.model, self.turns = press, model, turns
         self.decoder = model.get_decoder()
         press.check_layers(sum(_full_attention(self.decoder.config)))
         self.codec = Codec.of(storage)
+        self.question = _question(press, question)
         self.chunk: str | None = None
         self.rotary_modules: list[CosSin] = []
         self.outputs: dict[nn.Module, dict[nn.Module, Tensor]] = {}
+        self.hidden: dict[nn.Module, Tensor] = {}
         self.projections = Projections()
         self._pending: dict[Press, list[Pending]] = {}
         self._covered = {m for m in model.modules() if isinstance(m, PreTrainedModel)}
@@ -128,6 +134,11 @@ class Observation:
                     )
                     if needs.projection:
                         self._hooks.append(child.register_forward_pre_hook(self.projections.verify))
+        if needs.notes:
+            for module in _attention_modules(self.decoder):
+                self._hooks.append(
+                    module.register_forward_pre_hook(self._keep_hidden, with_kwargs=True)
+                )
         _ACTIVE.append(self)
 
     def __exit__(
@@ -197,6 +208,17 @@ class Observation:
         """Whether a forward that settles nothing has to be noted for one that will."""
         return self.chunk == "hold" or (self.press.schedule.decodes and not turn.prompt)
 
+    def question_of(self, query: Tensor) -> Tensor | None:
+        """Tokens of the question of each sequence, ``[B]``; None where nothing was said."""
+        if self.question is None:
+            return None
+        b = query.shape[0]
+        if len(self.question) not in (1, b):
+            raise CachepressError(
+                f"question: got {len(self.question)} numbers for {b} sequences, wanted one or {b}"
+            )
+        return torch.tensor(self.question, device=query.device).expand(b)
+
     def wait(self, press: Press, layer: Pending) -> None:
         """Let a scored layer wait for the others of its model."""
         self._pending.setdefault(press, []).append(layer)
@@ -213,10 +235,18 @@ class Observation:
 
     def _end_forward(self) -> None:
         self.outputs.clear()
+        self.hidden.clear()
         self._pending.clear()
         self.projections.end_forward()
         for store in [s for s, watched in _WATCHED.items() if watched.observation is self]:
             del _WATCHED[store]
+
+    def _keep_hidden(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> None:
+        given = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(given, Tensor) and given.ndim == 3:
+            self.hidden[module] = given.detach()
 
     def _keep_output(
         self, attention: nn.Module, module: nn.Module, args: object, output: object
@@ -397,9 +427,10 @@ def note(
     if trace is None or trace.needs != press.needs or trace.end != turn.seen:
         trace = Trace(press.needs, turn.seen)
     store.trace, trace.end = trace, turn.seen + turn.new
+    hidden = _hidden(watched, module)
     if not turn.prompt:
         if press.needs.watches:
-            trace.add_decoded(query, rope, press.buffer)
+            trace.add_decoded(query, rope, hidden, watched.depth, press.buffer)
         if not watched.due:
             return
     forward = Forward(
@@ -413,6 +444,8 @@ def note(
         rule=rule,
         find_rotary=partial(_find_rotary, watched, module, key, query),
         find_projection=partial(_find_projection, watched, module, key, output),
+        hidden=hidden,
+        n_question=watched.observation.question_of(query),
     )
     if turn.prompt and press.needs.watches:
         trace.add(forward)
@@ -421,6 +454,37 @@ def note(
         store.looked()
         if pending is not None:
             watched.observation.wait(press, pending)
+
+
+def _hidden(watched: _Watched, module: nn.Module) -> Tensor | None:
+    """The hidden states that this attention module read, where the press asks for them."""
+    if not watched.press.needs.notes:
+        return None
+    hidden = watched.observation.hidden.pop(module, None)
+    if hidden is None:
+        raise UnsupportedError(
+            f"{watched.press!r} needs the hidden states of layer {watched.layer} of "
+            f"{type(watched.observation.model).__name__}, which its attention does not take: use a "
+            "press that does not need them, such as KnormPress or SnapKVPress"
+        )
+    return hidden
+
+
+def _question(press: "BasePress", question: int | Sequence[int] | None) -> list[int] | None:
+    """The tokens of the question of each sequence, or one number for all."""
+    if question is None:
+        if press.needs.question:
+            raise CachepressError(
+                f"{press!r} has to know which tokens are the question: give press(model, "
+                "question=n), the number of tokens at the end of the prompt, or use the pipeline"
+            )
+        return None
+    numbers = [question] if isinstance(question, int) else list(question)
+    if not numbers or not all(isinstance(n, int) and n > 0 for n in numbers):
+        raise CachepressError(
+            f"question: got {question!r}, wanted a number of tokens above 0, or one for each text"
+        )
+    return numbers
 
 
 def _find_rotary(watched: _Watched, module: nn.Module, key: RowsHandle, query: Tensor) -> Rotary:

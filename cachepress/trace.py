@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.forward import Forward
-from cachepress.ops import attention_column_sums, gather, valid_last
+from cachepress.ops import attention_column_peaks, attention_column_sums, gather, valid_last
 from cachepress.view import LayerView, Moments, Needs
 
 
@@ -37,6 +37,8 @@ class Trace:
     _queries: Tensor | None = None
     _voters: Tensor | None = None
     _sums: Tensor | None = None
+    _peaks: Tensor | None = None
+    _noted: Tensor | None = None
     _moments: "_Running | None" = None
     _decoded: list[_Decoded] = field(default_factory=list)
 
@@ -49,17 +51,22 @@ class Trace:
         if forward.text_valid is not None:
             counted = forward.text_valid[:, -n:]
         self._length += n
-        if self.needs.queries:
-            self._add_queries(query, counted)
-        if self.needs.attention_sums:
-            self._add_sums(query, counted, forward)
+        self._add_hidden(forward.hidden, forward.depth)
+        most = self._most_queries(forward)
+        if most:
+            self._add_queries(query, counted, most)
+        if self.needs.attention_sums or self.needs.attention_peaks:
+            self._add_attention(query, counted, forward)
         if self.needs.moments_after is not None:
             self._add_moments(query, counted, forward)
 
-    def add_decoded(self, query: Tensor, rope: Tensor, most: int) -> None:
-        """Hold the query of a decoded token; of all of them the last ``most``."""
+    def add_decoded(
+        self, query: Tensor, rope: Tensor, hidden: Tensor | None, depth: int, most: int
+    ) -> None:
+        """Note a decoded token, and hold its query; of all of them the last ``most``."""
+        self._add_hidden(hidden, depth)
         self._decoded.append(_Decoded(query.detach(), rope))
-        del self._decoded[:-most]
+        del self._decoded[: max(0, len(self._decoded) - most)]
 
     def show(self, view: LayerView, forward: Forward) -> LayerView:
         """The view with all that was noted, and what the press declared besides."""
@@ -67,15 +74,18 @@ class Trace:
             queries, ropes = zip(*self._decoded, strict=True)
             self._decoded = []
             query, rope = torch.cat(queries, dim=2), torch.cat(ropes, dim=1)
-            self.add(replace(forward, query=query, rope=rope))
+            self.add(replace(forward, query=query, rope=rope, hidden=None))
         view = replace(view, queries=self._queries, voters=self._voters)
-        if self._sums is not None:
-            sums = self._sums
-            if forward.text_valid is not None or not forward.rows.full:
-                order = valid_last(_valid_rows(forward))
-                sums = sums.gather(-1, order.unsqueeze(2).expand_as(sums))
+        if self._sums is not None or self._peaks is not None:
+            sums, peaks = _ordered(self._sums, forward), _ordered(self._peaks, forward)
             counts = _times_seen(view, self._length)
-            view = replace(view, attention_sums=sums, attention_counts=counts)
+            view = replace(
+                view, attention_sums=sums, attention_peaks=peaks, attention_counts=counts
+            )
+        if self.needs.notes:
+            view = replace(view, noted=self._noted_rows(view))
+        if self.needs.question:
+            view = replace(view, n_question=forward.n_question)
         if self._moments is not None:
             view = replace(view, moments=self._moments.moments())
         if self.needs.rotary or self.needs.moments_after is not None:
@@ -97,11 +107,33 @@ class Trace:
             of(self._queries),
             of(self._voters),
             of(self._sums),
+            of(self._peaks),
+            of(self._noted),
             None if self._moments is None else _Running(*(x[sequences] for x in self._moments)),
             [_Decoded(*(x[sequences] for x in token)) for token in self._decoded],
         )
 
-    def _add_queries(self, query: Tensor, counted: Tensor) -> None:
+    def _most_queries(self, forward: Forward) -> int:
+        asked = 0
+        if self.needs.question and forward.n_question is not None:
+            asked = int(forward.n_question.max())
+        return max(self.needs.queries, asked)
+
+    def _add_hidden(self, hidden: Tensor | None, depth: int) -> None:
+        if self.needs.hidden is not None and hidden is not None:
+            noted = self.needs.hidden(hidden.detach(), depth).float()
+            self._noted = _joined(self._noted, noted, 2)
+
+    def _noted_rows(self, view: LayerView) -> Tensor:
+        """What was noted of each row of the view, ``[B, H, T]``, NaN where nothing was."""
+        noted = self._noted
+        if noted is None:
+            return torch.full(view.valid.shape, float("nan"), device=view.valid.device)
+        column = view.positions.long() - (self.end - noted.shape[-1])
+        picked = noted.gather(-1, column.clamp(min=0))
+        return picked.masked_fill(column < 0, float("nan"))
+
+    def _add_queries(self, query: Tensor, counted: Tensor, most: int) -> None:
         queries, voters = _joined(self._queries, query, 3), _joined(self._voters, counted, 1)
         if not bool(voters.all()):
             order = valid_last(voters)
@@ -109,17 +141,20 @@ class Trace:
             b, h, g, n, _ = queries.shape
             order = order[:, None].expand(b, h * g, n)
             queries = gather(queries.flatten(1, 2), order).view_as(queries)
-        most = min(self.needs.queries, voters.shape[1])
+        most = min(most, voters.shape[1])
         self._queries, self._voters = queries[..., -most:, :], voters[:, -most:]
 
-    def _add_sums(self, query: Tensor, counted: Tensor, forward: Forward) -> None:
-        rows = forward.rows
-        sums = attention_column_sums(
-            query, rows.keys.detach(), _valid_rows(forward), counted, forward.rule
-        )
-        if self._sums is not None:
-            sums += F.pad(self._sums, (0, sums.shape[-1] - self._sums.shape[-1]))
-        self._sums = sums
+    def _add_attention(self, query: Tensor, counted: Tensor, forward: Forward) -> None:
+        keys, valid = forward.rows.keys.detach(), _valid_rows(forward)
+        table = (query, keys, valid, counted, forward.rule)
+        if self.needs.attention_sums:
+            sums = attention_column_sums(*table)
+            self._sums = sums if self._sums is None else sums + _widened(self._sums, sums)
+        if self.needs.attention_peaks:
+            peaks = attention_column_peaks(*table)
+            if self._peaks is not None:
+                peaks = torch.maximum(peaks, _widened(self._peaks, peaks))
+            self._peaks = peaks
 
     def _add_moments(self, query: Tensor, counted: Tensor, forward: Forward) -> None:
         n = query.shape[-2]
@@ -159,6 +194,19 @@ class _Running(NamedTuple):
     def moments(self) -> Moments:
         """Mean and covariance."""
         return Moments(self.mean, self.scatter / self.count.clamp(min=1).unsqueeze(-1))
+
+
+def _widened(old: Tensor, new: Tensor) -> Tensor:
+    """A column of earlier rows, zero for the rows that came since."""
+    return F.pad(old, (0, new.shape[-1] - old.shape[-1]))
+
+
+def _ordered(column: Tensor | None, forward: Forward) -> Tensor | None:
+    """A column ``[B, H, G, T]`` in the order of the view."""
+    if column is None or (forward.text_valid is None and forward.rows.full):
+        return column
+    order = valid_last(_valid_rows(forward))
+    return column.gather(-1, order.unsqueeze(2).expand_as(column))
 
 
 def _joined(old: Tensor | None, new: Tensor, dim: int) -> Tensor:

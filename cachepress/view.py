@@ -5,6 +5,7 @@ Shape letters, used at the end of lines where shapes change:
     Q queries, D key head size, E value head size, S text columns (seen plus new).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
@@ -16,6 +17,9 @@ from cachepress.ops import AttentionRule, attention_column_sums, gather
 EVERY = 1 << 62
 """As a number of queries: all of them."""
 
+Note = Callable[[Tensor, int], Tensor]
+"""What is noted of the hidden states ``[B, n, M]`` of a layer (by its depth): ``[B, H, n]``."""
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -26,20 +30,32 @@ class Needs:
         moments_after: mean and covariance of the queries before RoPE, over all queries but the
             first ``moments_after`` of the text; None for none.
         attention_sums: attention that each row received, summed over the queries of the turn.
+        attention_peaks: the most attention that each row received from a query of the turn.
         rotary: the layer's position embedding.
         projection: the layer's output projection.
+        question: the queries of the question at the end of the text.
+        hidden: what to note of the hidden states that attention reads; None for nothing.
     """
 
     queries: int = 0
     moments_after: int | None = None
     attention_sums: bool = False
+    attention_peaks: bool = False
     rotary: bool = False
     projection: bool = False
+    question: bool = False
+    hidden: Note | None = None
 
     @property
     def watches(self) -> bool:
         """Whether something must be noted at every forward, not only when a layer is settled."""
-        return bool(self.queries) or self.moments_after is not None or self.attention_sums
+        asked = self.attention_sums or self.attention_peaks or self.question
+        return bool(self.queries) or self.moments_after is not None or asked or self.notes
+
+    @property
+    def notes(self) -> bool:
+        """Whether hidden states are noted."""
+        return self.hidden is not None
 
     def __or__(self, other: "Needs") -> "Needs":
         """What both need."""
@@ -49,13 +65,26 @@ class Needs:
                 f"presses that leave out {after[0]} and {after[1]} first queries from their "
                 "statistics cannot be combined: give them the same n_sink"
             )
+        hidden = [n.hidden for n in (self, other) if n.hidden is not None]
+        if len(hidden) > 1 and hidden[0] != hidden[1]:
+            raise CachepressError(
+                "presses that note different things of hidden states cannot be combined: use one"
+            )
         return Needs(
             queries=max(self.queries, other.queries),
             moments_after=after[0] if after else None,
             attention_sums=self.attention_sums or other.attention_sums,
+            attention_peaks=self.attention_peaks or other.attention_peaks,
             rotary=self.rotary or other.rotary,
             projection=self.projection or other.projection,
+            question=self.question or other.question,
+            hidden=hidden[0] if hidden else None,
         )
+
+
+_NUMBERS = ("positions", "index", "rope", "valid", "carried", "noted")
+_ATTENTION = ("attention_sums", "attention_peaks", "attention_counts")
+"""Columns of a view with a number for each row."""
 
 
 class Rotary(Protocol):
@@ -106,7 +135,13 @@ class LayerView:
         rotary: the layer's position embedding, or None.
         projection: ``[H, G, E, M]`` output projection of each query head to M channels, or None.
         attention_sums: ``[B, H, G, T]`` attention received from all queries, or None.
+        attention_peaks: ``[B, H, G, T]`` the most attention from one query, or None.
         attention_counts: ``[B, H, T]`` how many queries could attend to the row, or None.
+        carried: ``[B, H, T]`` what the press left with the row when the layer was last settled, NaN
+            for rows that are new; None if it left nothing.
+        noted: ``[B, H, T]`` what was noted of the row's hidden state, NaN for rows of before; None
+            if the press declared nothing.
+        n_question: ``[B]`` tokens at the end of the text that are the question, or None.
     """
 
     keys: Tensor
@@ -129,14 +164,18 @@ class LayerView:
     rotary: Rotary | None = None
     projection: Tensor | None = None
     attention_sums: Tensor | None = None
+    attention_peaks: Tensor | None = None
     attention_counts: Tensor | None = None
+    carried: Tensor | None = None
+    noted: Tensor | None = None
+    n_question: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> "LayerView":
         """The same view over some of its rows; every row column is sliced, and the queries too."""
         columns = {}
         for name in ("keys", "values"):
             columns[name] = getattr(self, name)[:, :, rows]
-        for name in ("positions", "index", "rope", "valid", "attention_sums", "attention_counts"):
+        for name in (*_NUMBERS, *_ATTENTION):
             column = getattr(self, name)
             columns[name] = None if column is None else column[..., rows]
         if self.queries is not None and self.voters is not None:
@@ -163,9 +202,10 @@ class LayerView:
         columns: dict[str, Tensor | None] = {"queries": None, "voters": None}
         for name in ("keys", "values"):
             columns[name] = gather(getattr(self, name), order)
-        for name in ("positions", "index", "rope", "valid"):
-            columns[name] = getattr(self, name).gather(-1, order)
-        return replace(self, attention_sums=None, attention_counts=None, **columns)
+        for name in _NUMBERS:
+            column = getattr(self, name)
+            columns[name] = None if column is None else column.gather(-1, order)
+        return replace(self, **columns, **dict.fromkeys(_ATTENTION))
 
     def only(self, rows: Tensor) -> "LayerView":
         """The same view, in which the rows that are not in ``rows [B, H, T]`` are out."""

@@ -57,18 +57,51 @@ def attention_column_sums(
     return sums
 
 
+def attention_column_peaks(
+    queries: Tensor,
+    keys: Tensor,
+    valid: Tensor,
+    counted: Tensor,
+    rule: AttentionRule,
+    block: int = 128,
+) -> Tensor:
+    """The most attention that each row receives from one of the queries.
+
+    Args and result are those of ``attention_column_sums``.
+    """
+    b, h, g, q, _ = queries.shape
+    t = keys.shape[2]
+    peaks = torch.zeros(b, h, g, t, device=keys.device)
+    for start in range(0, q, block):
+        stop = min(start + block, q)
+        end = t - q + stop
+        part, votes = queries[..., start:stop, :], counted[:, None, None, start:stop, None]
+        shares, total = _shares(part, keys[:, :, :end], valid[:, :, :end], rule)
+        weights = shares.mul_(votes / total).amax(-2)
+        peaks[..., :end] = torch.maximum(peaks[..., :end], weights)
+    return peaks
+
+
 def _block_sums(
     queries: Tensor, keys: Tensor, valid: Tensor, counted: Tensor, rule: AttentionRule
 ) -> Tensor:
     """Column sums of one block; softmax and sum in as few passes over the logits as can be."""
-    logits = _logits(queries, keys, valid, rule)  # [B, H, G, Q, T]
+    shares, total = _shares(queries, keys, valid, rule)
+    return ((counted / total).mT @ shares).squeeze(-2)
+
+
+def _shares(
+    queries: Tensor, keys: Tensor, valid: Tensor, rule: AttentionRule
+) -> tuple[Tensor, Tensor]:
+    """Weights ``[B, H, G, Q, T]`` before they are divided by their total ``[B, H, G, Q, 1]``."""
+    logits = _logits(queries, keys, valid, rule)
     top = logits.amax(-1, keepdim=True)
     if rule.sinks is not None:
         top = torch.maximum(top, _sinks(rule.sinks, queries))
     total = logits.sub_(top).exp_().sum(-1, keepdim=True)
     if rule.sinks is not None:
         total = total + (_sinks(rule.sinks, queries) - top).exp()
-    return ((counted / total).mT @ logits).squeeze(-2)
+    return logits, total
 
 
 def _logits(queries: Tensor, keys: Tensor, valid: Tensor, rule: AttentionRule) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from cachepress.budgets import SCOPES, TopK, check_fraction
 from cachepress.errors import CachepressError
-from cachepress.presses.base import WrapperPress
+from cachepress.presses.base import WrapperPress, counted
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class AdaKVPress(WrapperPress, alias="adakv"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        counted(self)
         check_fraction(self.alpha_safeguard, "alpha_safeguard")
         if self.scope not in SCOPES[1:]:
             raise CachepressError(f'scope: got {self.scope!r}, wanted "layer" or "model"')
@@ -34,4 +35,4 @@ class AdaKVPress(WrapperPress, alias="adakv"):
     @property
     def budget(self) -> TopK:
         """The inner budget, for the heads of a layer or of the model together."""
-        return replace(self.press.budget, scope=self.scope, floor=self.alpha_safeguard)
+        return replace(counted(self), scope=self.scope, floor=self.alpha_safeguard)

@@ -1,6 +1,6 @@
 """What a press is: a frozen set of answers to the engine's questions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Self
@@ -8,7 +8,16 @@ from typing import ClassVar, Self
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachepress.budgets import Amount, Bytes, Fixed, Ratio, TopK, check_ratio, parse_bytes
+from cachepress.budgets import (
+    Amount,
+    Bytes,
+    Fixed,
+    Ratio,
+    Threshold,
+    TopK,
+    check_ratio,
+    parse_bytes,
+)
 from cachepress.core import Schedule, Turn
 from cachepress.errors import CachepressError
 from cachepress.hf import Observation
@@ -51,7 +60,7 @@ class BasePress:
         return Needs()
 
     @property
-    def budget(self) -> TopK:
+    def budget(self) -> TopK | Threshold:
         """How many rows stay, and who competes for them."""
         raise NotImplementedError(f"{type(self).__name__} has no budget")
 
@@ -66,6 +75,16 @@ class BasePress:
         return False
 
     @property
+    def carries(self) -> bool:
+        """Whether something is left with each row for the next time: what ``carry`` gives."""
+        return False
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether rows are stored anew even when none is dropped."""
+        return self.carries
+
+    @property
     def buffer(self) -> int:
         """Most decoded queries that are held between two settles."""
         return self.needs.queries
@@ -73,6 +92,28 @@ class BasePress:
     def score(self, view: LayerView) -> Tensor:
         """Worth of each row, ``[B, H, T]``; the highest are kept."""
         raise NotImplementedError(f"{type(self).__name__} has no score")
+
+    def carry(self, view: LayerView) -> Tensor | None:
+        """What is left with each row, to be read as ``view.carried`` the next time, ``[B, H, T]``.
+
+        Rows whose score cannot be found again later need it; see ``carries``.
+        """
+        return None
+
+    def fold(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What the rows outside of ``mask [B, H, T]`` leave in the others.
+
+        Returns:
+            Keys ``[B, H, T, D]`` and values ``[B, H, T, E]`` to store; None for those that are.
+        """
+        return None
+
+    def channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
+        """Which channels of the keys in ``mask [B, H, T]`` are stored, ``[B, H, D]``.
+
+        Every head stores the same number of them. None for all channels.
+        """
+        return None
 
     def with_ratio(self, ratio: float) -> Self:
         """The same press at another compression ratio."""
@@ -85,8 +126,24 @@ class BasePress:
     def check_layers(self, n_layers: int) -> None:
         """Raise if the press does not fit a model with ``n_layers`` compressed layers."""
 
+    def for_model(self, model: PreTrainedModel) -> "BasePress":
+        """The press made ready for a model: what it has to look up is found and checked.
+
+        Called whenever the press is put on a model, before any work is done, so what is costly to
+        find has to be remembered.
+
+        Raises:
+            CachepressError: if it does not fit the model, or what it needs cannot be found.
+        """
+        return self
+
     def __call__(
-        self, model: PreTrainedModel, *, turns: str = "all", storage: str | Codec = "full"
+        self,
+        model: PreTrainedModel,
+        *,
+        turns: str = "all",
+        storage: str | Codec = "full",
+        question: int | Sequence[int] | None = None,
     ) -> AbstractContextManager[None]:
         """Compress what the model caches inside the ``with`` block.
 
@@ -96,11 +153,13 @@ class BasePress:
             storage: how kept rows are stored: "full", "int8", "int4", or a ``Codec``. Keys are
                 quantized by channel, values by token; the newest 64 rows of a head stay as they
                 are.
+            question: tokens at the end of the prompt that are the question, one number or one for
+                each sequence; for presses that ask for it.
 
         Raises:
             UnsupportedError: if the model's cache cannot be compressed.
         """
-        return Observation(self, model, turns, storage)
+        return Observation(self, model, turns, storage, question)
 
 
 @dataclass(frozen=True, repr=False)
@@ -170,7 +229,7 @@ class WrapperPress(BasePress):
         return self.press.needs
 
     @property
-    def budget(self) -> TopK:
+    def budget(self) -> TopK | Threshold:
         """The inner press's budget."""
         return self.press.budget
 
@@ -183,6 +242,16 @@ class WrapperPress(BasePress):
     def compacts(self) -> bool:
         """Whether the inner press compacts."""
         return self.press.compacts
+
+    @property
+    def carries(self) -> bool:
+        """Whether the inner press leaves something with each row."""
+        return self.press.carries
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the inner press stores rows anew."""
+        return self.press.rewrites
 
     @property
     def buffer(self) -> int:
@@ -198,6 +267,18 @@ class WrapperPress(BasePress):
         """The inner press's score, ``[B, H, T]``."""
         return self.press.score(view)
 
+    def carry(self, view: LayerView) -> Tensor | None:
+        """What the inner press leaves with each row."""
+        return self.press.carry(view)
+
+    def fold(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What the inner press lets dropped rows leave."""
+        return self.press.fold(view, mask)
+
+    def channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
+        """The channels that the inner press stores."""
+        return self.press.channels(view, mask)
+
     def acting(self, turn: Turn) -> BasePress:
         """The same wrapper around the inner press that acts."""
         acting = self.press.acting(turn)
@@ -206,6 +287,11 @@ class WrapperPress(BasePress):
     def check_layers(self, n_layers: int) -> None:
         """Raise if the inner press does not fit the model."""
         self.press.check_layers(n_layers)
+
+    def for_model(self, model: PreTrainedModel) -> BasePress:
+        """The same wrapper around the inner press made ready for a model."""
+        ready = self.press.for_model(model)
+        return self if ready is self.press else replace(self, press=ready)
 
     def with_ratio(self, ratio: float) -> Self:
         """The same wrapper around the inner press at another ratio."""
@@ -217,6 +303,22 @@ def check_count(press: BasePress, name: str, least: int = 1) -> None:
     got = getattr(press, name)
     if not isinstance(got, int) or isinstance(got, bool) or got < least:
         raise CachepressError(f"{name}: got {got!r}, wanted a whole number of at least {least}")
+
+
+def counted(wrapper: WrapperPress) -> TopK:
+    """The inner budget of a wrapper that changes how many rows are kept, or who competes.
+
+    Raises:
+        CachepressError: if the inner press keeps no number of rows.
+    """
+    budget = wrapper.press.budget
+    if not isinstance(budget, TopK):
+        name = type(wrapper).__name__
+        raise CachepressError(
+            f"{name} changes a number of rows, and {wrapper.press!r} keeps as many as its own rule "
+            f"says: wrap a press with a budget, such as {name}(SnapKVPress(0.5))"
+        )
+    return budget
 
 
 def check_by_layer(wrapper: WrapperPress) -> None:

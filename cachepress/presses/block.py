@@ -8,7 +8,7 @@ from torch import Tensor
 from cachepress.budgets import choose
 from cachepress.errors import CachepressError
 from cachepress.ops import valid_last
-from cachepress.presses.base import WrapperPress, check_count
+from cachepress.presses.base import WrapperPress, check_count, counted
 from cachepress.view import LayerView
 
 
@@ -30,7 +30,7 @@ class BlockPress(WrapperPress, alias="block"):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self, "block_size")
-        if self.press.needs.watches or self.press.budget.scope == "model":
+        if self.press.needs.watches or counted(self).scope == "model":
             raise CachepressError(
                 f"BlockPress scores blocks by their keys, values and positions: {self.press!r} "
                 "needs more; wrap for example KeyDiffPress or KnormPress, or use ChunkPress"

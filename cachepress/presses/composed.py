@@ -8,8 +8,9 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from cachepress.budgets import Amount, TopK
+from cachepress.budgets import CHOSEN, Amount, Threshold, TopK, choose
 from cachepress.errors import CachepressError
 from cachepress.presses.base import BasePress
 from cachepress.schedules import AfterPrefill
@@ -56,6 +57,11 @@ class ComposedPress(BasePress, alias="composed"):
         object.__setattr__(self, "presses", tuple(presses))
         if any(press.compacts for press in presses[:-1]):
             raise CachepressError("only the last of the presses can rotate keys: put it last")
+        if sum(press.carries for press in presses) > 1:
+            raise CachepressError(
+                "a row holds one number for the next time, and more than one of the presses leaves "
+                "one: compose one of them with presses that do not"
+            )
         reduce(or_, (press.needs for press in presses))  # Raises where they cannot be combined.
 
     @property
@@ -64,9 +70,12 @@ class ComposedPress(BasePress, alias="composed"):
         return reduce(or_, (press.needs for press in self.presses))
 
     @property
-    def budget(self) -> TopK:
+    def budget(self) -> TopK | Threshold:
         """The last press's budget, of what the others leave."""
-        return replace(self.presses[-1].budget, amount=self._amount(len(self.presses)))
+        last = self.presses[-1].budget
+        if isinstance(last, TopK) and self._counted:
+            return replace(last, amount=self._amount(len(self.presses)))
+        return CHOSEN
 
     @property
     def compacts(self) -> bool:
@@ -84,24 +93,69 @@ class ComposedPress(BasePress, alias="composed"):
             kept *= 1 - ratio
         return round(1 - kept, 6)
 
+    @property
+    def carries(self) -> bool:
+        """Whether one of the presses leaves something with each row."""
+        return any(press.carries for press in self.presses)
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether one of the presses stores rows anew."""
+        return any(press.rewrites for press in self.presses)
+
     def score(self, view: LayerView) -> Tensor:
         """The last press's score of the rows that all others keep, ``[B, H, T]``."""
-        lowest = torch.finfo(torch.float32).min
         everyone = view.valid
         for i, press in enumerate(self.presses[:-1], start=1):
-            stage = replace(view, n_kept=self._amount(i).rows(view).clamp(min=1))
-            view = view.only(press.budget.select(press.score(stage), stage.valid, stage.n_kept))
+            view = view.only(self._stage(press, view, i))
         scores = self.presses[-1].score(view).float()
+        if self.budget == CHOSEN:
+            return choose(scores, self._stage(self.presses[-1], view, len(self.presses)))
+        lowest = torch.finfo(torch.float32).min
         return torch.where(view.valid | ~everyone, scores, lowest)
+
+    def carry(self, view: LayerView) -> Tensor | None:
+        """What the press that leaves something leaves."""
+        return next((press.carry(view) for press in self.presses if press.carries), None)
+
+    def fold(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What the first press that folds lets dropped rows leave."""
+        folds = (press.fold(view, mask) for press in self.presses)
+        return next((fold for fold in folds if fold is not None), None)
+
+    def channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
+        """The channels of the first press that chooses some."""
+        found = (press.channels(view, mask) for press in self.presses)
+        return next((channels for channels in found if channels is not None), None)
 
     def check_layers(self, n_layers: int) -> None:
         """Raise if one of the presses does not fit the model."""
         for press in self.presses:
             press.check_layers(n_layers)
 
+    def for_model(self, model: PreTrainedModel) -> "ComposedPress":
+        """The same presses made ready for a model."""
+        return replace(self, presses=[press.for_model(model) for press in self.presses])
+
     def with_ratio(self, ratio: float) -> NoReturn:
         """Refused: there is more than one ratio."""
         raise CachepressError("ComposedPress has a ratio in each of its presses: give those")
 
+    @property
+    def _counted(self) -> bool:
+        return all(isinstance(press.budget, TopK) for press in self.presses)
+
+    def _stage(self, press: BasePress, view: LayerView, stages: int) -> Tensor:
+        """The rows that a press keeps of those that the ones before it left, ``[B, H, T]``."""
+        if self._counted:
+            n_kept = self._amount(stages).rows(view).clamp(min=1)
+        else:
+            left = replace(view, n_seen=view.valid.sum(-1))  # [B, H]
+            n_kept = press.budget.count(left)
+        average = n_kept if n_kept.ndim == 1 else n_kept.double().mean(-1)
+        scores = press.score(replace(view, n_kept=average))
+        return press.budget.select(scores, view.valid, n_kept)
+
     def _amount(self, stages: int) -> _Chain:
-        return _Chain(tuple(press.budget.amount for press in self.presses[:stages]))
+        budgets = [press.budget for press in self.presses[:stages]]
+        return _Chain(tuple(budget.amount for budget in budgets if isinstance(budget, TopK)))

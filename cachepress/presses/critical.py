@@ -8,7 +8,7 @@ from torch import Tensor
 from cachepress.budgets import TopK, best, check_fraction, choose, floor_of, pin, pinned
 from cachepress.errors import CachepressError
 from cachepress.presses.adakv import AdaKVPress
-from cachepress.presses.base import WrapperPress, check_by_layer
+from cachepress.presses.base import WrapperPress, check_by_layer, counted
 from cachepress.view import LayerView, Needs
 
 _BLOCK = 1024
@@ -38,6 +38,7 @@ class CriticalKVPress(WrapperPress, alias="critical"):
         check_fraction(self.first_stage_ratio, "first_stage_ratio")
         if not isinstance(self.epsilon, int | float) or self.epsilon < 0:
             raise CachepressError(f"epsilon: got {self.epsilon!r}, wanted a number >= 0")
+        counted(self)
         check_by_layer(self)
 
     @property
@@ -48,7 +49,7 @@ class CriticalKVPress(WrapperPress, alias="critical"):
     def score(self, view: LayerView) -> Tensor:
         """The score times the norm of the projected value, winners above all, ``[B, H, T]``."""
         scores = self.press.score(view).float()
-        budgets = self.press.budget.select(scores, view.valid, view.n_kept).sum(-1, keepdim=True)
+        budgets = counted(self).select(scores, view.valid, view.n_kept).sum(-1, keepdim=True)
         free = scores.masked_fill(~view.valid | pinned(scores), 0)
         lifted = free - free.amin(-1, keepdim=True).clamp(max=0)
         weighed = (lifted + self.epsilon) * _projected_norms(view)
@@ -87,7 +88,7 @@ class CriticalAdaKVPress(WrapperPress, alias="critical_adakv"):
     @property
     def budget(self) -> TopK:
         """The inner budget, for the heads of a layer together."""
-        return self._whole().budget
+        return AdaKVPress(self.press, self.alpha_safeguard).budget
 
     def score(self, view: LayerView) -> Tensor:
         """The score times the norm of the projected value, ``[B, H, T]``."""

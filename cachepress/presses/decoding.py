@@ -6,7 +6,7 @@ from typing import NoReturn
 from cachepress.budgets import Fixed, Ratio, TopK, check_ratio
 from cachepress.core import Schedule
 from cachepress.errors import CachepressError
-from cachepress.presses.base import WrapperPress, check_count
+from cachepress.presses.base import WrapperPress, check_count, counted
 from cachepress.schedules import AfterPrefill, Every
 
 
@@ -18,6 +18,7 @@ class _WhileDecodingPress(WrapperPress):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        counted(self)
         check_count(self, "compression_interval")
         check_count(self, "hidden_states_buffer_size")
         if self.press.schedule != AfterPrefill():
@@ -63,7 +64,7 @@ class DecodingPress(_WhileDecodingPress, alias="decoding"):
     @property
     def budget(self) -> TopK:
         """``target_size`` rows, for those who compete under the inner press."""
-        return replace(self.press.budget, amount=Fixed(self.target_size))
+        return replace(counted(self), amount=Fixed(self.target_size))
 
     @property
     def compression_ratio(self) -> None:
@@ -98,7 +99,7 @@ class CompressionRatioDecodingPress(_WhileDecodingPress, alias="compression_rati
     @property
     def budget(self) -> TopK:
         """The fraction that is left, for those who compete under the inner press."""
-        return replace(self.press.budget, amount=Ratio(self.target_compression_ratio))
+        return replace(counted(self), amount=Ratio(self.target_compression_ratio))
 
     @property
     def compression_ratio(self) -> float:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from cachepress.budgets import PerLayer, TopK, check_ratio
 from cachepress.errors import CachepressError
-from cachepress.presses.base import WrapperPress
+from cachepress.presses.base import WrapperPress, counted
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class PerLayerCompressionPress(WrapperPress, alias="per_layer"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        counted(self)
         if not isinstance(self.compression_ratios, Sequence) or not self.compression_ratios:
             raise CachepressError(
                 f"compression_ratios: got {self.compression_ratios!r}, wanted a list of ratios, "
@@ -40,7 +41,7 @@ class PerLayerCompressionPress(WrapperPress, alias="per_layer"):
     @property
     def budget(self) -> TopK:
         """The inner budget, with each layer's own amount."""
-        return replace(self.press.budget, amount=PerLayer(tuple(self.compression_ratios)))
+        return replace(counted(self), amount=PerLayer(tuple(self.compression_ratios)))
 
     def check_layers(self, n_layers: int) -> None:
         """Raise unless there is one ratio for each compressed layer."""

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from cachepress.budgets import TopK
+from transformers import PreTrainedModel
+
+from cachepress.budgets import Threshold, TopK
 from cachepress.core import Schedule, Turn
 from cachepress.errors import CachepressError
 from cachepress.presses.base import BasePress
@@ -41,7 +43,7 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
         return self._first.needs | self._second.needs
 
     @property
-    def budget(self) -> TopK:
+    def budget(self) -> TopK | Threshold:
         """The budget for prompts, or the one for decoding if there is no other."""
         return self._first.budget
 
@@ -68,6 +70,14 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
         """Raise if one of the presses does not fit the model."""
         self._first.check_layers(n_layers)
         self._second.check_layers(n_layers)
+
+    def for_model(self, model: PreTrainedModel) -> "PrefillDecodingPress":
+        """The same presses made ready for a model."""
+        first, second = self.prefilling_press, self.decoding_press
+        return PrefillDecodingPress(
+            None if first is None else first.for_model(model),
+            None if second is None else second.for_model(model),
+        )
 
     def with_ratio(self, ratio: float) -> "PrefillDecodingPress":
         """The same presses, the one for prompts at another ratio."""

@@ -21,10 +21,14 @@ class Block:
     Attributes:
         shape: ``(B, H)``.
         layout: where each head's rows are.
-        keys: ``[P, C, D]``, as they are or quantized.
+        keys: ``[P, C, D]``, as they are or quantized; of some channels only, where there are
+            ``channels``.
         values: ``[P, C, E]``, as they are or quantized.
         positions: ``[P, C]`` index of each row in the text, -1 in an unused slot.
         rope: ``[P, C]`` position that each key is rotated to; None where it is the position.
+        carried: ``[P, C]`` what a press left with each row; None for no row.
+        channels: ``[B * H, D']`` the channels of the keys that are stored, ascending; None for all.
+        width: channels of a key, stored or not.
     """
 
     shape: tuple[int, int]
@@ -33,14 +37,23 @@ class Block:
     values: Tensor | Quantized
     positions: Tensor
     rope: Tensor | None = None
+    carried: Tensor | None = None
+    channels: Tensor | None = None
+    width: int = 0
 
     def __post_init__(self) -> None:
         # The index is made with the block, so that the bytes are there from the start.
         self.layout.tensors()
 
     @classmethod
-    def of(cls, rows: Rows, mask: Tensor, codec: Codec | None = None) -> "Block":
-        """The rows of ``mask [B, H, T]``, in their order."""
+    def of(
+        cls,
+        rows: Rows,
+        mask: Tensor,
+        codec: Codec | None = None,
+        channels: Tensor | None = None,
+    ) -> "Block":
+        """The rows of ``mask [B, H, T]``, in their order, with some ``channels [B, H, D]``."""
         b, h, _ = mask.shape
         layout = Layout(tuple(mask.sum(-1).flatten().tolist()), mask.device)
         slots = layout.slots
@@ -53,7 +66,8 @@ class Block:
                 pages[slots] = x[mask]
             return pages.view(layout.n_pages, PAGE, *x.shape[3:])
 
-        keys, values = paged(rows.keys), paged(rows.values)
+        chosen = None if channels is None else _indices(channels)
+        keys, values = paged(_picked(rows.keys, chosen)), paged(rows.values)
         positions = paged(rows.text_positions().int(), -1)
         return cls(
             shape=(b, h),
@@ -62,23 +76,34 @@ class Block:
             values=values if codec is None else codec.encode_values(values),
             positions=positions,
             rope=None if rows.rope is None else paged(rows.rope.int(), -1),
+            carried=None if rows.carried is None else paged(rows.carried.float()),
+            channels=None if chosen is None else chosen.flatten(0, 1),
+            width=rows.keys.shape[-1],
         )
 
     def rows(self) -> Rows:
         """All rows as a table ``[B, H, longest, ...]``; a view where all heads hold the same."""
-        columns = (_decoded(self.keys), _decoded(self.values), self.positions, self.rope)
+        columns = (
+            _decoded(self.keys),
+            _decoded(self.values),
+            self.positions,
+            self.rope,
+            self.carried,
+        )
         n = self.layout.even
         if n is not None:
             tables = [None if x is None else self._spans(x)[:, :, :n] for x in columns]
-            return Rows(*tables[:3], rope=tables[3])  # pyright: ignore[reportArgumentType]
+            keys, values, positions, rope, carried = tables
+            return Rows(self._whole(keys), values, positions, rope=rope, carried=carried)  # pyright: ignore[reportArgumentType]
         table, real = self.layout.padded()
         tables = [
             None if x is None else x.flatten(0, 1)[table].unflatten(0, self.shape) for x in columns
         ]
-        keys, values, positions, rope = tables
+        keys, values, positions, rope, carried = tables
         hidden = ~real.unflatten(0, self.shape)
         positions = positions.masked_fill(hidden, -1)  # pyright: ignore[reportOptionalMemberAccess]
-        return Rows(keys, values, positions, full=False, rope=rope)  # pyright: ignore[reportArgumentType]
+        keys = self._whole(keys)
+        return Rows(keys, values, positions, full=False, rope=rope, carried=carried)  # pyright: ignore[reportArgumentType]
 
     def part(self, mask: Tensor | None) -> Part:
         """The rows as attention reads them.
@@ -90,10 +115,10 @@ class Block:
         keys, values = _decoded(self.keys), _decoded(self.values)
         if n is None:
             bias = None if mask is None else self._bias(mask)
-            return PagedPart(keys, values, self.layout, bias)
+            return PagedPart(keys, values, self.layout, bias, self.channels)
         bias = None if mask is None else _of_columns(mask, self._spans(self.positions)[:, :, :n])
         keys, values = (self._spans(x)[:, :, :n].flatten(0, 1) for x in (keys, values))
-        return DensePart(keys, values, bias)
+        return DensePart(keys, values, bias, self.channels)
 
     def select(self, sequences: Tensor) -> "Block":
         """The block of some of the sequences ``[B']``, which may repeat."""
@@ -115,6 +140,8 @@ class Block:
             values=_paged(self.values, lambda x: x[pages]),
             positions=self.positions[pages],
             rope=None if self.rope is None else self.rope[pages],
+            carried=None if self.carried is None else self.carried[pages],
+            channels=None if self.channels is None else self._channels_of(wanted),
         )
 
     def join(self, other: "Block") -> "Block":
@@ -136,10 +163,24 @@ class Block:
 
     def tensors(self) -> Sequence[Tensor]:
         """Everything that is allocated."""
-        columns = [self.positions] if self.rope is None else [self.positions, self.rope]
+        others = (self.positions, self.rope, self.carried, self.channels)
+        columns = [x for x in others if x is not None]
         for x in (self.keys, self.values):
             columns += x.tensors() if isinstance(x, Quantized) else [x]
         return columns + self.layout.tensors()
+
+    def _whole(self, keys: Tensor | None) -> Tensor | None:
+        """Keys ``[B, H, n, D]`` with zeros in the channels that are not stored."""
+        if self.channels is None or keys is None:
+            return keys
+        b, h, n, _ = keys.shape
+        index = self.channels.view(b, h, 1, -1).expand(-1, -1, n, -1)
+        return keys.new_zeros(b, h, n, self.width).scatter(-1, index, keys)
+
+    def _channels_of(self, sequences: list[int]) -> Tensor | None:
+        if self.channels is None:
+            return None
+        return self.channels.unflatten(0, self.shape)[sequences].flatten(0, 1)
 
     def _spans(self, x: Tensor) -> Tensor:
         """Pages of even spans as a table ``[B, H, slots, ...]``."""
@@ -161,6 +202,18 @@ def _of_columns(mask: Tensor, positions: Tensor) -> Tensor:
     column = positions.clamp(min=0).long().expand(b, -1, -1)[:, :, None]
     picked = mask[:, None].expand(b, h, n, s).gather(-1, column.expand(-1, -1, n, -1))
     return picked.unsqueeze(2)
+
+
+def _indices(channels: Tensor) -> Tensor:
+    """The chosen of ``channels [B, H, D]``, as many in every head, ``[B, H, D']``."""
+    return channels.nonzero()[:, -1].view(*channels.shape[:2], -1)
+
+
+def _picked(keys: Tensor, chosen: Tensor | None) -> Tensor:
+    """The chosen channels ``[B, H, D']`` of keys ``[B, H, T, D]``."""
+    if chosen is None:
+        return keys
+    return keys.gather(-1, chosen.unsqueeze(2).expand(-1, -1, keys.shape[2], -1))
 
 
 def _decoded(x: Tensor | Quantized) -> Tensor:

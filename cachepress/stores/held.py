@@ -71,12 +71,20 @@ class Held:
             columns = [part.text_positions().new_full(part.keys.shape[:3], -1) for part in parts]
             ropes = [c if p.rope is None else p.rope for p, c in zip(parts, columns, strict=True)]
             rope = torch.cat(ropes, dim=2)
+        carried = None
+        if any(part.carried is not None for part in parts):
+            nothing = [part.keys.new_full(part.keys.shape[:3], float("nan")) for part in parts]
+            left = [
+                n if p.carried is None else p.carried for p, n in zip(parts, nothing, strict=True)
+            ]
+            carried = torch.cat([x.float() for x in left], dim=2)
         return Rows(
             keys=torch.cat([part.keys for part in parts], dim=2),
             values=torch.cat([part.values for part in parts], dim=2),
             positions=torch.cat([part.text_positions() for part in parts], dim=2),
             full=all(part.full for part in parts),
             rope=rope,
+            carried=carried,
         )
 
     def attend(self, query: Tensor, mask: TextMask, rule: AttentionRule) -> Tensor:
@@ -99,7 +107,7 @@ class Held:
         if rows.keys.shape[0] == self.batch:
             return rows
         columns = {"keys": rows.keys, "values": rows.values}
-        columns |= {"positions": rows.positions, "rope": rows.rope}
+        columns |= {"positions": rows.positions, "rope": rows.rope, "carried": rows.carried}
         return replace(
             rows,
             **{k: x.expand(self.batch, *x.shape[1:]) for k, x in columns.items() if x is not None},

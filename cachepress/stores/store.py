@@ -130,16 +130,25 @@ class Store(CacheLayerMixin):
             return keys, keys
         return keys, RowsHandle.of(self, keys.held, fresh, value_states)
 
-    def keep(self, rows: Rows, mask: Tensor, known: Tensor | None = None) -> None:
+    def keep(
+        self,
+        rows: Rows,
+        mask: Tensor,
+        known: Tensor | None = None,
+        channels: Tensor | None = None,
+    ) -> None:
         """Hold exactly the rows of ``mask [B, H, T]``, in their order, in new storage.
 
         Args:
             rows: a table of everything that is held.
             mask: what stays of it.
             known: ``[B, S]`` which text columns are tokens; None where all are.
+            channels: ``[B, H, D]`` which channels of the keys are stored, as many in every head;
+                None for all.
         """
         self.bytes_before = self.nbytes
-        self._blocks, self._tail, self._encoded = self._blocks_of(rows, mask), None, False
+        blocks = self._blocks_of(rows, mask, channels)
+        self._blocks, self._tail, self._encoded = blocks, None, False
         self._settled_at, self.known = self._seen, known
 
     @property
@@ -147,11 +156,11 @@ class Store(CacheLayerMixin):
         """Whether rows that are kept are stored in another form than they came in."""
         return self.codec is not None
 
-    def row_bytes(self, rows: Rows, compacts: bool) -> RowBytes:
-        """Bytes that the kept rows of a head need: keys, values, and positions."""
+    def row_bytes(self, rows: Rows, compacts: bool, carries: bool = False) -> RowBytes:
+        """Bytes that the kept rows of a head need: keys, values, positions, what is carried."""
         d, e = rows.keys.shape[-1], rows.values.shape[-1]
         full = d * rows.keys.element_size() + e * rows.values.element_size()
-        positions = POSITION_BYTES * (2 if compacts or rows.rope is not None else 1)
+        positions = POSITION_BYTES * (1 + (compacts or rows.rope is not None) + carries)
         if self.codec is None:
             return RowBytes(full + positions, 0)
         # Quantized rows and the residual end with a page each that is not full.
@@ -287,15 +296,17 @@ class Store(CacheLayerMixin):
         self._blocks, self._tail = (*self._blocks, Block.of(rows, mask)), None
         self._encoded = False
 
-    def _blocks_of(self, rows: Rows, mask: Tensor) -> tuple[Block, ...]:
+    def _blocks_of(
+        self, rows: Rows, mask: Tensor, channels: Tensor | None = None
+    ) -> tuple[Block, ...]:
         """The rows of ``mask [B, H, T]`` as they are stored."""
         if self.codec is None:
-            return (Block.of(rows, mask),)
+            return (Block.of(rows, mask, channels=channels),)
         rank = mask.flip(-1).cumsum(-1).flip(-1)  # 1 for the last row that stays
         newest = mask & (rank <= self.codec.residual)
         old = mask & ~newest
-        blocks = [Block.of(rows, old, self.codec)] if bool(old.any()) else []
-        return (*blocks, Block.of(rows, newest))
+        blocks = [Block.of(rows, old, self.codec, channels)] if bool(old.any()) else []
+        return (*blocks, Block.of(rows, newest, channels=channels))
 
     def _encode_tail(self, codec: Codec) -> None:
         """Quantize the oldest rows of a tail that is longer than the residual, by full pages."""

@@ -22,10 +22,12 @@ _HAS_TRITON = find_spec("triton") is not None
 def ragged_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -> Tensor:
     """Attention of ``query [B, H, G, n, D]`` over all parts, ``[B, H, G, n, E]`` in float32.
 
-    The Triton kernel takes few queries on a GPU that see every row; batched products all else.
+    The Triton kernel takes few queries on a GPU that see every row of whole keys;
+    batched products all else.
     """
     b, _, g, n, _ = query.shape
-    few = b * g * n <= _MOST_QUERIES and all(part.bias is None for part in parts)
+    plain = all(part.bias is None and part.channels is None for part in parts)
+    few = b * g * n <= _MOST_QUERIES and plain
     if query.is_cuda and few and _HAS_TRITON:
         from cachepress.ops.ragged_attention.triton import triton_attention
 

@@ -41,6 +41,11 @@ class Part(Protocol):
         ...
 
     @property
+    def channels(self) -> Tensor | None:
+        """The channels of the queries that the keys have; None for all."""
+        ...
+
+    @property
     def width(self) -> int:
         """Columns."""
         ...
@@ -70,11 +75,13 @@ class DensePart:
         keys: ``[X, N, D]``, or ``[H, N, D]`` of one sequence that all share.
         values: ``[X, N, E]``, or ``[H, N, E]``.
         bias: added to the logits.
+        channels: ``[X or H, D]`` the channels of the queries that the keys have; None for all.
     """
 
     keys: Tensor
     values: Tensor
     bias: Tensor | None = None
+    channels: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -94,7 +101,7 @@ class DensePart:
 
     def logits(self, query: Tensor, softcap: float | None) -> Tensor:
         """Logits ``[X, M, N]``; shared keys are read once for all sequences."""
-        queries = together(query, self.keys.shape[0])
+        queries = _of_channels(together(query, self.keys.shape[0]), self.channels)
         products = torch.bmm(queries, self.keys.to(query.dtype).mT)
         return apart(_capped(products, softcap), query.shape[0])
 
@@ -113,12 +120,14 @@ class PagedPart:
         values: ``[P, C, E]``.
         layout: where the rows of each span are, ``X`` of them, or ``H`` that all sequences share.
         bias: added to the logits.
+        channels: ``[X or H, D]`` the channels of the queries that the keys have; None for all.
     """
 
     keys: Tensor
     values: Tensor
     layout: Layout
     bias: Tensor | None = None
+    channels: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -139,7 +148,7 @@ class PagedPart:
     def logits(self, query: Tensor, softcap: float | None) -> Tensor:
         """Logits ``[X, M, N]``, where N is the number of slots of the longest span."""
         layout, spans = self.layout, len(self.layout.lengths)
-        queries = together(query, spans)
+        queries = _of_channels(together(query, spans), self.channels)
         pages = queries.index_select(0, layout.span)
         products = torch.bmm(pages, self.keys.to(query.dtype).mT)
         products = _capped(products, softcap)
@@ -157,6 +166,13 @@ class PagedPart:
         sums = torch.bmm(shares, self.values.to(weights.dtype))  # [P, M, E]
         total = sums.new_zeros(spans, *sums.shape[1:]).index_add_(0, layout.span, sums)
         return apart(total, weights.shape[0])
+
+
+def _of_channels(queries: Tensor, channels: Tensor | None) -> Tensor:
+    """Queries ``[X, M, D]`` with the channels ``[X, D']`` only."""
+    if channels is None:
+        return queries
+    return queries.gather(-1, channels.unsqueeze(1).expand(-1, queries.shape[1], -1))
 
 
 def _capped(products: Tensor, softcap: float | None) -> Tensor:
