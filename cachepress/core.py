@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cachepress.forward import Forward, RowBytes, Rows
 from cachepress.ops import gather, valid_last
+from cachepress.replay import Replay, ReplayView
 from cachepress.trace import Trace
 from cachepress.view import LayerView, Needs
 
@@ -100,6 +101,15 @@ class Press(Protocol):
     @property
     def rewrites(self) -> bool:
         """Whether rows are stored anew even when none is dropped."""
+        ...
+
+    @property
+    def replay(self) -> Replay | None:
+        """What the model has to repeat before its layers are settled; None for nothing."""
+        ...
+
+    def replayed(self, view: ReplayView) -> Tensor:
+        """What a layer showed of each row of a chunk that was repeated, ``[H, chunk]``."""
         ...
 
     def score(self, view: LayerView) -> Tensor:

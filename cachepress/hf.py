@@ -9,27 +9,35 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.configuration_utils import PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from cachepress.cache import fork
 from cachepress.core import Pending, Press, Turn, settle, settle_together
 from cachepress.errors import CachepressError, UnsupportedError
 from cachepress.forward import Forward, Rows
 from cachepress.masks import TextMask
 from cachepress.ops import AttentionRule
 from cachepress.projection import Projections
+from cachepress.replay import Chunk, ReplayView, chunks, tokenizer_of
 from cachepress.rotary import CosSin, find_rotary
 from cachepress.stores import Codec, Held, RowsHandle, Store
 from cachepress.trace import Trace
@@ -56,8 +64,80 @@ class _Watched:
     turn: Turn
     due: bool
 
+    def note(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        output: Tensor,
+        key: RowsHandle,
+        rows: Rows | None,
+        mask: TextMask,
+        rule: AttentionRule,
+    ) -> None:
+        """Note what the forward showed of a layer, and settle the layer if it is due."""
+        note(self, module, query, output, key, rows, mask, rule)
 
-_WATCHED: WeakKeyDictionary[Store, _Watched] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class _Unreplayed:
+    """A layer whose prompt was read, and that waits for the replay."""
+
+    press: Press
+    store: Store
+    forward: Forward
+    trace: Trace
+
+
+@dataclass
+class _Look:
+    """One layer of a forward that repeats a chunk.
+
+    Attributes:
+        observation: whose forward it is.
+        sinks: rows of the table that stand for the beginning of the text.
+        chunk: the chunk's rows, counted back from the first row of the replay.
+        view: what was seen.
+    """
+
+    observation: "Observation"
+    sinks: Tensor
+    chunk: Tensor
+    view: ReplayView = field(init=False)
+
+    def note(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        output: Tensor,
+        key: RowsHandle,
+        rows: Rows | None,
+        mask: TextMask,
+        rule: AttentionRule,
+    ) -> None:
+        """Look at the rows and queries of a layer."""
+        rows = key.held.rows() if rows is None else rows
+        _, h, t, _ = rows.keys.shape
+        n, replay = query.shape[2], self.observation.press.replay
+        assert replay is not None
+        own = torch.arange(t - n, t, device=query.device)
+        index = torch.cat([self.sinks.to(own), self.chunk.to(own) + t - n, own])
+        projection = hidden = None
+        if replay.weighs:
+            projection = _projection_of(self.observation, module, key, output)
+            hidden = self.observation.hidden.pop(module, None)
+        self.view = ReplayView(
+            queries=query.detach().view(1, h, -1, n, query.shape[-1]),
+            keys=rows.keys[:, :, index],
+            values=rows.values[:, :, index],
+            valid=rows.text_positions()[:, :, index] >= 0,
+            chunk=slice(len(self.sinks), len(self.sinks) + len(self.chunk)),
+            rule=rule,
+            projection=projection,
+            hidden=hidden,
+        )
+
+
+_WATCHED: WeakKeyDictionary[Store, "_Watched | _Look"] = WeakKeyDictionary()
 _ACTIVE: list["Observation"] = []
 _FEW = 16
 
@@ -79,6 +159,8 @@ class Observation:
         storage: "full", "int8", "int4", or a Codec.
         question: tokens at the end of the prompt that are the question, one number or one for each
             sequence; for presses that ask for it.
+        tokenizer: the model's tokenizer, for presses that replay; None for the one that lies where
+            the model came from.
 
     Attributes:
         chunk: for forwards that are chunks of one prompt, "hold" if the layers wait for the last
@@ -95,6 +177,7 @@ class Observation:
         turns: str = "all",
         storage: str | Codec = "full",
         question: int | Sequence[int] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         if turns not in ("all", "first"):
             raise CachepressError(f'turns: got {turns!r}, wanted "all" or "first"')
@@ -105,12 +188,18 @@ class Observation:
         press.check_layers(sum(_full_attention(self.decoder.config)))
         self.codec = Codec.of(storage)
         self.question = _question(press, question)
+        self.tokenizer = tokenizer
+        if press.replay is not None and press.replay.speaks and tokenizer is None:
+            self.tokenizer = tokenizer_of(model)
         self.chunk: str | None = None
         self.rotary_modules: list[CosSin] = []
         self.outputs: dict[nn.Module, dict[nn.Module, Tensor]] = {}
         self.hidden: dict[nn.Module, Tensor] = {}
         self.projections = Projections()
         self._pending: dict[Press, list[Pending]] = {}
+        self._cache: Cache | None = None
+        self._ids: list[Tensor] = []
+        self._unreplayed: list[_Unreplayed] = []
         self._covered = {m for m in model.modules() if isinstance(m, PreTrainedModel)}
         self._hooks: list[RemovableHandle] = []
         self._depth = 0
@@ -123,18 +212,20 @@ class Observation:
                 module.register_forward_hook(self._after, always_call=True),
             ]
         needs = self.press.needs
+        replay = self.press.replay
+        projects = needs.projection or (replay is not None and replay.weighs)
         turns_keys = needs.rotary or needs.moments_after is not None
         if turns_keys:
             self.rotary_modules = _rotary_modules(self.decoder)
-        if turns_keys or needs.projection:
+        if turns_keys or projects:
             for module in _attention_modules(self.decoder):
                 for child in module.children():
                     self._hooks.append(
                         child.register_forward_hook(partial(self._keep_output, module))
                     )
-                    if needs.projection:
+                    if projects:
                         self._hooks.append(child.register_forward_pre_hook(self.projections.verify))
-        if needs.notes:
+        if needs.notes or (replay is not None and replay.weighs):
             for module in _attention_modules(self.decoder):
                 self._hooks.append(
                     module.register_forward_pre_hook(self._keep_hidden, with_kwargs=True)
@@ -185,6 +276,9 @@ class Observation:
         turn = Turn(seen, n, since, prompt=n > 1 or self.chunk is not None)
         press = self.press.acting(turn)
         due = self._due(turn)
+        if press.replay is not None and turn.prompt:
+            self._note_ids(given.get("input_ids"))
+            self._cache = cache
         if self.codec is not None:
             for store in stores.values():
                 # Rows that are settled chunk by chunk would be quantized again and again.
@@ -219,9 +313,84 @@ class Observation:
             )
         return torch.tensor(self.question, device=query.device).expand(b)
 
-    def wait(self, press: Press, layer: Pending) -> None:
-        """Let a scored layer wait for the others of its model."""
-        self._pending.setdefault(press, []).append(layer)
+    def settle(self, press: Press, store: Store, forward: Forward, trace: Trace) -> None:
+        """Settle a layer, or let it wait for the others that its rows compete with."""
+        pending = settle(press, store, forward, trace)
+        store.looked()
+        if pending is not None:
+            self._pending.setdefault(press, []).append(pending)
+
+    def wait(self, layer: "_Unreplayed") -> None:
+        """Let a layer wait until the forward is done and the prompt was replayed."""
+        self._unreplayed.append(layer)
+
+    def _note_ids(self, ids: object) -> None:
+        if not isinstance(ids, Tensor):
+            raise CachepressError(
+                f"{self.press!r} replays the prompt as token ids: give input_ids, not embeddings"
+            )
+        self._ids.append(ids)
+
+    def _replay(self) -> None:
+        """Let the model repeat what it read, then settle the layers with what that showed."""
+        layers, cache, ids = self._unreplayed, self._cache, torch.cat(self._ids, dim=1)
+        replay = layers[0].press.replay
+        assert replay is not None and cache is not None
+        known = layers[0].forward.text_valid
+        b, n = ids.shape
+        notes = [
+            torch.zeros(b, layer.store.lengths.shape[1], n, device=ids.device) for layer in layers
+        ]
+        for row in range(b):
+            branch = fork(cache)
+            if b > 1:
+                branch.reorder_cache(torch.tensor([row], device=ids.device))
+            columns = torch.arange(n, device=ids.device)
+            if known is not None:
+                columns = known[row, -n:].nonzero()[:, 0]
+            if not len(columns):
+                continue
+            of_row = None if known is None else known[row : row + 1]
+            for chunk in chunks(replay, ids[row : row + 1, columns], self.tokenizer):
+                views = self._repeat(branch, chunk, columns, n, of_row)
+                some = columns[chunk.start : chunk.stop]
+                for layer, note, view in zip(layers, notes, views, strict=True):
+                    note[row][:, some] = layer.press.replayed(view)
+        for layer, note in zip(layers, notes, strict=True):
+            layer.trace.note(note)
+            forward = replace(layer.forward, rows=layer.store.held.rows())
+            self.settle(layer.press, layer.store, forward, layer.trace)
+
+    def _repeat(
+        self, branch: Cache, chunk: Chunk, columns: Tensor, n: int, known: Tensor | None
+    ) -> list[ReplayView]:
+        """One forward that repeats a chunk, on a fork of a cache of one sequence."""
+        self.outputs.clear()
+        self.projections.end_forward()
+        cache, seen, length = fork(branch), branch.get_seq_length(), chunk.ids.shape[1]
+        replay, before = self.press.replay, seen - n
+        assert replay is not None
+        sinks = columns[: min(replay.n_sink, chunk.start)] + before
+        if before:
+            sinks = torch.arange(replay.n_sink, device=columns.device)
+        looks = []
+        for store in install_stores(cache, self.decoder.config, type(self.model).__name__).values():
+            look = _Look(self, sinks, columns[chunk.start : chunk.stop] - n)
+            _WATCHED[store] = look
+            looks.append(look)
+        inputs = {"input_ids": chunk.ids, cache_argument(self.decoder): cache, "use_cache": True}
+        if known is not None:
+            inputs["attention_mask"] = F.pad(known, (0, length), value=True).long()
+            start = int(known.sum())
+            inputs["position_ids"] = torch.arange(start, start + length, device=columns.device)[
+                None
+            ]
+        self._depth += 1
+        try:
+            self.decoder(**inputs)
+        finally:
+            self._depth -= 1
+        return [look.view for look in looks]
 
     def _after(self, module: nn.Module, args: object, output: object) -> None:
         self._depth = max(0, self._depth - 1)
@@ -229,6 +398,8 @@ class Observation:
             return
         if output is not None:
             with torch.no_grad():
+                if self._unreplayed:
+                    self._replay()
                 for press, layers in self._pending.items():
                     settle_together(press, layers)
         self._end_forward()
@@ -237,8 +408,12 @@ class Observation:
         self.outputs.clear()
         self.hidden.clear()
         self._pending.clear()
+        self._unreplayed.clear()
+        if self.chunk != "hold":
+            self._ids.clear()
+        self._cache = None
         self.projections.end_forward()
-        for store in [s for s, watched in _WATCHED.items() if watched.observation is self]:
+        for store in [s for s, watch in _WATCHED.items() if watch.observation is self]:
             del _WATCHED[store]
 
     def _keep_hidden(
@@ -384,7 +559,7 @@ def _attention(
     watched = _WATCHED.pop(key.store, None)
     if watched is not None:
         with torch.no_grad():
-            note(watched, module, query, output[0], key, rows, mask, rule)
+            watched.note(module, query, output[0], key, rows, mask, rule)
     return output
 
 
@@ -443,17 +618,36 @@ def note(
         n_layers=watched.n_layers,
         rule=rule,
         find_rotary=partial(_find_rotary, watched, module, key, query),
-        find_projection=partial(_find_projection, watched, module, key, output),
+        find_projection=partial(_projection_of, watched.observation, module, key, output),
         hidden=hidden,
         n_question=watched.observation.question_of(query),
     )
     if turn.prompt and press.needs.watches:
         trace.add(forward)
-    if watched.due:
-        pending = settle(press, store, forward, trace)
-        store.looked()
-        if pending is not None:
-            watched.observation.wait(press, pending)
+    if not watched.due:
+        return
+    if press.replay is None or not turn.prompt:
+        watched.observation.settle(press, store, forward, trace)
+    else:
+        watched.observation.wait(_Unreplayed(press, store, _resolved(forward, press), trace))
+
+
+def _resolved(forward: Forward, press: Press) -> Forward:
+    """A forward that can be read when it is over: what has to be found in it is found."""
+    find_rotary, find_projection = forward.find_rotary, forward.find_projection
+    if press.needs.rotary or press.needs.moments_after is not None:
+        rotary = find_rotary()
+        find_rotary = lambda: rotary  # noqa: E731
+    if press.needs.projection:
+        projection = find_projection()
+        find_projection = lambda: projection  # noqa: E731
+    return replace(
+        forward,
+        query=forward.query[:, :, :0],
+        rows=Rows(forward.rows.keys[:, :, :0], forward.rows.values[:, :, :0]),
+        find_rotary=find_rotary,
+        find_projection=find_projection,
+    )
 
 
 def _hidden(watched: _Watched, module: nn.Module) -> Tensor | None:
@@ -502,19 +696,16 @@ def _find_rotary(watched: _Watched, module: nn.Module, key: RowsHandle, query: T
     return found
 
 
-def _find_projection(
-    watched: _Watched, module: nn.Module, key: RowsHandle, output: Tensor
+def _projection_of(
+    observation: Observation, module: nn.Module, key: RowsHandle, output: Tensor
 ) -> Tensor:
-    observation = watched.observation
-    heads = key.shape[1]
-    found = observation.projections.find(
-        module, list(observation.outputs.get(module, {})), heads, output
-    )
+    heads, done = key.shape[1], list(observation.outputs.get(module, {}))
+    found = observation.projections.find(module, done, heads, output)
     if found is None:
         raise UnsupportedError(
-            f"{watched.press!r} needs the output projection of layer {watched.layer} of "
-            f"{type(observation.model).__name__}, which could not be found: use the inner press "
-            "without it"
+            f"{observation.press!r} needs the output projection of each layer of "
+            f"{type(observation.model).__name__}, and one could not be found: use a press without "
+            "it"
         )
     return found
 

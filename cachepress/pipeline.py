@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from cachepress.cache import CacheSize, fork, size_of
+from cachepress.chat import encode, template
 from cachepress.errors import CachepressError
 from cachepress.hf import cache_argument, has_only_full_attention
 from cachepress.prefill import prefill
@@ -26,7 +27,6 @@ from cachepress.presses import BasePress
 from cachepress.stores import Codec
 
 TASK = "kv-press-text-generation"
-_MARKER = "<<the context goes here>>"
 logger = logging.getLogger(__name__)
 
 
@@ -206,6 +206,7 @@ class KVPressTextGenerationPipeline(Pipeline):
             chunk_size=prefill_chunk_size,
             mode=prefill_mode,
             storage=storage,
+            tokenizer=self.tokenizer,
         )
         size = size_of(cache)
         start = time.perf_counter()
@@ -278,11 +279,11 @@ def make_prompt(
     """
     if not isinstance(context, str) or not context.strip():
         raise CachepressError("the context is empty: wanted a text to ask questions about")
-    before, after = _template(tokenizer, options.enable_thinking)
+    before, after = template(tokenizer, options.enable_thinking)
     plain = not tokenizer.chat_template
-    context_ids = _encode(tokenizer, before + context, special=plain)
+    context_ids = encode(tokenizer, before + context, special=plain)
     question_ids = [
-        _encode(tokenizer, asked + after + prefix, special=False)
+        encode(tokenizer, asked + after + prefix, special=False)
         for asked, prefix in zip(options.asked, options.prefixes, strict=True)
     ]
     if not all(ids.shape[1] for ids in question_ids):
@@ -309,6 +310,7 @@ def read_context(
     chunk_size: int | None = None,
     mode: str = "exact",
     storage: str | Codec = "full",
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Cache, float]:
     """Read a context ``[1, T]`` under a press, unless the cache holds it already.
 
@@ -320,6 +322,7 @@ def read_context(
         chunk_size: tokens that are computed at once; None for all.
         mode: "exact" or "online", see ``cachepress.prefill``.
         storage: "full", "int8", "int4", or a Codec.
+        tokenizer: the model's tokenizer, for presses that replay.
 
     Returns:
         The cache, and the seconds that reading took.
@@ -337,7 +340,14 @@ def read_context(
         return cache, 0.0
     start = time.perf_counter()
     cache = prefill(
-        model, context_ids, press, cache, chunk_size=chunk_size, mode=mode, storage=storage
+        model,
+        context_ids,
+        press,
+        cache,
+        chunk_size=chunk_size,
+        mode=mode,
+        storage=storage,
+        tokenizer=tokenizer,
     )
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
@@ -396,27 +406,6 @@ def _end_tokens(
     if ends is None:
         return []
     return list(ends) if isinstance(ends, list | tuple) else [ends]
-
-
-def _template(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool) -> tuple[str, str]:
-    """What the chat template puts before a context and after a question."""
-    if not tokenizer.chat_template:
-        return "", ""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _MARKER}],
-        add_generation_prompt=True,
-        tokenize=False,
-        enable_thinking=enable_thinking,
-    )
-    before, found, after = text.partition(_MARKER)
-    if not found:
-        raise CachepressError("the tokenizer's chat template drops the user's message")
-    return before, after
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> Tensor:
-    ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
-    return torch.tensor([ids], dtype=torch.long)
 
 
 def _room(model: PreTrainedModel, question_ids: list[Tensor], options: PromptOptions) -> int:

@@ -1,8 +1,10 @@
 """Reading a prompt into a cache, in one go or in chunks."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
@@ -24,6 +26,8 @@ def prefill(
     chunk_size: int | None = None,
     mode: str = "exact",
     storage: str | Codec = "full",
+    question: int | Sequence[int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
 ) -> Cache:
     """Read a prompt into a cache, without the LM head, and compress it.
@@ -39,6 +43,9 @@ def prefill(
             compresses after each chunk, down to the budget of what was read so far, which bounds
             keys and values as well; later tokens then never see the dropped rows.
         storage: how kept rows are stored: "full", "int8", "int4", or a ``Codec``.
+        question: tokens at the end of the prompt that are the question, one number or one for each
+            sequence; for presses that ask for it.
+        tokenizer: for presses that replay; None for the one that lies where the model came from.
         progress: show a bar over the chunks.
 
     Returns:
@@ -64,7 +71,10 @@ def prefill(
     chunk_size = n if chunk_size is None else chunk_size
     starts = range(0, n, chunk_size)
     bar = logging.tqdm(starts, unit="chunk", disable=not progress)
-    observation = None if press is None else Observation(press, model, storage=storage)
+    observation = None
+    if press is not None:
+        options = {"storage": storage, "question": question, "tokenizer": tokenizer}
+        observation = Observation(press, model, **options)
     with torch.no_grad():
         for start in bar:
             stop = min(start + chunk_size, n)

@@ -68,6 +68,10 @@ class Trace:
         self._decoded.append(_Decoded(query.detach(), rope))
         del self._decoded[: max(0, len(self._decoded) - most)]
 
+    def note(self, noted: Tensor) -> None:
+        """Note a number ``[B, H, n]`` for each of the last ``n`` text columns."""
+        self._noted = noted
+
     def show(self, view: LayerView, forward: Forward) -> LayerView:
         """The view with all that was noted, and what the press declared besides."""
         if self._decoded:
@@ -82,7 +86,7 @@ class Trace:
             view = replace(
                 view, attention_sums=sums, attention_peaks=peaks, attention_counts=counts
             )
-        if self.needs.notes:
+        if self.needs.notes or self._noted is not None:
             view = replace(view, noted=self._noted_rows(view))
         if self.needs.question:
             view = replace(view, n_question=forward.n_question)

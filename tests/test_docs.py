@@ -13,10 +13,9 @@ DECODING = cp.DecodingPress(cp.KnormPress())
 
 
 def test_every_refused_pair_of_the_laws_is_in_the_table():
-    row = next(line for line in TEXT.splitlines() if line.startswith("| `BlockPress`"))
     for scorer, wrapper in UNSUPPORTED:
-        assert wrapper in row
-        assert f"`{getattr(cp, scorer).alias}`" in row
+        rows = [line for line in TEXT.splitlines() if line.startswith("| ") and wrapper in line]
+        assert any(f"`{getattr(cp, scorer).alias}`" in row for row in rows), (scorer, wrapper)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """Tiny random models of many architectures: small enough for every test, on CPU, offline."""
 
+import atexit
+import shutil
 from functools import cache
+from tempfile import mkdtemp
 
 import torch
 import transformers
@@ -104,7 +107,17 @@ def tiny(name: str = "llama") -> PreTrainedModel:
     source = _config_and_weights(name)
     model = type(source)(type(source.config).from_dict(source.config.to_dict()))
     model.load_state_dict(source.state_dict())
+    model.config.name_or_path = _tokenizer_folder()
     return model.eval()
+
+
+@cache
+def _tokenizer_folder() -> str:
+    """A folder with a tokenizer, as there is where a model comes from."""
+    folder = mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    tokenizer().save_pretrained(folder)
+    return folder
 
 
 def tokens(n: int, batch: int = 1, seed: int = 0) -> torch.Tensor:

@@ -1,12 +1,18 @@
 """Tensor operations that presses and stores share."""
 
-from cachepress.ops.attention import AttentionRule, attention_column_peaks, attention_column_sums
+from cachepress.ops.attention import (
+    AttentionRule,
+    attention_column_peaks,
+    attention_column_sums,
+    attention_weights,
+)
 from cachepress.ops.order import gather, valid_last
 
 __all__ = [
     "AttentionRule",
     "attention_column_peaks",
     "attention_column_sums",
+    "attention_weights",
     "gather",
     "valid_last",
 ]

@@ -4,6 +4,7 @@ Shape letters are those of ``cachepress.view``. The rows of a table end with the
 queries, so causality only ever touches the last Q columns.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,17 +70,37 @@ def attention_column_peaks(
 
     Args and result are those of ``attention_column_sums``.
     """
-    b, h, g, q, _ = queries.shape
-    t = keys.shape[2]
-    peaks = torch.zeros(b, h, g, t, device=keys.device)
-    for start in range(0, q, block):
-        stop = min(start + block, q)
-        end = t - q + stop
-        part, votes = queries[..., start:stop, :], counted[:, None, None, start:stop, None]
-        shares, total = _shares(part, keys[:, :, :end], valid[:, :, :end], rule)
-        weights = shares.mul_(votes / total).amax(-2)
-        peaks[..., :end] = torch.maximum(peaks[..., :end], weights)
+    b, h, g = queries.shape[:3]
+    peaks = torch.zeros(b, h, g, keys.shape[2], device=keys.device)
+    for some, weights in attention_weights(queries, keys, valid, rule, block):
+        weights = weights.mul_(counted[:, None, None, some, None])
+        part = peaks[..., : weights.shape[-1]]
+        torch.maximum(part, weights.amax(-2), out=part)
     return peaks
+
+
+def attention_weights(
+    queries: Tensor, keys: Tensor, valid: Tensor, rule: AttentionRule, block: int = 128
+) -> Iterator[tuple[slice, Tensor]]:
+    """Attention weights of one block of queries after the other.
+
+    Args:
+        queries: ``[B, H, G, Q, D]`` of the last Q rows.
+        keys: ``[B, H, T, D]``.
+        valid: ``[B, H, T]`` bool, which rows can be attended to.
+        rule: the layer's rule.
+        block: queries per block.
+
+    Yields:
+        Which queries, and their weights ``[B, H, G, q, t]`` over the first ``t`` rows, those that
+        the last of them can see; memory that may be written to.
+    """
+    q, t = queries.shape[3], keys.shape[2]
+    for start in range(0, q, block):
+        some = slice(start, min(start + block, q))
+        end = t - q + some.stop
+        shares, total = _shares(queries[..., some, :], keys[:, :, :end], valid[:, :, :end], rule)
+        yield some, shares.div_(total)
 
 
 def _block_sums(

@@ -17,6 +17,7 @@ from cachepress.presses.expected_attention import ExpectedAttentionPress as Expe
 from cachepress.presses.key_rerotation import KeyRerotationPress as KeyRerotationPress
 from cachepress.presses.keydiff import KeyDiffPress as KeyDiffPress
 from cachepress.presses.knorm import KnormPress as KnormPress
+from cachepress.presses.kvzip import KVzipPress as KVzipPress
 from cachepress.presses.observed_attention import ObservedAttentionPress as ObservedAttentionPress
 from cachepress.presses.per_layer import PerLayerCompressionPress as PerLayerCompressionPress
 from cachepress.presses.prefill_decoding import PrefillDecodingPress as PrefillDecodingPress

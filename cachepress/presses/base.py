@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Self
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cachepress.budgets import (
     Amount,
@@ -21,6 +21,7 @@ from cachepress.budgets import (
 from cachepress.core import Schedule, Turn
 from cachepress.errors import CachepressError
 from cachepress.hf import Observation
+from cachepress.replay import Replay, ReplayView
 from cachepress.schedules import AfterPrefill
 from cachepress.stores import Codec
 from cachepress.view import LayerView, Needs
@@ -93,6 +94,18 @@ class BasePress:
         """Worth of each row, ``[B, H, T]``; the highest are kept."""
         raise NotImplementedError(f"{type(self).__name__} has no score")
 
+    @property
+    def replay(self) -> Replay | None:
+        """What the model has to repeat before its layers are settled; None for nothing."""
+        return None
+
+    def replayed(self, view: ReplayView) -> Tensor:
+        """What a layer showed of each row of a chunk that was repeated, ``[H, chunk]``.
+
+        It is read as ``view.noted`` when the layer is scored.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not replay")
+
     def carry(self, view: LayerView) -> Tensor | None:
         """What is left with each row, to be read as ``view.carried`` the next time, ``[B, H, T]``.
 
@@ -144,6 +157,7 @@ class BasePress:
         turns: str = "all",
         storage: str | Codec = "full",
         question: int | Sequence[int] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> AbstractContextManager[None]:
         """Compress what the model caches inside the ``with`` block.
 
@@ -155,11 +169,12 @@ class BasePress:
                 are.
             question: tokens at the end of the prompt that are the question, one number or one for
                 each sequence; for presses that ask for it.
+            tokenizer: for presses that replay; None for the one where the model came from.
 
         Raises:
             UnsupportedError: if the model's cache cannot be compressed.
         """
-        return Observation(self, model, turns, storage, question)
+        return Observation(self, model, turns, storage, question, tokenizer)
 
 
 @dataclass(frozen=True, repr=False)
@@ -266,6 +281,15 @@ class WrapperPress(BasePress):
     def score(self, view: LayerView) -> Tensor:
         """The inner press's score, ``[B, H, T]``."""
         return self.press.score(view)
+
+    @property
+    def replay(self) -> Replay | None:
+        """What the inner press wants repeated."""
+        return self.press.replay
+
+    def replayed(self, view: ReplayView) -> Tensor:
+        """What the inner press makes of a chunk that was repeated."""
+        return self.press.replayed(view)
 
     def carry(self, view: LayerView) -> Tensor | None:
         """What the inner press leaves with each row."""

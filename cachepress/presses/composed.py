@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from cachepress.budgets import CHOSEN, Amount, Threshold, TopK, choose
 from cachepress.errors import CachepressError
 from cachepress.presses.base import BasePress
+from cachepress.replay import Replay, ReplayView
 from cachepress.schedules import AfterPrefill
 from cachepress.view import LayerView, Needs
 
@@ -102,6 +103,15 @@ class ComposedPress(BasePress, alias="composed"):
     def rewrites(self) -> bool:
         """Whether one of the presses stores rows anew."""
         return any(press.rewrites for press in self.presses)
+
+    @property
+    def replay(self) -> Replay | None:
+        """What the press that replays wants repeated."""
+        return next((press.replay for press in self.presses if press.replay), None)
+
+    def replayed(self, view: ReplayView) -> Tensor:
+        """What the press that replays makes of a chunk that was repeated."""
+        return next(press.replayed(view) for press in self.presses if press.replay)
 
     def score(self, view: LayerView) -> Tensor:
         """The last press's score of the rows that all others keep, ``[B, H, T]``."""

@@ -27,6 +27,12 @@ class _WhileDecodingPress(WrapperPress):
                 "already: give it the press that scores"
             )
 
+        if self.press.replay is not None:
+            raise CachepressError(
+                f"{type(self).__name__} scores decoded rows, and {self.press!r} replays prompts: "
+                "use PrefillDecodingPress with one press for each"
+            )
+
     @property
     def schedule(self) -> Schedule:
         """After the prompt, and whenever ``compression_interval`` tokens came."""

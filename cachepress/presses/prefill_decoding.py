@@ -8,6 +8,7 @@ from cachepress.budgets import Threshold, TopK
 from cachepress.core import Schedule, Turn
 from cachepress.errors import CachepressError
 from cachepress.presses.base import BasePress
+from cachepress.replay import Replay
 from cachepress.view import Needs
 
 
@@ -51,6 +52,11 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
     def schedule(self) -> Schedule:
         """That of both."""
         return _Both(self.prefilling_press, self.decoding_press)
+
+    @property
+    def replay(self) -> Replay | None:
+        """What the press for prompts wants repeated."""
+        return self._first.replay
 
     @property
     def buffer(self) -> int:

@@ -7,16 +7,25 @@ from math import floor
 import cachepress as cp
 from cachepress.presses.base import BasePress, ScorerPress, WrapperPress, all_presses
 
-SMALL = {cp.SnapKVPress: {"window_size": 6}, cp.ExpectedAttentionPress: {"n_future_positions": 32}}
+SMALL = {
+    cp.ExpectedAttentionPress: {"n_future_positions": 32},
+    cp.KVzipPress: {"layerwise": True, "chunk_size": 16},
+    cp.SnapKVPress: {"window_size": 6},
+}
 RATIO = 0.5
 LAYERS, HEADS = 4, 2
 
 
-def every_press(ratio: float) -> list[ScorerPress]:
+def every_scorer(ratio: float) -> list[ScorerPress]:
     """One of each scorer that the package defines, with the same count in every layer."""
     kinds = {k for k in all_presses(ScorerPress) if k.__module__.startswith("cachepress.")}
     kinds = sorted(kinds - {cp.PyramidKVPress}, key=name_of)
     return [k(compression_ratio=ratio, **SMALL.get(k, {})) for k in kinds]
+
+
+def every_press(ratio: float) -> list[ScorerPress]:
+    """Those of them with the same count in every head."""
+    return [press for press in every_scorer(ratio) if press.budget.scope == "head"]
 
 
 def name_of(press: object) -> str:
@@ -30,13 +39,13 @@ class Wrapper:
     Attributes:
         build: makes the press from a scorer and a ratio.
         counts: rows of a head in each layer, on average where heads compete, for ``n`` tokens.
-        scope: who competes.
+        scope: who competes; None for those who do under the scorer.
         online: whether chunks end at the same counts as one go.
     """
 
     build: Callable[[ScorerPress, float], BasePress]
     counts: Callable[[int], list[int]] = lambda n: [max(1, floor(n * RATIO))] * LAYERS
-    scope: str = "head"
+    scope: str | None = None
     online: bool = True
 
 
@@ -79,7 +88,10 @@ NEEDS_QUERIES = (
     "SnapKVPress",
     "TOVAPress",
 )
-UNSUPPORTED = {(name, "BlockPress") for name in NEEDS_QUERIES}
+UNSUPPORTED = {(name, "BlockPress") for name in NEEDS_QUERIES} | {
+    ("KVzipPress", "DecodingPress"),
+    ("KVzipPress", "CompressionRatioDecodingPress"),
+}
 """Pairs of a scorer and a wrapper that are refused when they are built."""
 
 

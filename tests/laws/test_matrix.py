@@ -1,6 +1,7 @@
 """The laws over presses, wrappers, storages and modes: every pair, or with ``make laws`` all."""
 
 import os
+import re
 from functools import cache
 from itertools import product
 
@@ -22,14 +23,14 @@ from tests.laws.presses import (
     RATIO,
     UNSUPPORTED,
     WRAPPERS,
-    every_press,
+    every_scorer,
     every_wrapper,
     name_of,
 )
 from tests.tiny import tiny, tokens
 from tests.tiny_cache import allocated, forward, kept
 
-SCORERS = {name_of(press): press for press in every_press(RATIO)}
+SCORERS = {name_of(press): press for press in every_scorer(RATIO)}
 STORAGES = {"full": "full", "int8": cp.Codec(8, residual=5), "int4": cp.Codec(4, residual=5)}
 FACTORS = [
     list(SCORERS),
@@ -91,7 +92,7 @@ def test_the_laws(scorer, wrapper, storage, going, company):
     press = build(scorer, wrapper)
     texts, ids, mask = batch(company)
     cache = compress(press, ids, mask, going, storage)
-    _counts_are_exact(cache, wrapper, texts)
+    _counts_are_exact(cache, scorer, wrapper, texts)
     _each_text_is_as_if_alone(cache, press, texts, ids)
     _positions_rise(cache, ids)
     _bytes_are_those_allocated(cache, ids, storage)
@@ -100,14 +101,15 @@ def test_the_laws(scorer, wrapper, storage, going, company):
     assert cp.parse(repr(press)) == press
 
 
-def _counts_are_exact(cache, wrapper, texts):
+def _counts_are_exact(cache, scorer, wrapper, texts):
     promised = WRAPPERS[wrapper]
+    scope = promised.scope or SCORERS[scorer].budget.scope
     lengths = torch.stack([store.lengths for store in stores(cache)])  # [layers, B, H]
     for b, text in enumerate(texts):
         counts = torch.tensor(promised.counts(text.shape[1]))
-        if promised.scope == "head":
+        if scope == "head":
             assert torch.equal(lengths[:, b], counts[:, None].expand(-1, HEADS))
-        elif promised.scope == "layer":
+        elif scope == "layer":
             assert torch.equal(lengths[:, b].sum(-1), counts * HEADS)
         else:
             assert lengths[:, b].sum() == counts.sum() * HEADS
@@ -135,7 +137,8 @@ def _bytes_are_those_allocated(cache, ids, storage):
     if storage == "full":
         for store, nbytes in zip(stores(cache), store_bytes, strict=True):
             rows, spans = int(store.lengths.sum()), store.lengths.numel()
-            row = 2 * 8 * 4 + 4 + (4 if store.held.rows().rope is not None else 0)
+            held = store.held.rows()
+            row = 2 * 8 * 4 + 4 + 4 * (held.rope is not None) + 4 * (held.carried is not None)
             index = 16 * (rows // PAGE + spans) + 160 * spans + ids.numel()
             assert rows * row <= nbytes <= (rows + (PAGE - 1) * spans) * row + index
 
@@ -196,13 +199,13 @@ def test_online_chunks_and_a_second_turn_end_at_the_same_counts(scorer, wrapper)
     press = build(scorer, wrapper)
     texts, ids, mask = batch("padded")
     cache = compress(press, ids, mask, "chunked", mode="online")
-    _counts_are_exact(cache, wrapper, texts)
+    _counts_are_exact(cache, scorer, wrapper, texts)
     _positions_rise(cache, ids)
     cache, ids = DynamicCache(), tokens(40)
     with press(model()):
         forward(model(), cache, input_ids=ids[:, :23])
         forward(model(), cache, input_ids=ids[:, 23:])
-    _counts_are_exact(cache, wrapper, [ids])
+    _counts_are_exact(cache, scorer, wrapper, [ids])
     _positions_rise(cache, ids)
 
 
@@ -212,7 +215,7 @@ def test_unsupported_pairs_are_refused_when_they_are_built():
         try:
             build(scorer, wrapper)
         except cp.CachepressError as error:
-            assert "use ChunkPress" in str(error)
+            assert re.search("use ChunkPress|use PrefillDecodingPress", str(error))
             refused.add((scorer, wrapper))
     assert refused == UNSUPPORTED
 

@@ -1,0 +1,129 @@
+"""Replay: the model is made to repeat its context, to see which rows it reads for that."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from cachepress.chat import encode, template
+from cachepress.errors import CachepressError
+from cachepress.ops import AttentionRule
+
+_BLOCK = 1024
+_LEAD = 8
+"""Tokens of the chunk before that tell the model where to go on."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a press wants the model to repeat when a prompt was read.
+
+    Attributes:
+        chunk_size: tokens of the context that are repeated in one forward.
+        n_sink: first rows of the text, which the repeating queries see besides the chunk's.
+        first: what asks for the first chunk; nothing is asked where it is empty.
+        later: what asks for each further chunk, followed by the last tokens of the one before.
+        weighs: whether the output projection and the hidden states are looked at.
+        gradient: whether the gradient of the last hidden states is looked at.
+    """
+
+    chunk_size: int
+    n_sink: int
+    first: str
+    later: str
+    weighs: bool = False
+    gradient: bool = False
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the model is asked in words, for which a tokenizer is needed."""
+        return bool(self.first or self.later)
+
+
+@dataclass(frozen=True)
+class ReplayView:
+    """What one layer showed while one sequence's chunk was repeated.
+
+    The rows are the sinks that stand before the chunk, the chunk's, and those of the replay itself;
+    the queries are those of the replay, the last ``n`` rows.
+
+    Attributes:
+        queries: ``[1, H, G, n, D]``.
+        keys: ``[1, H, N, D]``.
+        values: ``[1, H, N, E]``.
+        valid: ``[1, H, N]`` bool, which rows there are.
+        chunk: which of the rows are the chunk's.
+        rule: how the layer turns products into weights.
+        projection: ``[H, G, E, M]`` the output projection, or None.
+        hidden: ``[1, n, M]`` the hidden states that attention read, or None.
+        gradient: ``[1, n]`` norm of the gradient of the summed squares of the last hidden states
+            with respect to what attention added, or None.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    valid: Tensor
+    chunk: slice
+    rule: AttentionRule
+    projection: Tensor | None = None
+    hidden: Tensor | None = None
+    gradient: Tensor | None = None
+
+    def value_norms(self) -> Tensor:
+        """L2 norm of what each of the chunk's values adds to the output, ``[1, H, G, chunk]``."""
+        assert self.projection is not None
+        norms = []
+        for values in self.values[:, :, self.chunk].split(_BLOCK, dim=2):
+            added = values.unsqueeze(2).float() @ self.projection.float()  # [1, H, G, block, M]
+            norms.append(added.norm(dim=-1))
+        return torch.cat(norms, dim=-1)
+
+
+class Chunk(NamedTuple):
+    """A part ``[start, stop)`` of a sequence, and the token ids ``[1, n]`` that repeat it."""
+
+    start: int
+    stop: int
+    ids: Tensor
+
+
+def chunks(
+    replay: Replay, ids: Tensor, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[Chunk]:
+    """The chunks of one sequence ``[1, T]`` of token ids."""
+    first = later = after = ids[:, :0]
+    if replay.speaks and tokenizer is not None:
+        after = encode(tokenizer, template(tokenizer, False)[1], special=False).to(ids)
+        first, later = (
+            encode(tokenizer, text, special=False).to(ids) for text in (replay.first, replay.later)
+        )
+    for start in range(0, ids.shape[1], replay.chunk_size):
+        stop = min(start + replay.chunk_size, ids.shape[1])
+        asked = [first] if start == 0 else [later, ids[:, max(0, start - _LEAD) : start]]
+        yield Chunk(start, stop, torch.cat([*asked, after, ids[:, start:stop]], dim=1))
+
+
+def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies where a model came from.
+
+    Raises:
+        CachepressError: if there is none.
+    """
+    name = model.config.name_or_path
+    try:
+        return _load_tokenizer(name)
+    except (OSError, ValueError) as error:
+        raise CachepressError(
+            f"a replay asks the model in words, and there is no tokenizer at {name!r}: give "
+            "press(model, tokenizer=tokenizer), or use the pipeline"
+        ) from error
+
+
+@lru_cache
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(name)

@@ -1,0 +1,197 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import DynamicCache, pipeline
+
+import cachepress as cp
+from cachepress.cache import stores
+from cachepress.presses.kvzip import FIRST, LATER, KVzipPress
+from tests.tiny import tiny, tokenizer, tokens, words
+from tests.tiny_cache import forward, kept
+
+SEEN: dict[int, torch.Tensor] = {}
+
+
+@dataclass(frozen=True)
+class _Watching(KVzipPress):
+    """Notes what it carries."""
+
+    def score(self, view):
+        SEEN[view.depth] = self.carry(view)
+        return super().score(view)
+
+
+def scores(press, ids, model=None, **options):
+    SEEN.clear()
+    cp.prefill(model or tiny(), ids, press, tokenizer=tokenizer(), **options)
+    return [SEEN[depth] for depth in range(4)]
+
+
+def asked(ids, start):
+    """What the model is fed before it repeats a chunk, written out."""
+    make = tokenizer()
+    text = FIRST if start == 0 else LATER
+    said = make(text, add_special_tokens=False).input_ids
+    lead = ids[0, max(0, start - 8) : start].tolist()
+    after = make(" w5 w6 ", add_special_tokens=False).input_ids
+    return torch.tensor([[*said, *lead, *after]])
+
+
+def reference(model, ids, chunk_size, n_sink, plus=False):
+    """Whole attention matrices of context and replay, one chunk after the other."""
+    model.set_attn_implementation("eager")
+    n = ids.shape[1]
+    found = torch.zeros(4, 2, n)
+    for start in range(0, n, chunk_size):
+        stop = min(start + chunk_size, n)
+        text = torch.cat([ids, asked(ids, start), ids[:, start:stop]], dim=1)
+        hidden = {}
+        hooks = [
+            layer.self_attn.register_forward_pre_hook(
+                lambda m, a, k, h=hidden: h.__setitem__(m.layer_idx, k["hidden_states"]),
+                with_kwargs=True,
+            )
+            for layer in model.model.layers
+        ]
+        cache = DynamicCache()
+        with torch.no_grad():
+            out = model(text, output_attentions=True, past_key_values=cache)
+        for hook in hooks:
+            hook.remove()
+        sinks = list(range(min(n_sink, start)))
+        columns = [*sinks, *range(start, stop), *range(n, text.shape[1])]
+        for layer in range(4):
+            weights = out.attentions[layer][0][:, n:][..., columns]  # [heads, replay, columns]
+            weights = weights / weights.sum(-1, keepdim=True)
+            if plus:
+                weights = weights / hidden[layer][0, n:].norm(dim=-1).clamp(min=1e-9)[None, :, None]
+                output = model.model.layers[layer].self_attn.o_proj.weight  # [M, heads * E]
+                for head in range(4):
+                    part = output[:, 8 * head : 8 * head + 8]
+                    values = cache.layers[layer].values[0, head // 2][columns]
+                    weights[head] *= (values @ part.T).norm(dim=-1)
+            for head in range(2):
+                most = weights[2 * head : 2 * head + 2].amax((0, 1))
+                found[layer, head, start:stop] = most[len(sinks) :][: stop - start]
+    return found
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("chunk_size", [64, 16])
+def test_scores_are_those_of_whole_attention_matrices(chunk_size, plus):
+    ids = tokens(40)
+    press = _Watching(0.5, chunk_size=chunk_size, kvzip_plus_normalization=plus)
+    wanted = reference(tiny(), ids, chunk_size, 4, plus)
+    ours = torch.cat(scores(press, ids))
+    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_the_best_rows_of_the_whole_model_stay():
+    ids = tokens(40)
+    wanted = reference(tiny(), ids, 2048, 4)
+    wanted[..., :4] = 2.0
+    best = wanted.flatten().argsort(descending=True)[: 40 * 2 * 4 // 2]
+    mask = torch.zeros(4 * 2 * 40, dtype=torch.bool)
+    mask[best] = True
+    cache = cp.prefill(tiny(), ids, KVzipPress(0.5), tokenizer=tokenizer())
+    held = kept(cache)
+    for layer in range(4):
+        for head in range(2):
+            rows = mask.view(4, 2, 40)[layer, head].nonzero()[:, 0].tolist()
+            assert held[layer][0][head] == rows
+    assert cache.get_seq_length() == 40
+
+
+def test_chunks_of_prefill_and_padding_change_nothing():
+    press = KVzipPress(0.5, layerwise=True, chunk_size=16)
+    texts = [tokens(n, seed=n) for n in (40, 23)]
+    ids = torch.zeros(2, 40, dtype=torch.long)
+    for row, text in zip(ids, texts, strict=True):
+        row[40 - text.shape[1] :] = text[0]
+    batch = cp.prefill(
+        tiny(), ids, press, attention_mask=(ids > 0).long(), tokenizer=tokenizer(), chunk_size=11
+    )
+    for b, text in enumerate(texts):
+        alone = kept(cp.prefill(tiny(), text, press, tokenizer=tokenizer()))
+        pad = 40 - text.shape[1]
+        for layer, layer_alone in zip(kept(batch), alone, strict=True):
+            assert [[p - pad for p in head] for head in layer[b]] == layer_alone[0]
+
+
+def test_generate_compresses_and_continues_from_what_is_left():
+    model, ids = tiny(), tokens(40)
+    cache = DynamicCache()
+    with KVzipPress(0.5)(model, tokenizer=tokenizer()):
+        model.generate(
+            ids,
+            past_key_values=cache,
+            max_new_tokens=4,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    rows = sum(int(store.lengths.sum()) for store in stores(cache))
+    assert rows == 40 * 2 * 4 // 2 + 3 * 2 * 4
+    assert cache.get_seq_length() == 43
+
+
+def test_the_pipeline_lends_its_tokenizer():
+    pipe = pipeline("kv-press-text-generation", model=tiny(), tokenizer=tokenizer())
+    result = pipe(words(50), questions=["w3"], press=KVzipPress(0.5), return_stats=True)
+    assert result["stats"].cache.ratio == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_second_turn_keeps_the_scores_of_the_first():
+    model, ids = tiny(), tokens(40)
+    press = _Watching(0.5, layerwise=True)
+    cache = DynamicCache()
+    with press(model, tokenizer=tokenizer()):
+        SEEN.clear()
+        forward(model, cache, input_ids=ids[:, :24])
+        first = SEEN[2].clone()
+        rows = kept(cache)[2][0][0]
+        forward(model, cache, input_ids=ids[:, 24:])
+    again = SEEN[2][0, 0]
+    again = again[-16 - len(rows) : -16]
+    torch.testing.assert_close(again, first[0, 0][rows])
+    assert all(int(store.lengths.sum()) == 40 for store in stores(cache))
+
+
+def test_nothing_is_repeated_when_nothing_will_be_dropped():
+    model, calls = tiny(), []
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    cp.prefill(model, tokens(40), KVzipPress(0.0), tokenizer=tokenizer())
+    assert len(calls) == 1
+    cp.prefill(model, tokens(40), KVzipPress(0.5, chunk_size=16), tokenizer=tokenizer())
+    assert len(calls) == 1 + 1 + 3
+
+
+def test_without_a_tokenizer_it_is_refused_before_any_work():
+    model, calls = tiny(), []
+    model.config.name_or_path = ""
+    model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(cp.CachepressError, match="give press.model, tokenizer=tokenizer"):
+        cp.prefill(model, tokens(40), KVzipPress(0.5))
+    assert not calls
+
+
+def test_embeddings_cannot_be_replayed():
+    model = tiny()
+    embeds = model.get_input_embeddings()(tokens(12))
+    with (
+        pytest.raises(cp.CachepressError, match="give input_ids"),
+        KVzipPress(0.5)(model, tokenizer=tokenizer()),
+    ):
+        forward(model, DynamicCache(), inputs_embeds=embeds)
+
+
+def test_it_does_not_score_decoded_rows():
+    with pytest.raises(cp.CachepressError, match="use PrefillDecodingPress"):
+        cp.DecodingPress(KVzipPress(0.5))
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 0}, {"n_sink": -1}])
+def test_bad_options(options):
+    with pytest.raises(cp.CachepressError, match="wanted a whole number"):
+        KVzipPress(**options)
