@@ -35,6 +35,8 @@ from cachepress.presses import BasePress
 from cachepress.spec import NO_PRESS, parse
 
 MIB = 2**20
+_QUESTION = 32
+"""Tokens at the end of a context that stand for a question, for presses that look at one."""
 SHAPES: dict[str, tuple[str, dict[str, int]]] = {
     "llama-3.1-8b": (
         "llama",
@@ -290,6 +292,7 @@ def _prefill(
     how = {"chunk_size": options.prefill_chunk_size}
     if press is not None:
         how |= {"mode": options.prefill_mode, "storage": options.storage}
+        how |= {"question": min(_QUESTION, context.shape[1])}
     with _peak_memory(model.device) as peak, _timed_notes() as spent:
         start = time.perf_counter()
         cache = prefill(model, context, press, **how)

@@ -97,12 +97,14 @@ class _Look:
         sinks: rows of the table that stand for the beginning of the text.
         chunk: the chunk's rows, counted back from the first row of the replay.
         view: what was seen.
+        module: the attention module.
     """
 
     observation: "Observation"
     sinks: Tensor
     chunk: Tensor
     view: ReplayView = field(init=False)
+    module: nn.Module = field(init=False)
 
     def note(
         self,
@@ -125,10 +127,11 @@ class _Look:
         if replay.weighs:
             projection = _projection_of(self.observation, module, key, output)
             hidden = self.observation.hidden.pop(module, None)
+        self.module = module
         self.view = ReplayView(
             queries=query.detach().view(1, h, -1, n, query.shape[-1]),
-            keys=rows.keys[:, :, index],
-            values=rows.values[:, :, index],
+            keys=rows.keys[:, :, index].detach(),
+            values=rows.values[:, :, index].detach(),
             valid=rows.text_positions()[:, :, index] >= 0,
             chunk=slice(len(self.sinks), len(self.sinks) + len(self.chunk)),
             rule=rule,
@@ -156,7 +159,7 @@ class Observation:
         press: the press.
         model: a transformers decoder model.
         turns: "all" to settle after every forward of several tokens, "first" after the first only.
-        storage: "full", "int8", "int4", or a Codec.
+        storage: "full", "int8", "int4", "int2", or a Codec.
         question: tokens at the end of the prompt that are the question, one number or one for each
             sequence; for presses that ask for it.
         tokenizer: the model's tokenizer, for presses that replay; None for the one that lies where
@@ -186,7 +189,7 @@ class Observation:
         self.press, self.model, self.turns = press, model, turns
         self.decoder = model.get_decoder()
         press.check_layers(sum(_full_attention(self.decoder.config)))
-        self.codec = Codec.of(storage)
+        self.codec = codec_of(press, storage)
         self.question = _question(press, question)
         self.tokenizer = tokenizer
         if press.replay is not None and press.replay.speaks and tokenizer is None:
@@ -271,6 +274,7 @@ class Observation:
         if not isinstance(tokens, Tensor):
             raise CachepressError("the forward got neither input_ids nor inputs_embeds")
         b, n = tokens.shape[:2]
+        self.question_of(tokens)
         seen = cache.get_seq_length()
         since = seen + n - next(iter(stores.values())).looked_at
         turn = Turn(seen, n, since, prompt=n > 1 or self.chunk is not None)
@@ -283,6 +287,9 @@ class Observation:
             for store in stores.values():
                 # Rows that are settled chunk by chunk would be quantized again and again.
                 store.codec = None if self.chunk == "settle" else self.codec
+        for depth, store in enumerate(stores.values()):
+            pages = self.press.reads(depth)
+            store.reads = store.reads if pages is None else pages
         if not due and not (press.needs.watches and self._watches(turn)):
             return
         rope = given.get("position_ids")
@@ -302,16 +309,16 @@ class Observation:
         """Whether a forward that settles nothing has to be noted for one that will."""
         return self.chunk == "hold" or (self.press.schedule.decodes and not turn.prompt)
 
-    def question_of(self, query: Tensor) -> Tensor | None:
+    def question_of(self, batch: Tensor) -> Tensor | None:
         """Tokens of the question of each sequence, ``[B]``; None where nothing was said."""
         if self.question is None:
             return None
-        b = query.shape[0]
+        b = batch.shape[0]
         if len(self.question) not in (1, b):
             raise CachepressError(
                 f"question: got {len(self.question)} numbers for {b} sequences, wanted one or {b}"
             )
-        return torch.tensor(self.question, device=query.device).expand(b)
+        return torch.tensor(self.question, device=batch.device).expand(b)
 
     def settle(self, press: Press, store: Store, forward: Forward, trace: Trace) -> None:
         """Settle a layer, or let it wait for the others that its rows compete with."""
@@ -387,17 +394,47 @@ class Observation:
             ]
         self._depth += 1
         try:
+            if replay.gradient:
+                return self._differentiated(inputs, looks)
             self.decoder(**inputs)
         finally:
             self._depth -= 1
         return [look.view for look in looks]
+
+    def _differentiated(self, inputs: dict[str, object], looks: list["_Look"]) -> list[ReplayView]:
+        """A forward that repeats, and the gradient of its last hidden states."""
+        added: dict[nn.Module, Tensor] = {}
+        last: list[Tensor] = []
+        hooks = [
+            module.register_forward_hook(lambda m, _, out: added.__setitem__(m, _first(out)))
+            for module in _attention_modules(self.decoder)
+        ]
+        layer = _last_layer(self.decoder)
+        hooks.append(layer.register_forward_hook(lambda m, _, out: last.append(_first(out))))
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        try:
+            for weight in weights:
+                weight.requires_grad_(False)
+            with torch.inference_mode(False), torch.enable_grad():
+                ids = inputs.pop("input_ids")
+                embeds = self.decoder.get_input_embeddings()(ids.clone())
+                self.decoder(**inputs, inputs_embeds=embeds.detach().requires_grad_())
+                outputs = [added[look.module] for look in looks]
+                gradients = torch.autograd.grad(last[0].float().square().sum(), outputs)
+        finally:
+            for weight in weights:
+                weight.requires_grad_(True)
+            for hook in hooks:
+                hook.remove()
+        norms = [gradient.float().norm(dim=-1) for gradient in gradients]
+        return [replace(look.view, gradient=x) for look, x in zip(looks, norms, strict=True)]
 
     def _after(self, module: nn.Module, args: object, output: object) -> None:
         self._depth = max(0, self._depth - 1)
         if self._depth:
             return
         if output is not None:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 if self._unreplayed:
                     self._replay()
                 for press, layers in self._pending.items():
@@ -549,8 +586,15 @@ def _attention(
     if key.fresh is not None:
         rows = Rows(*key.fresh)
         output = function(module, query, *key.fresh, attention_mask, **kwargs)
+    elif isinstance(_WATCHED.get(key.store), _Look) and torch.is_grad_enabled():
+        rows = _with_gradient(key)
+        bias = attention_mask
+        if rows.positions is not None:
+            bias = _mask_of_rows(mask, key.held, rows, query)
+        output = function(module, query, rows.keys, rows.values, bias, **kwargs)
     elif _own_attention(key.held, n, mask, base, kwargs):
-        output = key.held.attend(query, mask, rule), None
+        held = key.held.whole() if _reads_all(key.store) else key.held
+        output = held.attend(query, mask, rule), None
     else:
         rows = key.held.rows()
         if rows.positions is not None:
@@ -561,6 +605,16 @@ def _attention(
         with torch.no_grad():
             watched.note(module, query, output[0], key, rows, mask, rule)
     return output
+
+
+def _with_gradient(key: RowsHandle) -> Rows:
+    """All rows, those of the forward as the model computed them and can differentiate them."""
+    rows, n = key.held.rows(), key.new[0].shape[2]
+    keys, values = (
+        torch.cat([old[:, :, :-n].detach(), new], dim=2)
+        for old, new in zip((rows.keys, rows.values), key.new, strict=True)
+    )
+    return replace(rows, keys=keys, values=values)
 
 
 def _own_attention(
@@ -662,6 +716,26 @@ def _hidden(watched: _Watched, module: nn.Module) -> Tensor | None:
             "press that does not need them, such as KnormPress or SnapKVPress"
         )
     return hidden
+
+
+def codec_of(press: "BasePress", storage: str | Codec) -> Codec | None:
+    """How rows are stored under a press, and with what the call said.
+
+    Raises:
+        CachepressError: if both the press and the call say something.
+    """
+    given, own = Codec.of(storage), press.storage
+    if given is not None and own is not None:
+        raise CachepressError(
+            f"{press!r} says how rows are stored: got storage={storage!r} besides, leave it out"
+        )
+    return own if given is None else given
+
+
+def _reads_all(store: Store) -> bool:
+    """Whether the forward reads every row even if it is of one token: a chunk, or a replay."""
+    chunked = any(observation.chunk is not None for observation in _ACTIVE)
+    return chunked or isinstance(_WATCHED.get(store), _Look)
 
 
 def _question(press: "BasePress", question: int | Sequence[int] | None) -> list[int] | None:
@@ -771,6 +845,23 @@ def _attention_modules(decoder: PreTrainedModel) -> list[nn.Module]:
     """The attention modules of full-attention layers, and what else carries such an index."""
     full = {index for index, is_full in enumerate(_full_attention(decoder.config)) if is_full}
     return [m for m in decoder.modules() if getattr(m, "layer_idx", None) in full]
+
+
+def _last_layer(decoder: PreTrainedModel) -> nn.Module:
+    """The last of the decoder's layers, whose output is the last hidden states before the norm."""
+    n = len(_full_attention(decoder.config))
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+    if not lists:
+        raise UnsupportedError(
+            f"the layers of {type(decoder).__name__} were not found: presses that need gradients "
+            "cannot be used with it"
+        )
+    return lists[0][-1]
+
+
+def _first(output: object) -> Tensor:
+    """The tensor that a module answers, alone or as the first of several."""
+    return output[0] if isinstance(output, tuple) else output  # type: ignore
 
 
 def _rotary_modules(decoder: PreTrainedModel) -> list[CosSin]:

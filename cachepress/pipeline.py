@@ -111,8 +111,10 @@ class Answers:
     Attributes:
         texts: one answer a question.
         context_tokens: tokens of the context, the chat template's part included.
-        cache: what the cache saw and holds after compression, before the first question.
+        cache: what the cache saw and holds after compression, before the first question; under a
+            press that looks at the question, what the last one's cache does.
         prefill_seconds: time of the context's forward, compression included; 0 if it was reused.
+            Under a press that looks at the question, of all forwards, one for each question.
         decode_seconds: time of all questions and answers.
         decode_tokens: tokens of all answers.
     """
@@ -123,6 +125,23 @@ class Answers:
     prefill_seconds: float
     decode_seconds: float
     decode_tokens: int
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A prompt that is read at once, and what is asked on it.
+
+    Attributes:
+        ids: ``[1, T]``.
+        question: tokens at its end that are the question; None where the press does not ask.
+        question_ids: what follows, for each answer.
+        limits: most new tokens of each answer.
+    """
+
+    ids: Tensor
+    question: int | None
+    question_ids: list[Tensor]
+    limits: list[int]
 
 
 class KVPressTextGenerationPipeline(Pipeline):
@@ -198,30 +217,35 @@ class KVPressTextGenerationPipeline(Pipeline):
         generation: Mapping[str, object] | None = None,
     ) -> dict:
         prompt, options = input_tensors["prompt"], input_tensors["options"]
-        cache, seconds = read_context(
-            self.model,
-            prompt.context_ids,
-            press,
-            cache,
-            chunk_size=prefill_chunk_size,
-            mode=prefill_mode,
-            storage=storage,
-            tokenizer=self.tokenizer,
-        )
-        size = size_of(cache)
-        start = time.perf_counter()
+        tokens: list[list[int]] = []
+        prefill_seconds = decode_seconds = 0.0
         decoding = press is not None and press.schedule.decodes
-        # The press acts on the answers only if it is made for that, and never on the questions.
-        with press(self.model, turns="first") if press and decoding else nullcontext():
-            tokens = self.generate_answer(
-                cache, prompt.question_ids, options.limits, generation or {}
+        for reading in _readings(prompt, options, press, cache):
+            held, seconds = read_context(
+                self.model,
+                reading.ids,
+                press,
+                cache,
+                chunk_size=prefill_chunk_size,
+                mode=prefill_mode,
+                storage=storage,
+                question=reading.question,
+                tokenizer=self.tokenizer,
             )
+            size, start = size_of(held), time.perf_counter()
+            # The press acts on answers only if it is made for that, and never on questions.
+            with press(self.model, turns="first") if press and decoding else nullcontext():
+                tokens += self.generate_answer(
+                    held, reading.question_ids, reading.limits, generation or {}
+                )
+            prefill_seconds += seconds
+            decode_seconds += time.perf_counter() - start
         answers = Answers(
             texts=[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens],
             context_tokens=prompt.context_ids.shape[1],
             cache=size,
-            prefill_seconds=seconds,
-            decode_seconds=time.perf_counter() - start,
+            prefill_seconds=prefill_seconds,
+            decode_seconds=decode_seconds,
             decode_tokens=sum(len(ids) for ids in tokens),
         )
         return {"answers": answers, "one": options.questions is None}
@@ -264,6 +288,32 @@ class KVPressTextGenerationPipeline(Pipeline):
         else:
             result = {"answers": answers.texts}
         return {**result, "stats": answers} if return_stats else result
+
+
+def _readings(
+    prompt: Prompt, options: PromptOptions, press: BasePress | None, cache: Cache | None
+) -> list[_Reading]:
+    """The context once for all questions, or with each of them if the press looks at questions."""
+    if press is None or not press.needs.question:
+        return [_Reading(prompt.context_ids, None, prompt.question_ids, options.limits)]
+    if not all(asked.strip() for asked in options.asked):
+        raise CachepressError(
+            f"{press!r} chooses by the question, and there is none: give question or questions, "
+            "and do not move it into the context"
+        )
+    if cache is not None and len(prompt.question_ids) > 1:
+        raise CachepressError(
+            f"{press!r} needs a cache for each question: ask one, or pass no cache"
+        )
+    return [
+        _Reading(
+            torch.cat([prompt.context_ids, ids[:, :-1]], dim=1),
+            max(1, ids.shape[1] - 1),
+            [ids[:, -1:]],
+            [limit],
+        )
+        for ids, limit in zip(prompt.question_ids, options.limits, strict=True)
+    ]
 
 
 def make_prompt(
@@ -310,6 +360,7 @@ def read_context(
     chunk_size: int | None = None,
     mode: str = "exact",
     storage: str | Codec = "full",
+    question: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Cache, float]:
     """Read a context ``[1, T]`` under a press, unless the cache holds it already.
@@ -322,6 +373,7 @@ def read_context(
         chunk_size: tokens that are computed at once; None for all.
         mode: "exact" or "online", see ``cachepress.prefill``.
         storage: "full", "int8", "int4", or a Codec.
+        question: tokens at the end that are the question, for presses that look at it.
         tokenizer: the model's tokenizer, for presses that replay.
 
     Returns:
@@ -347,6 +399,7 @@ def read_context(
         chunk_size=chunk_size,
         mode=mode,
         storage=storage,
+        question=question,
         tokenizer=tokenizer,
     )
     if model.device.type == "cuda":

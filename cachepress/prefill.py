@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
 from cachepress.errors import CachepressError
-from cachepress.hf import Observation, cache_argument
+from cachepress.hf import Observation, cache_argument, codec_of
 from cachepress.presses.base import BasePress
 from cachepress.stores import Codec
 
@@ -42,7 +42,8 @@ def prefill(
         mode: "exact" compresses when the last chunk is read, with the outcome of one go. "online"
             compresses after each chunk, down to the budget of what was read so far, which bounds
             keys and values as well; later tokens then never see the dropped rows.
-        storage: how kept rows are stored: "full", "int8", "int4", or a ``Codec``.
+        storage: how kept rows are stored: "full" for as they are, or as the press says; "int8",
+            "int4", "int2", or a ``Codec``.
         question: tokens at the end of the prompt that are the question, one number or one for each
             sequence; for presses that ask for it.
         tokenizer: for presses that replay; None for the one that lies where the model came from.
@@ -99,6 +100,8 @@ def check_prefill(
         raise CachepressError(f"prefill mode: got {mode!r}, wanted one of {', '.join(MODES)}")
     if Codec.of(storage) is not None and press is None:
         raise CachepressError(f"storage={storage!r} needs a press: KnormPress(0.0) keeps all rows")
+    if press is not None:
+        codec_of(press, storage)
     if chunk_size is None:
         if mode == "online":
             raise CachepressError("online prefill compresses chunk by chunk: give a chunk size")

@@ -85,6 +85,11 @@ class EvaluationConfig:
             )
         if not 0 < self.fraction <= 1:
             raise CachepressError(f"fraction: got {self.fraction}, wanted 0 < fraction <= 1")
+        if self.query_aware and self.sees_question:
+            raise CachepressError(
+                f"query_aware moves the question into the context, and {self.press} looks for it "
+                "where it is: leave query_aware out"
+            )
         check_prefill(press, self.prefill_chunk_size, self.prefill_mode, self.storage)
         for name in ("max_new_tokens", "max_context_length"):
             value = getattr(self, name)
@@ -93,6 +98,12 @@ class EvaluationConfig:
         if self.log_level.upper() not in LOG_LEVELS:
             wanted = ", ".join(LOG_LEVELS)
             raise CachepressError(f"log_level: got {self.log_level!r}, wanted one of {wanted}")
+
+    @property
+    def sees_question(self) -> bool:
+        """Whether the press looks at the question whether or not it is moved."""
+        press = self.make_press()
+        return press is not None and press.needs.question
 
     def make_press(self) -> BasePress | None:
         """The press at its ratio; None for no press."""

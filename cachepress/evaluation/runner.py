@@ -228,7 +228,7 @@ class EvaluationRunner:
         }
         metrics = {
             "scorer": scorer_name,
-            "query_aware": self.config.query_aware,
+            "query_aware": self.config.query_aware or self.config.sees_question,
             "score": asdict(estimate(list(scored["score"]), list(scored["context_number"]))),
             "tasks": tasks,
             **_costs(list(records.values()), self._model[0].device),

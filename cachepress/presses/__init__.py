@@ -14,9 +14,11 @@ from cachepress.presses.decoding import (
 )
 from cachepress.presses.decoding import DecodingPress as DecodingPress
 from cachepress.presses.expected_attention import ExpectedAttentionPress as ExpectedAttentionPress
+from cachepress.presses.finch import FinchPress as FinchPress
 from cachepress.presses.key_rerotation import KeyRerotationPress as KeyRerotationPress
 from cachepress.presses.keydiff import KeyDiffPress as KeyDiffPress
 from cachepress.presses.knorm import KnormPress as KnormPress
+from cachepress.presses.kvgrad import KVgradPress as KVgradPress
 from cachepress.presses.kvzip import KVzipPress as KVzipPress
 from cachepress.presses.observed_attention import ObservedAttentionPress as ObservedAttentionPress
 from cachepress.presses.per_layer import PerLayerCompressionPress as PerLayerCompressionPress

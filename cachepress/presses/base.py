@@ -90,6 +90,18 @@ class BasePress:
         """Most decoded queries that are held between two settles."""
         return self.needs.queries
 
+    @property
+    def storage(self) -> Codec | None:
+        """How kept rows are stored; None for as they are, or as the call says."""
+        return None
+
+    def reads(self, depth: int) -> int | None:
+        """Pages of settled rows that a decoded token reads in each head of a layer; None for all.
+
+        ``depth`` is the rank of the layer among those that are compressed.
+        """
+        return None
+
     def score(self, view: LayerView) -> Tensor:
         """Worth of each row, ``[B, H, T]``; the highest are kept."""
         raise NotImplementedError(f"{type(self).__name__} has no score")
@@ -164,9 +176,9 @@ class BasePress:
         Args:
             model: a transformers decoder model.
             turns: "all" settles after every forward of several tokens, "first" after the first.
-            storage: how kept rows are stored: "full", "int8", "int4", or a ``Codec``. Keys are
-                quantized by channel, values by token; the newest 64 rows of a head stay as they
-                are.
+            storage: how kept rows are stored: "full" for as they are, or as the press says;
+                "int8", "int4", "int2", or a ``Codec``. Keys are quantized by channel, values by
+                token; the newest 64 rows of a head stay as they are.
             question: tokens at the end of the prompt that are the question, one number or one for
                 each sequence; for presses that ask for it.
             tokenizer: for presses that replay; None for the one where the model came from.
@@ -272,6 +284,15 @@ class WrapperPress(BasePress):
     def buffer(self) -> int:
         """The inner press's buffer."""
         return self.press.buffer
+
+    @property
+    def storage(self) -> Codec | None:
+        """How the inner press stores rows."""
+        return self.press.storage
+
+    def reads(self, depth: int) -> int | None:
+        """The pages that the inner press reads."""
+        return self.press.reads(depth)
 
     @property
     def compression_ratio(self) -> float | None:

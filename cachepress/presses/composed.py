@@ -15,6 +15,7 @@ from cachepress.errors import CachepressError
 from cachepress.presses.base import BasePress
 from cachepress.replay import Replay, ReplayView
 from cachepress.schedules import AfterPrefill
+from cachepress.stores import Codec
 from cachepress.view import LayerView, Needs
 
 
@@ -63,6 +64,8 @@ class ComposedPress(BasePress, alias="composed"):
                 "a row holds one number for the next time, and more than one of the presses leaves "
                 "one: compose one of them with presses that do not"
             )
+        if sum(press.storage is not None for press in presses) > 1:
+            raise CachepressError("more than one of the presses says how rows are stored: keep one")
         reduce(or_, (press.needs for press in presses))  # Raises where they cannot be combined.
 
     @property
@@ -103,6 +106,16 @@ class ComposedPress(BasePress, alias="composed"):
     def rewrites(self) -> bool:
         """Whether one of the presses stores rows anew."""
         return any(press.rewrites for press in self.presses)
+
+    @property
+    def storage(self) -> Codec | None:
+        """How the press that says so stores rows."""
+        return next((press.storage for press in self.presses if press.storage), None)
+
+    def reads(self, depth: int) -> int | None:
+        """The fewest pages that one of the presses reads."""
+        found = (press.reads(depth) for press in self.presses)
+        return min((pages for pages in found if pages is not None), default=None)
 
     @property
     def replay(self) -> Replay | None:

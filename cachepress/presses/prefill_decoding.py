@@ -54,6 +54,11 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
         return _Both(self.prefilling_press, self.decoding_press)
 
     @property
+    def compacts(self) -> bool:
+        """Whether one of them rotates keys."""
+        return self._first.compacts or self._second.compacts
+
+    @property
     def replay(self) -> Replay | None:
         """What the press for prompts wants repeated."""
         return self._first.replay

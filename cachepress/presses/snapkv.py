@@ -1,7 +1,8 @@
 """SnapKV: what the end of the prompt looks at."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,22 +18,25 @@ class SnapKVPress(ScorerPress, alias="snapkv"):
 
     Li et al., "SnapKV: LLM Knows What You Are Looking for Before Generation" (arXiv:2404.14469).
     Needs the last ``window_size`` queries; attention is averaged over them, smoothed along the
-    text by average pooling, and averaged over the query heads of a KV head.
+    text by pooling, and averaged over the query heads of a KV head.
+    Best for prompts that end with the question.
 
     Attributes:
         window_size: queries at the end of the prompt that vote; their rows always stay.
-        kernel_size: rows that the smoothing averages over, an odd number.
+        kernel_size: rows that the smoothing pools, an odd number.
+        pooling: "avg" for the mean of those rows, "max" for the highest.
     """
 
     window_size: int = 64
     kernel_size: int = 5
+    pooling: str = field(default="avg", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self, "window_size")
-        check_count(self, "kernel_size")
-        if self.kernel_size % 2 == 0:
-            raise CachepressError(f"kernel_size: got {self.kernel_size}, wanted an odd number")
+        check_kernel(self, self.kernel_size)
+        if self.pooling not in ("avg", "max"):
+            raise CachepressError(f'pooling: got {self.pooling!r}, wanted "avg" or "max"')
 
     @property
     def needs(self) -> Needs:
@@ -41,7 +45,33 @@ class SnapKVPress(ScorerPress, alias="snapkv"):
 
     def score(self, view: LayerView) -> Tensor:
         """Smoothed attention from the window, ``[B, H, T]``."""
-        votes = view.window_attention(self.window_size).mean(2)  # [B, H, T]
-        votes[..., -view.last_queries(self.window_size).shape[-2] :] = 0
-        smooth = F.avg_pool1d(votes, self.kernel_size, stride=1, padding=self.kernel_size // 2)
+        votes = view.window_attention(self.window_size)  # [B, H, G, T]
+        votes = votes.masked_fill(in_window(view, self.window_size).unsqueeze(2), 0)
+        smooth = pool(votes, self.kernel_size, self.pooling).mean(2)
         return pin_window(smooth, view, self.window_size)
+
+
+def check_kernel(press: ScorerPress, size: int) -> None:
+    """Raise unless ``size``, the press's ``kernel_size``, is an odd number of rows."""
+    check_count(press, "kernel_size")
+    if size % 2 == 0:
+        raise CachepressError(f"kernel_size: got {size}, wanted an odd number")
+
+
+def in_window(view: LayerView, n: int) -> Tensor:
+    """Which rows are those of the last ``n`` queries of the turn, ``[B, 1, T]``.
+
+    Fewer than ``n`` where the turn of a sequence was shorter.
+    """
+    if view.voters is None:
+        raise TypeError("the press did not declare queries in its needs")
+    t = view.valid.shape[-1]
+    age = torch.arange(t - 1, -1, -1, device=view.valid.device)
+    return age < view.voters[:, -n:].sum(-1)[:, None, None]
+
+
+def pool(x: Tensor, kernel_size: int, pooling: str) -> Tensor:
+    """``x [B, H, G, T]`` smoothed along the rows; beyond the first and the last there is zero."""
+    pooled = F.max_pool1d if pooling == "max" else F.avg_pool1d
+    smooth = pooled(x.flatten(0, 1), kernel_size, stride=1, padding=kernel_size // 2)
+    return smooth.view_as(x)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cachepress.forward import Rows
 from cachepress.ops.ragged_attention import PAGE, DensePart, Layout, PagedPart, Part
+from cachepress.ops.ragged_attention.parts import LOWEST, apart, of_channels, together
 from cachepress.stores.codec import Codec, Quantized
 
 
@@ -28,6 +29,8 @@ class Block:
         rope: ``[P, C]`` position that each key is rotated to; None where it is the position.
         carried: ``[P, C]`` what a press left with each row; None for no row.
         channels: ``[B * H, D']`` the channels of the keys that are stored, ascending; None for all.
+        bounds: ``[P, 2, D']`` the lowest and the highest number of each channel of a page's keys;
+            None where nobody asks. Quantized keys know their own.
         width: channels of a key, stored or not.
     """
 
@@ -40,6 +43,7 @@ class Block:
     carried: Tensor | None = None
     channels: Tensor | None = None
     width: int = 0
+    bounds: Tensor | None = None
 
     def __post_init__(self) -> None:
         # The index is made with the block, so that the bytes are there from the start.
@@ -52,8 +56,12 @@ class Block:
         mask: Tensor,
         codec: Codec | None = None,
         channels: Tensor | None = None,
+        bounded: bool = False,
     ) -> "Block":
-        """The rows of ``mask [B, H, T]``, in their order, with some ``channels [B, H, D]``."""
+        """The rows of ``mask [B, H, T]``, in their order, with some ``channels [B, H, D]``.
+
+        ``bounded`` says that the keys of each page get bounds.
+        """
         b, h, _ = mask.shape
         layout = Layout(tuple(mask.sum(-1).flatten().tolist()), mask.device)
         slots = layout.slots
@@ -79,6 +87,7 @@ class Block:
             carried=None if rows.carried is None else paged(rows.carried.float()),
             channels=None if chosen is None else chosen.flatten(0, 1),
             width=rows.keys.shape[-1],
+            bounds=_bounds(keys, positions >= 0) if bounded and codec is None else None,
         )
 
     def rows(self) -> Rows:
@@ -120,6 +129,62 @@ class Block:
         keys, values = (self._spans(x)[:, :, :n].flatten(0, 1) for x in (keys, values))
         return DensePart(keys, values, bias, self.channels)
 
+    @property
+    def bounded(self) -> bool:
+        """Whether bounds of the keys of each page are known."""
+        return self.bounds is not None or isinstance(self.keys, Quantized)
+
+    def worth(self, query: Tensor, mask: Tensor | None) -> Tensor:
+        """The most that a row of each page can be worth to a query, ``[X, pages]``.
+
+        The highest product of a query with keys within the page's bounds, over all queries of the
+        span; lowest where a span has no page, or ``mask`` hides all of it.
+
+        Args:
+            query: ``[X, M, D]``.
+            mask: added to the logits, ``[B', 1, S]`` over text columns; None if all are visible.
+        """
+        layout, spans = self.layout, len(self.layout.lengths)
+        bounds = self.keys.bounds() if isinstance(self.keys, Quantized) else self.bounds
+        assert bounds is not None
+        bounds = bounds.flatten(1).to(query.dtype)  # [P, 2 * D']
+        queries = of_channels(together(query, spans), self.channels)
+        signed = torch.cat([queries.clamp(max=0), queries.clamp(min=0)], dim=-1)
+        if layout.even is not None:
+            products = torch.bmm(signed, bounds.view(spans, -1, bounds.shape[-1]).mT)
+        else:
+            each = torch.bmm(signed.index_select(0, layout.span), bounds.unsqueeze(-1))
+            products = each.new_full((spans, signed.shape[1], layout.most_pages), LOWEST)
+            products[layout.span, :, layout.page] = each.squeeze(-1)
+        worth = apart(products, query.shape[0]).amax(1)
+        if mask is None:
+            return worth
+        visible = self._bias(mask).view(*worth.shape, PAGE).amax(-1) > LOWEST
+        return worth.masked_fill(~visible, LOWEST)
+
+    def part_of(self, chosen: Tensor, mask: Tensor | None) -> DensePart:
+        """The rows of the ``chosen`` pages ``[X, pages]`` of each span, as attention reads them.
+
+        ``mask`` is that of ``worth``.
+        """
+        spans, width = len(chosen), int(chosen.sum(-1).max())
+        real, rank = chosen.int().topk(width, dim=-1)
+        first = self.layout.first_page.repeat(spans // len(self.layout.lengths))
+        pages = torch.where(real > 0, first[:, None] + rank, 0).flatten()
+        keys, values = (_decoded(_paged(x, lambda x: x[pages])) for x in (self.keys, self.values))
+        positions = (
+            self.positions[pages].view(spans, width, PAGE).masked_fill(real[..., None] == 0, -1)
+        )
+        positions = positions.view(-1, self.shape[1], width * PAGE)
+        bias = torch.zeros(positions.shape, device=positions.device)[:, :, None, None]
+        bias = bias if mask is None else _of_columns(mask, positions)
+        bias = bias.masked_fill(positions[:, :, None, None] < 0, LOWEST)
+        channels = self.channels
+        if channels is not None:
+            channels = channels.repeat(spans // len(channels), 1)
+        keys, values = (x.view(spans, width * PAGE, -1) for x in (keys, values))
+        return DensePart(keys, values, bias, channels)
+
     def select(self, sequences: Tensor) -> "Block":
         """The block of some of the sequences ``[B']``, which may repeat."""
         b, h = self.shape
@@ -142,6 +207,7 @@ class Block:
             rope=None if self.rope is None else self.rope[pages],
             carried=None if self.carried is None else self.carried[pages],
             channels=None if self.channels is None else self._channels_of(wanted),
+            bounds=None if self.bounds is None else self.bounds[pages],
         )
 
     def join(self, other: "Block") -> "Block":
@@ -159,11 +225,14 @@ class Block:
             keys=_joined(self.keys, other.keys, joined),
             values=_joined(self.values, other.values, joined),
             positions=joined(self.positions, other.positions),
+            bounds=None
+            if self.bounds is None or other.bounds is None
+            else joined(self.bounds, other.bounds),
         )
 
     def tensors(self) -> Sequence[Tensor]:
         """Everything that is allocated."""
-        others = (self.positions, self.rope, self.carried, self.channels)
+        others = (self.positions, self.rope, self.carried, self.channels, self.bounds)
         columns = [x for x in others if x is not None]
         for x in (self.keys, self.values):
             columns += x.tensors() if isinstance(x, Quantized) else [x]
@@ -206,7 +275,10 @@ def _of_columns(mask: Tensor, positions: Tensor) -> Tensor:
 
 def _indices(channels: Tensor) -> Tensor:
     """The chosen of ``channels [B, H, D]``, as many in every head, ``[B, H, D']``."""
-    return channels.nonzero()[:, -1].view(*channels.shape[:2], -1)
+    with torch.inference_mode(False):
+        # A copy, because a view would hold the indices of the heads as well.
+        chosen = channels.nonzero()[:, -1].clone()
+    return chosen.view(*channels.shape[:2], -1)
 
 
 def _picked(keys: Tensor, chosen: Tensor | None) -> Tensor:
@@ -214,6 +286,16 @@ def _picked(keys: Tensor, chosen: Tensor | None) -> Tensor:
     if chosen is None:
         return keys
     return keys.gather(-1, chosen.unsqueeze(2).expand(-1, -1, keys.shape[2], -1))
+
+
+def _bounds(keys: Tensor | Quantized, used: Tensor) -> Tensor:
+    """Lowest and highest number of each channel of pages ``[P, C, D]``, in the slots in use."""
+    assert isinstance(keys, Tensor)
+    hidden = ~used.unsqueeze(-1)
+    with torch.inference_mode(False), torch.no_grad():
+        low = keys.masked_fill(hidden, float("inf")).amin(1)
+        high = keys.masked_fill(hidden, float("-inf")).amax(1)
+        return torch.stack([low, high], dim=1)
 
 
 def _decoded(x: Tensor | Quantized) -> Tensor:

@@ -9,7 +9,9 @@ from torch import Tensor
 from cachepress.errors import CachepressError
 from cachepress.ops.ragged_attention import PAGE
 
-STORAGES = ("full", "int8", "int4")
+STORAGES = ("full", "int8", "int4", "int2")
+VALUE_GROUP = 32
+"""Channels of a value that share a scale where there are only 2 bits."""
 
 
 @dataclass(frozen=True)
@@ -17,22 +19,28 @@ class Codec:
     """How kept rows are stored.
 
     Attributes:
-        bits: of a number, 8 or 4.
+        bits: of a number, 8, 4 or 2.
         residual: newest rows of each head that stay in full precision.
+        value_group: channels of a value that share a scale, the last ones fewer where they do not
+            come out even; None for all channels.
     """
 
     bits: int
     residual: int = 64
+    value_group: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise CachepressError(f"bits: got {self.bits!r}, wanted 4 or 8")
+        if self.bits not in (2, 4, 8):
+            raise CachepressError(f"bits: got {self.bits!r}, wanted 2, 4 or 8")
         if not isinstance(self.residual, int) or self.residual < 0:
             raise CachepressError(f"residual: got {self.residual!r}, wanted a number of rows")
+        group = self.value_group
+        if group is not None and (not isinstance(group, int) or group < 1):
+            raise CachepressError(f"value_group: got {group!r}, wanted a number of channels")
 
     @classmethod
     def of(cls, storage: "str | Codec") -> "Codec | None":
-        """The codec of "int8" or "int4"; None for "full".
+        """The codec of "int8", "int4" or "int2"; None for "full".
 
         Raises:
             CachepressError: for another name.
@@ -41,7 +49,10 @@ class Codec:
             return storage
         if storage not in STORAGES:
             raise CachepressError(f"storage: got {storage!r}, wanted one of {', '.join(STORAGES)}")
-        return None if storage == "full" else cls(int(storage[3:]))
+        if storage == "full":
+            return None
+        bits = int(storage[3:])
+        return cls(bits, value_group=VALUE_GROUP if bits == 2 else None)
 
     def encode_keys(self, pages: Tensor, used: Tensor) -> "Quantized":
         """Pages ``[P, C, D]`` with a scale for each channel of a page.
@@ -55,31 +66,38 @@ class Codec:
         return self._encode(pages, low, high)
 
     def encode_values(self, pages: Tensor) -> "Quantized":
-        """Pages ``[P, C, E]`` with a scale for each row."""
+        """Pages ``[P, C, E]`` with a scale for each group of channels of a row."""
         self.check(pages.shape[-1])
-        low, high = (f(pages.float(), dim=-1, keepdim=True) for f in (torch.amin, torch.amax))
-        return self._encode(pages, low, high)
+        groups = pages.float().split(self.value_group or pages.shape[-1], dim=-1)
+        low = torch.stack([group.amin(-1) for group in groups], dim=-1)
+        high = torch.stack([group.amax(-1) for group in groups], dim=-1)
+        return self._encode(pages, low, high, self.value_group)
 
     def row_bytes(self, key_size: int, value_size: int) -> float:
         """Bytes of a row of a head, its share of the scales included."""
         numbers = (key_size + value_size) * self.bits / 8
-        return numbers + 4 * key_size / PAGE + 4
+        groups = -(-value_size // (self.value_group or value_size))
+        return numbers + 4 * key_size / PAGE + 4 * groups
 
     def check(self, size: int) -> None:
         """Raise unless vectors of this size can be packed."""
-        if self.bits == 4 and size % 2:
-            raise CachepressError(f"int4 storage packs pairs of channels: got {size} channels")
+        packed = 8 // self.bits
+        if size % packed:
+            raise CachepressError(
+                f"int{self.bits} storage packs {packed} channels into a byte: got {size} channels"
+            )
 
-    def _encode(self, pages: Tensor, low: Tensor, high: Tensor) -> "Quantized":
+    def _encode(
+        self, pages: Tensor, low: Tensor, high: Tensor, group: int | None = None
+    ) -> "Quantized":
         steps = 2**self.bits - 1
         zero = low.half()
         scale = ((high - zero.float()) / steps).clamp(min=1e-7).half()
         scale = torch.where(scale == 0, torch.full_like(scale, 1e-7), scale)
-        codes = ((pages.float() - zero.float()) / scale.float()).round_().clamp_(0, steps)
-        codes = codes.to(torch.uint8)
-        if self.bits == 4:
-            codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-        return Quantized(codes, scale, zero, self.bits, pages.dtype)
+        each_zero, each_scale = (_each(x.float(), group, pages.shape[-1]) for x in (zero, scale))
+        codes = ((pages.float() - each_zero) / each_scale).round_().clamp_(0, steps)
+        codes = _packed(codes.to(torch.uint8), self.bits)
+        return Quantized(codes, scale, zero, self.bits, pages.dtype, group)
 
 
 @dataclass(frozen=True)
@@ -87,11 +105,12 @@ class Quantized:
     """Pages of numbers in few bits.
 
     Attributes:
-        codes: ``[P, C, D]`` uint8, or ``[P, C, D / 2]`` with two numbers in each.
-        scale: float16, what a step is worth, ``[P, 1, D]`` or ``[P, C, 1]``.
+        codes: ``[P, C, D * bits / 8]`` uint8, with as many numbers in each as it has room for.
+        scale: float16, what a step is worth, ``[P, 1, D]``, or ``[P, C, groups]``.
         zero: float16, what code 0 stands for, in the shape of ``scale``.
         bits: of a number.
         dtype: what was encoded.
+        group: channels that share a scale; None for a scale that is broadcast.
     """
 
     codes: Tensor
@@ -99,13 +118,20 @@ class Quantized:
     zero: Tensor
     bits: int
     dtype: torch.dtype
+    group: int | None = None
 
     def decode(self) -> Tensor:
         """The pages ``[P, C, D]``."""
-        codes = self.codes
-        if self.bits == 4:
-            codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-        return torch.addcmul(self.zero.float(), codes.float(), self.scale.float()).to(self.dtype)
+        codes = _unpacked(self.codes, self.bits)
+        zero, scale = (
+            _each(x.float(), self.group, codes.shape[-1]) for x in (self.zero, self.scale)
+        )
+        return torch.addcmul(zero, codes.float(), scale).to(self.dtype)
+
+    def bounds(self) -> Tensor:
+        """The lowest and the highest number that keys of each page can be, ``[P, 2, D]``."""
+        low = self.zero.float()
+        return torch.cat([low, low + self.scale.float() * (2**self.bits - 1)], dim=1)
 
     def pages(self, change: Callable[[Tensor], Tensor]) -> "Quantized":
         """The same with other pages: ``change`` is applied to everything ``[P, ...]``."""
@@ -116,3 +142,25 @@ class Quantized:
     def tensors(self) -> list[Tensor]:
         """Everything that is allocated."""
         return [self.codes, self.scale, self.zero]
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """Numbers ``[P, C, D]`` of a few bits, as many in a byte as it has room for, lowest first."""
+    step = 8 // bits
+    packed = codes[..., 0::step]
+    for i in range(1, step):
+        packed = packed | (codes[..., i::step] << (bits * i))
+    return packed
+
+
+def _unpacked(codes: Tensor, bits: int) -> Tensor:
+    """The numbers ``[P, C, D]`` of packed bytes."""
+    if bits == 8:
+        return codes
+    most = 2**bits - 1
+    return torch.stack([(codes >> i) & most for i in range(0, 8, bits)], dim=-1).flatten(-2)
+
+
+def _each(x: Tensor, group: int | None, size: int) -> Tensor:
+    """A number for each of ``size`` channels, from one for each group of them."""
+    return x if group is None else x.repeat_interleave(group, dim=-1)[..., :size]

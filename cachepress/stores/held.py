@@ -9,6 +9,7 @@ from cachepress.forward import Rows
 from cachepress.masks import TextMask
 from cachepress.ops import AttentionRule
 from cachepress.ops.ragged_attention import Part, ragged_attention
+from cachepress.ops.ragged_attention.parts import LOWEST
 from cachepress.stores.block import Block
 from cachepress.stores.tail import TailRows
 
@@ -23,6 +24,7 @@ class Held:
         seen: text columns seen.
         batch: number of sequences.
         known: ``[B, S]`` of the settled text columns, those that are tokens; None if all.
+        reads: pages of the blocks that one query reads in each head; None for all.
     """
 
     blocks: tuple[Block, ...]
@@ -30,6 +32,7 @@ class Held:
     seen: int
     batch: int
     known: Tensor | None
+    reads: int | None = None
 
     @property
     def start(self) -> int:
@@ -91,16 +94,45 @@ class Held:
         """Attention of ``query [B, H * G, n, D]`` over everything, ``[B, n, H * G, E]``.
 
         The rows of the tail end with those of the queries. Rows that sequences share are read
-        once for all of them.
+        once for all of them. One query reads the pages that matter to it, if there are ``reads``.
         """
         b, hq, n, d = query.shape
         bias = mask.of_rows(self.start, self.known)
-        parts: list[Part] = [block.part(bias) for block in self.blocks]
+        if self.reads is None or n > 1:
+            parts: list[Part] = [block.part(bias) for block in self.blocks]
+        else:
+            spans = query.float().reshape(b * self.heads, -1, d)
+            parts = self._chosen_parts(spans, bias, self.reads)
         if self.tail is not None:
             parts.append(self.tail.part(mask.of_columns(self.start, self.seen, query.device)))
         grouped = query.reshape(b, self.heads, hq // self.heads, n, d)
         out = ragged_attention(grouped, parts, rule)
         return out.view(b, hq, n, -1).transpose(1, 2).to(query.dtype).contiguous()
+
+    def whole(self) -> "Held":
+        """The same, with every page read."""
+        return replace(self, reads=None)
+
+    def _chosen_parts(self, query: Tensor, mask: Tensor | None, reads: int) -> list[Part]:
+        """Parts with the pages of each span that promise most to ``query [X, G, D]``.
+
+        Every span reads its last page, and all of blocks whose keys have no bounds.
+        """
+        blocks = [block for block in self.blocks if block.bounded and block.layout.n_pages]
+        if sum(block.layout.most_pages for block in blocks) <= reads:
+            return [block.part(mask) for block in self.blocks]
+        parts = [block.part(mask) for block in self.blocks if not block.bounded]
+        worth = torch.cat([block.worth(query, mask) for block in blocks], dim=1)  # [X, pages]
+        real = worth > LOWEST
+        rank = torch.arange(worth.shape[1], device=worth.device).expand_as(worth)
+        last = rank.masked_fill(~real, -1).amax(-1, keepdim=True)
+        worth = worth.masked_fill(rank == last, float("inf"))
+        best = worth.topk(reads, dim=-1).indices
+        chosen = torch.zeros_like(real).scatter_(-1, best, True) & real
+        some = chosen.split([block.layout.most_pages for block in blocks], dim=1)
+        return parts + [
+            block.part_of(pages, mask) for block, pages in zip(blocks, some, strict=True)
+        ]
 
     def _expanded(self, rows: Rows) -> Rows:
         """A shared table as one of every sequence."""

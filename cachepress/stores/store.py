@@ -39,6 +39,7 @@ class Store(CacheLayerMixin):
         bytes_before: bytes held just before rows were last dropped; None if none were.
         known: ``[B, S]`` which of the settled text columns are tokens; None if all.
         codec: how kept rows are stored; None for as they are.
+        reads: pages of settled rows that a decoded token reads in each head; None for all.
         looked_at: text columns seen when a press last looked at the rows.
         trace: what a press noted since.
     """
@@ -57,6 +58,7 @@ class Store(CacheLayerMixin):
         self.looked_at = 0
         self.trace: Trace | None = None
         self.codec: Codec | None = None
+        self.reads: int | None = None
         self._encoded = False
         self.known: Tensor | None = None
         self.bytes_before: int | None = None
@@ -105,7 +107,7 @@ class Store(CacheLayerMixin):
         if not self.is_initialized:
             raise CachepressError("the store is empty: run a forward with it first")
         tail = None if self._tail is None else self._tail.read()
-        return Held(self._blocks, tail, self._seen, self._batch, self.known)
+        return Held(self._blocks, tail, self._seen, self._batch, self.known, self.reads)
 
     @property
     def nbytes(self) -> int:
@@ -123,12 +125,12 @@ class Store(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write the rows of a forward, and hand out what attention reads them by."""
-        fresh = (key_states, value_states) if not self._seen else None
+        new = (key_states, value_states)
         self._append(key_states, value_states)
-        keys = RowsHandle.of(self, self.held, fresh, key_states)
+        keys = RowsHandle.of(self, self.held, new, key_states)
         if key_states.shape == value_states.shape:
             return keys, keys
-        return keys, RowsHandle.of(self, keys.held, fresh, value_states)
+        return keys, RowsHandle.of(self, keys.held, new, value_states)
 
     def keep(
         self,
@@ -154,12 +156,14 @@ class Store(CacheLayerMixin):
     @property
     def recodes(self) -> bool:
         """Whether rows that are kept are stored in another form than they came in."""
-        return self.codec is not None
+        return self.codec is not None or self.reads is not None
 
     def row_bytes(self, rows: Rows, compacts: bool, carries: bool = False) -> RowBytes:
         """Bytes that the kept rows of a head need: keys, values, positions, what is carried."""
         d, e = rows.keys.shape[-1], rows.values.shape[-1]
-        full = d * rows.keys.element_size() + e * rows.values.element_size()
+        key = d * rows.keys.element_size()
+        full = key + e * rows.values.element_size()
+        full += 0 if self.reads is None else 2 * key / PAGE
         positions = POSITION_BYTES * (1 + (compacts or rows.rope is not None) + carries)
         if self.codec is None:
             return RowBytes(full + positions, 0)
@@ -176,7 +180,7 @@ class Store(CacheLayerMixin):
         if self._tail is not None and self._tail.n > SLACK:
             self._freeze()
         forked = copy.copy(self)
-        forked._tail = copy.deepcopy(self._tail)
+        forked._tail = None if self._tail is None else self._tail.copy()
         if self.trace is not None:
             forked.trace = self.trace.select(torch.arange(self._batch))
         return forked
@@ -224,9 +228,9 @@ class Store(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything but how rows are stored."""
-        codec = self.codec
+        codec, reads = self.codec, self.reads
         self.__init__()
-        self.codec = codec
+        self.codec, self.reads = codec, reads
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: buffers are made when the first rows arrive."""
@@ -280,8 +284,8 @@ class Store(CacheLayerMixin):
                     "the same number, or a cache of one sequence, which is shared by all"
                 )
             self.reorder_cache(torch.zeros(batch, dtype=torch.long))
-        if self.codec is not None and self._settled_at:
-            self._encode_tail(self.codec)
+        if (self.codec is not None or self.reads is not None) and self._settled_at:
+            self._page_tail()
         if self._tail is None:
             self._tail = Tail.of(keys, values)
         else:
@@ -293,7 +297,7 @@ class Store(CacheLayerMixin):
         assert self._tail is not None
         rows = self._tail.read().rows(self._seen)
         mask = torch.ones(rows.keys.shape[:3], dtype=torch.bool, device=rows.keys.device)
-        self._blocks, self._tail = (*self._blocks, Block.of(rows, mask)), None
+        self._blocks, self._tail = (*self._blocks, self._block(rows, mask)), None
         self._encoded = False
 
     def _blocks_of(
@@ -301,22 +305,29 @@ class Store(CacheLayerMixin):
     ) -> tuple[Block, ...]:
         """The rows of ``mask [B, H, T]`` as they are stored."""
         if self.codec is None:
-            return (Block.of(rows, mask, channels=channels),)
+            return (self._block(rows, mask, None, channels),)
         rank = mask.flip(-1).cumsum(-1).flip(-1)  # 1 for the last row that stays
         newest = mask & (rank <= self.codec.residual)
         old = mask & ~newest
-        blocks = [Block.of(rows, old, self.codec, channels)] if bool(old.any()) else []
-        return (*blocks, Block.of(rows, newest, channels=channels))
+        blocks = [self._block(rows, old, self.codec, channels)] if bool(old.any()) else []
+        return (*blocks, self._block(rows, newest, None, channels))
 
-    def _encode_tail(self, codec: Codec) -> None:
-        """Quantize the oldest rows of a tail that is longer than the residual, by full pages."""
-        n = 0 if self._tail is None else (self._tail.n - codec.residual) // PAGE * PAGE
+    def _block(
+        self, rows: Rows, mask: Tensor, codec: Codec | None = None, channels: Tensor | None = None
+    ) -> Block:
+        """The rows of ``mask [B, H, T]`` as one block."""
+        return Block.of(rows, mask, codec, channels, self.reads is not None)
+
+    def _page_tail(self) -> None:
+        """Put the oldest rows of a tail that is longer than the residual into pages, full ones."""
+        residual = SLACK if self.codec is None else self.codec.residual
+        n = 0 if self._tail is None else (self._tail.n - residual) // PAGE * PAGE
         if n <= 0 or self._tail is None:
             return
         rows = self._tail.read().rows(self._seen)
         some = torch.ones(rows.keys.shape[:3], dtype=torch.bool, device=rows.keys.device)
         some[:, :, n:] = False
-        block = Block.of(rows, some, codec)
+        block = self._block(rows, some, self.codec)
         if self._encoded:
             block, self._blocks = self._blocks[-1].join(block), self._blocks[:-1]
         self._blocks, self._encoded = (*self._blocks, block), True

@@ -47,6 +47,11 @@ class Tail:
         """The rows as they are now; rows that are appended later do not show."""
         return TailRows(self.keys[:, :, : self.n], self.values[:, :, : self.n])
 
+    def copy(self) -> "Tail":
+        """A tail with rows of its own."""
+        rows = self.read()
+        return Tail.of(rows.keys, rows.values)
+
     def select(self, sequences: Tensor) -> "Tail":
         """A tail of some of the sequences ``[B']``, which may repeat."""
         rows = self.read()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from math import floor
 
 import cachepress as cp
@@ -9,6 +10,7 @@ from cachepress.presses.base import BasePress, ScorerPress, WrapperPress, all_pr
 
 SMALL = {
     cp.ExpectedAttentionPress: {"n_future_positions": 32},
+    cp.KVgradPress: {"layerwise": True, "chunk_size": 16},
     cp.KVzipPress: {"layerwise": True, "chunk_size": 16},
     cp.SnapKVPress: {"window_size": 6},
 }
@@ -19,13 +21,14 @@ LAYERS, HEADS = 4, 2
 def every_scorer(ratio: float) -> list[ScorerPress]:
     """One of each scorer that the package defines, with the same count in every layer."""
     kinds = {k for k in all_presses(ScorerPress) if k.__module__.startswith("cachepress.")}
-    kinds = sorted(kinds - {cp.PyramidKVPress}, key=name_of)
+    kinds = sorted({k for k in kinds if k.alias} - {cp.PyramidKVPress}, key=name_of)
     return [k(compression_ratio=ratio, **SMALL.get(k, {})) for k in kinds]
 
 
 def every_press(ratio: float) -> list[ScorerPress]:
-    """Those of them with the same count in every head."""
-    return [press for press in every_scorer(ratio) if press.budget.scope == "head"]
+    """Those of them with the same count in every head, which need to be told nothing."""
+    scorers = every_scorer(ratio)
+    return [p for p in scorers if p.budget.scope == "head" and not p.needs.question]
 
 
 def name_of(press: object) -> str:
@@ -84,14 +87,14 @@ WRAPPERS: dict[str, Wrapper] = {
 }
 NEEDS_QUERIES = (
     "ExpectedAttentionPress",
+    "FinchPress",
     "ObservedAttentionPress",
     "SnapKVPress",
     "TOVAPress",
 )
-UNSUPPORTED = {(name, "BlockPress") for name in NEEDS_QUERIES} | {
-    ("KVzipPress", "DecodingPress"),
-    ("KVzipPress", "CompressionRatioDecodingPress"),
-}
+REPLAYS = ("KVgradPress", "KVzipPress")
+DECODES = ("DecodingPress", "CompressionRatioDecodingPress")
+UNSUPPORTED = {(name, "BlockPress") for name in NEEDS_QUERIES} | set(product(REPLAYS, DECODES))
 """Pairs of a scorer and a wrapper that are refused when they are built."""
 
 

@@ -41,6 +41,7 @@ FACTORS = [
 ]
 LENGTHS = (41, 26, 23)
 CHUNK = 12
+QUESTION = 3
 
 
 def combinations():
@@ -84,6 +85,7 @@ def compress(press, ids, mask, going, storage="full", mode="exact"):
         chunk_size=chunk,
         mode=mode,
         storage=STORAGES[storage],
+        question=QUESTION,
     )
 
 
@@ -182,7 +184,7 @@ def test_ratio_0_equals_no_press(scorer, wrapper):
     ids = tokens(40)
     plain, cache = DynamicCache(), DynamicCache()
     wanted = forward(model(), plain, input_ids=ids).logits
-    with build(scorer, wrapper, ratio=0.0)(model()):
+    with build(scorer, wrapper, ratio=0.0)(model(), question=QUESTION):
         assert torch.equal(forward(model(), cache, input_ids=ids).logits, wanted)
         for step in range(12):
             ours = forward(model(), cache, input_ids=tokens(1, seed=step)).logits
@@ -202,7 +204,7 @@ def test_online_chunks_and_a_second_turn_end_at_the_same_counts(scorer, wrapper)
     _counts_are_exact(cache, scorer, wrapper, texts)
     _positions_rise(cache, ids)
     cache, ids = DynamicCache(), tokens(40)
-    with press(model()):
+    with press(model(), question=QUESTION):
         forward(model(), cache, input_ids=ids[:, :23])
         forward(model(), cache, input_ids=ids[:, 23:])
     _counts_are_exact(cache, scorer, wrapper, [ids])

@@ -6,7 +6,8 @@ from transformers import DynamicCache, pipeline
 
 import cachepress as cp
 from cachepress.cache import stores
-from cachepress.presses.kvzip import FIRST, LATER, KVzipPress
+from cachepress.presses.kvzip import KVzipPress
+from cachepress.presses.replaying import FIRST, LATER
 from tests.tiny import tiny, tokenizer, tokens, words
 from tests.tiny_cache import forward, kept
 

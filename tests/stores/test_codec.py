@@ -12,7 +12,7 @@ from tests.tiny_cache import allocated, forward, kept
 PRESS = cp.AdaKVPress(cp.KnormPress(0.5))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 def test_numbers_are_off_by_half_a_step_at_most(bits):
     pages = (
         torch.randn(5, 32, 16)
@@ -32,7 +32,7 @@ def test_numbers_are_off_by_half_a_step_at_most(bits):
     assert ((values - pages).abs() <= limit[..., None]).all()
 
 
-@pytest.mark.parametrize(("storage", "most"), [("int8", 0.40), ("int4", 0.27)])
+@pytest.mark.parametrize(("storage", "most"), [("int8", 0.40), ("int4", 0.27), ("int2", 0.21)])
 def test_bytes_are_measured_and_small(storage, most):
     model, ids = tiny(), tokens(500)
     full = cp.prefill(model, ids, cp.KnormPress(0.0))
@@ -87,7 +87,7 @@ def test_forks_share_quantized_rows_and_a_second_turn_is_compressed():
     assert stores(one)[0].codec == Codec(4)
 
 
-@pytest.mark.parametrize("bad", ["int2", "", 4])
+@pytest.mark.parametrize("bad", ["int3", "", 4])
 def test_an_unknown_storage_is_refused(bad):
     with pytest.raises(cp.CachepressError, match="storage: got"):
         PRESS(tiny(), storage=bad)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cachepress.ops.ragged_attention.layout import PAGE, Layout
 
-_LOWEST = torch.finfo(torch.float32).min
+LOWEST = torch.finfo(torch.float32).min
 
 
 class Spans(NamedTuple):
@@ -101,7 +101,7 @@ class DensePart:
 
     def logits(self, query: Tensor, softcap: float | None) -> Tensor:
         """Logits ``[X, M, N]``; shared keys are read once for all sequences."""
-        queries = _of_channels(together(query, self.keys.shape[0]), self.channels)
+        queries = of_channels(together(query, self.keys.shape[0]), self.channels)
         products = torch.bmm(queries, self.keys.to(query.dtype).mT)
         return apart(_capped(products, softcap), query.shape[0])
 
@@ -148,13 +148,13 @@ class PagedPart:
     def logits(self, query: Tensor, softcap: float | None) -> Tensor:
         """Logits ``[X, M, N]``, where N is the number of slots of the longest span."""
         layout, spans = self.layout, len(self.layout.lengths)
-        queries = _of_channels(together(query, spans), self.channels)
+        queries = of_channels(together(query, spans), self.channels)
         pages = queries.index_select(0, layout.span)
         products = torch.bmm(pages, self.keys.to(query.dtype).mT)
         products = _capped(products, softcap)
         unused = layout.last_bias.expand(-1, products.shape[1], -1)
         products.index_add_(0, layout.last_page, unused)  # [P, M, C]
-        columns = products.new_full((spans, products.shape[1], layout.most_pages, PAGE), _LOWEST)
+        columns = products.new_full((spans, products.shape[1], layout.most_pages, PAGE), LOWEST)
         columns[layout.span, :, layout.page] = products
         return apart(columns.flatten(2), query.shape[0])
 
@@ -168,7 +168,7 @@ class PagedPart:
         return apart(total, weights.shape[0])
 
 
-def _of_channels(queries: Tensor, channels: Tensor | None) -> Tensor:
+def of_channels(queries: Tensor, channels: Tensor | None) -> Tensor:
     """Queries ``[X, M, D]`` with the channels ``[X, D']`` only."""
     if channels is None:
         return queries

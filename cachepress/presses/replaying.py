@@ -1,0 +1,80 @@
+"""What presses share that let the model repeat its context."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cachepress.budgets import TopK, pin_sinks
+from cachepress.ops import attention_weights
+from cachepress.presses.base import ScorerPress, check_count
+from cachepress.replay import Replay, ReplayView
+from cachepress.view import LayerView, Needs
+
+FIRST = "\n\nRepeat the text above, word for word."
+LATER = "\n\nRepeat the text above, word for word, from where it says:"
+
+
+@dataclass(frozen=True)
+class _ReplayPress(ScorerPress):
+    """A press whose scores are what the model reads while it repeats the prompt.
+
+    Attributes:
+        layerwise: whether every layer gets the same share, so that only its heads compete.
+        n_sink: first rows, which always stay.
+        chunk_size: tokens that are repeated in one forward.
+    """
+
+    layerwise: bool = False
+    n_sink: int = 4
+    chunk_size: int = 2048
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "n_sink", least=0)
+        check_count(self, "chunk_size")
+
+    @property
+    def needs(self) -> Needs:
+        """Nothing of the prompt's own forward."""
+        return Needs()
+
+    @property
+    def budget(self) -> TopK:
+        """The best rows of the model, or of each layer."""
+        return replace(super().budget, scope="layer" if self.layerwise else "model")
+
+    @property
+    def carries(self) -> bool:
+        """Whether rows can be dropped, so that the others must keep their scores."""
+        return self.with_ratio(0.0) != self
+
+    @property
+    def replay(self) -> Replay | None:
+        """The whole prompt, unless nothing will be dropped."""
+        return Replay(self.chunk_size, self.n_sink, FIRST, LATER) if self.carries else None
+
+    def replayed(self, view: ReplayView) -> Tensor:
+        """The most attention, weighed, that each row of the chunk receives, ``[H, chunk]``."""
+        of_rows, of_queries = self.weights(view)
+        peaks = torch.zeros((), device=view.keys.device)
+        for some, weights in attention_weights(view.queries, view.keys, view.valid, view.rule):
+            weights = weights[..., view.chunk] * of_queries[:, None, None, some, None]
+            peaks = torch.maximum(peaks, weights.amax(-2) * of_rows)  # [1, H, G, chunk]
+        return peaks.amax(2)[0]
+
+    def weights(self, view: ReplayView) -> tuple[Tensor, Tensor]:
+        """Factors of the chunk's rows ``[1, H or 1, G or 1, chunk or 1]`` and of the queries."""
+        one = torch.ones(1, 1, device=view.keys.device)
+        return one[None, None], one.expand(1, view.queries.shape[3])
+
+    def score(self, view: LayerView) -> Tensor:
+        """What the replay showed, ``[B, H, T]``."""
+        return pin_sinks(self.carry(view), view, self.n_sink)
+
+    def carry(self, view: LayerView) -> Tensor:
+        """The score of each row, from this turn's replay or from an earlier one."""
+        noted = view.noted
+        if noted is None:
+            noted = torch.full_like(view.index, float("nan"), dtype=torch.float32)
+        return noted if view.carried is None else torch.where(noted.isnan(), view.carried, noted)
