@@ -6,7 +6,7 @@ OLDEST := 5.10.1
 NEWEST := 5.24.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test laws bench lint types clean
+.PHONY: demo test laws bench presses lint types clean
 
 demo: $(VENV)/ready
 	$(BIN)/cachepress demo
@@ -22,6 +22,9 @@ laws: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/cachepress bench --lengths 8192 --steps 40 --repeats 1 --presses "KnormPress(0.0)" \
 		"SnapKVPress(0.5)" "AdaKVPress(SnapKVPress(0.9))"
+
+presses: $(VENV)/ready
+	$(BIN)/cachepress presses --page docs/presses.md
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -11,11 +11,12 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pydoc_data import topics
+from unittest import mock
 
 import torch
 import transformers
@@ -314,19 +315,22 @@ def _timed_step(model: PreTrainedModel, token: Tensor, cache: Cache) -> float:
 
 @contextmanager
 def _timed_notes() -> Iterator[list[float]]:
-    """Collects the seconds that noting and settling take, layer by layer."""
-    real, spent = hf.note, []
+    """Collects the seconds that noting, replaying and settling take."""
+    spent: list[float] = []
 
-    def timed(*args: object) -> None:
-        start = time.perf_counter()
-        real(*args)  # type: ignore
-        spent.append(time.perf_counter() - start)
+    def timed(real: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: object) -> None:
+            start = time.perf_counter()
+            real(*args)
+            spent.append(time.perf_counter() - start)
 
-    hf.note = timed
-    try:
+        return call
+
+    with (
+        mock.patch.object(hf, "note", timed(hf.note)),
+        mock.patch.object(hf.Observation, "replay", timed(hf.Observation.replay)),
+    ):
         yield spent
-    finally:
-        hf.note = real
 
 
 @contextmanager

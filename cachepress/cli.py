@@ -90,6 +90,14 @@ def _presses(options: dict[str, object]) -> None:
     from cachepress.presses import ScorerPress
     from cachepress.spec import aliases
 
+    path, length = options.pop("page"), options.pop("length")
+    if path is not None:
+        from cachepress.bench import BenchOptions
+        from cachepress.catalogue import measure, write_page
+
+        _log("INFO")
+        write_page(path, measure(BenchOptions(lengths=(length,), **options), 0.5))
+        return
     known = list(aliases().values())
     for kind in (k for k in known if issubclass(k, ScorerPress)):
         _print_press(kind)
@@ -146,9 +154,17 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--fetch", action="store_true", help="fetch what is not there yet")
     models.set_defaults(command=_models)
     _bench_parser(commands)
-    presses = commands.add_parser("presses", help="list the presses with their options")
-    presses.set_defaults(command=_presses)
+    _presses_parser(commands)
     return parser
+
+
+def _presses_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    p = commands.add_parser("presses", help="list the presses with their options")
+    p.add_argument("--page", metavar="FILE", help="write the page of all presses (Markdown)")
+    p.add_argument("--length", type=int, default=2048, help="tokens to measure with (2048)")
+    p.add_argument("--steps", type=int, default=20, help="tokens to decode (20)")
+    p.add_argument("--repeats", type=int, default=3, help="repeats of everything (3)")
+    p.set_defaults(command=_presses)
 
 
 def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -338,7 +338,7 @@ class Observation:
             )
         self._ids.append(ids)
 
-    def _replay(self) -> None:
+    def replay(self) -> None:
         """Let the model repeat what it read, then settle the layers with what that showed."""
         layers, cache, ids = self._unreplayed, self._cache, torch.cat(self._ids, dim=1)
         replay = layers[0].press.replay
@@ -436,7 +436,7 @@ class Observation:
         if output is not None:
             with torch.inference_mode(False), torch.no_grad():
                 if self._unreplayed:
-                    self._replay()
+                    self.replay()
                 for press, layers in self._pending.items():
                     settle_together(press, layers)
         self._end_forward()

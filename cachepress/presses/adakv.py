@@ -13,7 +13,8 @@ class AdaKVPress(WrapperPress, alias="adakv"):
 
     Feng et al., "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient
     LLM Inference" (arXiv:2407.11550). Every head really holds its own number of rows. Needs what
-    the inner press needs; the scores of different heads must be comparable.
+    the inner press needs; the scores of different heads must be comparable. Best for scores that
+    are shares of attention.
 
     Attributes:
         press: the press that scores.

@@ -18,7 +18,7 @@ class BlockPress(WrapperPress, alias="block"):
 
     The way KeyDiff is meant for devices with little memory (Park et al., arXiv:2504.15364), but
     after the fact: attention was full. Rows that lost once never come back. For presses that need
-    only keys, values and positions.
+    only keys, values and positions. Best for finding out what ``prefill_mode="online"`` would keep.
 
     Attributes:
         press: the press that scores.

@@ -16,7 +16,8 @@ class ChunkPress(WrapperPress, alias="chunk"):
 
     The budget is shared out in proportion to the chunks' lengths, and exact in total. A press that
     looks at queries sees those of the chunk; chunks of an earlier turn, whose queries are gone,
-    are scored by the queries of this one. Needs what the inner press needs, for all queries.
+    are scored by the queries of this one. Needs what the inner press needs, for all queries. Best
+    for contexts of many parts that are all asked about.
 
     Attributes:
         press: the press that scores.

@@ -36,7 +36,8 @@ class _Chain:
 class ComposedPress(BasePress, alias="composed"):
     """Lets several presses choose, each among the rows that the one before it left.
 
-    Two presses at 0.5 remove three quarters. Needs what all of them need.
+    Two presses at 0.5 remove three quarters. Needs what all of them need. Best for combining what
+    one press drops with what another one drops, rows and channels.
 
     Attributes:
         presses: the presses, the first one first.

@@ -21,7 +21,8 @@ class CriticalKVPress(WrapperPress, alias="critical"):
     Feng et al., "Identify Critical KV Cache in LLM Inference from an Output Perturbation
     Perspective" (arXiv:2502.03805). A first stage keeps the best rows by the inner score; the rest
     of the budget goes to the highest (score + epsilon) * |W_O v|_1. Scores below zero are lifted,
-    so that the product keeps their order. Needs the output projection.
+    so that the product keeps their order. Needs the output projection. Best for a gain in quality
+    around any attention score.
 
     Attributes:
         press: the press that scores; a budget that heads of a layer compete for is honoured in
@@ -63,7 +64,8 @@ class CriticalKVPress(WrapperPress, alias="critical"):
 class CriticalAdaKVPress(WrapperPress, alias="critical_adakv"):
     """CriticalKV in a layer whose heads compete: ``CriticalKVPress(AdaKVPress(press))``.
 
-    Feng et al. (arXiv:2502.03805 and arXiv:2407.11550). Needs the output projection.
+    Feng et al. (arXiv:2502.03805 and arXiv:2407.11550). Needs the output projection. Best for
+    high ratios around any attention score.
 
     Attributes:
         press: the press that scores.

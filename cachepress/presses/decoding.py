@@ -51,7 +51,7 @@ class DecodingPress(_WhileDecodingPress, alias="decoding"):
     When the prompt is read, and then whenever ``compression_interval`` tokens were decoded, the
     cache is brought down to ``target_size`` rows: it never holds more than both together. Decoded
     queries are those that attention used, so their positions are the true ones. Needs what the
-    inner press needs.
+    inner press needs. Best for long answers in bounded memory.
 
     Attributes:
         press: the press that scores; its own ratio does not count.
@@ -86,7 +86,7 @@ class DecodingPress(_WhileDecodingPress, alias="decoding"):
 class CompressionRatioDecodingPress(_WhileDecodingPress, alias="compression_ratio_decoding"):
     """Keeps the cache of a running generation at a fraction of what it has seen.
 
-    Needs what the inner press needs.
+    Needs what the inner press needs. Best for long answers whose memory may grow, but slower.
 
     Attributes:
         press: the press that scores; its own ratio does not count.

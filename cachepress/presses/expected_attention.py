@@ -19,7 +19,7 @@ class ExpectedAttentionPress(ScorerPress, alias="expected_attention"):
     Queries Distribution" (arXiv:2510.00636). Queries before RoPE are taken as Gaussian with the
     moments of the prompt's own queries; rotated by the average rotation of the positions to come,
     the expectation of ``exp(q k)`` has a closed form. Needs the moments of the queries and the
-    layer's rotary embedding.
+    layer's rotary embedding. Best for contexts that are compressed before anything is asked.
 
     Attributes:
         n_future_positions: positions after the prompt that the rotation is averaged over.

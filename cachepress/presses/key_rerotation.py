@@ -12,7 +12,7 @@ class KeyRerotationPress(WrapperPress, alias="key_rerotation"):
 
     The distance from a kept row to the next query is then its rank from the end, as if the dropped
     rows had never been there; the positions of the tokens to come stay what they are. Needs the
-    layer's rotary embedding.
+    layer's rotary embedding. Best for contexts near the length that the model was trained for.
 
     Attributes:
         press: the press that chooses the rows.

@@ -14,7 +14,8 @@ class KeyDiffPress(ScorerPress, alias="keydiff"):
     """Keeps the rows whose keys point away from the mean direction of all keys.
 
     Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in
-    Resource-Constrained Environments" (arXiv:2504.15364). Needs nothing but keys.
+    Resource-Constrained Environments" (arXiv:2504.15364). Needs nothing but keys. Best for
+    prompts that are read in chunks and compressed after each.
     """
 
     def score(self, view: LayerView) -> Tensor:

@@ -13,7 +13,7 @@ class KnormPress(ScorerPress, alias="knorm"):
     """Keeps the rows whose keys have the smallest L2 norm.
 
     Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression"
-    (arXiv:2406.11430). Needs nothing but keys.
+    (arXiv:2406.11430). Needs nothing but keys. Best for a first try: it costs next to nothing.
     """
 
     def score(self, view: LayerView) -> Tensor:

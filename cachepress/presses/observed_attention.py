@@ -14,7 +14,8 @@ class ObservedAttentionPress(ScorerPress, alias="observed_attention"):
 
     A prefill form of the accumulated score of Zhang et al., "H2O: Heavy-Hitter Oracle for
     Efficient Generative Inference of Large Language Models" (arXiv:2306.14048). Needs the
-    attention sums, which cost about one more attention pass; no T x T matrix is made.
+    attention sums, which cost about one more attention pass; no T x T matrix is made. Best for
+    comparison with methods that look at less.
     """
 
     @property

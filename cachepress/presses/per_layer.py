@@ -12,7 +12,9 @@ from cachepress.presses.base import WrapperPress, counted
 
 @dataclass(frozen=True)
 class PerLayerCompressionPress(WrapperPress, alias="per_layer"):
-    """Gives every layer a ratio of its own. Needs what the inner press needs.
+    """Gives every layer a ratio of its own.
+
+    Needs what the inner press needs. Best for models whose layers were measured one by one.
 
     Attributes:
         press: the press that scores; its own ratio does not count.

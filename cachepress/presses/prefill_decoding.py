@@ -16,6 +16,8 @@ from cachepress.view import Needs
 class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
     """One press for prompts and another one for decoding.
 
+    Needs what both need. Best for long prompts with long answers.
+
     Attributes:
         prefilling_press: compresses prompts; None leaves them whole.
         decoding_press: a ``DecodingPress`` or ``CompressionRatioDecodingPress`` that compresses

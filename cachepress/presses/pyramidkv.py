@@ -13,7 +13,7 @@ class PyramidKVPress(SnapKVPress, alias="pyramidkv"):
 
     Cai et al., "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling"
     (arXiv:2406.02069). The total over the layers is exactly that of equal budgets. Needs the last
-    ``window_size`` queries.
+    ``window_size`` queries. Best for models whose first layers spread their attention.
 
     Attributes:
         beta: the last layer gets 1 / beta of the average, but at least the window.

@@ -21,7 +21,8 @@ class RandomPress(ScorerPress, alias="random"):
     """Keeps random rows; every layer and head draws its own, every run draws the same.
 
     A row's score depends on the seed, the layer, the head and the row's place in its own text
-    only, so padding, neighbours in a batch and chunks do not change it.
+    only, so padding, neighbours in a batch and chunks do not change it. Best for a floor that every
+    method has to beat.
 
     Attributes:
         seed: another seed gives another choice.

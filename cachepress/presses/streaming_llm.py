@@ -14,7 +14,7 @@ class StreamingLLMPress(ScorerPress, alias="streaming_llm"):
     """Keeps the first rows of the text and the newest ones.
 
     Xiao et al., "Efficient Streaming Language Models with Attention Sinks" (arXiv:2309.17453).
-    Needs nothing but positions.
+    Needs nothing but positions. Best for endless streams of which only the end matters.
 
     Attributes:
         n_sink: rows at the beginning that always stay.

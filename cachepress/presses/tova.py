@@ -13,7 +13,8 @@ from cachepress.view import LayerView, Needs
 class TOVAPress(ScorerPress, alias="tova"):
     """Keeps the rows that the last query attends to, the same ones in every head.
 
-    Oren et al., "Transformers are Multi-State RNNs" (arXiv:2401.06104). Needs the last query.
+    Oren et al., "Transformers are Multi-State RNNs" (arXiv:2401.06104). Needs the last query. Best
+    for decoding, token by token.
     """
 
     @property

@@ -1,0 +1,196 @@
+"""The page of all presses, made from their classes and from a measurement."""
+
+import inspect
+import json
+import re
+import statistics
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tabulate import tabulate
+
+from cachepress.bench import BenchOptions, run_bench
+from cachepress.budgets import Threshold
+from cachepress.errors import CachepressError
+from cachepress.presses import BasePress, ScorerPress, SnapKVPress
+from cachepress.spec import NO_PRESS, aliases, parse
+from cachepress.view import EVERY
+
+_RATIOS = [0.4, 0.6] * 15
+EXAMPLES: dict[str, str] = {
+    "block": "BlockPress(KeyDiffPress({ratio}))",
+    "composed": "ComposedPress([SnapKVPress(0.3), KnormPress(0.3)])",
+    "per_layer": f"PerLayerCompressionPress(SnapKVPress(), {_RATIOS})",
+    "prefill_decoding": "PrefillDecodingPress(SnapKVPress({ratio}), DecodingPress(KnormPress()))",
+}
+"""Spellings for classes that need more than a ratio or an inner press to stand for them."""
+COLUMNS = ("press", "what it does", "paper", "looks at", "frees", "best for")
+MEASURED = ("press", "spelling", "prefill +%", "bytes", "step")
+
+
+def example(kind: type[BasePress], ratio: float) -> BasePress:
+    """A press of a class, at a ratio where it has one."""
+    text = EXAMPLES.get(str(kind.alias))
+    if text is not None:
+        press = parse(text.format(ratio=ratio))
+        assert press is not None
+        return press
+    if issubclass(kind, ScorerPress):
+        return kind(ratio)
+    made = getattr(kind, "example", None)
+    if made is not None:
+        return made(ratio)
+    needed = [f.name for f in fields(kind) if f.default is MISSING]  # type: ignore
+    press = kind(**dict.fromkeys(needed, SnapKVPress(ratio)))
+    try:
+        return press.with_ratio(ratio)
+    except CachepressError:
+        return press
+
+
+def facts(kind: type[BasePress]) -> tuple[str, ...]:
+    """A line of the page about a class, as its docstring and its answers say."""
+    press, text = example(kind, 0.5), inspect.getdoc(kind) or ""
+    first, _, rest = text.partition("\n\n")
+    body = " ".join(rest.partition("Attributes:\n")[0].split())
+    best = re.search(r"Best for (.*?)\.(?: |$)", body)
+    papers = re.findall(r"arXiv:(\d{4}\.\d{5})", body)
+    return (
+        f"`{kind.alias}` {kind.__name__}",
+        " ".join(first.split()).rstrip(".").replace("``", "`"),
+        ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers),
+        _looks_at(press),
+        _frees(press),
+        best[1].replace("``", "`") if best else "",
+    )
+
+
+def page(measured: Mapping[str, object] | None) -> str:
+    """The page as Markdown.
+
+    Args:
+        measured: what ``measure`` gave; None to leave the measurement out.
+    """
+    kinds = list(aliases().values())
+    parts = [
+        "# The presses\n",
+        "This page is made by `make presses`, from the classes and from a measurement.\n",
+        tabulate([facts(kind) for kind in kinds], COLUMNS, tablefmt="github"),
+    ]
+    if measured is not None:
+        parts.append(_measured_part(measured))
+    return "\n".join(parts) + "\n"
+
+
+def measure(options: BenchOptions, ratio: float) -> dict[str, object]:
+    """Time every press at a ratio, interleaved in one run.
+
+    Presses that do not fit the model, or that have to be trained for it first, are left out, and
+    the reason is kept.
+    """
+    from cachepress.models import load
+
+    model, _ = load(options.model, dtype=options.dtype, device=options.device)
+    spellings, left_out = {}, {}
+    for alias, kind in aliases().items():
+        try:
+            press = example(kind, ratio)
+            press.for_model(model)
+        except CachepressError as error:
+            left_out[alias] = str(error)
+        else:
+            spellings[alias] = repr(press)
+    result = run_bench(BenchOptions(**{**vars(options), "presses": list(spellings.values())}))
+    return {**result, "aliases": list(spellings), "left_out": left_out}
+
+
+def write_page(path: str, measured: Mapping[str, object] | None) -> None:
+    """Write the page, and beside it what it was made from."""
+    target = Path(path)
+    with TemporaryDirectory(dir=target.parent) as folder:
+        draft = Path(folder) / target.name
+        draft.write_text(page(measured), encoding="utf-8")
+        if measured is not None:
+            data = Path(folder) / "data.json"
+            data.write_text(json.dumps(measured) + "\n", encoding="utf-8")
+            data.replace(target.with_suffix(".json"))
+        draft.replace(target)
+
+
+def _measured_part(measured: Mapping[str, object]) -> str:
+    cells: list[dict] = measured["cells"]  # type: ignore
+    base = next(cell for cell in cells if cell["press"] == NO_PRESS)
+    options: dict = measured["options"]  # type: ignore
+    rows = []
+    for alias, cell in zip(measured["aliases"], cells[1:], strict=True):  # type: ignore
+        shares = [s / (p - s) for p, s in zip(cell["prefill"], cell["scoring"], strict=True)]
+        rows.append(
+            (
+                f"`{alias}`",
+                f"`{cell['press']}`",
+                f"{100 * statistics.median(shares):.1f}",
+                f"{cell['held'] / base['held']:.2f}",
+                f"{statistics.median(cell['decode']) / statistics.median(base['decode']):.2f}",
+            )
+        )
+    lines = [
+        "\n## Measured\n",
+        f"{measured['machine']}; {options['lengths'][0]} tokens of English, "
+        f"{options['steps']} decoded tokens in turns with the others, "
+        f"{options['repeats']} repeats, medians. Prefill: what the press adds to the forward. "
+        "Bytes and the time of a decoded token: of those without a press, which hold "
+        f"{base['held'] / 2**20:.0f} MiB and take "
+        f"{1000 * statistics.median(base['decode']):.0f} ms.\n",
+        tabulate(rows, MEASURED, tablefmt="github", disable_numparse=True),
+    ]
+    left_out: dict[str, str] = measured["left_out"]  # type: ignore
+    if left_out:
+        lines.append("\nNot measured:\n")
+        lines += [f"- `{alias}`: {reason}" for alias, reason in left_out.items()]
+    return "\n".join(lines)
+
+
+def _looks_at(press: BasePress) -> str:
+    """What a press asks to see, in words."""
+    needs, found = press.needs, []
+    if needs.question:
+        found.append("the question's queries")
+    if needs.queries:
+        found.append(_queries(needs.queries))
+    words = {
+        "attention_sums": "attention sums",
+        "attention_peaks": "attention peaks",
+        "rotary": "the rotary embedding",
+        "projection": "the output projection",
+        "hidden": "hidden states",
+    }
+    found += [text for name, text in words.items() if getattr(needs, name)]
+    if needs.moments_after is not None:
+        found.append("moments of the queries")
+    if press.replay is not None:
+        gradient = " with gradients" if press.replay.gradient else ""
+        found.append(f"a replay of the prompt{gradient}")
+    return ", ".join(found) or "the rows only"
+
+
+def _queries(n: int) -> str:
+    if n == 1:
+        return "the last query"
+    return "all queries" if n == EVERY else f"the last {n} queries"
+
+
+def _frees(press: BasePress) -> str:
+    """What becomes smaller, in words."""
+    if press.storage is not None:
+        return f"rows, and bits: {press.storage.bits} a number"
+    if press.reads(2) is not None:
+        return "nothing; fewer rows are read"
+    if isinstance(press.budget, Threshold):
+        return "rows, as many as its rule says"
+    own = {"head": "rows, as many in each head", "layer": "rows, each head its own number"}
+    text = own.get(press.budget.scope, "rows, each head of each layer its own number")
+    if type(press).channels is not BasePress.channels and press.rewrites and not press.carries:
+        return "channels of the keys"
+    return text
