@@ -9,10 +9,24 @@ import cachepress as cp
 from cachepress.presses.base import BasePress, ScorerPress, WrapperPress, all_presses
 
 SMALL = {
+    cp.CURPress: {"local_window_size": 4},
+    cp.CapPress: {"n_future_positions": 32},
+    cp.CompactorPress: {
+        "sink_size_start": 2,
+        "sink_size_end": 2,
+        "chunk_size": 8,
+        "sketch_dimension": 6,
+    },
+    cp.DefensiveKVPress: {"window_size": 6},
     cp.ExpectedAttentionPress: {"n_future_positions": 32},
     cp.KVgradPress: {"layerwise": True, "chunk_size": 16},
     cp.KVzipPress: {"layerwise": True, "chunk_size": 16},
+    cp.LagKVPress: {"lag_size": 6},
+    cp.LeverageScorePress: {"sketch_dimension": 6},
+    cp.NonCausalAttnPress: {"chunk_size": 8},
+    cp.RKVPress: {"window_size": 4},
     cp.SnapKVPress: {"window_size": 6},
+    cp.TriAttentionPress: {"window_size": 4, "max_distance": 64},
 }
 RATIO = 0.5
 LAYERS, HEADS = 4, 2
@@ -41,15 +55,22 @@ class Wrapper:
 
     Attributes:
         build: makes the press from a scorer and a ratio.
-        counts: rows of a head in each layer, on average where heads compete, for ``n`` tokens.
+        counts: rows of a head in each layer, on average where heads compete, for ``n`` tokens; None
+            where that depends on the text.
         scope: who competes; None for those who do under the scorer.
-        online: whether chunks end at the same counts as one go.
+        keys: whether kept keys are those of the text, but for rotation.
+        values: whether kept values are.
+        channels: channels of the keys that are stored, of 8.
+        stores: whether it says itself how rows are stored.
     """
 
     build: Callable[[ScorerPress, float], BasePress]
-    counts: Callable[[int], list[int]] = lambda n: [max(1, floor(n * RATIO))] * LAYERS
+    counts: Callable[[int], list[int]] | None = lambda n: [max(1, floor(n * RATIO))] * LAYERS
     scope: str | None = None
-    online: bool = True
+    keys: bool = True
+    values: bool = True
+    channels: int = 8
+    stores: bool = False
 
 
 def _layer_ratios(ratio: float) -> list[float]:
@@ -72,6 +93,24 @@ WRAPPERS: dict[str, Wrapper] = {
         lambda p, r: cp.ComposedPress([cp.KnormPress(r), p]),
         counts=lambda n: [max(1, floor(max(1, floor(n * RATIO)) * RATIO))] * LAYERS,
     ),
+    "CAMPress": Wrapper(
+        lambda p, r: cp.CAMPress(p, 8, TARGET if r else 10**6),
+        counts=lambda n: [min(n, TARGET)] * LAYERS,
+        values=False,
+    ),
+    "ChunkKVPress": Wrapper(lambda p, r: cp.ChunkKVPress(p, chunk_length=5)),
+    "EntropyGatedChunkKVPress": Wrapper(lambda p, r: cp.EntropyGatedChunkKVPress(p, 6, 2)),
+    "KIVIPress": Wrapper(
+        lambda p, r: cp.KIVIPress(p, residual=5), keys=False, values=False, stores=True
+    ),
+    "MergingPress": Wrapper(lambda p, r: cp.MergingPress(p), values=False),
+    "QuestPress": Wrapper(lambda p, r: cp.QuestPress(p, pages=1 if r else 99)),
+    "SimLayerKVPress": Wrapper(
+        lambda p, r: cp.SimLayerKVPress(0.1 if r else 1.0, n_recent=8), counts=None
+    ),
+    "ThinKPress": Wrapper(
+        lambda p, r: cp.ComposedPress([cp.ThinKPress(r, window_size=6), p]), keys=False, channels=4
+    ),
     "ChunkPress": Wrapper(lambda p, r: cp.ChunkPress(p, chunk_length=10)),
     "BlockPress": Wrapper(lambda p, r: cp.BlockPress(p, block_size=10)),
     "DecodingPress": Wrapper(
@@ -86,6 +125,13 @@ WRAPPERS: dict[str, Wrapper] = {
     ),
 }
 NEEDS_QUERIES = (
+    "CapPress",
+    "CompactorPress",
+    "DefensiveKVPress",
+    "H2OPress",
+    "NonCausalAttnPress",
+    "RKVPress",
+    "TriAttentionPress",
     "ExpectedAttentionPress",
     "FinchPress",
     "ObservedAttentionPress",
@@ -93,7 +139,7 @@ NEEDS_QUERIES = (
     "TOVAPress",
 )
 REPLAYS = ("KVgradPress", "KVzipPress")
-DECODES = ("DecodingPress", "CompressionRatioDecodingPress")
+DECODES = ("CAMPress", "DecodingPress", "CompressionRatioDecodingPress")
 UNSUPPORTED = {(name, "BlockPress") for name in NEEDS_QUERIES} | set(product(REPLAYS, DECODES))
 """Pairs of a scorer and a wrapper that are refused when they are built."""
 

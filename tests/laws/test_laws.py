@@ -18,6 +18,8 @@ from tests.tiny_cache import forward, kept, pressed
 
 PRESSES = every_press(0.5)
 by_name = pytest.mark.parametrize("press", PRESSES, ids=name_of)
+GATED = ("qwen3_next",)
+"""Architectures that change what attention gave before they project it."""
 by_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
@@ -48,6 +50,10 @@ def test_ratio_0_equals_no_press(name):
 @by_architecture
 @by_name
 def test_keeps_the_exact_count_in_order(name, press):
+    if press.needs.projection and name in GATED:
+        with pytest.raises(cp.UnsupportedError, match="output projection"):
+            pressed(tiny(name), press, tokens(41))
+        return
     cache = pressed(tiny(name), press, tokens(41, batch=2))
     for layer in kept(cache):
         for row in layer:
@@ -195,7 +201,7 @@ def test_bytes_reported_are_bytes_allocated(press):
     )
     size = size_of(cache)
     assert size.bytes_after == storage
-    row = 2 * 8 * 4 + 4
+    row = 2 * 8 * 4 + 4 + 4 * press.carries
     assert size.bytes_after == 4 * 2 * 128 * row
     assert (size.rows_seen, size.rows_held, size.ratio) == (1600, 800, 0.5)
 

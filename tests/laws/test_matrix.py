@@ -46,7 +46,11 @@ QUESTION = 3
 
 def combinations():
     every = product(*FACTORS) if os.environ.get("CACHEPRESS_LAWS") == "all" else AllPairs(FACTORS)
-    return [tuple(row) for row in every if (row[0], row[1]) not in UNSUPPORTED]
+    return [
+        tuple(row)
+        for row in every
+        if (row[0], row[1]) not in UNSUPPORTED and (row[2] == "full" or not WRAPPERS[row[1]].stores)
+    ]
 
 
 matrix = pytest.mark.parametrize(
@@ -97,14 +101,16 @@ def test_the_laws(scorer, wrapper, storage, going, company):
     _counts_are_exact(cache, scorer, wrapper, texts)
     _each_text_is_as_if_alone(cache, press, texts, ids)
     _positions_rise(cache, ids)
-    _bytes_are_those_allocated(cache, ids, storage)
+    _bytes_are_those_allocated(cache, ids, storage, WRAPPERS[wrapper])
     _attends_like_the_reference(cache, ids)
-    _rows_are_those_of_the_text(cache, ids, mask, press, storage)
+    _rows_are_those_of_the_text(cache, ids, mask, press, storage, WRAPPERS[wrapper])
     assert cp.parse(repr(press)) == press
 
 
 def _counts_are_exact(cache, scorer, wrapper, texts):
     promised = WRAPPERS[wrapper]
+    if promised.counts is None:
+        return
     scope = promised.scope or SCORERS[scorer].budget.scope
     lengths = torch.stack([store.lengths for store in stores(cache)])  # [layers, B, H]
     for b, text in enumerate(texts):
@@ -133,14 +139,19 @@ def _positions_rise(cache, ids):
                 assert head == sorted(set(head))
 
 
-def _bytes_are_those_allocated(cache, ids, storage):
+def _bytes_are_those_allocated(cache, ids, storage, wrapper):
     store_bytes = [allocated(store) for store in stores(cache)]
     assert cp.size_of(cache).bytes_after == allocated(stores(cache))
-    if storage == "full":
+    if storage == "full" and not wrapper.stores:
         for store, nbytes in zip(stores(cache), store_bytes, strict=True):
             rows, spans = int(store.lengths.sum()), store.lengths.numel()
             held = store.held.rows()
-            row = 2 * 8 * 4 + 4 + 4 * (held.rope is not None) + 4 * (held.carried is not None)
+            row = (
+                (8 + wrapper.channels) * 4
+                + 4
+                + 4 * (held.rope is not None)
+                + 4 * (held.carried is not None)
+            )
             index = 16 * (rows // PAGE + spans) + 160 * spans + ids.numel()
             assert rows * row <= nbytes <= (rows + (PAGE - 1) * spans) * row + index
 
@@ -162,7 +173,7 @@ def _attends_like_the_reference(cache, ids):
         )
 
 
-def _rows_are_those_of_the_text(cache, ids, mask, press, storage):
+def _rows_are_those_of_the_text(cache, ids, mask, press, storage, wrapper):
     whole = compress(None, ids, mask, "one shot")
     for store, layer in zip(stores(cache), whole.layers, strict=True):
         rows = store.held.rows()
@@ -171,8 +182,9 @@ def _rows_are_those_of_the_text(cache, ids, mask, press, storage):
         valid = (where >= 0)[..., None].expand_as(rows.keys)
         values = layer.values.gather(2, column)
         tolerance = {"full": 1e-4, "int8": 0.05, "int4": 0.6}[storage]
-        assert (rows.values - values)[valid].abs().max() <= tolerance
-        if not press.compacts:
+        if wrapper.values:
+            assert (rows.values - values)[valid].abs().max() <= tolerance
+        if wrapper.keys and not press.compacts:
             assert (rows.keys - layer.keys.gather(2, column))[valid].abs().max() <= tolerance
 
 
@@ -181,6 +193,8 @@ def _rows_are_those_of_the_text(cache, ids, mask, press, storage):
 def test_ratio_0_equals_no_press(scorer, wrapper):
     if (scorer, wrapper) in UNSUPPORTED:
         pytest.skip("refused when it is built")
+    if WRAPPERS[wrapper].stores:
+        pytest.skip("stores rows in few bits, also those that it does not drop")
     ids = tokens(40)
     plain, cache = DynamicCache(), DynamicCache()
     wanted = forward(model(), plain, input_ids=ids).logits

@@ -32,6 +32,54 @@ def test_numbers_are_off_by_half_a_step_at_most(bits):
     assert ((values - pages).abs() <= limit[..., None]).all()
 
 
+@pytest.mark.parametrize("size", [80, 32, 8])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_groups_of_channels_have_a_scale_each(bits, size):
+    pages = torch.randn(3, 32, size) * torch.linspace(0.1, 9, size)
+    made = Codec(bits, value_group=32).encode_values(pages)
+    groups = [slice(i, min(i + 32, size)) for i in range(0, size, 32)]
+    assert made.scale.shape == (3, 32, len(groups))
+    assert made.codes.shape == (3, 32, size * bits // 8) and made.codes.dtype == torch.uint8
+    ours, steps = made.decode(), 2**bits - 1
+    for some in groups:
+        part = pages[..., some]
+        low = part.amin(-1, keepdim=True).half().float()
+        step = ((part.amax(-1, keepdim=True) - low) / steps).half().float()
+        wanted = low + ((part - low) / step).round().clamp(0, steps) * step
+        torch.testing.assert_close(ours[..., some], wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_two_bits_are_four_numbers_a_byte():
+    codes = torch.tensor([[[0, 1, 2, 3, 3, 2, 1, 0]]], dtype=torch.uint8).expand(1, 32, 8)
+    made = Codec(2).encode_values(codes.float() * 10 - 5)
+    assert made.codes[0, 0].tolist() == [0b11100100, 0b00011011]
+    torch.testing.assert_close(made.decode(), codes.float() * 10 - 5, atol=1e-2, rtol=1e-3)
+    with pytest.raises(cp.CachepressError, match="int2 storage packs 4 channels.*got 6 channels"):
+        Codec(2).encode_values(torch.zeros(1, 32, 6))
+
+
+@pytest.mark.parametrize("codec", [Codec(8), Codec(4, value_group=32), Codec(2, value_group=32)])
+def test_the_bytes_of_a_row_are_those_that_are_stored(codec):
+    pages, used = torch.randn(4, 32, 80), torch.ones(4, 32, dtype=torch.bool)
+    held = [*codec.encode_keys(pages, used).tensors(), *codec.encode_values(pages).tensors()]
+    assert codec.row_bytes(80, 80) * 4 * 32 == sum(x.nbytes for x in held)
+
+
+def test_keys_know_the_bounds_of_their_pages():
+    pages, used = torch.randn(4, 32, 8), torch.ones(4, 32, dtype=torch.bool)
+    used[3, 5:] = False
+    made = Codec(4).encode_keys(pages, used)
+    low, high = made.bounds().unbind(1)
+    for page, rows, least, most in zip(made.decode(), used, low, high, strict=True):
+        torch.testing.assert_close(page[rows].amin(0), least, atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(page[rows].amax(0), most, atol=1e-2, rtol=1e-2)
+
+
+def test_int2_is_two_bits_with_groups_of_values():
+    assert Codec.of("int2") == Codec(2, value_group=32)
+    assert Codec.of("int4") == Codec(4) and Codec.of("full") is None
+
+
 @pytest.mark.parametrize(("storage", "most"), [("int8", 0.40), ("int4", 0.27), ("int2", 0.21)])
 def test_bytes_are_measured_and_small(storage, most):
     model, ids = tiny(), tokens(500)
@@ -98,6 +146,8 @@ def test_a_codec_checks_what_it_is_given():
         Codec(3)
     with pytest.raises(cp.CachepressError, match="residual: got -1"):
         Codec(8, -1)
+    with pytest.raises(cp.CachepressError, match="value_group: got 0"):
+        Codec(8, value_group=0)
     with pytest.raises(cp.CachepressError, match="got 7 channels"):
         Codec(4).encode_values(torch.zeros(1, 32, 7))
 

@@ -1,0 +1,109 @@
+"""CaM: what is dropped while decoding is merged into the rows after it."""
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cachepress.presses.base import check_count
+from cachepress.presses.decoding import DecodingPress
+from cachepress.presses.random import RandomPress
+from cachepress.view import LayerView, Needs
+
+_STREAM = 0x43614D
+"""Keeps the draws apart from those of a RandomPress inside."""
+
+
+@dataclass(frozen=True)
+class CAMPress(DecodingPress, alias="cam"):
+    """A ``DecodingPress`` whose dropped rows leave their values in the kept rows after them.
+
+    Zhang et al., "CaM: Cache Merging for Memory-efficient LLMs Inference" (ICML 2024, openreview
+    LCTmppB165). The merge window of a dropped row are the next ``merge_budget`` kept rows of its
+    head, fewer at the end of the text. With probability min(1, a / mean of a over the window) each
+    of them gets an equal share of its value, by a draw that depends on the seed, the layer, the
+    head and the row's index only. As in the paper a is the attention that a row received in total,
+    whatever the inner press scores by; the mean of the query heads of a KV head, the prompt's
+    queries included, and of the decoded ones those that the buffer holds. It is left with each
+    row, unless the inner press leaves a number of its own: then a counts the queries since the
+    last compression. ``compression_interval=1`` is the paper's algorithm, which drops a row with
+    every token; with more, all rows that are dropped at once are merged. Needs what the inner
+    press needs, the attention sums, and 4 bytes with each row.
+    Best for small targets, where much attention falls on rows that have to go.
+
+    Attributes:
+        press: the press that scores; its own ratio does not count.
+        compression_interval: decoded tokens between two compressions.
+        target_size: rows that each head keeps, on average where heads compete.
+        hidden_states_buffer_size: most decoded queries that a score can look at.
+        merge_budget: kept rows that share the value of a dropped one.
+        seed: another seed gives other draws.
+    """
+
+    merge_budget: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "merge_budget")
+        check_count(self, "seed", least=0)
+
+    @property
+    def needs(self) -> Needs:
+        """What the inner press needs, and the attention received by each row."""
+        return self.press.needs | Needs(attention_sums=True)
+
+    @property
+    def carries(self) -> bool:
+        """True: the attention that a row received so far."""
+        return True
+
+    @property
+    def rewrites(self) -> bool:
+        """True: what a row received is stored with it, even when none is dropped."""
+        return True
+
+    def carry(self, view: LayerView) -> Tensor | None:
+        """What the inner press leaves with each row, or the attention received, ``[B, H, T]``."""
+        return self.press.carry(view) if self.press.carries else self._received(view)
+
+    def fold(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Keys as they are, and values with the shares of dropped rows."""
+        folded, dropped = self.press.fold(view, mask), view.valid & ~mask
+        if not bool(dropped.any()):
+            return folded
+        keys, values = (view.keys, view.values) if folded is None else folded
+        values, received = values.clone(), self._received(view)
+        draws = RandomPress(seed=self.seed + _STREAM).score(view)
+        for b, h in product(*map(range, mask.shape[:2])):
+            kept, lost = (x[b, h].nonzero()[:, 0] for x in (mask, dropped))
+            self._share(values[b, h], received[b, h], draws[b, h], kept, lost)
+        return keys, values
+
+    def _share(
+        self, values: Tensor, received: Tensor, draws: Tensor, kept: Tensor, lost: Tensor
+    ) -> None:
+        """Share out the rows ``lost [n]`` of ``values [T, E]`` among ``kept [m]``, in place."""
+        first = torch.searchsorted(kept, lost)  # [n], where the window begins
+        size = (len(kept) - first).clamp(max=self.merge_budget)
+        so_far = F.pad(received[kept].double().cumsum(0), (1, 0))
+        total = so_far[first + size] - so_far[first]
+        odds = received[lost] * size / total.clamp(min=torch.finfo().tiny)
+        some = (size > 0) & (draws[lost] < odds)
+        shares = values[lost[some]].double() / size[some, None]
+        begun = shares.new_zeros(len(kept), values.shape[1]).index_add_(0, first[some], shares)
+        so_far = F.pad(begun.cumsum(0), (0, 0, self.merge_budget, 0))
+        sums = so_far[self.merge_budget :] - so_far[: len(kept)]
+        values[kept] = (values[kept].double() + sums).to(values.dtype)
+        values[lost[some]] = 0
+
+    def _received(self, view: LayerView) -> Tensor:
+        """Attention received so far, ``[B, H, T]``."""
+        if view.attention_sums is None:
+            raise TypeError("the view was made without attention sums")
+        received = view.attention_sums.mean(2)
+        if view.carried is None or self.press.carries:
+            return received
+        return received + view.carried.nan_to_num(nan=0.0)

@@ -1,0 +1,99 @@
+"""Compactor: rows that their passage attends to, or that nothing else is like."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cachepress.budgets import pin_sinks, pin_window
+from cachepress.errors import CachepressError
+from cachepress.presses.base import ScorerPress, check_count
+from cachepress.presses.leverage import LeverageScorePress
+from cachepress.presses.noncausal import NonCausalAttnPress
+from cachepress.view import LayerView, Needs
+
+
+@dataclass(frozen=True)
+class CompactorPress(ScorerPress, alias="compactor"):
+    """Adds the leverage of keys to what rows receive from their own passage.
+
+    Chari and Van Durme, "Compactor: Calibrated Query-Agnostic KV Cache Compression with
+    Approximate Leverage Scores" (arXiv:2507.08143). The score is that of ``NonCausalAttnPress``
+    plus ``blending`` times that of ``LeverageScorePress``, both standardised, over the rows between
+    the pinned ones, as if they were a text of their own. Needs all queries and the layer's rotary
+    embedding.
+
+    Chosen where the paper says nothing: ``blending`` is by default the fraction of the rows seen
+    that the budget removes; where the budget cannot hold all pinned rows the first ones go before
+    the newest; rows that are pinned no longer in a later turn count as average in attention.
+    Best for long contexts whose questions are not known when they are compressed.
+
+    Attributes:
+        sink_size_start: first rows, which always stay.
+        sink_size_end: newest rows, which always stay.
+        chunk_size: tokens of a chunk of the attention, counted from the first row not pinned.
+        sketch_dimension: channels of the projection of the leverage.
+        blending: weight of the leverage; None for the fraction removed.
+    """
+
+    sink_size_start: int = 8
+    sink_size_end: int = 4
+    chunk_size: int = 256
+    sketch_dimension: int = 48
+    blending: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "sink_size_start", least=0)
+        check_count(self, "sink_size_end", least=0)
+        check_count(self, "chunk_size")
+        check_count(self, "sketch_dimension")
+        given = 0 if self.blending is None else self.blending
+        number = isinstance(given, int | float) and not isinstance(given, bool)
+        if not number or not 0 <= given < float("inf"):
+            raise CachepressError(
+                f"blending: got {given!r}, wanted a number >= 0, or None for the fraction removed"
+            )
+
+    @property
+    def needs(self) -> Needs:
+        """What both halves need."""
+        return self._attention.needs | self._leverage.needs
+
+    @property
+    def carries(self) -> bool:
+        """True: the queries of a row are gone when it is looked at again."""
+        return True
+
+    def carry(self, view: LayerView) -> Tensor:
+        """Attention that each row between the pinned ones received so far, ``[B, H, T]``."""
+        free = self._free(view)
+        return torch.where(free.valid, self._attention.carry(free), torch.nan)
+
+    def score(self, view: LayerView) -> Tensor:
+        """Attention plus weighted leverage, pinned rows above all others, ``[B, H, T]``."""
+        free, weight = self._free(view), self.blending
+        if weight is None:
+            removed = 1 - view.n_kept / view.n_seen.clamp(min=1)  # [B]
+            weight = removed.clamp(min=0)[:, None, None].float()
+        scores = self._attention.score(free) + weight * self._leverage.score(free)
+        scores = pin_window(scores, view, self.sink_size_end)
+        return pin_sinks(scores, view, self.sink_size_start)
+
+    @property
+    def _attention(self) -> NonCausalAttnPress:
+        return NonCausalAttnPress(chunk_size=self.chunk_size)
+
+    @property
+    def _leverage(self) -> LeverageScorePress:
+        return LeverageScorePress(sketch_dimension=self.sketch_dimension)
+
+    def _free(self, view: LayerView) -> LayerView:
+        """The rows between the pinned ones, and their queries, as a text of their own."""
+        first, end = self.sink_size_start, view.n_seen[:, None, None] - self.sink_size_end
+        free = (view.index >= first) & (view.index < end)
+        if view.voters is None:
+            raise TypeError("the view was made without queries")
+        newest = free[:, 0, free.shape[-1] - view.voters.shape[1] :]  # [B, Q]
+        voters = view.voters & newest
+        return replace(view.only(free), index=view.index - first, voters=voters)

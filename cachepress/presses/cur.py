@@ -1,0 +1,86 @@
+"""CurDKV: keys and values that carry much of what the cache spans."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cachepress.budgets import pin_sinks
+from cachepress.errors import CachepressError
+from cachepress.presses.base import ScorerPress, check_count
+from cachepress.presses.leverage import gaussian
+from cachepress.view import LayerView
+
+_TYPES = ("key", "value", "kv_avg", "kv_product")
+_RANDOM_SIZE = 20
+
+
+@dataclass(frozen=True)
+class CURPress(ScorerPress, alias="cur"):
+    """Keeps the rows whose keys and values have the largest leverage, estimated by squared norms.
+
+    Sengupta et al., "Value-Guided KV Compression for LLMs via Approximated CUR Decomposition"
+    (CurDKV, arXiv:2509.15038). Needs nothing but keys and values.
+
+    Chosen where the paper says nothing: windows are counted from the start of the text, a window
+    that is not full (the last one, or one that was compressed before) is measured by the rows that
+    it has, and the random projections, one for keys and one for values, are drawn anew for each
+    layer and head and are the same in every run.
+    Best for one cheap pass over texts whose values differ much in size.
+
+    Attributes:
+        num_sinks: first rows, which always stay.
+        leverage_type: "key", "value", their mean "kv_avg" or their product "kv_product".
+        use_random_leverage: whether norms are those of a Gaussian projection to 20 channels.
+        use_local_approximation: whether a row is measured by its share of a window of the text.
+        local_window_size: tokens of a window.
+    """
+
+    num_sinks: int = 4
+    leverage_type: str = "kv_product"
+    use_random_leverage: bool = False
+    use_local_approximation: bool = True
+    local_window_size: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "num_sinks", least=0)
+        check_count(self, "local_window_size")
+        if self.leverage_type not in _TYPES:
+            raise CachepressError(
+                f"leverage_type: got {self.leverage_type!r}, wanted one of {', '.join(_TYPES)}"
+            )
+        for name in ("use_random_leverage", "use_local_approximation"):
+            if not isinstance(getattr(self, name), bool):
+                raise CachepressError(f"{name}: got {getattr(self, name)!r}, wanted True or False")
+
+    def score(self, view: LayerView) -> Tensor:
+        """The share of each row in the leverage of its head, ``[B, H, T]``."""
+        key, value = self._leverage(view, view.keys, 0), self._leverage(view, view.values, 1)
+        if self.leverage_type == "kv_avg":
+            scores = (key + value) / 2
+        elif self.leverage_type == "kv_product":
+            scores = key * value
+        else:
+            scores = key if self.leverage_type == "key" else value
+        return pin_sinks(_shares(scores, torch.zeros_like(view.index)), view, self.num_sinks)
+
+    def _leverage(self, view: LayerView, x: Tensor, seed: int) -> Tensor:
+        """Squared norms of ``x [B, H, T, D]``, or shares of them in their window, ``[B, H, T]``."""
+        x = x.float()
+        if self.use_random_leverage:
+            x = x @ gaussian(view, x.shape[-1], _RANDOM_SIZE, seed)
+        size = x.square().sum(-1).masked_fill(~view.valid, 0)
+        if not self.use_local_approximation:
+            return size
+        return _shares(size, view.index.clamp(min=0) // self.local_window_size)
+
+
+def _shares(x: Tensor, group: Tensor) -> Tensor:
+    """``x [B, H, T]`` over its sum in each of the groups ``[B, H, T]`` of a head.
+
+    In doubles, so that the result does not depend on the order of the sum.
+    """
+    x, group = x.double(), group.long()
+    sums = x.new_zeros(*x.shape[:2], int(group.max()) + 1).scatter_add(-1, group, x)
+    return (x / sums.gather(-1, group).clamp(min=torch.finfo(torch.float32).tiny)).float()

@@ -1,0 +1,72 @@
+"""DefensiveKV: the worst that could come from dropping a row, not the average."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cachepress.budgets import pin_window
+from cachepress.ops import attention_column_sums
+from cachepress.presses.base import ScorerPress, check_count
+from cachepress.presses.critical import _projected_norms
+from cachepress.presses.snapkv import check_kernel, in_window, pool
+from cachepress.view import LayerView, Needs
+
+
+@dataclass(frozen=True)
+class DefensiveKVPress(ScorerPress, alias="defensivekv"):
+    """Keeps the rows that mattered most to any one of the last queries.
+
+    Feng et al., "Taming the Fragility of KV Cache Eviction in LLM Inference" (arXiv:2510.13334).
+    A row's risk is the most attention, averaged along the text, that it receives from a query of
+    the window and a query head of its group; a risk below the mean risk of the head is raised to
+    that mean, as a short window proves little. It is multiplied by the size of what the value adds
+    to the layer's output, |v W_O|_1. The paper divides by the sum of these sizes where layers
+    compete; here that is always done, which changes nothing within a layer, so that
+    ``AdaKVPress(DefensiveKVPress(...), scope="model")`` is its Layer-DefensiveKV. Risk and mean
+    leave out the rows of the window, which stay. Needs the last ``window_size`` queries and the
+    output projection.
+    Best for one prompt that must serve questions that are not yet known, with AdaKVPress around.
+
+    Attributes:
+        window_size: queries at the end of the prompt that vote; their rows always stay.
+        kernel_size: rows that attention is averaged over, an odd number.
+    """
+
+    window_size: int = 32
+    kernel_size: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "window_size")
+        check_kernel(self, self.kernel_size)
+
+    @property
+    def needs(self) -> Needs:
+        """The queries of the window, and the output projection."""
+        return Needs(queries=self.window_size, projection=True)
+
+    def score(self, view: LayerView) -> Tensor:
+        """Risk times the share of the layer's output, ``[B, H, T]``."""
+        free = view.valid & ~in_window(view, self.window_size)
+        risk = self._risk(view, free)
+        prior = (risk * free).sum(-1, keepdim=True) / free.sum(-1, keepdim=True).clamp(min=1)
+        sizes = _projected_norms(view)
+        total = (sizes * free).sum((1, 2), keepdim=True)
+        shares = sizes / total.clamp(min=torch.finfo(torch.float32).tiny)
+        return pin_window(torch.maximum(risk, prior) * shares * free, view, self.window_size)
+
+    def _risk(self, view: LayerView, free: Tensor) -> Tensor:
+        """The most attention that each free row receives from one query, ``[B, H, T]``."""
+        queries, t = view.last_queries(self.window_size), view.keys.shape[2]
+        voters = view.voters[:, -self.window_size :]  # type: ignore
+        risk = torch.zeros(view.valid.shape, device=view.valid.device)
+        for i in range(q := queries.shape[-2]):
+            # One query at a time, so that no more than a row of weights is held for each head.
+            query, voter, end = queries[..., i : i + 1, :], voters[:, i : i + 1], t - q + i + 1
+            table = (view.keys[:, :, :end], view.valid[:, :, :end], voter)
+            weights = attention_column_sums(query, *table, view.rule)  # [B, H, G, end]
+            weights = F.pad(weights, (0, t - end)) * free.unsqueeze(2)
+            risk = torch.maximum(risk, pool(weights, self.kernel_size, "avg").amax(2))
+        return risk

@@ -1,0 +1,69 @@
+"""Entropy-gated ChunkKV: a chunk that lives from a few rows gives only those."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cachepress.errors import CachepressError
+from cachepress.presses.base import check_count
+from cachepress.presses.chunkkv import ChunkKVPress, Chunks, highest_first, places
+
+
+@dataclass(frozen=True)
+class EntropyGatedChunkKVPress(ChunkKVPress, alias="entropy_gated_chunkkv"):
+    """ChunkKV in which good chunks that owe their score to a few rows keep only those rows.
+
+    Builds on Liu et al. (arXiv:2502.00299). A chunk is cut when its mean score is at least the
+    median of the chunks and its entropy is below the median (of an even number the lower one of
+    the two in the middle). The entropy is that of the rows' shares in the chunk's score, divided
+    by the entropy of equal shares. Where scores fall below zero, all of the text is first lifted
+    by the same amount, to zero. Rows that the inner press pins do not count. What is freed goes to
+    further chunks, then to the best of the rows that were cut. Needs what the inner press needs.
+    Best for attention scores at small budgets, where single rows outshine their chunk.
+
+    Attributes:
+        press: the press that scores.
+        chunk_length: tokens of a chunk.
+        low_entropy_chunk_length: rows that are left of a chunk that is cut.
+    """
+
+    chunk_length: int = 10
+    low_entropy_chunk_length: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "low_entropy_chunk_length")
+        if self.low_entropy_chunk_length >= self.chunk_length:
+            raise CachepressError(
+                f"low_entropy_chunk_length: got {self.low_entropy_chunk_length}, wanted fewer than "
+                f"the {self.chunk_length} tokens of a chunk"
+            )
+
+    def groups(self, chunks: Chunks) -> Tensor:
+        """The order in which rows are taken, ``[B, C, L]``: rows that are cut come last."""
+        whole = super().groups(chunks)
+        place = places(highest_first(chunks.rows))
+        cut = _spiky(chunks).unsqueeze(-1) & (place >= self.low_entropy_chunk_length)
+        return whole.masked_fill(cut, chunks.means.shape[-1])
+
+
+def _spiky(chunks: Chunks) -> Tensor:
+    """Which chunks owe a good score to a few rows, ``[B, C]``."""
+    there = chunks.means > float("-inf")
+    entropy = _entropy(chunks.rows).masked_fill(~there, float("nan"))
+    means = chunks.means.masked_fill(~there, float("nan"))
+    good = means >= means.nanmedian(-1, keepdim=True).values
+    return good & (entropy < entropy.nanmedian(-1, keepdim=True).values)
+
+
+def _entropy(rows: Tensor) -> Tensor:
+    """Entropy of the shares in each chunk's score, 0 for a single row to 1 for all alike."""
+    there = rows > float("-inf")
+    lowest = rows.masked_fill(~there, float("inf")).amin((1, 2), keepdim=True).clamp(max=0)
+    lifted = (rows.double() - lowest).masked_fill(~there, 0)
+    total, n = lifted.sum(-1), there.sum(-1)
+    shares = lifted / total.unsqueeze(-1)
+    entropy = torch.special.entr(shares).sum(-1) / n.double().log()
+    # In floats, so that chunks with the same shares are equal however a sum is ordered.
+    return entropy.masked_fill((total == 0) | (n < 2), 1).float()

@@ -1,0 +1,46 @@
+"""KIVI: two bits a number, keys by channel and values by token."""
+
+from dataclasses import dataclass
+
+from cachepress.errors import CachepressError
+from cachepress.presses.base import WrapperPress
+from cachepress.stores import Codec
+
+_GROUP = 32
+
+
+@dataclass(frozen=True)
+class KIVIPress(WrapperPress, alias="kivi"):
+    """Stores what a press keeps in few bits.
+
+    Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache" (arXiv:2402.02750).
+    Keys share a scale and a zero (float16) by channel, in groups of 32 rows, the pages of the
+    store; values by row, in groups of 32 channels, fewer where a head has fewer. The newest rows
+    stay as they are; decoded rows are quantized by pages as soon as more came. The numbers are
+    those of ``press(model, storage=Codec(bits, residual, value_group=32))``, which is refused
+    besides. Rows that are dropped later are chosen by the numbers as stored. Needs what the inner
+    press needs; head sizes that fill whole bytes.
+    Best for long contexts that must stay whole, ``KIVIPress(KnormPress(0.0))``, or on top of a
+    mild eviction.
+
+    Attributes:
+        press: the press that chooses the rows; at ratio 0 all of them are stored in few bits.
+        bits: of a number, 2, 4 or 8.
+        residual: newest rows of each head that stay in full precision.
+    """
+
+    bits: int = 2
+    residual: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.press.storage is not None:
+            raise CachepressError(
+                f"KIVIPress says how rows are stored, and {self.press!r} does so already: keep one"
+            )
+        _ = self.storage  # Raises where the numbers are wrong.
+
+    @property
+    def storage(self) -> Codec:
+        """Few bits, with a scale for each group."""
+        return Codec(self.bits, self.residual, value_group=_GROUP)

@@ -1,0 +1,76 @@
+"""Leverage: keys that the other keys do not explain."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cachepress.presses.base import ScorerPress, check_count
+from cachepress.presses.noncausal import standardised
+from cachepress.view import LayerView, Needs
+
+_RIDGE = 1e-2
+
+
+@dataclass(frozen=True)
+class LeverageScorePress(ScorerPress, alias="leverage"):
+    """Keeps the rows whose keys before RoPE have the largest statistical leverage.
+
+    Chari and Van Durme, "Compactor: Calibrated Query-Agnostic KV Cache Compression with
+    Approximate Leverage Scores" (arXiv:2507.08143), the geometric half. Keys are rotated back,
+    projected to fewer channels by a Gaussian matrix and centred; the leverage of a row ``x`` is
+    ``x (X'X + 0.01 I)^-1 x'``, standardised over the rows of the layer. Needs the layer's rotary
+    embedding.
+
+    Chosen where the paper says nothing: the matrix is drawn anew for each layer and head, and is
+    the same in every run; the small ridge makes short and degenerate texts solvable.
+    Best for keeping rare tokens, such as names and numbers, that nothing else in the text is like.
+
+    Attributes:
+        sketch_dimension: channels of the projection.
+        seed: another seed gives another projection.
+    """
+
+    sketch_dimension: int = 48
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "sketch_dimension")
+        check_count(self, "seed", least=0)
+
+    @property
+    def needs(self) -> Needs:
+        """The position embedding, to take it off the keys."""
+        return Needs(rotary=True)
+
+    def score(self, view: LayerView) -> Tensor:
+        """Standardised leverage, ``[B, H, T]``."""
+        if view.rotary is None:
+            raise TypeError("the view was made without the rotary embedding")
+        keys, rope = view.keys.float().flatten(0, 1), view.rope.clamp(min=0).flatten(0, 1)
+        bare = view.rotary(keys, rope, inverse=True).view(view.keys.shape)
+        x = bare @ gaussian(view, bare.shape[-1], self.sketch_dimension, self.seed)
+        return standardised(_leverage(x.double(), view.valid), view.valid)
+
+
+def _leverage(x: Tensor, valid: Tensor) -> Tensor:
+    """Leverage of each of ``x [B, H, T, k]`` among the valid rows, ``[B, H, T]``."""
+    real = valid.unsqueeze(-1)
+    x = x.masked_fill(~real, 0)
+    x = (x - x.sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp(min=1)) * real
+    ridge = _RIDGE * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    solved = torch.cholesky_solve(x.mT, torch.linalg.cholesky(x.mT @ x + ridge))  # [B, H, k, T]
+    return (x * solved.mT).sum(-1)
+
+
+def gaussian(view: LayerView, rows: int, columns: int, seed: int) -> Tensor:
+    """A random projection for each head of a layer, ``[H, rows, columns]``.
+
+    Drawn from seed, layer and head, on the CPU so that every device gets the same; lengths of
+    vectors are kept on average.
+    """
+    # Seeds of different layers must not meet, and none may exceed 64 bits.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + view.layer) % (1 << 63))
+    drawn = torch.randn(view.keys.shape[1], rows, columns, generator=generator)
+    return (drawn / columns**0.5).to(view.keys.device)

@@ -1,0 +1,56 @@
+"""Quest: every decoded token reads the pages that matter to it."""
+
+from dataclasses import dataclass, field
+
+from cachepress.errors import CachepressError
+from cachepress.ops.ragged_attention import PAGE
+from cachepress.presses.base import BasePress, WrapperPress, check_count
+from cachepress.presses.knorm import KnormPress
+
+_DEFAULT_PAGES = 32
+_ALL_ROWS = KnormPress(0.0)
+
+
+@dataclass(frozen=True)
+class QuestPress(WrapperPress, alias="quest"):
+    """Holds every row, or those that a press keeps, and reads few pages of them while decoding.
+
+    Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference"
+    (arXiv:2406.10774). The store keeps the lowest and the highest number of each channel of the
+    keys of a page of 32 rows. A page promises a query q at most the sum over channels of
+    max(q * lowest, q * highest); each KV head reads the ``pages`` pages that promise most, the
+    last one always among them. The query heads of a KV head read the same pages, by the highest
+    promise to one of them, which the paper leaves open. Rows that came since the last compression
+    are read in full: 64 to 95 of them, older ones are put in pages as well. Forwards of one token
+    read pages; those of several, prompts, turns and chunks, read all. Needs what the inner press
+    needs, and 2 numbers of each channel for every page.
+    Best for long contexts that no one may drop, where decoding has to be fast.
+
+    Attributes:
+        press: the press that chooses what is held; all rows unless it is given.
+        pages: pages that a KV head reads; None for ``token_budget``, or 32 without it.
+        skip_layers: first layers (of those that are compressed) that read all.
+        token_budget: instead of ``pages``, rows that a KV head reads, rounded up to pages.
+    """
+
+    press: BasePress = _ALL_ROWS
+    pages: int | None = None
+    skip_layers: int = 2
+    token_budget: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "skip_layers", least=0)
+        given = [name for name in ("pages", "token_budget") if getattr(self, name) is not None]
+        for name in given:
+            check_count(self, name)
+        if len(given) > 1:
+            raise CachepressError("got both pages and token_budget: give one")
+
+    def reads(self, depth: int) -> int | None:
+        """Pages that a decoded token reads in each head of a layer; None for all."""
+        if depth < self.skip_layers:
+            return self.press.reads(depth)
+        if self.pages is not None:
+            return self.pages
+        return _DEFAULT_PAGES if self.token_budget is None else -(-self.token_budget // PAGE)

@@ -1,0 +1,96 @@
+"""R-KV: rows that matter, and that say something that newer rows do not repeat."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cachepress.budgets import check_fraction, pin_window
+from cachepress.presses.base import ScorerPress, check_count
+from cachepress.presses.snapkv import check_kernel, in_window, pool
+from cachepress.view import LayerView, Needs
+
+_BLOCK = 256
+_LOWEST = torch.finfo(torch.float32).min
+
+
+@dataclass(frozen=True)
+class RKVPress(ScorerPress, alias="rkv"):
+    """Weighs the attention of the last queries against likeness to other rows.
+
+    Cai et al., "R-KV: Redundancy-aware KV Cache Compression for Training-Free Reasoning Models
+    Acceleration" (arXiv:2505.24133). The score is mix_lambda * importance - (1 - mix_lambda) *
+    redundancy. Importance: the highest logit of the query heads of a group, by softmax over the
+    rows before the window, mean over the window's queries, then the highest of the rows around.
+    Redundancy: the mean cosine of a row's key to those of all rows held, by softmax over these;
+    of the rows that are like one row, the newest is not charged for it, so of many alike the last
+    one stays. As in the authors' implementation the window's rows count among those that are
+    alike, and smoothing comes after the mean; where no row is like another, none is let off. The
+    sinks of attention take their share of the softmax. Needs the last ``window_size`` queries,
+    and time that grows with the square of the rows held.
+    Best for long reasoning that repeats itself, as ``DecodingPress(RKVPress())``.
+
+    Attributes:
+        window_size: last queries that vote; their rows always stay.
+        kernel_size: rows around that importance is the highest of, an odd number.
+        mix_lambda: weight of importance, from 0 to 1.
+        threshold: cosine above which two keys are alike.
+    """
+
+    window_size: int = 8
+    kernel_size: int = 7
+    mix_lambda: float = 0.1
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "window_size")
+        check_kernel(self, self.kernel_size)
+        check_fraction(self.mix_lambda, "mix_lambda")
+        check_fraction(self.threshold, "threshold")
+
+    @property
+    def needs(self) -> Needs:
+        """The queries of the window."""
+        return Needs(queries=self.window_size)
+
+    def score(self, view: LayerView) -> Tensor:
+        """Importance less redundancy, ``[B, H, T]``."""
+        importance = self._importance(view) * self.mix_lambda
+        redundancy = self._redundancy(view) * (1 - self.mix_lambda)
+        return pin_window(importance - redundancy, view, self.window_size)
+
+    def _importance(self, view: LayerView) -> Tensor:
+        free = (view.valid & ~in_window(view, self.window_size)).unsqueeze(2)  # [B, H, 1, T]
+        voters = view.voters[:, None, -self.window_size :, None]  # type: ignore
+        logits = _group_logits(view, view.last_queries(self.window_size), free)
+        weights = logits.softmax(-1)[..., : free.shape[-1]] * (free & voters)  # [B, H, Q, T]
+        mean = weights.sum(2, keepdim=True) / voters.sum(2, keepdim=True).clamp(min=1)
+        return pool(mean, self.kernel_size, "max").squeeze(2)
+
+    def _redundancy(self, view: LayerView) -> Tensor:
+        """Share of each row in the likeness of all, ``[B, H, T]``."""
+        keys = F.normalize(view.keys.float(), dim=-1) * view.valid.unsqueeze(-1)
+        column = torch.arange(keys.shape[2], device=keys.device)
+        total = torch.zeros(view.valid.shape, device=keys.device)
+        for start in range(0, len(column), _BLOCK):
+            rows = column[start : start + _BLOCK, None]
+            likeness = (keys[:, :, start : start + _BLOCK] @ keys.mT).masked_fill(rows == column, 0)
+            newest = torch.where(likeness > self.threshold, column, -1).amax(-1, keepdim=True)
+            total += likeness.masked_fill_(column == newest, 0).sum(2)
+        mean = total / view.valid.sum(-1, keepdim=True).clamp(min=1)
+        return mean.masked_fill(~view.valid, _LOWEST).softmax(-1)
+
+
+def _group_logits(view: LayerView, queries: Tensor, free: Tensor) -> Tensor:
+    """The highest logit of a group's heads for each free row, ``[B, H, Q, T]``; then the sinks."""
+    rule = view.rule
+    logits = (queries.float() * rule.scaling) @ view.keys.float().unsqueeze(2).mT
+    if rule.softcap is not None:
+        logits = (logits / rule.softcap).tanh() * rule.softcap
+    highest = logits.amax(2).masked_fill(~free, _LOWEST)
+    if rule.sinks is None:
+        return highest
+    sinks = rule.sinks.float().view(1, *queries.shape[1:3], 1, 1).amax(2)  # [1, H, 1, 1]
+    return torch.cat([highest, sinks.expand(*highest.shape[:3], 1)], dim=-1)

@@ -1,0 +1,59 @@
+"""SimLayerKV: layers that look at the first and the newest rows only keep no others."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cachepress.budgets import CHOSEN, Ratio, Threshold, TopK, check_fraction, choose
+from cachepress.presses.base import BasePress, check_count
+from cachepress.view import LayerView, Needs
+
+
+@dataclass(frozen=True)
+class SimLayerKVPress(BasePress, alias="simlayerkv"):
+    """Keeps the first and the newest rows in lazy layers, and every row in the others.
+
+    Zhang et al., "SimLayerKV: A Simple Framework for Layer-Level KV Cache Reduction"
+    (arXiv:2410.13846). A layer is lazy if its last queries pay more than ``lazy_threshold`` of
+    their attention to those rows, on average over the heads. Each sequence of a batch and each
+    turn is judged by itself; what a lazy layer dropped stays dropped. The authors' thresholds are
+    0.9 for Llama-3-8B, 0.8 for Mistral-7B, 0.85 for Qwen2 and 0.65 for Llama-2-7B. How many rows
+    stay depends on the text, so there is no ratio to set. Needs the last ``n_last`` queries.
+    Best for long contexts that most layers hardly look at.
+
+    Attributes:
+        lazy_threshold: share of the attention above which a layer is lazy; 1 for never.
+        n_last: queries at the end of the turn that are looked at.
+        n_recent: newest rows that a lazy layer keeps.
+        n_initial: first rows that a lazy layer keeps.
+    """
+
+    lazy_threshold: float = 1.0
+    n_last: int = 1
+    n_recent: int = 1024
+    n_initial: int = 4
+
+    def __post_init__(self) -> None:
+        check_fraction(self.lazy_threshold, "lazy_threshold")
+        check_count(self, "n_last")
+        check_count(self, "n_recent")
+        check_count(self, "n_initial", least=0)
+
+    @property
+    def needs(self) -> Needs:
+        """The last queries."""
+        return Needs(queries=self.n_last)
+
+    @property
+    def budget(self) -> TopK | Threshold:
+        """What the score chose."""
+        return CHOSEN if self.lazy_threshold < 1 else TopK(Ratio(0.0))
+
+    def score(self, view: LayerView) -> Tensor:
+        """The age of each row, those that stay above all others, ``[B, H, T]``."""
+        newest = view.index >= view.n_seen[:, None, None] - self.n_recent
+        near = view.valid & (newest | (view.index < self.n_initial))
+        attention = view.window_attention(self.n_last)  # [B, H, G, T]
+        share = (attention * near.unsqueeze(2)).sum(-1).mean((1, 2))  # [B]
+        lazy = (share > self.lazy_threshold)[:, None, None]
+        return choose(view.index.float(), near | (view.valid & ~lazy))

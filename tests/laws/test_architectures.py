@@ -1,0 +1,42 @@
+"""Every press and every wrapper on the architectures that matter most."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import cachepress as cp
+from cachepress.cache import stores
+from tests.laws.presses import RATIO, WRAPPERS, every_scorer, name_of
+from tests.tiny import tiny, tokens
+from tests.tiny_cache import forward, kept
+
+NAMES = ("llama", "qwen3", "phi3", "gemma3", "gpt_oss")
+OWN = [press for press in every_scorer(RATIO) if press.budget.scope != "head"]
+PRESSES = {
+    **{name: wrapper.build(cp.KeyDiffPress(RATIO), RATIO) for name, wrapper in WRAPPERS.items()},
+    **{name_of(press): press for press in [*OWN, cp.FinchPress(RATIO), cp.PyramidKVPress(RATIO)]},
+}
+
+
+@pytest.mark.parametrize("architecture", NAMES)
+@pytest.mark.parametrize("name", PRESSES)
+def test_works_on(name, architecture):
+    model, ids, press = tiny(architecture), tokens(41), PRESSES[name]
+    n_layers = len(stores(cp.prefill(model, ids[:, :2], cp.KnormPress(0.0))))
+    if name == "PerLayerCompressionPress":
+        press = cp.PerLayerCompressionPress(cp.KeyDiffPress(), [RATIO] * n_layers)
+    cache = DynamicCache()
+    with press(model, question=3):
+        forward(model, cache, input_ids=ids)
+        logits = forward(model, cache, input_ids=tokens(1)).logits
+    assert torch.isfinite(logits).all()
+    assert cache.get_seq_length() == 42
+    for layer in kept(cache):
+        for head in layer[0]:
+            assert head == sorted(set(head))
+            assert head[-1] == 41
+    promised = WRAPPERS.get(name)
+    if promised is None or promised.counts is not None:
+        rows = sum(int(store.lengths.sum()) for store in stores(cache))
+        each = 20 if promised is None else promised.counts(41)[1]
+        assert rows == n_layers * 2 * (each + 1)
