@@ -187,9 +187,10 @@ class TopK:
     def holds_all(self, valid: Tensor, n_kept: Tensor) -> bool:
         """Whether there is room for every row."""
         rows = valid.sum(-1)  # [B, H]
+        counts = n_kept.view(len(n_kept), -1).expand_as(rows)
         if self.scope == "head":
-            return bool((n_kept[:, None] >= rows).all())
-        return bool((n_kept * rows.shape[1] >= rows.sum(-1)).all())
+            return bool((counts >= rows).all())
+        return bool((counts.sum(-1) >= rows.sum(-1)).all())
 
     def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
         """Keep mask ``[B, H, T]``; of equal scores the newest rows stay.
@@ -247,6 +248,29 @@ def best(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
     ranked = (torch.arange(scores.shape[-1], device=scores.device) < counts).expand_as(scores)
     mask = torch.zeros_like(valid).scatter_(-1, newest_first, ranked)
     return mask.flip(-1) & valid
+
+
+def apportion(weights: Tensor, total: int, least: int, most: int) -> Tensor:
+    """Whole numbers in proportion to ``weights [X]`` whose sum is ``total``, by largest remainder.
+
+    Each is at least ``least`` and at most ``most``, and the others share what that changes; so the
+    sum is ``least * X`` or ``most * X`` where ``total`` is out of their reach.
+    """
+    weights, x = weights.double().cpu().clamp(min=1e-12), len(weights)
+    total = min(max(total, least * x), most * x)
+    low, high = 0.0, (most + 1) / float(weights.min())
+    for _ in range(200):
+        middle = (low + high) / 2
+        if float((weights * middle).clamp(least, most).sum()) < total:
+            low = middle
+        else:
+            high = middle
+    exact = (weights * high).clamp(least, most)
+    counts = (exact + 1e-9).floor()
+    missing = total - int(counts.sum())
+    order = (exact - counts).masked_fill(counts >= most, -1.0).argsort(descending=True, stable=True)
+    counts[order[:missing]] += 1
+    return counts.long()
 
 
 def floor_of(counts: Tensor, fraction: float) -> Tensor:

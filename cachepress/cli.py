@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from cachepress import __version__
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from cachepress.presses import BasePress
 
 FAILED = 2
+_TRAINABLE = ("query_stats", "q_filters", "kvzap_linear", "kvzap_mlp", "fastkvzip", "lukv")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -132,6 +134,23 @@ def _bench(options: dict[str, object]) -> None:
         write_json(result, path)
 
 
+def _train(options: dict[str, object]) -> None:
+    from cachepress.models import load
+    from cachepress.spec import parse
+    from cachepress.train import Lesson, train, windows_of
+
+    _log("INFO")
+    path = options["text"]
+    text = None if path is None else Path(path).read_text(encoding="utf-8")
+    model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
+    model.config.name_or_path = model.config.name_or_path or options["model"]
+    windows = windows_of(tokenizer, text, options["tokens"], options["window"], options["seed"])
+    press = None if options["press"] is None else parse(options["press"])
+    how = {name: options[name] for name in ("seed", "steps")}
+    lesson = Lesson(model, windows, tokenizer, press, **how)
+    print(f"written: {train(options['kind'], lesson, options['output'])}")
+
+
 def _log(level: str) -> None:
     import transformers
 
@@ -155,7 +174,36 @@ def _parser() -> argparse.ArgumentParser:
     models.set_defaults(command=_models)
     _bench_parser(commands)
     _presses_parser(commands)
+    _train_parser(commands)
     return parser
+
+
+def _train_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    p = commands.add_parser(
+        "train",
+        help="learn what a press has to know of a model",
+        description="Learn what a press has to know of a model, from any text, and leave it where "
+        "that press looks for it.",
+    )
+    p.add_argument("kind", choices=_TRAINABLE, metavar="kind", help=", ".join(_TRAINABLE))
+    p.add_argument("--model", default="smollm2-135m", help="default: smollm2-135m")
+    p.add_argument("--press", help="the press whose scores are judged (for lukv)")
+    p.add_argument("--text", metavar="FILE", help="text to learn from (default: built-in prose)")
+    p.add_argument("--tokens", type=_positive, default=20000, help="tokens to read (20000)")
+    p.add_argument("--window", type=_positive, default=1000, help="tokens of one context (1000)")
+    p.add_argument("--steps", type=_positive, default=1000, help="steps of descent (1000)")
+    p.add_argument("--seed", type=int, default=0, help="for what is drawn (0)")
+    p.add_argument("--output", metavar="FILE", help="where to write (default: where presses look)")
+    p.add_argument("--dtype", help="torch dtype by name")
+    p.add_argument("--device", help="torch device")
+    p.set_defaults(command=_train)
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number above 0")
+    return number
 
 
 def _presses_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

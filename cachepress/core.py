@@ -42,7 +42,10 @@ class Budget(Protocol):
         ...
 
     def count(self, view: LayerView) -> Tensor:
-        """Rows that each head keeps, ``[B]``, on average where heads compete."""
+        """Rows that each head keeps, ``[B]``, on average where heads compete.
+
+        ``[B, H]`` where heads have numbers of their own.
+        """
         ...
 
     def holds_all(self, valid: Tensor, n_kept: Tensor) -> bool:
@@ -178,8 +181,10 @@ def settle(press: Press, store: Store, forward: Forward, trace: Trace) -> Pendin
     budget = press.budget
     row_bytes = store.row_bytes(forward.rows, press.compacts, press.carries)
     view = replace(_table(forward), row_bytes=row_bytes)
-    view = replace(view, n_kept=budget.count(view))
-    idle = not press.rewrites and budget.holds_all(view.valid, view.n_kept)
+    n_kept = budget.count(view)
+    average = n_kept if n_kept.ndim == 1 else n_kept.double().mean(-1)
+    view = replace(view, n_kept=average)
+    idle = not press.rewrites and budget.holds_all(view.valid, n_kept)
     if idle and budget.scope != "model":
         if store.recodes or not bool(view.valid.all()):
             _drop(press, store, view, view.valid, forward.text_valid)
@@ -188,7 +193,7 @@ def settle(press: Press, store: Store, forward: Forward, trace: Trace) -> Pendin
     scores = press.score(view)
     if budget.scope == "model":
         return Pending(store, view, scores, forward.text_valid)
-    mask = budget.select(scores, view.valid, view.n_kept)
+    mask = budget.select(scores, view.valid, n_kept)
     _drop(press, store, view, mask, forward.text_valid)
     return None
 

@@ -542,6 +542,11 @@ def install_stores(cache: Cache, config: PretrainedConfig, name: str) -> dict[in
     return stores
 
 
+def compressed_layers(model: PreTrainedModel) -> int:
+    """How many layers of the model are compressed."""
+    return sum(_full_attention(model.get_decoder().config))
+
+
 def has_only_full_attention(model: PreTrainedModel) -> bool:
     """Whether every layer of the model keeps an ordinary, unbounded cache."""
     return all(_full_attention(model.get_decoder().config))

@@ -141,7 +141,7 @@ def resolve(name: str) -> str:
     spec = BUILTIN_MODELS.get(name)
     if spec is None:
         return name
-    home = _home()
+    home = cache_home()
     if not _is_ready(home / name, spec):
         _need("accelerate", "filelock", "gguf")
         try:
@@ -163,7 +163,7 @@ def describe() -> list[ModelInfo]:
     Raises:
         ModelError: if platformdirs, which knows the user's cache folder, is not installed.
     """
-    home = _home()
+    home = cache_home()
     return [_describe(home / spec.name, spec) for spec in BUILTIN_MODELS.values()]
 
 
@@ -211,7 +211,8 @@ def _need(*packages: str) -> None:
         )
 
 
-def _home() -> Path:
+def cache_home() -> Path:
+    """Where models, and what is learned of them, are kept."""
     if home := os.environ.get("CACHEPRESS_HOME"):
         return Path(home).expanduser().absolute()
     _need("platformdirs")

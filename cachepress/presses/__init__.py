@@ -21,6 +21,10 @@ from cachepress.presses.decoding import DecodingPress as DecodingPress
 from cachepress.presses.defensivekv import DefensiveKVPress as DefensiveKVPress
 from cachepress.presses.entropy_chunkkv import EntropyGatedChunkKVPress as EntropyGatedChunkKVPress
 from cachepress.presses.expected_attention import ExpectedAttentionPress as ExpectedAttentionPress
+from cachepress.presses.expected_attention_stats import (
+    ExpectedAttentionStatsPress as ExpectedAttentionStatsPress,
+)
+from cachepress.presses.fastkvzip import FastKVzipPress as FastKVzipPress
 from cachepress.presses.finch import FinchPress as FinchPress
 from cachepress.presses.h2o import H2OPress as H2OPress
 from cachepress.presses.key_rerotation import KeyRerotationPress as KeyRerotationPress
@@ -28,15 +32,18 @@ from cachepress.presses.keydiff import KeyDiffPress as KeyDiffPress
 from cachepress.presses.kivi import KIVIPress as KIVIPress
 from cachepress.presses.knorm import KnormPress as KnormPress
 from cachepress.presses.kvgrad import KVgradPress as KVgradPress
+from cachepress.presses.kvzap import KVzapPress as KVzapPress
 from cachepress.presses.kvzip import KVzipPress as KVzipPress
 from cachepress.presses.lagkv import LagKVPress as LagKVPress
 from cachepress.presses.leverage import LeverageScorePress as LeverageScorePress
+from cachepress.presses.lukv import LUKVPress as LUKVPress
 from cachepress.presses.merging import MergingPress as MergingPress
 from cachepress.presses.noncausal import NonCausalAttnPress as NonCausalAttnPress
 from cachepress.presses.observed_attention import ObservedAttentionPress as ObservedAttentionPress
 from cachepress.presses.per_layer import PerLayerCompressionPress as PerLayerCompressionPress
 from cachepress.presses.prefill_decoding import PrefillDecodingPress as PrefillDecodingPress
 from cachepress.presses.pyramidkv import PyramidKVPress as PyramidKVPress
+from cachepress.presses.qfilter import QFilterPress as QFilterPress
 from cachepress.presses.quest import QuestPress as QuestPress
 from cachepress.presses.random import RandomPress as RandomPress
 from cachepress.presses.rkv import RKVPress as RKVPress

@@ -53,7 +53,7 @@ class CriticalKVPress(WrapperPress, alias="critical"):
         budgets = counted(self).select(scores, view.valid, view.n_kept).sum(-1, keepdim=True)
         free = scores.masked_fill(~view.valid | pinned(scores), 0)
         lifted = free - free.amin(-1, keepdim=True).clamp(max=0)
-        weighed = (lifted + self.epsilon) * _projected_norms(view)
+        weighed = (lifted + self.epsilon) * projected_norms(view)
         weighed = torch.where(pinned(scores), scores, weighed)
         first = floor_of(budgets.double(), self.first_stage_ratio)
         chosen = best(scores, view.valid, first)
@@ -101,7 +101,7 @@ class CriticalAdaKVPress(WrapperPress, alias="critical_adakv"):
         return CriticalKVPress(adaptive, self.epsilon, self.first_stage_ratio)
 
 
-def _projected_norms(view: LayerView) -> Tensor:
+def projected_norms(view: LayerView) -> Tensor:
     """L1 norm of each value after the output projection, mean of the query heads, [B, H, T]."""
     if view.projection is None:
         raise TypeError("the view was made without the output projection")

@@ -9,7 +9,7 @@ from torch import Tensor
 from cachepress.budgets import pin_window
 from cachepress.ops import attention_column_sums
 from cachepress.presses.base import ScorerPress, check_count
-from cachepress.presses.critical import _projected_norms
+from cachepress.presses.critical import projected_norms
 from cachepress.presses.snapkv import check_kernel, in_window, pool
 from cachepress.view import LayerView, Needs
 
@@ -52,7 +52,7 @@ class DefensiveKVPress(ScorerPress, alias="defensivekv"):
         free = view.valid & ~in_window(view, self.window_size)
         risk = self._risk(view, free)
         prior = (risk * free).sum(-1, keepdim=True) / free.sum(-1, keepdim=True).clamp(min=1)
-        sizes = _projected_norms(view)
+        sizes = projected_norms(view)
         total = (sizes * free).sum((1, 2), keepdim=True)
         shares = sizes / total.clamp(min=torch.finfo(torch.float32).tiny)
         return pin_window(torch.maximum(risk, prior) * shares * free, view, self.window_size)

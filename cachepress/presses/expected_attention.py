@@ -8,7 +8,7 @@ from torch import Tensor
 from cachepress.budgets import pin_sinks
 from cachepress.errors import CachepressError
 from cachepress.presses.base import ScorerPress, check_count
-from cachepress.view import LayerView, Needs
+from cachepress.view import LayerView, Moments, Needs
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,23 @@ class ExpectedAttentionPress(ScorerPress, alias="expected_attention"):
             scores = (scores + self.epsilon) * view.values.float().norm(dim=-1)
         return pin_sinks(scores, view, self.n_sink)
 
-    def _expected_logits(self, view: LayerView) -> Tensor:
-        if view.moments is None or view.rotary is None:
+    def moments(self, view: LayerView) -> Moments:
+        """The moments of the queries to come."""
+        if view.moments is None:
             raise TypeError("the view was made without moments of the queries")
+        return view.moments
+
+    def _expected_logits(self, view: LayerView) -> Tensor:
+        if view.rotary is None:
+            raise TypeError("the view was made without the rotary embedding")
+        moments = self.moments(view)
         ahead = torch.arange(self.n_future_positions, device=view.keys.device)
         future = view.next_position[:, None] + ahead  # [B, n]
         keys, scaling = view.keys.float(), view.rule.scaling
-        mean = view.rotary.mean(view.moments.mean, future)  # [B, H, G, D]
+        mean = view.rotary.mean(moments.mean, future)  # [B, H, G, D]
         logits = mean @ keys.mT * scaling
         if self.use_covariance:
-            half = view.rotary.mean(view.moments.covariance, future)
+            half = view.rotary.mean(moments.covariance, future)
             covariance = view.rotary.mean(half.mT, future)  # [B, H, G, D, D]
             spread = (keys.unsqueeze(2) @ covariance * keys.unsqueeze(2)).sum(-1)
             logits = logits + spread * (scaling**2 / 2)

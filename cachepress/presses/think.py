@@ -15,6 +15,17 @@ from cachepress.view import LayerView, Needs
 
 
 @dataclass(frozen=True)
+class _Left(TopK):
+    """All rows that an earlier press left to each head, however many."""
+
+    def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
+        """Keep mask ``[B, H, T]``; a number of rows counts where nothing was dropped before."""
+        left = valid & (scores > torch.finfo(torch.float32).min)
+        dropped = (left != valid).any(-1).any(-1)[:, None, None]
+        return torch.where(dropped, left, super().select(scores, valid, n_kept))
+
+
+@dataclass(frozen=True)
 class ThinKPress(BasePress, alias="think"):
     """Keeps every row, and of the keys of each head the channels that weigh most in attention.
 
@@ -53,7 +64,7 @@ class ThinKPress(BasePress, alias="think"):
     @property
     def budget(self) -> TopK:
         """All rows; heads that got different numbers of them from another press keep those."""
-        return TopK(Ratio(0.0), scope="layer")
+        return _Left(Ratio(0.0), scope="layer")
 
     @property
     def rewrites(self) -> bool:

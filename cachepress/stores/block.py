@@ -168,21 +168,20 @@ class Block:
         ``mask`` is that of ``worth``.
         """
         spans, width = len(chosen), int(chosen.sum(-1).max())
+        b, h = spans // self.shape[1], self.shape[1]
         real, rank = chosen.int().topk(width, dim=-1)
-        first = self.layout.first_page.repeat(spans // len(self.layout.lengths))
+        first = self.layout.first_page.repeat(spans // len(self.layout.lengths))  # [X]
         pages = torch.where(real > 0, first[:, None] + rank, 0).flatten()
         keys, values = (_decoded(_paged(x, lambda x: x[pages])) for x in (self.keys, self.values))
-        positions = (
-            self.positions[pages].view(spans, width, PAGE).masked_fill(real[..., None] == 0, -1)
-        )
-        positions = positions.view(-1, self.shape[1], width * PAGE)
+        positions = self.positions[pages].masked_fill(real.view(-1, 1) == 0, -1)
+        positions = positions.view(b, h, width * PAGE)
         bias = torch.zeros(positions.shape, device=positions.device)[:, :, None, None]
         bias = bias if mask is None else _of_columns(mask, positions)
         bias = bias.masked_fill(positions[:, :, None, None] < 0, LOWEST)
         channels = self.channels
         if channels is not None:
             channels = channels.repeat(spans // len(channels), 1)
-        keys, values = (x.view(spans, width * PAGE, -1) for x in (keys, values))
+        keys, values = (x.view(spans, width * PAGE, x.shape[-1]) for x in (keys, values))
         return DensePart(keys, values, bias, channels)
 
     def select(self, sequences: Tensor) -> "Block":

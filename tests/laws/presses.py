@@ -7,7 +7,15 @@ from math import floor
 
 import cachepress as cp
 from cachepress.presses.base import BasePress, ScorerPress, WrapperPress, all_presses
+from tests.learned import learned
 
+SOURCES = {
+    cp.ExpectedAttentionStatsPress: "stats",
+    cp.FastKVzipPress: "gates",
+    cp.KVzapPress: "surrogate",
+    cp.QFilterPress: "filters",
+}
+"""The option that says where a press finds what it has to know of a model."""
 SMALL = {
     cp.CURPress: {"local_window_size": 4},
     cp.CapPress: {"n_future_positions": 32},
@@ -19,6 +27,8 @@ SMALL = {
     },
     cp.DefensiveKVPress: {"window_size": 6},
     cp.ExpectedAttentionPress: {"n_future_positions": 32},
+    cp.ExpectedAttentionStatsPress: {"n_future_positions": 32},
+    cp.FastKVzipPress: {"layerwise": True},
     cp.KVgradPress: {"layerwise": True, "chunk_size": 16},
     cp.KVzipPress: {"layerwise": True, "chunk_size": 16},
     cp.LagKVPress: {"lag_size": 6},
@@ -32,16 +42,22 @@ RATIO = 0.5
 LAYERS, HEADS = 4, 2
 
 
-def every_scorer(ratio: float) -> list[ScorerPress]:
-    """One of each scorer that the package defines, with the same count in every layer."""
+def every_scorer(ratio: float, name: str = "llama") -> list[ScorerPress]:
+    """One of each scorer that the package defines, with the same count in every layer.
+
+    Args:
+        ratio: of all.
+        name: the architecture that they are for, where they have to know the model.
+    """
     kinds = {k for k in all_presses(ScorerPress) if k.__module__.startswith("cachepress.")}
     kinds = sorted({k for k in kinds if k.alias} - {cp.PyramidKVPress}, key=name_of)
-    return [k(compression_ratio=ratio, **SMALL.get(k, {})) for k in kinds]
+    sources = {k: {SOURCES[k]: learned(name)} for k in kinds if k in SOURCES}
+    return [k(ratio, **SMALL.get(k, {}), **sources.get(k, {})) for k in kinds]
 
 
 def every_press(ratio: float) -> list[ScorerPress]:
-    """Those of them with the same count in every head, which need to be told nothing."""
-    scorers = every_scorer(ratio)
+    """Those of them with the same count in every head, for any model, told nothing."""
+    scorers = [p for p in every_scorer(ratio) if type(p) not in SOURCES]
     return [p for p in scorers if p.budget.scope == "head" and not p.needs.question]
 
 
@@ -103,6 +119,7 @@ WRAPPERS: dict[str, Wrapper] = {
     "KIVIPress": Wrapper(
         lambda p, r: cp.KIVIPress(p, residual=5), keys=False, values=False, stores=True
     ),
+    "LUKVPress": Wrapper(lambda p, r: cp.LUKVPress(p, curve=learned()), scope="model"),
     "MergingPress": Wrapper(lambda p, r: cp.MergingPress(p), values=False),
     "QuestPress": Wrapper(lambda p, r: cp.QuestPress(p, pages=1 if r else 99)),
     "SimLayerKVPress": Wrapper(
@@ -126,6 +143,8 @@ WRAPPERS: dict[str, Wrapper] = {
 }
 NEEDS_QUERIES = (
     "CapPress",
+    "FastKVzipPress",
+    "KVzapPress",
     "CompactorPress",
     "DefensiveKVPress",
     "H2OPress",

@@ -6,12 +6,14 @@ from transformers import DynamicCache
 
 import cachepress as cp
 from cachepress.cache import stores
-from tests.laws.presses import RATIO, WRAPPERS, every_scorer, name_of
+from tests.laws.presses import RATIO, SOURCES, WRAPPERS, every_scorer, name_of
+from tests.learned import learned
 from tests.tiny import tiny, tokens
 from tests.tiny_cache import forward, kept
 
 NAMES = ("llama", "qwen3", "phi3", "gemma3", "gpt_oss")
 OWN = [press for press in every_scorer(RATIO) if press.budget.scope != "head"]
+OWN = [press for press in OWN if type(press) not in SOURCES]
 PRESSES = {
     **{name: wrapper.build(cp.KeyDiffPress(RATIO), RATIO) for name, wrapper in WRAPPERS.items()},
     **{name_of(press): press for press in [*OWN, cp.FinchPress(RATIO), cp.PyramidKVPress(RATIO)]},
@@ -19,10 +21,22 @@ PRESSES = {
 
 
 @pytest.mark.parametrize("architecture", NAMES)
+@pytest.mark.parametrize("kind", SOURCES)
+def test_what_was_learned_of_a_model_is_used_on(kind, architecture):
+    press = next(p for p in every_scorer(RATIO, architecture) if type(p) is kind)
+    cache = cp.prefill(tiny(architecture), tokens(41), press)
+    assert cp.size_of(cache).ratio == pytest.approx(21 / 41)
+    with pytest.raises(cp.CachepressError, match="does not fit the model|holds"):
+        cp.prefill(tiny("gpt2"), tokens(41), press)
+
+
+@pytest.mark.parametrize("architecture", NAMES)
 @pytest.mark.parametrize("name", PRESSES)
 def test_works_on(name, architecture):
     model, ids, press = tiny(architecture), tokens(41), PRESSES[name]
     n_layers = len(stores(cp.prefill(model, ids[:, :2], cp.KnormPress(0.0))))
+    if name == "LUKVPress":
+        press = cp.LUKVPress(cp.KeyDiffPress(RATIO), curve=learned(architecture))
     if name == "PerLayerCompressionPress":
         press = cp.PerLayerCompressionPress(cp.KeyDiffPress(), [RATIO] * n_layers)
     cache = DynamicCache()

@@ -26,7 +26,8 @@ def spread(rows, reference):
     """Softmax over rows of the deviation over channels, each scaled by a reference's range."""
     low, high = reference.min(0), reference.max(0)
     scaled = np.where(high > low, (rows - low) / np.where(high > low, high - low, 1), 0)
-    e = np.exp(scaled.std(1, ddof=1))
+    deviation = scaled.std(1, ddof=1)
+    e = np.exp(deviation - deviation.max())
     return e / e.sum()
 
 
@@ -69,7 +70,7 @@ def check(press, view, scores):
 
 
 def test_keeps_the_rows_of_the_reference_up_to_ties():
-    """Parts tie at the last place that fits: of those rows the reference keeps any, we the newest."""
+    """Parts tie at the last place that fits: the reference keeps any such row, we the newest."""
     model = AutoModelForCausalLM.from_pretrained(GOLDEN / "llama_model").eval()
     ids = torch.from_numpy(np.load(GOLDEN / "ids.npy")).view(1, -1)
     golden = np.load(GOLDEN / "lagkv_0.5.npz")

@@ -1,0 +1,146 @@
+"""What was learned about a model: found, checked and read.
+
+An artefact is one safetensors file. ``cachepress train`` makes it, here or on another machine.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachepress.errors import CachepressError
+from cachepress.hf import compressed_layers
+from cachepress.models import cache_home
+
+_FORMAT = "cachepress-artefact"
+_HUB_NAMES = ("{kind}.safetensors", "model.safetensors")
+
+
+def default_path(kind: str, model: PreTrainedModel) -> Path:
+    """Where ``cachepress train`` leaves what it learns of a model."""
+    return cache_home() / "learned" / model_name(model) / f"{kind}.safetensors"
+
+
+def model_name(model: PreTrainedModel) -> str:
+    """The last part of where a model came from."""
+    return Path(model.config.name_or_path).name or type(model).__name__
+
+
+def save_artefact(
+    path: Path, kind: str, tensors: Mapping[str, Tensor], made_from: Mapping[str, str]
+) -> None:
+    """Write an artefact, whole or not at all.
+
+    Raises:
+        CachepressError: if it cannot be written.
+    """
+    metadata = {"format": _FORMAT, "kind": kind, **made_from}
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: x.contiguous() for k, x in tensors.items()}, partial, metadata)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise CachepressError(f"cannot write {path}: {error}") from error
+
+
+def find_artefact(kind: str, source: str | None, model: PreTrainedModel) -> str:
+    """The file of an artefact.
+
+    Args:
+        kind: what it is.
+        source: a file, a folder that has one, or a hub repository; None for what was trained here.
+        model: the model that it is for.
+
+    Raises:
+        CachepressError: if there is none; it says which command makes one.
+    """
+    name = model.config.name_or_path or "MODEL"
+    hint = f"make one: cachepress train {kind} --model {name}"
+    if source is None:
+        path = default_path(kind, model)
+        if path.is_file():
+            return str(path)
+        raise CachepressError(f"nothing was learned of {model_name(model)} for {kind} yet: {hint}")
+    given = Path(source).expanduser()
+    names = [text.format(kind=kind) for text in _HUB_NAMES]
+    for path in (given, *(given / name for name in names)):
+        if path.is_file():
+            return str(path)
+    if given.exists() or given.is_absolute():
+        raise CachepressError(f"{source} has no {names[0]}: {hint}")
+    return _from_hub(source, names, hint)
+
+
+def load_artefact(path: str, kind: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The tensors of an artefact, read once; of a ``.npy`` file the one that it is, by its kind.
+
+    Raises:
+        CachepressError: if the file is missing, damaged or of another kind.
+    """
+    try:
+        changed = Path(path).stat().st_mtime_ns
+    except OSError as error:
+        raise CachepressError(f"{path}: {error.strerror}") from error
+    return _read(path, changed, kind, str(device))
+
+
+def check_shapes(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], path: str
+) -> None:
+    """Raise unless the tensors are there and have these shapes."""
+    for name, shape in wanted.items():
+        got = tuple(tensors[name].shape) if name in tensors else None
+        if got != shape:
+            raise CachepressError(
+                f"{path} does not fit the model: {name} is {got or 'missing'}, wanted {shape}"
+            )
+
+
+def sizes(model: PreTrainedModel) -> tuple[int, int, int, int, int]:
+    """Compressed layers, KV heads, query heads per KV head, head size and hidden size."""
+    config = model.get_decoder().config
+    queries = config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or queries
+    head = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return compressed_layers(model), keys, queries // keys, head, config.hidden_size
+
+
+@lru_cache(maxsize=8)
+def _read(path: str, changed: int, kind: str, device: str) -> dict[str, Tensor]:
+    try:
+        if path.endswith(".npy"):
+            return {kind: torch.from_numpy(np.load(path, allow_pickle=False)).to(device)}
+        with safe_open(path, framework="pt", device=device) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CachepressError(f"{path} is damaged or not a safetensors file: {error}") from error
+    found = metadata.get("kind", kind)
+    if metadata.get("format", _FORMAT) != _FORMAT or found != kind:
+        raise CachepressError(f"{path} holds {found}, wanted {kind}")
+    return tensors
+
+
+def _from_hub(repository: str, names: list[str], hint: str) -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        with suppress(EntryNotFoundError):
+            return hf_hub_download(repository, names[0])
+        return hf_hub_download(repository, names[1])
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CachepressError(
+            f"{repository} is neither a file here nor to be had from the hub ({reason}); {hint}"
+        ) from error

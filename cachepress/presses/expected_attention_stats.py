@@ -1,0 +1,57 @@
+"""Expected attention with queries that were measured beforehand."""
+
+from dataclasses import dataclass, field, replace
+
+from transformers import PreTrainedModel
+
+from cachepress.artefacts import check_shapes, find_artefact, load_artefact, sizes
+from cachepress.presses.expected_attention import ExpectedAttentionPress
+from cachepress.view import LayerView, Moments, Needs
+
+KIND = "query_stats"
+
+
+@dataclass(frozen=True)
+class ExpectedAttentionStatsPress(ExpectedAttentionPress, alias="expected_attention_stats"):
+    """Keeps the rows that queries like those of other texts are expected to attend to.
+
+    Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from Future
+    Queries Distribution" (arXiv:2510.00636), with the mean and the covariance of the queries
+    before RoPE of a text that was read beforehand: ``cachepress train query_stats``. Needs the
+    layer's rotary embedding. Best for short prompts, and for prompts whose own queries say little
+    about those to come.
+
+    Attributes:
+        n_future_positions: positions after the prompt that the rotation is averaged over.
+        n_sink: first rows, which always stay.
+        use_covariance: whether the covariance of the queries enters.
+        use_vnorm: whether the score is multiplied by the norm of the value.
+        epsilon: added to the score before that multiplication.
+        stats: the file, its folder or a hub repository; None for what was learned here.
+    """
+
+    stats: str | None = field(default=None, kw_only=True)
+
+    @property
+    def needs(self) -> Needs:
+        """The position embedding."""
+        return Needs(rotary=True)
+
+    def for_model(self, model: PreTrainedModel) -> "ExpectedAttentionStatsPress":
+        """The same press with the file found and checked."""
+        path = find_artefact(KIND, self.stats, model)
+        layers, h, g, d, _ = sizes(model)
+        wanted = {"mean": (layers, h, g, d), "covariance": (layers, h, g, d, d)}
+        check_shapes(load_artefact(path, KIND), wanted, path)
+        return replace(self, stats=path)
+
+    def moments(self, view: LayerView) -> Moments:
+        """The moments that were learned, the same for every sequence."""
+        if self.stats is None:
+            raise TypeError("the press was not made ready for a model")
+        learned, b = load_artefact(self.stats, KIND, view.keys.device), len(view.n_seen)
+        mean, covariance = (
+            learned[name][view.depth].expand(b, *[-1] * n)
+            for name, n in (("mean", 3), ("covariance", 4))
+        )
+        return Moments(mean, covariance)

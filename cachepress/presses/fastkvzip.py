@@ -1,0 +1,101 @@
+"""Fast KVzip: KVzip's scores, guessed by gates."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachepress.artefacts import check_shapes, find_artefact, load_artefact, sizes
+from cachepress.budgets import TopK, check_fraction, pin, pin_sinks
+from cachepress.presses._surrogate import _SurrogatePress
+from cachepress.presses.base import check_count
+from cachepress.view import LayerView
+
+KIND = "fastkvzip"
+_SHORT = 32000
+
+
+@dataclass(frozen=True)
+class FastKVzipPress(_SurrogatePress, alias="fastkvzip"):
+    """Keeps the rows that KVzip would give the highest scores, as a gate in each layer guesses.
+
+    Kim et al., "Fast KVzip: Efficient and Accurate LLM Inference with Gated KV Eviction"
+    (arXiv:2601.17668). A gate makes a short query for each query head and a short key for each KV
+    head of a row's hidden state, and compares their product with those of the query and a few
+    learned keys: an attention of its own, of one row. It is learned from a text beforehand:
+    ``cachepress train fastkvzip``. Heads and layers compete. Needs hidden states. Best for KVzip's
+    choice at the cost of a forward.
+
+    Attributes:
+        layerwise: whether every layer gets the same share, so that only its heads compete.
+        n_sink: first rows, which always stay.
+        window_size: newest rows that always stay in a text of 32,000 tokens or more.
+        window_ratio: fraction of a shorter text that these are, at least one row.
+        gates: the file, its folder or a hub repository; None for what was learned here.
+    """
+
+    layerwise: bool = False
+    n_sink: int = 4
+    window_size: int = 4096
+    window_ratio: float = 0.02
+    gates: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "n_sink", least=0)
+        check_count(self, "window_size")
+        check_fraction(self.window_ratio, "window_ratio")
+
+    @property
+    def budget(self) -> TopK:
+        """The best rows of the model, or of each layer."""
+        return replace(super().budget, scope="layer" if self.layerwise else "model")
+
+    def for_model(self, model: PreTrainedModel) -> "FastKVzipPress":
+        """The same press with the file found and checked."""
+        path = find_artefact(KIND, self.gates, model)
+        layers, h, g, _, m = sizes(model)
+        learned = load_artefact(path, KIND)
+        d = learned["q_norm"].shape[-1] if "q_norm" in learned else 0
+        wanted = {"q_weight": (layers, h * g * d, m), "k_weight": (layers, h * d, m)}
+        wanted |= {"q_norm": (layers, d), "k_norm": (layers, d), "bias": (layers, h, g)}
+        check_shapes(learned, wanted, path)
+        return replace(self, gates=path)
+
+    def guess(self, hidden: Tensor, depth: int) -> Tensor:
+        """The score of each row, from 0 to 1, ``[B, H, n]``."""
+        if self.gates is None:
+            raise TypeError("the press was not made ready for a model")
+        learned = load_artefact(self.gates, KIND, hidden.device)
+        return gate(hidden.float(), {name: x[depth].float() for name, x in learned.items()})
+
+    def score(self, view: LayerView) -> Tensor:
+        """The guess, sinks and newest rows above all others, ``[B, H, T]``."""
+        short = (view.n_seen * self.window_ratio).long().clamp(min=1)
+        window = torch.where(view.n_seen < _SHORT, short, self.window_size)
+        newest = view.index >= (view.n_seen - window)[:, None, None]
+        return pin_sinks(pin(super().score(view), newest), view, self.n_sink)
+
+
+def gate(hidden: Tensor, learned: Mapping[str, Tensor]) -> Tensor:
+    """What one layer's gate says of hidden states ``[B, n, M]``: ``[B, H, n]``, from 0 to 1.
+
+    Args:
+        hidden: the hidden states.
+        learned: ``q_weight [H * G * d, M]``, ``q_bias [H * G * d]``, ``k_weight [H * d, M]``,
+            ``q_norm [d]``, ``k_norm [d]``, ``base [H, s, d]`` and ``bias [H, G]``.
+    """
+    h, g = learned["bias"].shape
+    d = learned["q_norm"].shape[-1]
+    queries = F.linear(hidden, learned["q_weight"], learned["q_bias"])
+    queries = queries.unflatten(-1, (h, g, d))
+    keys = F.linear(hidden, learned["k_weight"]).unflatten(-1, (h, 1, d))
+    queries = F.rms_norm(queries, (d,), learned["q_norm"], 1e-6)
+    keys = F.rms_norm(keys, (d,), learned["k_norm"], 1e-6)
+    own = (queries * keys).sum(-1) / d**0.5 + learned["bias"]  # [B, n, H, G]
+    others = torch.einsum("bnhgd,hsd->bnhgs", queries, learned["base"]) / d**0.5
+    score = 1 / (1 + (others - own.unsqueeze(-1)).exp().sum(-1))
+    return score.mean(-1).mT

@@ -1,0 +1,74 @@
+"""KVzap: KVzip's scores, guessed from hidden states."""
+
+from dataclasses import dataclass, field, replace
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachepress.artefacts import check_shapes, find_artefact, load_artefact, sizes
+from cachepress.errors import CachepressError
+from cachepress.presses._surrogate import _SurrogatePress
+
+TYPES = ("linear", "mlp")
+
+
+@dataclass(frozen=True)
+class KVzapPress(_SurrogatePress, alias="kvzap"):
+    """Keeps the rows that KVzip+ would give the highest scores, as a small model guesses.
+
+    Jegou and Jeblick, "KVzap: Fast, Adaptive, and Faithful KV Cache Pruning" (arXiv:2601.07891).
+    The surrogate of each layer maps the hidden states that attention reads to the logarithm of the
+    score of each KV head, by one linear map or by two with a GELU between them. It is learned from
+    a text beforehand, ``cachepress train kvzap_mlp``, or comes from a hub repository of the
+    published layout (``layers.0.0.weight`` and so on). Needs hidden states. Best for thresholds at
+    prefill and while decoding, as ``DMSPress(KVzapPress(), threshold=-4)``.
+
+    Attributes:
+        model_type: "mlp" or "linear".
+        surrogate: the file, its folder or a hub repository; None for what was learned here.
+    """
+
+    model_type: str = "mlp"
+    surrogate: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model_type not in TYPES:
+            raise CachepressError(f'model_type: got {self.model_type!r}, wanted "linear" or "mlp"')
+
+    @property
+    def kind(self) -> str:
+        """What is learned."""
+        return f"kvzap_{self.model_type}"
+
+    def for_model(self, model: PreTrainedModel) -> "KVzapPress":
+        """The same press with the file found and checked."""
+        path = find_artefact(self.kind, self.surrogate, model)
+        layers, h, _, _, m = sizes(model)
+        learned = load_artefact(path, self.kind)
+        wanted: dict[str, tuple[int, ...]] = {}
+        for i in range(layers):
+            if self.model_type == "linear":
+                wanted[f"layers.{i}.weight"] = (h, m)
+            else:
+                middle = learned.get(f"layers.{i}.0.bias")
+                n = 0 if middle is None else len(middle)
+                wanted |= {f"layers.{i}.0.weight": (n, m), f"layers.{i}.2.weight": (h, n)}
+        check_shapes(learned, wanted, path)
+        return replace(self, surrogate=path)
+
+    def guess(self, hidden: Tensor, depth: int) -> Tensor:
+        """The logarithm of the score of each row, ``[B, H, n]``."""
+        if self.surrogate is None:
+            raise TypeError("the press was not made ready for a model")
+        learned = load_artefact(self.surrogate, self.kind, hidden.device)
+
+        def linear(x: Tensor, name: str) -> Tensor:
+            weight, bias = learned[f"{name}.weight"], learned[f"{name}.bias"]
+            return F.linear(x, weight.float(), bias.float())
+
+        if self.model_type == "linear":
+            return linear(hidden.float(), f"layers.{depth}").mT
+        middle = F.gelu(linear(hidden.float(), f"layers.{depth}.0"))
+        return linear(middle, f"layers.{depth}.2").mT

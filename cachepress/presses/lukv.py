@@ -1,0 +1,98 @@
+"""LU-KV: every head of the model gets the share of the budget that helps most later."""
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachepress.artefacts import check_shapes, find_artefact, load_artefact, sizes
+from cachepress.budgets import Amount, TopK, apportion, pin_sinks, pin_window
+from cachepress.presses.base import WrapperPress, check_by_layer, check_count, counted
+from cachepress.view import LayerView
+
+KIND = "lukv"
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """Rows by head, in proportion to a curve, the same in total.
+
+    Attributes:
+        amount: the average.
+        curve: the file of the curve.
+    """
+
+    amount: Amount
+    curve: str
+
+    def rows(self, view: LayerView) -> Tensor:
+        """Rows of each head, ``[B, H]``."""
+        pairs = zip(self.amount.rows(view).tolist(), view.n_seen.tolist(), strict=True)
+        rows = [_counts(self.curve, int(n), int(seen))[view.depth] for n, seen in pairs]
+        return torch.stack(rows).to(view.n_seen.device)
+
+
+@dataclass(frozen=True)
+class LUKVPress(WrapperPress, alias="lukv"):
+    """Gives each head of each layer its own number of rows, learned for the scores of a press.
+
+    LU-KV, "Predicting Future Utility: Global Combinatorial Optimization for Task-Agnostic KV Cache
+    Eviction" (arXiv:2602.08585). A curve says which fraction of its rows a head keeps at each
+    ratio, so that what is kept in the whole model receives the most attention from the text that
+    follows; it is learned beforehand, ``cachepress train lukv --press PRESS``, or read from a
+    published ``.npy`` file ``[99, layers, KV heads]``. Between two ratios fractions are
+    interpolated; the total is exactly that of equal numbers, and no head has less than one row.
+    Needs what the inner press needs. Best for the press that its curve was learned for.
+
+    Attributes:
+        press: the press that scores.
+        sink: first rows, which always stay.
+        window: newest rows, which always stay.
+        curve: the file, its folder or a hub repository; None for what was learned here.
+    """
+
+    sink: int = 4
+    window: int = 1
+    curve: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "sink", least=0)
+        check_count(self, "window", least=0)
+        counted(self)
+        check_by_layer(self)
+
+    @property
+    def budget(self) -> TopK:
+        """The inner amount, shared out by the curve."""
+        inner = counted(self)
+        if self.curve is None:
+            return inner
+        return TopK(_Shares(inner.amount, self.curve))
+
+    def for_model(self, model: PreTrainedModel) -> "LUKVPress":
+        """The same press with the file found and checked."""
+        path = find_artefact(KIND, self.curve, model)
+        layers, h = sizes(model)[:2]
+        check_shapes(load_artefact(path, KIND), {KIND: (99, layers, h)}, path)
+        return replace(self, press=self.press.for_model(model), curve=path)
+
+    def score(self, view: LayerView) -> Tensor:
+        """The inner score, sinks and newest rows above all, ``[B, H, T]``."""
+        scores = pin_window(self.press.score(view), view, self.window)
+        return pin_sinks(scores, view, self.sink)
+
+
+@lru_cache(maxsize=1024)
+def _counts(path: str, n: int, seen: int) -> Tensor:
+    """Rows of each head of each layer, ``[L, H]``, ``n`` on average."""
+    curve = load_artefact(path, KIND)[KIND].double()
+    whole, nothing = torch.ones_like(curve[:1]), torch.zeros_like(curve[:1])
+    curve = torch.cat([whole, curve, nothing])  # Ratios 0 to 1.
+    place = 100 * (1 - n / max(seen, 1))
+    below = min(int(place), 99)
+    shares = torch.lerp(curve[below], curve[below + 1], place - below)
+    least = 1 if seen else 0
+    return apportion(shares.flatten(), n * shares.numel(), least, seen).view_as(shares)

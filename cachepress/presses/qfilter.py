@@ -1,0 +1,43 @@
+"""Q-Filters: how far a key lies in the direction of the queries."""
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachepress.artefacts import check_shapes, find_artefact, load_artefact, sizes
+from cachepress.presses.base import ScorerPress
+from cachepress.view import LayerView
+
+KIND = "q_filters"
+
+
+@dataclass(frozen=True)
+class QFilterPress(ScorerPress, alias="qfilter"):
+    """Keeps the rows whose keys reach farthest in the main direction of the queries.
+
+    Godey et al., "Q-Filters: Leveraging QK Geometry for Efficient Key-Value Cache Compression"
+    (arXiv:2503.02812). The direction of each KV head is the first right singular vector of its
+    queries as attention uses them, those of all its query heads together, with the sign that they
+    project to positively; it is learned from a text beforehand: ``cachepress train q_filters``.
+    Needs nothing but keys. Best for decoding and fused attention, as no attention is looked at.
+
+    Attributes:
+        filters: the file, its folder or a hub repository; None for what was learned here.
+    """
+
+    filters: str | None = field(default=None, kw_only=True)
+
+    def for_model(self, model: PreTrainedModel) -> "QFilterPress":
+        """The same press with the file found and checked."""
+        path = find_artefact(KIND, self.filters, model)
+        layers, h, _, d, _ = sizes(model)
+        check_shapes(load_artefact(path, KIND), {"filters": (layers, h, d)}, path)
+        return replace(self, filters=path)
+
+    def score(self, view: LayerView) -> Tensor:
+        """The product of each key and the filter of its head, ``[B, H, T]``."""
+        if self.filters is None:
+            raise TypeError("the press was not made ready for a model")
+        learned = load_artefact(self.filters, KIND, view.keys.device)["filters"][view.depth]
+        return (view.keys.float() @ learned.float().unsqueeze(-1)).squeeze(-1)

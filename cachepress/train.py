@@ -1,0 +1,434 @@
+"""Learning what a press has to know of a model: ``cachepress train``."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from pydoc_data import topics
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import cachepress
+from cachepress.artefacts import default_path, model_name, save_artefact, sizes
+from cachepress.budgets import Ratio, TopK
+from cachepress.errors import CachepressError
+from cachepress.prefill import prefill
+from cachepress.presses import fastkvzip, kvzap, lukv
+from cachepress.presses.base import BasePress, WrapperPress
+from cachepress.presses.kvzip import KVzipPress
+from cachepress.view import EVERY, LayerView, Needs
+
+Tensors = dict[str, Tensor]
+_SINKS = 4
+_SHARES = 100
+_RIDGE = 1e-2
+_MOST_ROWS = 1 << 15
+"""Rows that a surrogate is fitted to at most, drawn from all that were read."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is learned from.
+
+    Attributes:
+        model: the model.
+        windows: texts ``[1, n]`` of token ids, all of the same length.
+        tokenizer: for what has to be asked in words.
+        press: the press whose scores are judged, where one is.
+        seed: for everything that is drawn.
+        steps: steps of gradient descent, where there are any.
+        quiet: whether to show no bar.
+    """
+
+    model: PreTrainedModel
+    windows: Sequence[Tensor]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    press: BasePress | None = None
+    seed: int = 0
+    steps: int = 1000
+    quiet: bool = False
+
+    def read(self, press: BasePress) -> Iterator[None]:
+        """Read one window after the other under a press."""
+        with torch.no_grad():
+            for ids in tqdm(self.windows, unit="window", disable=self.quiet):
+                prefill(self.model, ids, press, tokenizer=self.tokenizer)
+                yield
+
+
+def train(kind: str, lesson: Lesson, output: str | None = None) -> Path:
+    """Learn something of a model, and write it.
+
+    Args:
+        kind: one of ``KINDS``.
+        lesson: what it is learned from.
+        output: the file; None for where presses look for it.
+
+    Returns:
+        The file.
+
+    Raises:
+        CachepressError: if there is no such kind, or the file cannot be written.
+    """
+    if kind not in KINDS:
+        raise CachepressError(f"kind: got {kind!r}, wanted one of {', '.join(KINDS)}")
+    path = default_path(kind, lesson.model) if output is None else Path(output).expanduser()
+    tensors = {name: x.float().cpu() for name, x in KINDS[kind](lesson).items()}
+    made_from = {
+        "model": model_name(lesson.model),
+        "tokens": str(sum(ids.shape[1] for ids in lesson.windows)),
+        "cachepress": cachepress.__version__,
+        "transformers": transformers.__version__,
+    }
+    save_artefact(path, kind, tensors, made_from)
+    return path
+
+
+def windows_of(
+    tokenizer: PreTrainedTokenizerBase, text: str | None, tokens: int, length: int, seed: int
+) -> list[Tensor]:
+    """Pieces of a text as token ids ``[1, length]``, in an order drawn by the seed.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        text: the text; None for the built-in prose.
+        tokens: of all pieces together, at most.
+        length: of a piece.
+        seed: which pieces, and in which order.
+
+    Raises:
+        CachepressError: if the text is shorter than one piece.
+    """
+    if text is None:
+        text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
+    ids = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
+    pieces = ids[: len(ids) // length * length].view(-1, 1, length)
+    if not len(pieces) or tokens < length:
+        raise CachepressError(
+            f"the text has {len(ids)} tokens, of which {tokens} are read: wanted at least one "
+            f"window of {length}: give a longer text, more --tokens or a smaller --window"
+        )
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
+    return [pieces[i] for i in order[: tokens // length].tolist()]
+
+
+@dataclass(frozen=True, repr=False)
+class _LookingPress(BasePress):
+    """Keeps every row, and shows each layer to a function.
+
+    Attributes:
+        wants: what the function wants to see.
+        look: the function.
+    """
+
+    wants: Needs
+    look: Callable[[LayerView], None]
+
+    @property
+    def needs(self) -> Needs:
+        """What the function wants to see."""
+        return self.wants
+
+    @property
+    def budget(self) -> TopK:
+        """All rows."""
+        return TopK(Ratio(0.0))
+
+    @property
+    def rewrites(self) -> bool:
+        """True, so that layers are looked at although no row is dropped."""
+        return True
+
+    def score(self, view: LayerView) -> Tensor:
+        """The age of each row, ``[B, H, T]``."""
+        self.look(view)
+        return view.index.float()
+
+
+def _query_stats(lesson: Lesson) -> Tensors:
+    """Mean and covariance of the queries before RoPE, without those of the sinks."""
+    layers, h, g, d, _ = sizes(lesson.model)
+    mean, square = torch.zeros(layers, h, g, d), torch.zeros(layers, h, g, d, d)
+
+    def look(view: LayerView) -> None:
+        assert view.moments is not None
+        own, spread = (x[0].cpu() for x in (view.moments.mean, view.moments.covariance))
+        mean[view.depth] += own
+        square[view.depth] += spread + own.unsqueeze(-1) * own.unsqueeze(-2)
+
+    n = sum(1 for _ in lesson.read(_LookingPress(Needs(moments_after=_SINKS), look)))
+    mean, square = mean / n, square / n
+    return {"mean": mean, "covariance": square - mean.unsqueeze(-1) * mean.unsqueeze(-2)}
+
+
+def _q_filters(lesson: Lesson) -> Tensors:
+    """First right singular vector of the queries of each KV head, positive on average."""
+    layers, h, _, d, _ = sizes(lesson.model)
+    mean, square = torch.zeros(layers, h, d), torch.zeros(layers, h, d, d)
+
+    def look(view: LayerView) -> None:
+        queries = view.last_queries(EVERY).float().flatten(2, 3)[0].cpu()  # [H, G * Q, D]
+        mean[view.depth] += queries.sum(1)
+        square[view.depth] += queries.mT @ queries
+
+    for _ in lesson.read(_LookingPress(Needs(queries=EVERY), look)):
+        pass
+    first = torch.linalg.eigh(square).eigenvectors[..., -1]
+    sign = (first * mean).sum(-1, keepdim=True).sign()
+    return {"filters": first * torch.where(sign == 0, 1.0, sign)}
+
+
+@dataclass(frozen=True, repr=False)
+class _LabelPress(KVzipPress):
+    """KVzip, with the hidden states of the rows beside their scores.
+
+    Attributes:
+        hidden: hidden states ``[n, M]`` of the window, by depth.
+        scores: scores ``[n, H]``, by depth.
+    """
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    scores: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> Needs:
+        """The hidden states."""
+        return Needs(hidden=self._note)
+
+    def score(self, view: LayerView) -> Tensor:
+        """What the replay showed, ``[B, H, T]``."""
+        self.scores[view.depth] = self.carry(view)[0].mT.cpu()
+        return super().score(view)
+
+    def _note(self, hidden: Tensor, depth: int) -> Tensor:
+        self.hidden[depth] = hidden[0].float().cpu()
+        # What the replay notes takes the place of this.
+        return hidden.new_zeros(1, 1, hidden.shape[1])
+
+
+def _labelled(lesson: Lesson, plus: bool) -> list[tuple[Tensor, Tensor]]:
+    """Hidden states ``[N, M]`` and KVzip scores ``[N, H]`` of each layer, rows drawn from all."""
+    length = lesson.windows[0].shape[1]
+    most = max(1, _MOST_ROWS // len(lesson.windows))
+    generator = torch.Generator().manual_seed(lesson.seed)
+    rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(sizes(lesson.model)[0])]
+    press = _LabelPress(0.01, layerwise=True, kvzip_plus_normalization=plus)
+    for _ in lesson.read(press):
+        some = torch.randperm(length, generator=generator)[:most]
+        for depth, found in enumerate(rows):
+            found.append((press.hidden[depth][some], press.scores[depth][some]))
+        press.hidden.clear()
+        press.scores.clear()
+    return [tuple(torch.cat(x) for x in zip(*found, strict=True)) for found in rows]  # type: ignore
+
+
+def fit_linear(hidden: Tensor, targets: Tensor) -> Tensors:
+    """Ridge regression of ``targets [N, H]`` on ``hidden [N, M]``: weight and bias."""
+    centre, middle = hidden.mean(0), targets.mean(0)
+    x, y = (hidden - centre).double(), (targets - middle).double()
+    scale = x.square().sum() / x.shape[1]
+    gram = x.mT @ x + _RIDGE * scale * torch.eye(x.shape[1], dtype=x.dtype)
+    weight = torch.linalg.solve(gram, x.mT @ y).mT.float()
+    return {"weight": weight, "bias": middle - weight @ centre}
+
+
+def descend(
+    parameters: Tensors,
+    loss: Callable[[Tensors, Tensor], Tensor],
+    rows: int,
+    steps: int,
+    seed: int,
+) -> Tensors:
+    """Fit parameters by Adam on batches of rows, with a rate that falls to zero."""
+    learned = {name: x.clone().requires_grad_() for name, x in parameters.items()}
+    optimizer = torch.optim.Adam(learned.values(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        batch = torch.randint(rows, (min(rows, 512),), generator=generator)
+        optimizer.zero_grad()
+        loss(learned, batch).backward()
+        optimizer.step()
+        schedule.step()
+    return {name: x.detach() for name, x in learned.items()}
+
+
+def fit_mlp(hidden: Tensor, targets: Tensor, steps: int, seed: int) -> Tensors:
+    """Two linear maps with a GELU between them: ``0.weight``, ``0.bias``, ``2.weight``, ``2.bias``.
+
+    Hidden states and targets are standardised for the descent; the result takes them as they are.
+    """
+    m, n = hidden.shape[1], max(1, hidden.shape[1] // 8)
+    centre, width = hidden.mean(0), hidden.std(0).clamp(min=1e-6)
+    middle, spread = targets.mean(0), targets.std(0).clamp(min=1e-6)
+    x, y = (hidden - centre) / width, (targets - middle) / spread
+    generator = torch.Generator().manual_seed(seed)
+    start = {
+        "0.weight": torch.randn(n, m, generator=generator) / m**0.5,
+        "0.bias": torch.zeros(n),
+        "2.weight": torch.randn(targets.shape[1], n, generator=generator) / n**0.5,
+        "2.bias": torch.zeros(targets.shape[1]),
+    }
+
+    def loss(learned: Tensors, batch: Tensor) -> Tensor:
+        inner = F.gelu(F.linear(x[batch], learned["0.weight"], learned["0.bias"]))
+        return F.mse_loss(F.linear(inner, learned["2.weight"], learned["2.bias"]), y[batch])
+
+    found = descend(start, loss, len(x), steps, seed)
+    first = found["0.weight"] / width
+    return {
+        "0.weight": first,
+        "0.bias": found["0.bias"] - first @ centre,
+        "2.weight": found["2.weight"] * spread[:, None],
+        "2.bias": found["2.bias"] * spread + middle,
+    }
+
+
+def fit_gate(hidden: Tensor, targets: Tensor, groups: int, steps: int, seed: int) -> Tensors:
+    """A gate of Fast KVzip for ``targets [N, H]``, from 0 to 1, by cross-entropy."""
+    m, h, d, n_base = hidden.shape[1], targets.shape[1], 16, 16
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
+    start = {
+        "q_weight": drawn(h * groups * d, m),
+        "q_bias": torch.zeros(h * groups * d),
+        "k_weight": drawn(h * d, m),
+        "q_norm": torch.ones(d),
+        "k_norm": torch.ones(d),
+        "base": drawn(h, n_base, d),
+        "bias": torch.zeros(h, groups),
+    }
+
+    def loss(learned: Tensors, batch: Tensor) -> Tensor:
+        guess = fastkvzip.gate(hidden[batch].unsqueeze(0), learned)[0].mT
+        return F.binary_cross_entropy(guess.clamp(1e-6, 1 - 1e-6), targets[batch])
+
+    return descend(start, loss, len(hidden), steps, seed)
+
+
+def _kvzap(lesson: Lesson, model_type: str) -> Tensors:
+    """The surrogate of every layer for the logarithm of KVzip+ scores."""
+    learned: Tensors = {}
+    for i, (hidden, scores) in enumerate(_labelled(lesson, plus=True)):
+        targets = scores.clamp(min=1e-12).log()
+        if model_type == "linear":
+            found = fit_linear(hidden, targets)
+        else:
+            found = fit_mlp(hidden, targets, lesson.steps, lesson.seed)
+        learned |= {f"layers.{i}.{name}": x for name, x in found.items()}
+    return learned
+
+
+def _fastkvzip(lesson: Lesson) -> Tensors:
+    """The gate of every layer for KVzip scores."""
+    groups = sizes(lesson.model)[2]
+    gates = [
+        fit_gate(hidden, scores.clamp(0, 1), groups, lesson.steps, lesson.seed)
+        for hidden, scores in _labelled(lesson, plus=False)
+    ]
+    return {name: torch.stack([gate[name] for gate in gates]) for name in gates[0]}
+
+
+@dataclass(frozen=True, repr=False)
+class _ScoredPress(WrapperPress):
+    """Keeps every row, and notes what the inner press thinks of them.
+
+    Attributes:
+        scores: scores ``[H, T]``, by depth.
+    """
+
+    scores: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def budget(self) -> TopK:
+        """All rows."""
+        return TopK(Ratio(0.0))
+
+    @property
+    def rewrites(self) -> bool:
+        """True, so that layers are scored although no row is dropped."""
+        return True
+
+    def score(self, view: LayerView) -> Tensor:
+        """The inner score, ``[B, H, T]``."""
+        scores = self.press.score(view)
+        self.scores[view.depth] = scores[0].float().cpu()
+        return scores
+
+
+def _lukv(lesson: Lesson) -> Tensors:
+    """How much each head should keep at each ratio, for the scores of a press.
+
+    Each window is read in two parts. What a row is worth is the attention that it receives from
+    the second part; what the press thinks of the rows of the first one says in which order they
+    would go. The best shares of the rows are given to the heads that gain most by them.
+    """
+    if lesson.press is None:
+        raise CachepressError("lukv learns for the scores of a press: give --press")
+    press = lesson.press.for_model(lesson.model)
+    layers, h = sizes(lesson.model)[:2]
+    gains = torch.zeros(layers, h, _SHARES)
+
+    def look(view: LayerView) -> None:
+        assert view.attention_sums is not None
+        received = view.attention_sums[0].mean(1).cpu()
+        order = spy.scores[view.depth].argsort(dim=-1, descending=True, stable=True)
+        worth = received[:, : order.shape[-1]].gather(-1, order)
+        share = torch.arange(order.shape[-1]) * _SHARES // order.shape[-1]
+        gains[view.depth].index_add_(1, share, worth)
+
+    spy, rest = _ScoredPress(press), _LookingPress(Needs(attention_sums=True), look)
+    with torch.no_grad():
+        for ids in tqdm(lesson.windows, unit="window", disable=lesson.quiet):
+            n = ids.shape[1] * 3 // 4
+            cache = prefill(lesson.model, ids[:, :n], spy, tokenizer=lesson.tokenizer)
+            prefill(lesson.model, ids[:, n:], rest, cache)
+    return {"lukv": budget_curve(gains)}
+
+
+def budget_curve(gains: Tensor) -> Tensor:
+    """Fractions of the rows that heads keep at ratios 0.01 to 0.99, ``[99, L, H]``.
+
+    Args:
+        gains: ``[L, H, 100]`` what each further hundredth of its rows is worth to a head.
+    """
+    layers, h, n = gains.shape
+    flat = _falling(gains).flatten()
+    order = flat.argsort(descending=True, stable=True)
+    curve = torch.zeros(99, layers * h)
+    for percent in range(1, 100):
+        chosen = order[: (100 - percent) * layers * h * n // 100] // n
+        curve[percent - 1] = torch.bincount(chosen, minlength=layers * h) / n
+    return curve.view(99, layers, h)
+
+
+def _falling(gains: Tensor) -> Tensor:
+    """The slopes of the least concave curve above the sums of ``gains [..., n]``."""
+    sums = F.pad(gains.double().cumsum(-1), (1, 0)).flatten(0, -2)
+    slopes = torch.empty_like(sums[:, 1:])
+    for row, total in zip(slopes, sums, strict=True):
+        start, n = 0, len(total) - 1
+        while start < n:
+            steps = torch.arange(1, n - start + 1, dtype=total.dtype)
+            rise = (total[start + 1 :] - total[start]) / steps
+            stop = start + 1 + int(rise.argmax())
+            row[start:stop] = rise.max()
+            start = stop
+    return slopes.view_as(gains).float()
+
+
+KINDS: dict[str, Callable[[Lesson], Tensors]] = {
+    "query_stats": _query_stats,
+    "q_filters": _q_filters,
+    **{f"kvzap_{t}": (lambda lesson, t=t: _kvzap(lesson, t)) for t in kvzap.TYPES},
+    fastkvzip.KIND: _fastkvzip,
+    lukv.KIND: _lukv,
+}
+"""What can be learned of a model, by the name that its press knows it by."""
