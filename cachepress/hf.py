@@ -614,10 +614,10 @@ def _attention(
 
 def _with_gradient(key: RowsHandle) -> Rows:
     """All rows, those of the forward as the model computed them and can differentiate them."""
-    rows, n = key.held.rows(), key.new[0].shape[2]
+    rows, n = key.held.rows(), key.added[0].shape[2]
     keys, values = (
         torch.cat([old[:, :, :-n].detach(), new], dim=2)
-        for old, new in zip((rows.keys, rows.values), key.new, strict=True)
+        for old, new in zip((rows.keys, rows.values), key.added, strict=True)
     )
     return replace(rows, keys=keys, values=values)
 

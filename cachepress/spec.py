@@ -13,6 +13,12 @@ from cachepress.presses import BasePress
 from cachepress.presses.base import all_presses
 
 NO_PRESS = "no_press"
+REFUSED = {
+    "restorekv": "RestoreKV (arXiv:2608.01247) keeps rows that are no tokens of the text, made by a "
+    "trained adapter of the model's own weights; a cache of ours holds rows of the text only, and "
+    "no weights are changed: use KVzipPress, which it starts from",
+}
+"""Published methods that are not here, and why."""
 
 
 class SpecError(CachepressError):
@@ -82,6 +88,8 @@ def _class(name: str) -> type[BasePress]:
     for kind in all_presses():
         if name in (kind.alias, kind.__name__):
             return kind
+    if (reason := REFUSED.get(name.lower().removesuffix("press"))) is not None:
+        raise SpecError(f"press {name!r}: {reason}")
     close = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise SpecError(f"unknown press {name!r}: {hint}known are {', '.join(known_names())}")

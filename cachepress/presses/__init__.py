@@ -19,6 +19,7 @@ from cachepress.presses.decoding import (
 )
 from cachepress.presses.decoding import DecodingPress as DecodingPress
 from cachepress.presses.defensivekv import DefensiveKVPress as DefensiveKVPress
+from cachepress.presses.dms import DMSPress as DMSPress
 from cachepress.presses.entropy_chunkkv import EntropyGatedChunkKVPress as EntropyGatedChunkKVPress
 from cachepress.presses.expected_attention import ExpectedAttentionPress as ExpectedAttentionPress
 from cachepress.presses.expected_attention_stats import (

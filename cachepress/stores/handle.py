@@ -34,23 +34,23 @@ class RowsHandle(Tensor):
         store: the store that made it.
         held: what it held at that moment, before anything was dropped.
         fresh: keys and values of the forward, if they are all that is held.
-        new: keys and values of the forward.
+        added: keys and values of the forward.
     """
 
     store: "Store"
     held: "Held"
     fresh: tuple[Tensor, Tensor] | None
-    new: tuple[Tensor, Tensor]
+    added: tuple[Tensor, Tensor]
 
     @classmethod
     def of(
-        cls, store: "Store", held: "Held", new: tuple[Tensor, Tensor], like: Tensor
+        cls, store: "Store", held: "Held", added: tuple[Tensor, Tensor], like: Tensor
     ) -> "RowsHandle":
         """A handle for what ``store`` holds that looks like ``like`` over the whole text."""
         b, h, _, d = like.shape
         handle = _blank(like.dtype, like.device).expand(b, h, held.seen, d).as_subclass(cls)
-        handle.store, handle.held, handle.new = store, held, new
-        handle.fresh = new if held.seen == like.shape[2] else None
+        handle.store, handle.held, handle.added = store, held, added
+        handle.fresh = added if held.seen == like.shape[2] else None
         return handle
 
     @classmethod

@@ -115,6 +115,11 @@ WRAPPERS: dict[str, Wrapper] = {
         values=False,
     ),
     "ChunkKVPress": Wrapper(lambda p, r: cp.ChunkKVPress(p, chunk_length=5)),
+    "DMSPress": Wrapper(
+        # The inner ratio does not count, but at 0 a replay would be left out.
+        lambda p, r: cp.DMSPress(p.with_ratio(RATIO), 0.0 if r else -1e30, 8),
+        counts=None,
+    ),
     "EntropyGatedChunkKVPress": Wrapper(lambda p, r: cp.EntropyGatedChunkKVPress(p, 6, 2)),
     "KIVIPress": Wrapper(
         lambda p, r: cp.KIVIPress(p, residual=5), keys=False, values=False, stores=True

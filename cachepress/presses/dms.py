@@ -1,0 +1,90 @@
+"""DMS: rows below a threshold go when they leave the window."""
+
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from torch import Tensor
+
+from cachepress.budgets import Threshold, pin_window
+from cachepress.core import Schedule
+from cachepress.errors import CachepressError
+from cachepress.presses.base import WrapperPress, check_count
+from cachepress.presses.replaying import _ReplayPress
+from cachepress.schedules import AfterPrefill, Every
+from cachepress.view import LayerView
+
+
+@dataclass(frozen=True)
+class DMSPress(WrapperPress, alias="dms"):
+    """Drops the rows whose score is below a threshold, except for the newest ones.
+
+    Lancucki et al., "Inference-Time Hyper-Scaling with KV Cache Compression" (Dynamic Memory
+    Sparsification, arXiv:2506.05345), the way it is run: how much is dropped depends on the text.
+    The paper trains the model to decide; here the decision is a score and a threshold, so a score
+    of a fixed scale is wanted. Every head holds its own number of rows, the newest row at least.
+    While decoding, rows are looked at every ``interval`` tokens, and at most that many more than
+    the rule says are held. Needs what the inner press needs. Best for
+    ``DMSPress(KVzapPress(), threshold=-4, decoding=True)``.
+
+    Attributes:
+        press: the press that scores; its own ratio does not count.
+        threshold: least score that stays.
+        sliding_window_size: newest rows, which always stay.
+        decoding: whether rows are dropped while tokens are decoded, too.
+        interval: decoded tokens between two looks; 1 for a look at every token.
+    """
+
+    threshold: float
+    sliding_window_size: int = 128
+    decoding: bool = False
+    interval: int = field(default=32, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "sliding_window_size", least=0)
+        check_count(self, "interval")
+        if not isinstance(self.threshold, int | float) or isinstance(self.threshold, bool):
+            raise CachepressError(f"threshold: got {self.threshold!r}, wanted a number")
+        if self.press.schedule != AfterPrefill():
+            raise CachepressError(
+                f"DMSPress decides when rows are dropped, and {self.press!r} does so already: give "
+                "it the press that scores"
+            )
+        if isinstance(self.press, _ReplayPress) and self.press.replay is None:
+            raise CachepressError(
+                f"{self.press!r} replays nothing at ratio 0: give it a ratio above 0, which then "
+                "does not count"
+            )
+        if self.decoding and self.press.replay is not None:
+            raise CachepressError(
+                f"decoded rows have no score by {self.press!r}, which replays prompts: leave out "
+                "decoding, or use KVzapPress"
+            )
+
+    @property
+    def budget(self) -> Threshold:
+        """The rows that reach the threshold."""
+        return Threshold(self.threshold)
+
+    @property
+    def schedule(self) -> Schedule:
+        """After the prompt, and while decoding if that is wanted."""
+        return Every(self.interval) if self.decoding else AfterPrefill()
+
+    @property
+    def buffer(self) -> int:
+        """Decoded queries that are held for the score."""
+        return min(super().buffer, self.interval)
+
+    @property
+    def compression_ratio(self) -> None:
+        """None: the text decides."""
+        return None
+
+    def score(self, view: LayerView) -> Tensor:
+        """The inner score, the window above all, ``[B, H, T]``."""
+        return pin_window(self.press.score(view), view, self.sliding_window_size)
+
+    def with_ratio(self, ratio: float) -> NoReturn:
+        """Refused: there is a threshold instead."""
+        raise CachepressError("DMSPress has no compression ratio: give threshold")
