@@ -88,10 +88,11 @@ def load_artefact(path: str, kind: str, device: torch.device | str = "cpu") -> d
         CachepressError: if the file is missing, damaged or of another kind.
     """
     try:
-        changed = Path(path).stat().st_mtime_ns
+        found = Path(path).stat()
     except OSError as error:
         raise CachepressError(f"{path}: {error.strerror}") from error
-    return _read(path, changed, kind, str(device))
+    # A clock may stand still between two writes, so the time alone does not tell them apart.
+    return _read(path, (found.st_mtime_ns, found.st_ino), kind, str(device))
 
 
 def check_shapes(
@@ -116,17 +117,18 @@ def sizes(model: PreTrainedModel) -> tuple[int, int, int, int, int]:
 
 
 @lru_cache(maxsize=8)
-def _read(path: str, changed: int, kind: str, device: str) -> dict[str, Tensor]:
+def _read(path: str, written: tuple[int, int], kind: str, device: str) -> dict[str, Tensor]:
     try:
         if path.endswith(".npy"):
             return {kind: torch.from_numpy(np.load(path, allow_pickle=False)).to(device)}
         with safe_open(path, framework="pt", device=device) as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, EOFError, TypeError, ValueError, SafetensorError) as error:
         raise CachepressError(f"{path} is damaged or not a safetensors file: {error}") from error
-    found = metadata.get("kind", kind)
-    if metadata.get("format", _FORMAT) != _FORMAT or found != kind:
+    # Files of others say nothing of their kind; what transformers writes says "pt".
+    found = metadata.get("kind", kind) if metadata.get("format") == _FORMAT else kind
+    if found != kind:
         raise CachepressError(f"{path} holds {found}, wanted {kind}")
     return tensors
 

@@ -141,7 +141,10 @@ def _train(options: dict[str, object]) -> None:
 
     _log("INFO")
     path = options["text"]
-    text = None if path is None else Path(path).read_text(encoding="utf-8")
+    try:
+        text = None if path is None else Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CachepressError(f"{path} is not a text in UTF-8: {error}") from error
     model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
     model.config.name_or_path = model.config.name_or_path or options["model"]
     windows = windows_of(tokenizer, text, options["tokens"], options["window"], options["seed"])

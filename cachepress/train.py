@@ -1,6 +1,7 @@
 """Learning what a press has to know of a model: ``cachepress train``."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data import topics
@@ -151,6 +152,8 @@ class _LookingPress(BasePress):
 
 def _query_stats(lesson: Lesson) -> Tensors:
     """Mean and covariance of the queries before RoPE, without those of the sinks."""
+    if (length := lesson.windows[0].shape[1]) <= _SINKS:
+        raise CachepressError(f"window: got {length}, wanted more than the {_SINKS} sinks")
     layers, h, g, d, _ = sizes(lesson.model)
     mean, square = torch.zeros(layers, h, g, d), torch.zeros(layers, h, g, d, d)
 
@@ -372,7 +375,11 @@ def _lukv(lesson: Lesson) -> Tensors:
     """
     if lesson.press is None:
         raise CachepressError("lukv learns for the scores of a press: give --press")
-    press = lesson.press.for_model(lesson.model)
+    press = lesson.press
+    with suppress(CachepressError):
+        # Presses that let the model repeat its text do so only where rows are to be dropped.
+        press = press.with_ratio(0.01)
+    press = press.for_model(lesson.model)
     layers, h = sizes(lesson.model)[:2]
     gains = torch.zeros(layers, h, _SHARES)
 

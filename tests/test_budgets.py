@@ -1,8 +1,13 @@
 """Which rows stay when pins, ties and numbers out of range meet."""
 
-import torch
+from fractions import Fraction
 
-from cachepress.budgets import Ratio, TopK, pin_sinks, pin_window
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cachepress.budgets import Ratio, TopK, apportion, pin_sinks, pin_window
 from cachepress.ops import AttentionRule
 from cachepress.view import LayerView
 
@@ -62,3 +67,64 @@ def test_a_view_slices_every_row_column():
     assert part.keys.shape == (1, 1, 4, 2)
     assert part.positions.tolist() == part.index.tolist() == [[[2, 3, 4, 5]]]
     assert part.n_kept.tolist() == [5]
+
+
+def plain_shares(weights, total, least, most):
+    """Exact shares: those out of bounds are set to the bound, one after the other."""
+    fixed = {}
+    while True:
+        free = [i for i in range(len(weights)) if i not in fixed]
+        rest = total - sum(fixed.values())
+        if not free:
+            return [fixed[i] for i in range(len(weights))]
+        scale = rest / sum(weights[i] for i in free)
+        over = sum(max(0, weights[i] * scale - most) for i in free)
+        under = sum(max(0, least - weights[i] * scale) for i in free)
+        if not over and not under:
+            return [fixed.get(i, weights[i] * scale) for i in range(len(weights))]
+        for i in free:
+            share = weights[i] * scale
+            if over >= under and share > most:
+                fixed[i] = most
+            elif over < under and share < least:
+                fixed[i] = least
+
+
+@given(
+    weights=st.lists(st.integers(1, 1000), min_size=1, max_size=9),
+    total=st.integers(0, 400),
+    least=st.integers(0, 3),
+    more=st.integers(0, 60),
+)
+def test_apportioned_numbers_are_exact_in_sum_and_within_one_of_their_shares(
+    weights, total, least, more
+):
+    most, x = least + more, len(weights)
+    counts = apportion(torch.tensor(weights), total, least, most).tolist()
+    reachable = min(max(total, least * x), most * x)
+    assert sum(counts) == reachable
+    assert least <= min(counts) and max(counts) <= most
+    shares = plain_shares([Fraction(w) for w in weights], Fraction(reachable), least, most)
+    assert all(abs(n - share) < 1 for n, share in zip(counts, shares, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("weights", "total", "least", "most", "wanted"),
+    [
+        ([1, 2, 3], 60, 0, 100, [10, 20, 30]),
+        # Shares 3.5, 2.625 and 0.875: remainders .5, .625 and .875 for 2 that are left.
+        ([4, 3, 1], 7, 0, 7, [3, 3, 1]),
+        # 5 is the most: the others share the 5 that are left, 2 to 1.
+        ([97, 2, 1], 10, 0, 5, [5, 3, 2]),
+        # 2 is the least: the first has what the others leave.
+        ([1, 0, 0], 10, 2, 100, [6, 2, 2]),
+        # Of equal remainders the first are rounded up.
+        ([1, 1, 1, 1], 6, 0, 9, [2, 2, 1, 1]),
+        ([0, 0, 0], 5, 0, 9, [2, 2, 1]),
+        ([3, 1], 0, 1, 9, [1, 1]),
+        ([3, 1], 100, 1, 9, [9, 9]),
+        ([3, 1], 5, 0, 0, [0, 0]),
+    ],
+)
+def test_apportioned_by_hand(weights, total, least, most, wanted):
+    assert apportion(torch.tensor(weights), total, least, most).tolist() == wanted

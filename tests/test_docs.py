@@ -1,10 +1,12 @@
 """The table of what is refused names what the library refuses."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 import cachepress as cp
+from cachepress.spec import aliases
 from tests.laws.presses import UNSUPPORTED
 
 TEXT = (Path(__file__).parents[1] / "docs" / "combinations.md").read_text()
@@ -42,3 +44,14 @@ def test_every_row_of_the_first_table_is_refused_when_it_is_built(build):
     with pytest.raises(cp.CachepressError) as caught:
         build()
     assert "\n" not in str(caught.value)
+
+
+def test_the_readme_names_every_press():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    table = readme.partition("| family | presses |")[2].partition("Wrappers go around")[0]
+    named = set(re.findall(r"`([a-z0-9_]+)`", table))
+    assert named == {name for name, kind in aliases().items() if _ours(kind)}
+
+
+def _ours(kind):
+    return kind.__module__.startswith("cachepress.")

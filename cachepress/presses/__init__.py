@@ -20,6 +20,7 @@ from cachepress.presses.decoding import (
 from cachepress.presses.decoding import DecodingPress as DecodingPress
 from cachepress.presses.defensivekv import DefensiveKVPress as DefensiveKVPress
 from cachepress.presses.dms import DMSPress as DMSPress
+from cachepress.presses.duo_attention import DuoAttentionPress as DuoAttentionPress
 from cachepress.presses.entropy_chunkkv import EntropyGatedChunkKVPress as EntropyGatedChunkKVPress
 from cachepress.presses.expected_attention import ExpectedAttentionPress as ExpectedAttentionPress
 from cachepress.presses.expected_attention_stats import (
@@ -28,10 +29,12 @@ from cachepress.presses.expected_attention_stats import (
 from cachepress.presses.fastkvzip import FastKVzipPress as FastKVzipPress
 from cachepress.presses.finch import FinchPress as FinchPress
 from cachepress.presses.h2o import H2OPress as H2OPress
+from cachepress.presses.headkv import HeadKVPress as HeadKVPress
 from cachepress.presses.key_rerotation import KeyRerotationPress as KeyRerotationPress
 from cachepress.presses.keydiff import KeyDiffPress as KeyDiffPress
 from cachepress.presses.kivi import KIVIPress as KIVIPress
 from cachepress.presses.knorm import KnormPress as KnormPress
+from cachepress.presses.kvcompose import KVComposePress as KVComposePress
 from cachepress.presses.kvgrad import KVgradPress as KVgradPress
 from cachepress.presses.kvzap import KVzapPress as KVzapPress
 from cachepress.presses.kvzip import KVzipPress as KVzipPress

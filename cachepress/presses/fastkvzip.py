@@ -59,9 +59,11 @@ class FastKVzipPress(_SurrogatePress, alias="fastkvzip"):
         path = find_artefact(KIND, self.gates, model)
         layers, h, g, _, m = sizes(model)
         learned = load_artefact(path, KIND)
-        d = learned["q_norm"].shape[-1] if "q_norm" in learned else 0
-        wanted = {"q_weight": (layers, h * g * d, m), "k_weight": (layers, h * d, m)}
-        wanted |= {"q_norm": (layers, d), "k_norm": (layers, d), "bias": (layers, h, g)}
+        d = max(1, learned["q_norm"].numel() // layers) if "q_norm" in learned else 1
+        s = learned["base"].numel() // (layers * h * d) if "base" in learned else 1
+        wanted = {"q_norm": (layers, d), "k_norm": (layers, d), "bias": (layers, h, g)}
+        wanted |= {"q_weight": (layers, h * g * d, m), "q_bias": (layers, h * g * d)}
+        wanted |= {"k_weight": (layers, h * d, m), "base": (layers, h, s, d)}
         check_shapes(learned, wanted, path)
         return replace(self, gates=path)
 

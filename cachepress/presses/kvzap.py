@@ -50,11 +50,12 @@ class KVzapPress(_SurrogatePress, alias="kvzap"):
         wanted: dict[str, tuple[int, ...]] = {}
         for i in range(layers):
             if self.model_type == "linear":
-                wanted[f"layers.{i}.weight"] = (h, m)
+                wanted |= {f"layers.{i}.weight": (h, m), f"layers.{i}.bias": (h,)}
             else:
-                middle = learned.get(f"layers.{i}.0.bias")
-                n = 0 if middle is None else len(middle)
-                wanted |= {f"layers.{i}.0.weight": (n, m), f"layers.{i}.2.weight": (h, n)}
+                first, second = f"layers.{i}.0", f"layers.{i}.2"
+                n = learned[f"{first}.bias"].numel() if f"{first}.bias" in learned else 1
+                wanted |= {f"{first}.bias": (n,), f"{first}.weight": (n, m)}
+                wanted |= {f"{second}.weight": (h, n), f"{second}.bias": (h,)}
         check_shapes(learned, wanted, path)
         return replace(self, surrogate=path)
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachepress.artefacts import check_shapes, find_artefact, load_artefact, sizes
-from cachepress.budgets import Amount, TopK, apportion, pin_sinks, pin_window
+from cachepress.budgets import PerLayer, Pyramid, TopK, apportion, pin_sinks, pin_window
+from cachepress.errors import CachepressError
 from cachepress.presses.base import WrapperPress, check_by_layer, check_count, counted
 from cachepress.view import LayerView
 
@@ -16,21 +17,21 @@ KIND = "lukv"
 
 
 @dataclass(frozen=True)
-class _Shares:
+class _Shares(TopK):
     """Rows by head, in proportion to a curve, the same in total.
 
     Attributes:
-        amount: the average.
         curve: the file of the curve.
     """
 
-    amount: Amount
-    curve: str
+    curve: str = ""
 
-    def rows(self, view: LayerView) -> Tensor:
+    def count(self, view: LayerView) -> Tensor:
         """Rows of each head, ``[B, H]``."""
-        pairs = zip(self.amount.rows(view).tolist(), view.n_seen.tolist(), strict=True)
-        rows = [_counts(self.curve, int(n), int(seen))[view.depth] for n, seen in pairs]
+        average = TopK(self.amount, scope="model").count(view)
+        curve = load_artefact(self.curve, KIND)[KIND]
+        pairs = zip(average.tolist(), view.n_seen.tolist(), strict=True)
+        rows = [_counts(curve, int(n), int(seen))[view.depth] for n, seen in pairs]
         return torch.stack(rows).to(view.n_seen.device)
 
 
@@ -61,8 +62,12 @@ class LUKVPress(WrapperPress, alias="lukv"):
         super().__post_init__()
         check_count(self, "sink", least=0)
         check_count(self, "window", least=0)
-        counted(self)
         check_by_layer(self)
+        if isinstance(counted(self).amount, PerLayer | Pyramid):
+            raise CachepressError(
+                f"LUKVPress shares out the rows of the whole model, and {self.press!r} shares them "
+                "in another way already: give it the press that scores"
+            )
 
     @property
     def budget(self) -> TopK:
@@ -70,7 +75,7 @@ class LUKVPress(WrapperPress, alias="lukv"):
         inner = counted(self)
         if self.curve is None:
             return inner
-        return TopK(_Shares(inner.amount, self.curve))
+        return _Shares(inner.amount, curve=self.curve)
 
     def for_model(self, model: PreTrainedModel) -> "LUKVPress":
         """The same press with the file found and checked."""
@@ -86,9 +91,12 @@ class LUKVPress(WrapperPress, alias="lukv"):
 
 
 @lru_cache(maxsize=1024)
-def _counts(path: str, n: int, seen: int) -> Tensor:
-    """Rows of each head of each layer, ``[L, H]``, ``n`` on average."""
-    curve = load_artefact(path, KIND)[KIND].double()
+def _counts(curve: Tensor, n: int, seen: int) -> Tensor:
+    """Rows of each head of each layer, ``[L, H]``, ``n`` on average.
+
+    Curves are told apart as objects: a file that is written anew is another one.
+    """
+    curve = curve.double()
     whole, nothing = torch.ones_like(curve[:1]), torch.zeros_like(curve[:1])
     curve = torch.cat([whole, curve, nothing])  # Ratios 0 to 1.
     place = 100 * (1 - n / max(seen, 1))

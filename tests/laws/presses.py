@@ -50,7 +50,9 @@ def every_scorer(ratio: float, name: str = "llama") -> list[ScorerPress]:
         name: the architecture that they are for, where they have to know the model.
     """
     kinds = {k for k in all_presses(ScorerPress) if k.__module__.startswith("cachepress.")}
-    kinds = sorted({k for k in kinds if k.alias} - {cp.PyramidKVPress}, key=name_of)
+    kinds = sorted(
+        {k for k in kinds if k.alias} - {cp.PyramidKVPress, cp.KVComposePress}, key=name_of
+    )
     sources = {k: {SOURCES[k]: learned(name)} for k in kinds if k in SOURCES}
     return [k(ratio, **SMALL.get(k, {}), **sources.get(k, {})) for k in kinds]
 
@@ -94,6 +96,7 @@ def _layer_ratios(ratio: float) -> list[float]:
 
 
 TARGET = 9
+HEAD_SCORES = ((0.1, 0.9), (0.5, 0.2), (0.0, 0.3), (0.8, 0.4))
 WRAPPERS: dict[str, Wrapper] = {
     "none": Wrapper(lambda p, r: p),
     "AdaKVPress": Wrapper(lambda p, r: cp.AdaKVPress(p), scope="layer"),
@@ -120,6 +123,11 @@ WRAPPERS: dict[str, Wrapper] = {
         lambda p, r: cp.DMSPress(p.with_ratio(RATIO), 0.0 if r else -1e30, 8),
         counts=None,
     ),
+    "DuoAttentionPress": Wrapper(
+        lambda p, r: cp.DuoAttentionPress(r, HEAD_SCORES, sink_size=2, recent_size=6), counts=None
+    ),
+    "HeadKVPress": Wrapper(lambda p, r: cp.HeadKVPress(p, HEAD_SCORES), scope="model"),
+    "KVComposePress": Wrapper(lambda p, r: cp.KVComposePress(r), scope="model"),
     "EntropyGatedChunkKVPress": Wrapper(lambda p, r: cp.EntropyGatedChunkKVPress(p, 6, 2)),
     "KIVIPress": Wrapper(
         lambda p, r: cp.KIVIPress(p, residual=5), keys=False, values=False, stores=True

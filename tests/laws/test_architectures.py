@@ -20,6 +20,13 @@ PRESSES = {
 }
 
 
+def found_on_the_model(name):
+    """A press that finds out about the heads of a model by itself."""
+    if name == "HeadKVPress":
+        return cp.HeadKVPress(cp.KeyDiffPress(RATIO))
+    return cp.DuoAttentionPress(RATIO, sink_size=2, recent_size=6)
+
+
 @pytest.mark.parametrize("architecture", NAMES)
 @pytest.mark.parametrize("kind", SOURCES)
 def test_what_was_learned_of_a_model_is_used_on(kind, architecture):
@@ -37,6 +44,8 @@ def test_works_on(name, architecture):
     n_layers = len(stores(cp.prefill(model, ids[:, :2], cp.KnormPress(0.0))))
     if name == "LUKVPress":
         press = cp.LUKVPress(cp.KeyDiffPress(RATIO), curve=learned(architecture))
+    if name in ("DuoAttentionPress", "HeadKVPress"):
+        press = found_on_the_model(name)
     if name == "PerLayerCompressionPress":
         press = cp.PerLayerCompressionPress(cp.KeyDiffPress(), [RATIO] * n_layers)
     cache = DynamicCache()

@@ -1,0 +1,122 @@
+"""DuoAttention: some heads keep the whole text, the others stream."""
+
+import json
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import floor
+from typing import Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachepress.budgets import CHOSEN, Ratio, Threshold, TopK, check_fraction, choose
+from cachepress.errors import CachepressError
+from cachepress.presses._heads import (
+    Scores,
+    check_fit,
+    checked,
+    far_scores,
+    pattern_file,
+    read_scores,
+)
+from cachepress.presses.base import BasePress, check_count
+from cachepress.view import LayerView
+
+_SIZES = {"sink_size": 128, "recent_size": 256}
+
+
+@dataclass(frozen=True)
+class DuoAttentionPress(BasePress, alias="duo_attention"):
+    """Lets retrieval heads keep every row, and streaming heads the first and the newest rows.
+
+    Xiao et al., "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming
+    Heads" (arXiv:2410.10819). The KV heads with the lowest scores in the whole model stream. The
+    authors train the scores and publish them for some models: give the file as ``pattern``. Without
+    one they are estimated when the press first meets a model, from one random text in which a
+    passage comes back: the attention that a head pays there to rows outside of its sinks and newest
+    rows, averaged over the query heads of a KV head. Of equal scores, heads of the first layers
+    stream. How many rows stay depends on the length of the text. Needs nothing but positions.
+    Best for long contexts under a published pattern.
+
+    Attributes:
+        head_compression_ratio: fraction of the KV heads that stream, rounded down. This is the
+            ratio that ``with_ratio`` sets.
+        pattern: a score for each KV head of each full-attention layer, or the path of a
+            ``full_attention_heads.tsv`` or its folder; None to estimate them.
+        sink_size: first rows that a streaming head keeps; None for what the ``config.json`` beside
+            the pattern says, or 128.
+        recent_size: newest rows that a streaming head keeps; None likewise, or 256.
+    """
+
+    head_compression_ratio: float = 0.0
+    pattern: str | Scores | None = None
+    sink_size: int | None = None
+    recent_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fraction(self.head_compression_ratio, "head_compression_ratio")
+        for name, least in (("sink_size", 0), ("recent_size", 1)):
+            if getattr(self, name) is not None:
+                check_count(self, name, least)
+        if self.pattern is not None and not isinstance(self.pattern, str):
+            object.__setattr__(self, "pattern", checked(self.pattern, "pattern"))
+
+    @property
+    def budget(self) -> TopK | Threshold:
+        """What the score chose."""
+        return CHOSEN if self.head_compression_ratio else TopK(Ratio(0.0))
+
+    def score(self, view: LayerView) -> Tensor:
+        """The age of each row, those that stay above all others, ``[B, H, T]``."""
+        sink, recent = self.sink_size, self.recent_size
+        if not isinstance(self.pattern, tuple) or sink is None or recent is None:
+            raise TypeError("the press was not made ready for the model")
+        streaming = _streaming(self.pattern, self.head_compression_ratio)[view.depth]
+        whole = ~torch.tensor(streaming, device=view.valid.device)[:, None]  # [H, 1]
+        newest = view.index >= view.n_seen[:, None, None] - recent
+        return choose(view.index.float(), view.valid & (whole | newest | (view.index < sink)))
+
+    def for_model(self, model: PreTrainedModel) -> Self:
+        """The same press with the scores of the model's heads, and both sizes."""
+        sizes = dict(_SIZES)
+        if isinstance(self.pattern, str):
+            sizes |= _published_sizes(self.pattern)
+        sizes |= {k: getattr(self, k) for k in sizes if getattr(self, k) is not None}
+        pattern = self.pattern
+        if isinstance(pattern, str):
+            pattern = read_scores(pattern, "pattern")
+        if pattern is not None:
+            check_fit(pattern, model, "pattern")
+        elif self.head_compression_ratio:
+            pattern = far_scores(model, sizes["sink_size"], sizes["recent_size"])
+        return replace(self, pattern=pattern, **sizes)
+
+    def with_ratio(self, ratio: float) -> Self:
+        """The same press with another fraction of streaming heads."""
+        return replace(self, head_compression_ratio=ratio)
+
+
+def _streaming(scores: Scores, ratio: float) -> list[list[bool]]:
+    """Which heads stream, by layer."""
+    heads = [(score, depth, h) for depth, row in enumerate(scores) for h, score in enumerate(row)]
+    lowest = set(sorted(heads)[: floor(len(heads) * Fraction(str(ratio)))])
+    return [
+        [(score, depth, h) in lowest for h, score in enumerate(row)]
+        for depth, row in enumerate(scores)
+    ]
+
+
+def _published_sizes(path: str) -> dict[str, int]:
+    """The sizes in the ``config.json`` beside a pattern, if there is one."""
+    file = pattern_file(path).with_name("config.json")
+    try:
+        known = json.loads(file.read_text())
+        sizes = {name: known[name] for name in _SIZES if name in known}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise CachepressError(f"pattern: {file} cannot be read: {error}") from error
+    if not all(type(size) is int and size >= 0 for size in sizes.values()):
+        raise CachepressError(f"pattern: {file} has {sizes}, wanted numbers of rows")
+    return sizes

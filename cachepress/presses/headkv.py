@@ -1,0 +1,119 @@
+"""HeadKV: heads that retrieve keep more rows, in the whole model together."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachepress.budgets import PerLayer, Pyramid, TopK, apportion, best, choose, pinned
+from cachepress.errors import CachepressError
+from cachepress.presses._heads import Scores, check_fit, checked, copying_scores, read_scores
+from cachepress.presses.base import WrapperPress, counted
+from cachepress.view import LayerView
+
+
+@dataclass(frozen=True)
+class _AtLeastOne(TopK):
+    """The best rows of the whole model, as many as if every head kept its own, one at least."""
+
+    def count(self, view: LayerView) -> Tensor:
+        """Rows that each head keeps on average, ``[B]``."""
+        return super().count(view).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class HeadKVPress(WrapperPress, alias="headkv"):
+    """Gives each head of the model a fixed part of its budget, and a share of a pool by its score.
+
+    Fu et al., "Not All Heads Matter: A Head-Level KV Cache Compression Method with Integrated
+    Retrieval and Reasoning" (arXiv:2410.19258). Of the rows that a head would keep, those that the
+    inner press pins are its own, and so is 1 - 1 / ``beta`` of the others; the rest of all heads is
+    the pool. What one head cannot use, because the text is shorter, the others share, so that the
+    model's total is exactly that of equal budgets; rounding is by largest remainder. Where a head
+    should have more rows than it still holds in a later turn, the best of all others take their
+    place, so no row is dropped before the whole forward is done. Without ``scores`` retrieval heads
+    are found when the press first meets a model, from one random text in which a passage comes
+    back: the attention of a query in the second copy to the row that it copies next, averaged over
+    the query heads of a KV head. The paper finds them with questions about a needle and adds
+    reasoning, for which scores can be given. Needs what the inner press needs.
+    Best for budgets of a few hundred rows with SnapKV inside.
+
+    Attributes:
+        press: the press that scores; each layer must have the same budget. Who competes under it
+            does not count.
+        scores: a number for each KV head of each full-attention layer, or the path of a file with
+            tabs between them and a line for each layer; None to find them.
+        beta: the smaller, the larger the pool: it is 1 / ``beta`` of the budget, ``beta`` >= 1.
+    """
+
+    scores: str | Scores | None = None
+    beta: float = 1.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(counted(self).amount, PerLayer | Pyramid):
+            raise CachepressError(
+                f"HeadKVPress shares out the rows of the whole model, and {self.press!r} shares "
+                "them among layers already: give it the press that scores"
+            )
+        if self.scores is not None and not isinstance(self.scores, str):
+            object.__setattr__(self, "scores", checked(self.scores, "scores"))
+        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or self.beta < 1:
+            raise CachepressError(f"beta: got {self.beta!r}, wanted a number of at least 1")
+
+    @property
+    def budget(self) -> TopK:
+        """The inner budget, shared out among the heads of the model."""
+        return _AtLeastOne(counted(self).amount, scope="model")
+
+    def score(self, view: LayerView) -> Tensor:
+        """The inner score, the winners of each head above all others, ``[B, H, T]``."""
+        scores = self.press.score(view).float()
+        counts = self._counts(view, pinned(scores) & view.valid)
+        return choose(scores, best(scores, view.valid, counts))
+
+    def for_model(self, model: PreTrainedModel) -> "HeadKVPress":
+        """The same press with the scores of the model's heads."""
+        scores = self.scores
+        if scores is None:
+            scores = copying_scores(model)
+        elif isinstance(scores, str):
+            scores = read_scores(scores, "scores")
+        check_fit(scores, model, "scores")
+        return replace(self, press=self.press.for_model(model), scores=scores)
+
+    def _counts(self, view: LayerView, pins: Tensor) -> Tensor:
+        """Rows of each head of the layer, ``[B, H, 1]``."""
+        if not isinstance(self.scores, tuple):
+            raise TypeError("the press was not made ready for the model")
+        pins = pins.sum(-1).amin(-1)  # [B]
+        budgets = zip(view.n_kept.tolist(), pins.tolist(), view.n_seen.tolist(), strict=True)
+        counts = [
+            shares(self.scores, self.beta, round(kept), own, seen)[view.depth]
+            for kept, own, seen in budgets
+        ]
+        return torch.tensor(counts, device=view.valid.device).unsqueeze(-1)
+
+
+@lru_cache(maxsize=256)
+def shares(scores: Scores, beta: float, kept: int, own: int, seen: int) -> list[list[int]]:
+    """Rows of each head, by layer.
+
+    Args:
+        scores: of each KV head of each layer.
+        beta: 1 / ``beta`` of what is free goes into the pool.
+        kept: rows of a head on average, from 1 to ``seen``.
+        own: of these, rows that every head keeps.
+        seen: rows of the text, which no head can have more of.
+    """
+    own = min(own, kept)
+    weights = torch.tensor([x for row in scores for x in row], dtype=torch.double)
+    weight = float(weights.sum())
+    parts = weights / weight if weight else torch.full_like(weights, 1 / len(weights))
+    fixed, pool = own + (kept - own) * (1 - 1 / beta), (kept - own) / beta * len(weights)
+    least = min(kept, max(1, own))
+    rows = apportion(fixed + pool * parts, kept * len(weights), least, seen).tolist()
+    taken = iter(rows)
+    return [[next(taken) for _ in row] for row in scores]

@@ -1,0 +1,138 @@
+"""KVCompose: each head takes its own best rows, and layers compete for how many."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cachepress.budgets import TopK, pin
+from cachepress.errors import CachepressError
+from cachepress.presses.base import ScorerPress, check_count
+from cachepress.presses.chunkkv import highest_first, places
+from cachepress.view import LayerView, Needs
+
+
+@dataclass(frozen=True)
+class _Composites(TopK):
+    """The composite tokens with the highest scores: the i-th rows of all heads of a layer."""
+
+    def count(self, view: LayerView) -> Tensor:
+        """Rows that each head keeps on average, ``[B]``."""
+        return super().count(view).clamp(min=1)
+
+    def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
+        """Keep mask ``[B, H, T]``; every head of a layer keeps as many rows."""
+        order = highest_first(scores.float().masked_fill(~valid, float("-inf")))
+        ranked, held = scores.float().gather(-1, order), valid.gather(-1, order)
+        # By rank first, so that equal composites are taken whole: their heads stand side by side.
+        table = ranked.masked_fill(~held, float("-inf")).mT.flatten(1)
+        best = table.argsort(dim=-1, descending=True, stable=True)
+        heads = valid.shape[1]
+        total = n_kept.double().view(len(n_kept), -1, 1).expand(-1, heads, -1).sum(1).round()
+        taken = (torch.arange(best.shape[-1], device=best.device) < total).expand_as(best)
+        taken = torch.zeros_like(taken).scatter(-1, best, taken).unflatten(-1, (-1, heads)).mT
+        return torch.zeros_like(valid).scatter(-1, order, taken & held)
+
+
+@dataclass(frozen=True)
+class KVComposePress(ScorerPress, alias="kvcompose"):
+    """Lets layers compete with composite tokens: the best rows of all heads, the second best, ...
+
+    Akulov et al., "KVCompose: Efficient Structured KV Cache Compression with Composite Tokens"
+    (arXiv:2509.05165). A row is worth the attention that it receives. Each head ranks its own rows;
+    the i-th composite is worth what the heads' i-th rows are, and the best composites of the whole
+    model stay, so that all heads of a layer keep the same number of rows. The paper takes attention
+    from prompts of the task; here it is that of the turn's own queries, which need no second pass:
+    a question at the end of the prompt counts, and a later turn judges all rows by its own queries.
+    Composites compete before any row is dropped, when the forward is done. Needs the attention
+    peaks or sums, which cost about one more attention pass.
+    Best for servers that need the same number of rows in all heads of a layer.
+
+    Attributes:
+        structured: whether rows compete as composites; if not, every row for itself in the whole
+            model, so that each head keeps its own number.
+        agg_task: over the queries, "max" for the most attention from one of them, or "mean" over
+            those that can see the row.
+        agg_group: over the query heads of a KV head, "mean" or "max".
+        agg_head: over the KV heads of a composite, "mean" or "max".
+        add_v_norm: whether a row's worth is multiplied by the norm of its value.
+        add_mean_across_heads: whether the mean worth of the token in all KV heads that hold it is
+            added.
+        keep_token_lower_bound: rows that every head keeps while the budget holds them; one in any
+            case where rows compete as composites.
+    """
+
+    structured: bool = True
+    agg_task: str = "max"
+    agg_group: str = "mean"
+    agg_head: str = "mean"
+    add_v_norm: bool = False
+    add_mean_across_heads: bool = True
+    keep_token_lower_bound: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("agg_task", "agg_group", "agg_head"):
+            if getattr(self, name) not in ("max", "mean"):
+                raise CachepressError(
+                    f'{name}: got {getattr(self, name)!r}, wanted "max" or "mean"'
+                )
+        check_count(self, "keep_token_lower_bound", least=0)
+
+    @property
+    def needs(self) -> Needs:
+        """The most attention that rows received, or the sum."""
+        most = self.agg_task == "max"
+        return Needs(attention_peaks=most, attention_sums=not most)
+
+    @property
+    def budget(self) -> TopK:
+        """The best composites, or rows, of the whole model."""
+        kind = _Composites if self.structured else TopK
+        return kind(self.amount, scope="model")
+
+    def score(self, view: LayerView) -> Tensor:
+        """What the row's composite is worth, or the row itself, ``[B, H, T]``."""
+        scores = self._worth(view)
+        order = highest_first(scores.masked_fill(~view.valid, -1.0))
+        ranks, least = places(order), self.keep_token_lower_bound
+        if self.structured:
+            held, least = view.valid.gather(-1, order), max(1, least)
+            composites = _over_heads(scores.gather(-1, order), held, self.agg_head)
+            scores = composites.expand_as(scores).gather(-1, ranks)
+        return pin(scores, ranks < least)
+
+    def _worth(self, view: LayerView) -> Tensor:
+        """What each row is worth to its own head, ``[B, H, T]``."""
+        received = view.attention_peaks
+        if self.agg_task == "mean" and view.attention_sums is not None:
+            received = view.attention_sums / view.attention_counts.clamp(min=1).unsqueeze(2)  # type: ignore
+        if received is None:
+            raise TypeError("the view was made without the attention that rows received")
+        worth = received.amax(2) if self.agg_group == "max" else received.mean(2)
+        if self.add_v_norm:
+            worth = worth * view.values.float().norm(dim=-1)
+        return worth + _mean_of_token(worth, view) if self.add_mean_across_heads else worth
+
+
+def _over_heads(x: Tensor, held: Tensor, how: str) -> Tensor:
+    """Mean or maximum of ``x [B, H, T]`` over the heads that have a row there, ``[B, 1, T]``."""
+    if how == "max":
+        return x.masked_fill(~held, 0.0).amax(1, keepdim=True)
+    return (x * held).sum(1, keepdim=True) / held.sum(1, keepdim=True).clamp(min=1)
+
+
+def _mean_of_token(x: Tensor, view: LayerView) -> Tensor:
+    """Mean of ``x [B, H, T]`` over the heads that hold the same token, ``[B, H, T]``.
+
+    Heads that dropped rows in an earlier turn have different tokens in the same place.
+    """
+    b, h, _ = x.shape
+    size = int(view.n_seen.max())
+    column = view.index.long().masked_fill(~view.valid, size)
+
+    def by_token(y: Tensor) -> Tensor:
+        return y.new_zeros(b, h, size + 1).scatter(-1, column, y).sum(1, keepdim=True)
+
+    mean = by_token(x) / by_token(view.valid.float()).clamp(min=1)
+    return mean.expand(-1, h, -1).gather(-1, column)
