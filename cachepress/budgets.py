@@ -208,7 +208,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class Threshold:
-    """Every row whose score is high enough, however many those are; the newest row in any case.
+    """Every row whose score is high enough, however many those are; else the newest row.
 
     Attributes:
         least: the lowest score that stays.
@@ -228,8 +228,9 @@ class Threshold:
 
     def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
         """Keep mask ``[B, H, T]``."""
-        newest = valid.flip(-1).cumsum(-1).flip(-1) == 1
-        return valid & ((scores >= self.least) | newest)
+        mask = valid & (scores >= self.least)
+        newest = valid & (valid.flip(-1).cumsum(-1).flip(-1) == 1)
+        return torch.where(mask.any(-1, keepdim=True), mask, newest)
 
 
 CHOSEN = Threshold(1.2e38)

@@ -14,9 +14,9 @@ from cachepress.presses.base import all_presses
 
 NO_PRESS = "no_press"
 REFUSED = {
-    "restorekv": "RestoreKV (arXiv:2608.01247) keeps rows that are no tokens of the text, made by a "
-    "trained adapter of the model's own weights; a cache of ours holds rows of the text only, and "
-    "no weights are changed: use KVzipPress, which it starts from",
+    "restorekv": "RestoreKV (arXiv:2608.01247) keeps rows that are no tokens of the text, made by "
+    "a trained adapter of the model's own weights; a cache of ours holds rows of the text only, "
+    "and no weights are changed: use KVzipPress, which it starts from",
 }
 """Published methods that are not here, and why."""
 

@@ -132,7 +132,7 @@ class EvaluationConfig:
         kind = type(press)
         if kind.alias and issubclass(kind, ScorerPress) and kind(self.ratio) == press:
             return kind.alias
-        return re.sub(rf"compression_ratio={self.ratio!r}(, )?", "", repr(press))
+        return re.sub(rf"(?<!\w)compression_ratio={self.ratio!r}(, )?", "", repr(press))
 
     def _further_parts(self) -> list[str]:
         parts = []

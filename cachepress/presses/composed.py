@@ -36,7 +36,8 @@ class _Chain:
 class ComposedPress(BasePress, alias="composed"):
     """Lets several presses choose, each among the rows that the one before it left.
 
-    Two presses at 0.5 remove three quarters. Needs what all of them need. Best for combining what
+    Two presses at 0.5 remove three quarters. After a press with a threshold, the others count the
+    rows that it left, in a further turn too. Needs what all of them need. Best for combining what
     one press drops with what another one drops, rows and channels.
 
     Attributes:

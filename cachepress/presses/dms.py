@@ -21,10 +21,10 @@ class DMSPress(WrapperPress, alias="dms"):
     Lancucki et al., "Inference-Time Hyper-Scaling with KV Cache Compression" (Dynamic Memory
     Sparsification, arXiv:2506.05345), the way it is run: how much is dropped depends on the text.
     The paper trains the model to decide; here the decision is a score and a threshold, so a score
-    of a fixed scale is wanted. Every head holds its own number of rows, the newest row at least.
-    While decoding, rows are looked at every ``interval`` tokens, and at most that many more than
-    the rule says are held. Needs what the inner press needs. Best for
-    ``DMSPress(KVzapPress(), threshold=-4, decoding=True)``.
+    of a fixed scale is wanted. Every head holds its own number of rows, at least one. While
+    decoding, rows are looked at every ``interval`` tokens, and at most that many more than the rule
+    says are held; rows that are held are judged anew at each look. Needs what the inner press
+    needs. Best for ``DMSPress(KVzapPress(), threshold=-4, decoding=True)``.
 
     Attributes:
         press: the press that scores; its own ratio does not count.
