@@ -30,7 +30,7 @@ def default_path(kind: str, model: PreTrainedModel) -> Path:
 
 def model_name(model: PreTrainedModel) -> str:
     """The last part of where a model came from."""
-    return Path(model.config.name_or_path).name or type(model).__name__
+    return Path(model.config.name_or_path or "").name or type(model).__name__
 
 
 def save_artefact(

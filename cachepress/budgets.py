@@ -18,7 +18,7 @@ _FREE = 1e38
 _CHOSEN = 1.5e38
 _WINDOW = 2e38
 _SINK = 3.4e38
-_SINK_STEP = 1e32
+_STEP = 1e32
 _PAGE_INDEX, _SPAN_INDEX = 16, PAGE * 4 + 24
 """Bytes of the index of uneven heads, for each page and for each head."""
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -317,14 +317,18 @@ def pin_sinks(scores: Tensor, view: LayerView, n: int) -> Tensor:
     Pins are plain numbers above every sensible score (1e38), so that any budget honours them:
     sinks first, then the newest rows, however small the budget is.
     """
-    pin = _SINK - _SINK_STEP * view.index.float()
+    pin = _SINK - _STEP * view.index.float()
     return torch.where(view.index < n, pin, scores.float())
 
 
-def pin_window(scores: Tensor, view: LayerView, n: int) -> Tensor:
-    """Scores with the last ``n`` rows of each text above every free row; ties go to the newest."""
-    recent = view.index >= view.n_seen[:, None, None] - n
-    return torch.where(recent, _WINDOW, scores.float())
+def pin_window(scores: Tensor, view: LayerView, n: int | Tensor) -> Tensor:
+    """Scores with the last ``n`` rows of each text above every free row, the newest highest.
+
+    ``n`` may be ``[B]``. Rows of the same age are alike in all heads, so heads that compete and
+    cannot keep all of them share what there is.
+    """
+    recent = view.index >= (view.n_seen - n)[:, None, None]
+    return torch.where(recent, _WINDOW + _STEP * view.index.float(), scores.float())
 
 
 def pin(scores: Tensor, rows: Tensor) -> Tensor:

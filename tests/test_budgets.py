@@ -7,9 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cachepress as cp
 from cachepress.budgets import Ratio, TopK, apportion, pin_sinks, pin_window
 from cachepress.ops import AttentionRule
 from cachepress.view import LayerView
+from tests.tiny import tiny, tokens
+from tests.tiny_cache import kept
 
 
 def view(n, kept, pad=0):
@@ -56,8 +59,8 @@ def test_pins_beat_every_free_score():
 
 
 def test_when_pins_exceed_the_budget_sinks_come_first_then_the_newest():
-    for kept, wanted in ((1, [0]), (2, [0, 1]), (3, [0, 1, 9]), (4, [0, 1, 8, 9])):
-        table = view(10, kept)
+    for n_kept, wanted in ((1, [0]), (2, [0, 1]), (3, [0, 1, 9]), (4, [0, 1, 8, 9])):
+        table = view(10, n_kept)
         pinned = pin_sinks(pin_window(torch.rand(1, 1, 10), table, 6), table, 2)
         assert stay(pinned, table) == wanted
 
@@ -128,3 +131,9 @@ def test_apportioned_numbers_are_exact_in_sum_and_within_one_of_their_shares(
 )
 def test_apportioned_by_hand(weights, total, least, most, wanted):
     assert apportion(torch.tensor(weights), total, least, most).tolist() == wanted
+
+
+def test_heads_that_compete_share_a_window_that_is_too_large():
+    press = cp.AdaKVPress(cp.SnapKVPress(n_kept=5, window_size=20), alpha_safeguard=0.0)
+    for layer in kept(cp.prefill(tiny(), tokens(40), press)):
+        assert layer[0] == [list(range(35, 40))] * 2

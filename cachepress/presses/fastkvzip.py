@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachepress.artefacts import check_shapes, find_artefact, load_artefact, sizes
-from cachepress.budgets import TopK, check_fraction, pin, pin_sinks
+from cachepress.budgets import TopK, check_fraction, pin_sinks, pin_window
 from cachepress.presses._surrogate import _SurrogatePress
 from cachepress.presses.base import check_count
 from cachepress.view import LayerView
@@ -78,8 +78,7 @@ class FastKVzipPress(_SurrogatePress, alias="fastkvzip"):
         """The guess, sinks and newest rows above all others, ``[B, H, T]``."""
         short = (view.n_seen * self.window_ratio).long().clamp(min=1)
         window = torch.where(view.n_seen < _SHORT, short, self.window_size)
-        newest = view.index >= (view.n_seen - window)[:, None, None]
-        return pin_sinks(pin(super().score(view), newest), view, self.n_sink)
+        return pin_sinks(pin_window(super().score(view), view, window), view, self.n_sink)
 
 
 def gate(hidden: Tensor, learned: Mapping[str, Tensor]) -> Tensor:
