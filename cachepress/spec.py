@@ -52,7 +52,7 @@ def parse(text: str) -> BasePress | None:
 
 def aliases() -> dict[str, type[BasePress]]:
     """Every press class that has a short name, by it."""
-    return {kind.alias: kind for kind in sorted(all_presses(), key=_name) if kind.alias}
+    return dict(sorted((kind.alias, kind) for kind in all_presses() if kind.alias))
 
 
 def known_names() -> list[str]:
@@ -60,10 +60,6 @@ def known_names() -> list[str]:
     names = {kind.__name__ for kind in all_presses()} - {"ScorerPress", "WrapperPress"}
     classes = sorted(name for name in names if not name.startswith("_"))
     return [NO_PRESS, *aliases(), *classes]
-
-
-def _name(kind: type[BasePress]) -> str:
-    return kind.__name__
 
 
 def _build(node: ast.expr, text: str) -> object:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import cachepress as cp
+from cachepress.catalogue import page
 from cachepress.spec import aliases
 from tests.laws.presses import UNSUPPORTED
 
@@ -55,3 +56,8 @@ def test_the_readme_names_every_press():
 
 def _ours(kind):
     return kind.__module__.startswith("cachepress.")
+
+
+def test_the_page_of_presses_says_what_the_classes_say():
+    text = (Path(__file__).parents[1] / "docs" / "presses.md").read_text()
+    assert text.startswith(page(None).rstrip())

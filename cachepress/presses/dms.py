@@ -24,7 +24,8 @@ class DMSPress(WrapperPress, alias="dms"):
     of a fixed scale is wanted. Every head holds its own number of rows, at least one. While
     decoding, rows are looked at every ``interval`` tokens, and at most that many more than the rule
     says are held; rows that are held are judged anew at each look. Needs what the inner press
-    needs. Best for ``DMSPress(KVzapPress(), threshold=-4, decoding=True)``.
+    needs. Best for scores that a row has from the start, such as those of
+    ``DMSPress(KVzapPress(), threshold=-4, decoding=True)``.
 
     Attributes:
         press: the press that scores; its own ratio does not count.
