@@ -5,6 +5,8 @@ OLD := .venv-oldest
 OLDEST := 5.10.1
 NEWEST := 5.24.0
 BIN := $(VENV)/bin
+# A worker for each core, with one thread.
+PYTEST := -m pytest --numprocesses auto
 
 .PHONY: demo test laws bench presses lint types clean
 
@@ -13,11 +15,12 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready $(OLD)/ready
 	$(BIN)/cachepress models --fetch
-	$(OLD)/bin/python -m pytest tests/laws tests/test_hf.py tests/test_generate.py tests/test_prefill.py tests/test_persist.py
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(OLD)/bin/python $(PYTEST) tests/laws tests/test_hf.py tests/test_generate.py \
+		tests/test_prefill.py tests/test_persist.py
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 laws: $(VENV)/ready
-	CACHEPRESS_LAWS=all $(BIN)/python -m pytest tests/laws
+	CACHEPRESS_LAWS=all OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/laws
 
 bench: $(VENV)/ready
 	$(BIN)/cachepress bench --lengths 8192 --steps 40 --repeats 1 --presses "KnormPress(0.0)" \

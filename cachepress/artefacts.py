@@ -3,6 +3,8 @@
 An artefact is one safetensors file. ``cachepress train`` makes it, here or on another machine.
 """
 
+import hashlib
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
@@ -17,20 +19,46 @@ from transformers import PreTrainedModel
 
 from cachepress.errors import CachepressError
 from cachepress.hf import compressed_layers
-from cachepress.models import cache_home
+from cachepress.models import BUILTIN_MODELS, cache_home, hub_answers
 
 _FORMAT = "cachepress-artefact"
+_REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
 _HUB_NAMES = ("{kind}.safetensors", "model.safetensors")
 
 
 def default_path(kind: str, model: PreTrainedModel) -> Path:
-    """Where ``cachepress train`` leaves what it learns of a model."""
-    return cache_home() / "learned" / model_name(model) / f"{kind}.safetensors"
+    """Where ``cachepress train`` leaves what it learns of a model.
+
+    Raises:
+        CachepressError: if the model came from nowhere.
+    """
+    home, name = cache_home(), model_name(model)
+    if not name:
+        raise CachepressError(
+            f"this {type(model).__name__} has no name under which {kind} could be kept: give the "
+            f"path of a file, as from cachepress train {kind} --model MODEL --output FILE"
+        )
+    folder = Path(name)
+    if folder.is_dir():
+        # Folders of different models often have the same last part.
+        digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
+        name = f"{folder.resolve().name}-{digest[:8]}"
+    return home / "learned" / name.replace("/", "--") / f"{kind}.safetensors"
 
 
 def model_name(model: PreTrainedModel) -> str:
-    """The last part of where a model came from."""
-    return Path(model.config.name_or_path or "").name or type(model).__name__
+    """What a model is called where it is loaded: a built-in name, a folder, or a name on the hub.
+
+    Empty for a model that came from nowhere.
+    """
+    name = model.config.name_or_path or ""
+    path = Path(name)
+    return path.name if path.name in BUILTIN_MODELS and path.parent == cache_home() else name
+
+
+def class_of(model: PreTrainedModel) -> str:
+    """What kind of model it is; models of several kinds have the same shapes."""
+    return type(model.get_decoder()).__name__
 
 
 def save_artefact(
@@ -48,9 +76,10 @@ def save_artefact(
         save_file({k: x.contiguous() for k, x in tensors.items()}, partial, metadata)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
+        raise CachepressError(f"cannot write {path}: {error}") from error
+    finally:
         with suppress(OSError):
             partial.unlink()
-        raise CachepressError(f"cannot write {path}: {error}") from error
 
 
 def find_artefact(kind: str, source: str | None, model: PreTrainedModel) -> str:
@@ -62,21 +91,30 @@ def find_artefact(kind: str, source: str | None, model: PreTrainedModel) -> str:
         model: the model that it is for.
 
     Raises:
-        CachepressError: if there is none; it says which command makes one.
+        CachepressError: if there is none, or if it was made for a model of another class; it says
+            which command makes one.
     """
-    name = model.config.name_or_path or "MODEL"
+    name = model_name(model) or "MODEL"
     hint = f"make one: cachepress train {kind} --model {name}"
+    path, own = _found(kind, source, model, hint), class_of(model)
+    made_for = _metadata(path).get("model_class", own)
+    if made_for != own:
+        raise CachepressError(f"{path} was made for a {made_for}, and this is a {own}: {hint}")
+    return path
+
+
+def _found(kind: str, source: str | None, model: PreTrainedModel, hint: str) -> str:
     if source is None:
         path = default_path(kind, model)
         if path.is_file():
             return str(path)
         raise CachepressError(f"nothing was learned of {model_name(model)} for {kind} yet: {hint}")
     given = Path(source).expanduser()
-    names = [text.format(kind=kind) for text in _HUB_NAMES]
+    names = tuple(text.format(kind=kind) for text in _HUB_NAMES)
     for path in (given, *(given / name for name in names)):
         if path.is_file():
             return str(path)
-    if given.exists() or given.is_absolute():
+    if given.exists() or given.is_absolute() or not re.fullmatch(_REPOSITORY, source):
         raise CachepressError(f"{source} has no {names[0]}: {hint}")
     return _from_hub(source, names, hint)
 
@@ -130,13 +168,31 @@ def _read(path: str, written: tuple[int, int], kind: str, device: str) -> dict[s
     found = metadata.get("kind", kind) if metadata.get("format") == _FORMAT else kind
     if found != kind:
         raise CachepressError(f"{path} holds {found}, wanted {kind}")
+    if not all(bool(x.isfinite().all()) for x in tensors.values()):
+        raise CachepressError(f"{path} is damaged: it holds numbers that are not finite")
     return tensors
 
 
-def _from_hub(repository: str, names: list[str], hint: str) -> str:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+def _metadata(path: str) -> dict[str, str]:
+    """What a file says about itself; nothing where it is of another format, or damaged."""
+    with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+    return {}
 
+
+@lru_cache
+def _from_hub(repository: str, names: tuple[str, ...], hint: str) -> str:
+    """A file of a repository; one that was fetched before is not asked for again."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for name in names:
+        with suppress(LocalEntryNotFoundError, ValueError):
+            return hf_hub_download(repository, name, local_files_only=True)
+    if not hub_answers(repository):
+        raise CachepressError(
+            f"{repository} is not on this machine, and the hub does not answer: {hint}"
+        )
     try:
         with suppress(EntryNotFoundError):
             return hf_hub_download(repository, names[0])

@@ -151,7 +151,10 @@ def _train(options: dict[str, object]) -> None:
     press = None if options["press"] is None else parse(options["press"])
     how = {name: options[name] for name in ("seed", "steps")}
     lesson = Lesson(model, windows, tokenizer, press, **how)
-    print(f"written: {train(options['kind'], lesson, options['output'])}")
+    try:
+        print(f"written: {train(options['kind'], lesson, options['output'])}")
+    except KeyboardInterrupt as error:
+        raise CachepressError("interrupted: nothing was written, and nothing is lost") from error
 
 
 def _log(level: str) -> None:
@@ -194,7 +197,7 @@ def _train_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     p.add_argument("--text", metavar="FILE", help="text to learn from (default: built-in prose)")
     p.add_argument("--tokens", type=_positive, default=20000, help="tokens to read (20000)")
     p.add_argument("--window", type=_positive, default=1000, help="tokens of one context (1000)")
-    p.add_argument("--steps", type=_positive, default=1000, help="steps of descent (1000)")
+    p.add_argument("--steps", type=_positive, default=300, help="steps of descent (300)")
     p.add_argument("--seed", type=int, default=0, help="for what is drawn (0)")
     p.add_argument("--output", metavar="FILE", help="where to write (default: where presses look)")
     p.add_argument("--dtype", help="torch dtype by name")

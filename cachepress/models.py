@@ -118,7 +118,7 @@ def load(
             f"{source} is no model: wanted a folder with a config.json, as save_pretrained writes"
         )
     if not local and "local_files_only" not in options:
-        options["local_files_only"] = not _hub_answers(source)
+        options["local_files_only"] = not hub_answers(source)
     shared = {key: options[key] for key in _SHARED if key in options}
     try:
         model = AutoModelForCausalLM.from_pretrained(source, **options)
@@ -184,7 +184,7 @@ def _dtype(dtype: str | torch.dtype | None, place: torch.device) -> str | torch.
     return _DTYPES[dtype]
 
 
-def _hub_answers(name: str) -> bool:
+def hub_answers(name: str) -> bool:
     """Ask once and briefly: when offline, from_pretrained itself retries for half a minute."""
     try:
         HfApi().model_info(name, timeout=5)

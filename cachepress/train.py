@@ -1,5 +1,6 @@
 """Learning what a press has to know of a model: ``cachepress train``."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cachepress
-from cachepress.artefacts import default_path, model_name, save_artefact, sizes
+from cachepress.artefacts import class_of, default_path, model_name, save_artefact, sizes
 from cachepress.budgets import Ratio, TopK
+from cachepress.chat import encode
 from cachepress.errors import CachepressError
 from cachepress.prefill import prefill
 from cachepress.presses import fastkvzip, kvzap, lukv
@@ -27,6 +29,8 @@ Tensors = dict[str, Tensor]
 _SINKS = 4
 _SHARES = 100
 _RIDGE = 1e-2
+_LOOK = 10
+"""Steps of descent from one look at the rows that are held out to the next."""
 _MOST_ROWS = 1 << 15
 """Rows that a surrogate is fitted to at most, drawn from all that were read."""
 
@@ -50,7 +54,7 @@ class Lesson:
     tokenizer: PreTrainedTokenizerBase | None = None
     press: BasePress | None = None
     seed: int = 0
-    steps: int = 1000
+    steps: int = 300
     quiet: bool = False
 
     def read(self, press: BasePress) -> Iterator[None]:
@@ -77,10 +81,11 @@ def train(kind: str, lesson: Lesson, output: str | None = None) -> Path:
     """
     if kind not in KINDS:
         raise CachepressError(f"kind: got {kind!r}, wanted one of {', '.join(KINDS)}")
-    path = default_path(kind, lesson.model) if output is None else Path(output).expanduser()
+    path = _target(kind, lesson.model, output)
     tensors = {name: x.float().cpu() for name, x in KINDS[kind](lesson).items()}
     made_from = {
         "model": model_name(lesson.model),
+        "model_class": class_of(lesson.model),
         "tokens": str(sum(ids.shape[1] for ids in lesson.windows)),
         "cachepress": cachepress.__version__,
         "transformers": transformers.__version__,
@@ -89,10 +94,25 @@ def train(kind: str, lesson: Lesson, output: str | None = None) -> Path:
     return path
 
 
+def _target(kind: str, model: PreTrainedModel, output: str | None) -> Path:
+    """Where an artefact goes; checked before the work, which may be long."""
+    path = default_path(kind, model) if output is None else Path(output).expanduser()
+    path = path / f"{kind}.safetensors" if path.is_dir() else path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CachepressError(f"cannot write {path}: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise CachepressError(f"cannot write {path}: the folder does not allow it")
+    return path
+
+
 def windows_of(
     tokenizer: PreTrainedTokenizerBase, text: str | None, tokens: int, length: int, seed: int
 ) -> list[Tensor]:
-    """Pieces of a text as token ids ``[1, length]``, in an order drawn by the seed.
+    """Pieces of a text as token ids ``[1, n]``, in an order drawn by the seed.
+
+    Where the tokenizer begins a text with a special token, every piece begins with it.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -106,7 +126,8 @@ def windows_of(
     """
     if text is None:
         text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
-    ids = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
+    ids, begin = encode(tokenizer, text, special=False)[0], encode(tokenizer, "", special=True)
+    begin = begin[:, :1] if begin[:, :1].tolist() == [[tokenizer.bos_token_id]] else begin[:, :0]
     pieces = ids[: len(ids) // length * length].view(-1, 1, length)
     if not len(pieces) or tokens < length:
         raise CachepressError(
@@ -114,7 +135,7 @@ def windows_of(
             f"window of {length}: give a longer text, more --tokens or a smaller --window"
         )
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
-    return [pieces[i] for i in order[: tokens // length].tolist()]
+    return [torch.cat([begin, pieces[i]], dim=1) for i in order[: tokens // length].tolist()]
 
 
 @dataclass(frozen=True, repr=False)
@@ -169,20 +190,20 @@ def _query_stats(lesson: Lesson) -> Tensors:
 
 
 def _q_filters(lesson: Lesson) -> Tensors:
-    """First right singular vector of the queries of each KV head, positive on average."""
-    layers, h, _, d, _ = sizes(lesson.model)
-    mean, square = torch.zeros(layers, h, d), torch.zeros(layers, h, d, d)
+    """First right singular vector of each head's queries, positive on average, mean of a group."""
+    layers, h, g, d, _ = sizes(lesson.model)
+    mean, square = torch.zeros(layers, h, g, d), torch.zeros(layers, h, g, d, d)
 
     def look(view: LayerView) -> None:
-        queries = view.last_queries(EVERY).float().flatten(2, 3)[0].cpu()  # [H, G * Q, D]
-        mean[view.depth] += queries.sum(1)
+        queries = view.last_queries(EVERY).float()[0].cpu()  # [H, G, Q, D]
+        mean[view.depth] += queries.sum(-2)
         square[view.depth] += queries.mT @ queries
 
     for _ in lesson.read(_LookingPress(Needs(queries=EVERY), look)):
         pass
     first = torch.linalg.eigh(square).eigenvectors[..., -1]
     sign = (first * mean).sum(-1, keepdim=True).sign()
-    return {"filters": first * torch.where(sign == 0, 1.0, sign)}
+    return {"filters": (first * torch.where(sign == 0, 1.0, sign)).mean(2)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -245,19 +266,32 @@ def descend(
     rows: int,
     steps: int,
     seed: int,
+    decay: float = 0.0,
 ) -> Tensors:
-    """Fit parameters by Adam on batches of rows, with a rate that falls to zero."""
+    """Fit parameters by AdamW on batches of rows, with a rate that falls to zero.
+
+    The last tenth of the rows, which are those of other windows, is held out: of the parameters
+    along the way, those are taken that fit them best.
+    """
     learned = {name: x.clone().requires_grad_() for name, x in parameters.items()}
-    optimizer = torch.optim.Adam(learned.values(), lr=3e-3)
+    optimizer = torch.optim.AdamW(learned.values(), lr=3e-3, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        batch = torch.randint(rows, (min(rows, 512),), generator=generator)
+    fitted = rows - rows // 10
+    held = torch.arange(fitted if fitted < rows else 0, rows)
+    least, found = float("inf"), parameters
+    for step in range(1, steps + 1):
+        batch = torch.randint(fitted, (min(fitted, 512),), generator=generator)
         optimizer.zero_grad()
         loss(learned, batch).backward()
         optimizer.step()
         schedule.step()
-    return {name: x.detach() for name, x in learned.items()}
+        if step % _LOOK == 0 or step == steps:
+            with torch.no_grad():
+                now = float(loss(learned, held))
+            if now < least:
+                least, found = now, {name: x.detach().clone() for name, x in learned.items()}
+    return found
 
 
 def fit_mlp(hidden: Tensor, targets: Tensor, steps: int, seed: int) -> Tensors:
@@ -281,7 +315,7 @@ def fit_mlp(hidden: Tensor, targets: Tensor, steps: int, seed: int) -> Tensors:
         inner = F.gelu(F.linear(x[batch], learned["0.weight"], learned["0.bias"]))
         return F.mse_loss(F.linear(inner, learned["2.weight"], learned["2.bias"]), y[batch])
 
-    found = descend(start, loss, len(x), steps, seed)
+    found = descend(start, loss, len(x), steps, seed, decay=1.0)
     first = found["0.weight"] / width
     return {
         "0.weight": first,

@@ -6,7 +6,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, safe_open, save_file
 
 import cachepress as cp
@@ -77,17 +77,16 @@ def test_the_default_place_is_by_model_below_the_home_of_cachepress(tmp_path, mo
     monkeypatch.setenv("CACHEPRESS_HOME", str(tmp_path))
     model = tiny()
     model.config.name_or_path = "org/some-model"
-    path = tmp_path / "learned" / "some-model" / "lukv.safetensors"
+    path = tmp_path / "learned" / "org--some-model" / "lukv.safetensors"
     assert default_path("lukv", model) == path
     with pytest.raises(cp.CachepressError) as error:
         find_artefact("lukv", None, model)
     message = str(error.value)
-    assert "nothing was learned of some-model for lukv yet" in message
+    assert "nothing was learned of org/some-model for lukv yet" in message
     assert "cachepress train lukv --model org/some-model" in message
     save_artefact(path, "lukv", {"lukv": drawn(1)}, {})
     assert find_artefact("lukv", None, model) == str(path)
     model.config.name_or_path = ""
-    assert default_path("lukv", model).parent.name == "LlamaForCausalLM"
     with pytest.raises(cp.CachepressError, match="cachepress train lukv --model MODEL"):
         find_artefact("lukv", None, model)
 
@@ -106,29 +105,35 @@ def test_a_place_without_the_file_says_what_to_do(tmp_path, model):
 def test_what_is_no_place_here_is_asked_of_the_hub(model, monkeypatch):
     asked = []
 
-    def download(repository, name):
+    def download(repository, name, local_files_only=False):
+        if local_files_only:
+            raise LocalEntryNotFoundError("not here")
         asked.append((repository, name))
         if name == "model.safetensors":
             return "/there/model.safetensors"
         raise EntryNotFoundError("404")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert find_artefact("kvzap_mlp", "org/none-here", model) == "/there/model.safetensors"
+    monkeypatch.setattr("cachepress.artefacts.hub_answers", lambda name: True)
+    assert find_artefact("kvzap_mlp", "org/none-here-4", model) == "/there/model.safetensors"
     assert asked == [
-        ("org/none-here", "kvzap_mlp.safetensors"),
-        ("org/none-here", "model.safetensors"),
+        ("org/none-here-4", "kvzap_mlp.safetensors"),
+        ("org/none-here-4", "model.safetensors"),
     ]
 
 
 def test_a_hub_that_does_not_answer_is_one_line(model, monkeypatch):
-    def download(repository, name):
+    def download(repository, name, local_files_only=False):
+        if local_files_only:
+            raise LocalEntryNotFoundError("not here")
         raise OSError("no answer\nand much more")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr("cachepress.artefacts.hub_answers", lambda name: True)
     with pytest.raises(cp.CachepressError) as error:
-        find_artefact("kvzap_mlp", "org/none-here", model)
+        find_artefact("kvzap_mlp", "org/none-here-5", model)
     message = str(error.value)
-    assert message.startswith("org/none-here is neither a file here nor to be had from the hub")
+    assert message.startswith("org/none-here-5 is neither a file here nor to be had from the hub")
     assert "(no answer)" in message and "cachepress train kvzap_mlp --model" in message
     assert "\n" not in message
 

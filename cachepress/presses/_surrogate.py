@@ -8,15 +8,21 @@ from torch import Tensor
 from cachepress.presses.base import ScorerPress
 from cachepress.view import LayerView, Needs
 
+_BLOCK = 4096
+
 
 @dataclass(frozen=True)
 class _SurrogatePress(ScorerPress):
-    """A press whose score of a row is guessed when the row is made, and stays with it."""
+    """A press whose score of a row is guessed when the row is made, and stays with it.
+
+    Rows whose hidden states nobody saw, such as tokens that were decoded outside of the ``with``
+    block, count as average.
+    """
 
     @property
     def needs(self) -> Needs:
         """A guess from the hidden states that attention reads."""
-        return Needs(hidden=self.guess)
+        return Needs(hidden=_Guess(self))
 
     @property
     def carries(self) -> bool:
@@ -29,7 +35,11 @@ class _SurrogatePress(ScorerPress):
 
     def score(self, view: LayerView) -> Tensor:
         """The guess, ``[B, H, T]``."""
-        return self.carry(view)
+        guess = self.carry(view)
+        known = view.valid & ~guess.isnan()
+        total = guess.masked_fill(~known, 0).double().sum(-1, keepdim=True)
+        average = (total / known.sum(-1, keepdim=True).clamp(min=1)).float()
+        return torch.where(guess.isnan(), average, guess)
 
     def carry(self, view: LayerView) -> Tensor:
         """The guess of each row, from this turn or an earlier one."""
@@ -38,3 +48,15 @@ class _SurrogatePress(ScorerPress):
         if view.carried is None:
             return view.noted
         return torch.where(view.noted.isnan(), view.carried, view.noted)
+
+
+@dataclass(frozen=True)
+class _Guess:
+    """The guess of a press, equal to that of an equal press: what was noted stays good."""
+
+    press: _SurrogatePress
+
+    def __call__(self, hidden: Tensor, depth: int) -> Tensor:
+        """The score of each row, ``[B, H, n]``, one block of rows at a time."""
+        parts = [self.press.guess(part, depth) for part in hidden.split(_BLOCK, dim=1)]
+        return torch.cat(parts, dim=-1)

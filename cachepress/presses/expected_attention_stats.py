@@ -27,7 +27,7 @@ class ExpectedAttentionStatsPress(ExpectedAttentionPress, alias="expected_attent
         use_covariance: whether the covariance of the queries enters.
         use_vnorm: whether the score is multiplied by the norm of the value.
         epsilon: added to the score before that multiplication.
-        stats: the file, its folder or a hub repository; None for what was learned here.
+        stats: the file, its folder or a hub repository with it; None for what was learned here.
     """
 
     stats: str | None = field(default=None, kw_only=True)

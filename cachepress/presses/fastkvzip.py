@@ -34,7 +34,7 @@ class FastKVzipPress(_SurrogatePress, alias="fastkvzip"):
         n_sink: first rows, which always stay.
         window_size: newest rows that always stay in a text of 32,000 tokens or more.
         window_ratio: fraction of a shorter text that these are, at least one row.
-        gates: the file, its folder or a hub repository; None for what was learned here.
+        gates: the file, its folder or a hub repository with it; None for what was learned here.
     """
 
     layerwise: bool = False

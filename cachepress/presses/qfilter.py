@@ -17,13 +17,13 @@ class QFilterPress(ScorerPress, alias="qfilter"):
     """Keeps the rows whose keys reach farthest in the main direction of the queries.
 
     Godey et al., "Q-Filters: Leveraging QK Geometry for Efficient Key-Value Cache Compression"
-    (arXiv:2503.02812). The direction of each KV head is the first right singular vector of its
-    queries as attention uses them, those of all its query heads together, with the sign that they
-    project to positively; it is learned from a text beforehand: ``cachepress train q_filters``.
+    (arXiv:2503.02812). The direction of each query head is the first right singular vector of its
+    queries as attention uses them, with the sign that they project to positively; a KV head gets
+    the mean of its group. It is learned from a text beforehand: ``cachepress train q_filters``.
     Needs nothing but keys. Best for decoding and fused attention, as no attention is looked at.
 
     Attributes:
-        filters: the file, its folder or a hub repository; None for what was learned here.
+        filters: the file, its folder or a hub repository with it; None for what was learned here.
     """
 
     filters: str | None = field(default=None, kw_only=True)

@@ -1,0 +1,160 @@
+"""What goes wrong around artefacts: one line, at once, and nothing lost or mixed up."""
+
+import time
+from dataclasses import replace
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, safe_open, save_file
+
+import cachepress as cp
+from cachepress import train as training
+from cachepress.artefacts import default_path, find_artefact
+from cachepress.cli import main
+from cachepress.train import KINDS, Lesson, train, windows_of
+from tests.tiny import tiny, tokenizer, tokens, words
+
+LESSON = Lesson(tiny(), [tokens(24)], tokenizer(), quiet=True)
+
+
+def command(model_dir, tmp_path, *options):
+    text = tmp_path / "text.txt"
+    text.write_text(words(100))
+    return ["train", "q_filters", f"--model={model_dir}", f"--text={text}", "--window=20", *options]
+
+
+def error_of(arguments, capsys):
+    assert main(arguments) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("cachepress: error: ")
+    return err
+
+
+def test_the_command_leaves_a_file_where_its_press_looks(model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CACHEPRESS_HOME", str(tmp_path / "home"))
+    assert main(command(model_dir, tmp_path)) == 0
+    model = tiny()
+    model.config.name_or_path = model_dir
+    path = default_path("q_filters", model)
+    assert str(path) in capsys.readouterr().out
+    ready = cp.QFilterPress(0.5).for_model(model)
+    assert ready == cp.QFilterPress(0.5, filters=str(path))
+    assert cp.parse(repr(ready)) == ready
+
+
+def test_a_text_that_is_no_text(model_dir, tmp_path, capsys):
+    (tmp_path / "blob").write_bytes(b"\xff\xfe\x00\x81")
+    arguments = command(model_dir, tmp_path, f"--text={tmp_path / 'blob'}")
+    assert "is not a text in UTF-8" in error_of(arguments, capsys)
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_work(
+    model_dir, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setitem(KINDS, "q_filters", lambda lesson: pytest.fail("worked"))
+    error_of(command(model_dir, tmp_path, f"--output={tmp_path / 'file' / 'x'}"), capsys)
+
+
+def test_a_folder_is_a_place(tmp_path):
+    path = train("q_filters", LESSON, str(tmp_path))
+    assert path == tmp_path / "q_filters.safetensors"
+    assert find_artefact("q_filters", str(tmp_path), LESSON.model) == str(path)
+
+
+def test_ctrl_c_loses_nothing(model_dir, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "q_filters.safetensors"
+    assert main(command(model_dir, tmp_path, f"--output={path}")) == 0
+    before = path.read_bytes()
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    for name in ("prefill", "save_artefact"):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, name, interrupt)
+            err = error_of(command(model_dir, tmp_path, f"--output={path}", "--seed=1"), capsys)
+        assert "interrupted: nothing was written" in err
+        assert path.read_bytes() == before
+        assert sorted(x.name for x in tmp_path.iterdir()) == [path.name, "text.txt"]
+
+
+def test_windows_begin_as_a_prompt_does():
+    made = tokenizer()
+    plain = windows_of(made, words(100), 60, 20, 0)
+    assert [x.shape for x in plain] == [(1, 20)] * 3
+    made.add_bos_token = True
+    made.bos_token = "<bos>"
+    begins = made("w3").input_ids[0] == 1
+    ours = windows_of(made, words(100), 60, 20, 0)
+    assert [x.shape for x in ours] == [(1, 20 + begins)] * 3
+    for one, other in zip(ours, plain, strict=True):
+        assert torch.equal(one[:, -20:], other)
+
+
+def test_numbers_that_are_not_finite_are_damage(tmp_path):
+    path = train("q_filters", LESSON, str(tmp_path))
+    tensors = load_file(path)
+    tensors["filters"][1, 0, 3] = float("nan")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata)
+    with pytest.raises(cp.CachepressError, match="is damaged: .* not finite"):
+        cp.QFilterPress(0.5, filters=str(path)).for_model(tiny())
+
+
+def test_another_class_of_the_same_shape_is_refused(tmp_path):
+    path = str(train("q_filters", LESSON, str(tmp_path)))
+    with pytest.raises(cp.CachepressError, match="made for a LlamaModel, and this is a Mistral"):
+        cp.QFilterPress(0.5, filters=path).for_model(tiny("mistral"))
+
+
+def test_models_of_the_same_last_name_have_places_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHEPRESS_HOME", str(tmp_path / "home"))
+    places, model = set(), tiny()
+    for name in ("one/x", "other/x", str(tmp_path / "one" / "x"), str(tmp_path / "other" / "x")):
+        if name.startswith("/"):
+            (tmp_path / name).mkdir(parents=True)
+        model.config.name_or_path = name
+        places.add(default_path("q_filters", model))
+    assert len(places) == 4
+    model.config.name_or_path = str(tmp_path / "home" / "smollm2-135m")
+    assert default_path("q_filters", model).parent.name == "smollm2-135m"
+    with pytest.raises(cp.CachepressError, match="train q_filters --model smollm2-135m$"):
+        find_artefact("q_filters", None, model)
+    model.config.name_or_path = ""
+    with pytest.raises(cp.CachepressError, match="has no name"):
+        train("q_filters", replace(LESSON, model=model))
+
+
+def test_without_a_net_the_hub_is_given_up_at_once(monkeypatch, tmp_path):
+    here = {"org/there": str(train("q_filters", LESSON, str(tmp_path)))}
+
+    def download(repository, name, local_files_only=False):
+        assert local_files_only
+        if repository in here and name == "model.safetensors":
+            return here[repository]
+        raise LocalEntryNotFoundError("not here")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr("cachepress.artefacts.hub_answers", lambda name: False)
+    assert find_artefact("q_filters", "org/there", tiny()) == here["org/there"]
+    start = time.monotonic()
+    with pytest.raises(cp.CachepressError, match="the hub does not answer"):
+        find_artefact("q_filters", "org/nowhere", tiny())
+    for source in ("./none", "none", "a/b/c", "/none"):
+        with pytest.raises(cp.CachepressError, match=f"{source} has no q_filters.safetensors"):
+            find_artefact("q_filters", source, tiny())
+    assert time.monotonic() - start < 5
+
+
+def test_descent_takes_what_fits_the_rows_that_it_did_not_see_best():
+    targets = torch.cat([torch.ones(90), torch.full((10,), 0.5)])
+
+    def loss(learned, batch):
+        return (learned["x"] - targets[batch]).square().mean()
+
+    found = training.descend({"x": torch.zeros(1)}, loss, 100, 600, seed=0)
+    assert float(found["x"]) == pytest.approx(0.5, abs=0.03)
