@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachepress.presses.base import ScorerPress
+from cachepress.presses.base import ScorerPress, unknown_as_average
 from cachepress.view import LayerView, Needs
 
 _BLOCK = 4096
@@ -35,11 +35,7 @@ class _SurrogatePress(ScorerPress):
 
     def score(self, view: LayerView) -> Tensor:
         """The guess, ``[B, H, T]``."""
-        guess = self.carry(view)
-        known = view.valid & ~guess.isnan()
-        total = guess.masked_fill(~known, 0).double().sum(-1, keepdim=True)
-        average = (total / known.sum(-1, keepdim=True).clamp(min=1)).float()
-        return torch.where(guess.isnan(), average, guess)
+        return unknown_as_average(self.carry(view), view.valid)
 
     def carry(self, view: LayerView) -> Tensor:
         """The guess of each row, from this turn or an earlier one."""

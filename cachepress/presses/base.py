@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -341,6 +342,14 @@ class WrapperPress(BasePress):
     def with_ratio(self, ratio: float) -> Self:
         """The same wrapper around the inner press at another ratio."""
         return replace(self, press=self.press.with_ratio(ratio))
+
+
+def unknown_as_average(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scores ``[B, H, T]`` in which NaN is the mean of its head's scores of valid rows."""
+    known = valid & ~scores.isnan()
+    total = scores.masked_fill(~known, 0).double().sum(-1, keepdim=True)
+    average = (total / known.sum(-1, keepdim=True).clamp(min=1)).float()
+    return torch.where(scores.isnan(), average, scores)
 
 
 def check_count(press: BasePress, name: str, least: int = 1) -> None:

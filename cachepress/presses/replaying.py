@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cachepress.budgets import TopK, pin_sinks
 from cachepress.ops import attention_weights
-from cachepress.presses.base import ScorerPress, check_count
+from cachepress.presses.base import ScorerPress, check_count, unknown_as_average
 from cachepress.replay import Replay, ReplayView
 from cachepress.view import LayerView, Needs
 
@@ -18,6 +18,8 @@ LATER = "\n\nRepeat the text above, word for word, from where it says:"
 @dataclass(frozen=True)
 class _ReplayPress(ScorerPress):
     """A press whose scores are what the model reads while it repeats the prompt.
+
+    Rows that were never repeated, such as decoded tokens, count as average.
 
     Attributes:
         layerwise: whether every layer gets the same share, so that only its heads compete.
@@ -70,7 +72,8 @@ class _ReplayPress(ScorerPress):
 
     def score(self, view: LayerView) -> Tensor:
         """What the replay showed, ``[B, H, T]``."""
-        return pin_sinks(self.carry(view), view, self.n_sink)
+        scores = unknown_as_average(self.carry(view), view.valid)
+        return pin_sinks(scores, view, self.n_sink)
 
     def carry(self, view: LayerView) -> Tensor:
         """The score of each row, from this turn's replay or from an earlier one."""

@@ -172,8 +172,12 @@ class Block:
         real, rank = chosen.int().topk(width, dim=-1)
         first = self.layout.first_page.repeat(spans // len(self.layout.lengths))  # [X]
         pages = torch.where(real > 0, first[:, None] + rank, 0).flatten()
-        keys, values = (_decoded(_paged(x, lambda x: x[pages])) for x in (self.keys, self.values))
-        positions = self.positions[pages].masked_fill(real.view(-1, 1) == 0, -1)
+
+        def picked(x: Tensor) -> Tensor:
+            return x.index_select(0, pages)  # Several times as fast as indexing.
+
+        keys, values = (_decoded(_paged(x, picked)) for x in (self.keys, self.values))
+        positions = picked(self.positions).masked_fill(real.view(-1, 1) == 0, -1)
         positions = positions.view(b, h, width * PAGE)
         bias = torch.zeros(positions.shape, device=positions.device)[:, :, None, None]
         bias = bias if mask is None else _of_columns(mask, positions)

@@ -159,6 +159,17 @@ def test_a_second_turn_keeps_the_scores_of_the_first():
     assert all(int(store.lengths.sum()) == 40 for store in stores(cache))
 
 
+def test_decoded_rows_count_as_average_in_a_further_turn():
+    model, cache = tiny(), DynamicCache()
+    with KVzipPress(0.5, layerwise=True, n_sink=0)(model, tokenizer=tokenizer()):
+        forward(model, cache, input_ids=tokens(20))
+        for step in range(6):
+            forward(model, cache, input_ids=tokens(1, seed=step))
+        forward(model, cache, input_ids=tokens(10, seed=9))
+    decoded = [sum(20 <= p < 26 for p in head) for layer in kept(cache) for head in layer[0]]
+    assert min(decoded) > 0
+
+
 def test_nothing_is_repeated_when_nothing_will_be_dropped():
     model, calls = tiny(), []
     model.model.register_forward_hook(lambda *_: calls.append(1))
