@@ -101,7 +101,7 @@ class BenchOptions:
         device: torch device.
         prefill_chunk_size: tokens that are computed at once.
         prefill_mode: "exact" or "online".
-        storage: "full", "int8" or "int4".
+        storage: "full", "int8", "int4" or "int2".
         beyond_trained_length: allow lengths that the model was not trained for; times and bytes
             mean what they say, answers would not.
     """

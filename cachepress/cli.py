@@ -248,7 +248,7 @@ def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     p.add_argument(
         "--prefill-mode", help="exact: compress after the last chunk; online: after each"
     )
-    p.add_argument("--storage", help="how kept rows are stored: full, int8 or int4")
+    p.add_argument("--storage", help="how kept rows are stored: full, int8, int4 or int2")
     p.add_argument("--output-dir", help="where results go (default: ./results)")
     p.add_argument("--model-kwargs", type=_mapping, help="YAML or JSON mapping for from_pretrained")
     p.add_argument("--log-level", help="DEBUG, INFO, WARNING or ERROR")
@@ -293,7 +293,7 @@ def _bench_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     p.add_argument("--device", help="torch device (default: a GPU if there is one)")
     p.add_argument("--prefill-chunk-size", type=int, help="tokens of a context computed at once")
     p.add_argument("--prefill-mode", help="exact or online")
-    p.add_argument("--storage", help="full, int8 or int4")
+    p.add_argument("--storage", help="full, int8, int4 or int2")
     p.add_argument(
         "--beyond-trained-length",
         action=argparse.BooleanOptionalAction,

@@ -372,7 +372,7 @@ def read_context(
         cache: an empty cache to fill, or one that holds this context already.
         chunk_size: tokens that are computed at once; None for all.
         mode: "exact" or "online", see ``cachepress.prefill``.
-        storage: "full", "int8", "int4", or a Codec.
+        storage: "full", "int8", "int4", "int2", or a Codec.
         question: tokens at the end that are the question, for presses that look at it.
         tokenizer: the model's tokenizer, for presses that replay.
 

@@ -205,3 +205,16 @@ def test_a_ratio_of_what_was_seen():
 def test_what_cannot_work_is_refused_when_it_is_built(build, message):
     with pytest.raises(cp.CachepressError, match=message):
         build()
+
+
+def test_what_a_press_for_prompts_stores_and_reads_holds_beside_one_for_decoding():
+    later = cp.DecodingPress(cp.KnormPress(), 8, 70)
+    quantized = cp.PrefillDecodingPress(cp.KIVIPress(cp.KnormPress(0.5)), later)
+    sparse = cp.PrefillDecodingPress(cp.QuestPress(pages=3), later)
+    assert quantized.storage == cp.Codec(2, 128, value_group=32)
+    assert (sparse.reads(0), sparse.reads(2)) == (None, 3)
+    with pytest.raises(cp.CachepressError, match="store rows in different ways"):
+        cp.PrefillDecodingPress(
+            cp.KIVIPress(cp.KnormPress(0.5)),
+            cp.DecodingPress(cp.KIVIPress(cp.KnormPress(), bits=4)),
+        )

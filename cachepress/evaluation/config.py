@@ -45,7 +45,7 @@ class EvaluationConfig:
         beyond_trained_length: allow contexts longer than the model was trained for.
         prefill_chunk_size: tokens of a context that are computed at once; None for all.
         prefill_mode: "exact" compresses after the last chunk, "online" after each.
-        storage: how kept rows are stored: "full", "int8" or "int4".
+        storage: how kept rows are stored: "full", "int8", "int4" or "int2".
         output_dir: where results go.
         model_kwargs: passed to the model's from_pretrained.
         log_level: DEBUG, INFO, WARNING or ERROR.

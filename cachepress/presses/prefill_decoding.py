@@ -9,6 +9,7 @@ from cachepress.core import Schedule, Turn
 from cachepress.errors import CachepressError
 from cachepress.presses.base import BasePress
 from cachepress.replay import Replay
+from cachepress.stores import Codec
 from cachepress.view import Needs
 
 
@@ -38,6 +39,9 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
                 f"decoding_press: got {second!r}, wanted for example "
                 "DecodingPress(KnormPress(), target_size=1024)"
             )
+        stored = {p.storage for p in (self._first, self._second) if p.storage is not None}
+        if len(stored) > 1:
+            raise CachepressError("the two presses store rows in different ways: give one of them")
         self._first.needs | self._second.needs  # Raises where they cannot be combined.
 
     @property
@@ -59,6 +63,16 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
     def compacts(self) -> bool:
         """Whether one of them rotates keys."""
         return self._first.compacts or self._second.compacts
+
+    @property
+    def storage(self) -> Codec | None:
+        """How one of them stores rows."""
+        return self._first.storage or self._second.storage
+
+    def reads(self, depth: int) -> int | None:
+        """The fewest pages that one of them reads."""
+        found = (self._first.reads(depth), self._second.reads(depth))
+        return min((pages for pages in found if pages is not None), default=None)
 
     @property
     def replay(self) -> Replay | None:

@@ -33,7 +33,7 @@ def test_what_was_learned_of_a_model_is_used_on(kind, architecture):
     press = next(p for p in every_scorer(RATIO, architecture) if type(p) is kind)
     cache = cp.prefill(tiny(architecture), tokens(41), press)
     assert cp.size_of(cache).ratio == pytest.approx(21 / 41)
-    with pytest.raises(cp.CachepressError, match="does not fit the model|holds"):
+    with pytest.raises(cp.CachepressError, match="was made for a"):
         cp.prefill(tiny("gpt2"), tokens(41), press)
 
 
