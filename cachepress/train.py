@@ -21,6 +21,7 @@ from cachepress.chat import encode
 from cachepress.errors import CachepressError
 from cachepress.prefill import prefill
 from cachepress.presses import fastkvzip, kvzap, lukv
+from cachepress.presses._looking import _LookingPress
 from cachepress.presses.base import BasePress, WrapperPress
 from cachepress.presses.kvzip import KVzipPress
 from cachepress.view import EVERY, LayerView, Needs
@@ -136,39 +137,6 @@ def windows_of(
         )
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
     return [torch.cat([begin, pieces[i]], dim=1) for i in order[: tokens // length].tolist()]
-
-
-@dataclass(frozen=True, repr=False)
-class _LookingPress(BasePress):
-    """Keeps every row, and shows each layer to a function.
-
-    Attributes:
-        wants: what the function wants to see.
-        look: the function.
-    """
-
-    wants: Needs
-    look: Callable[[LayerView], None]
-
-    @property
-    def needs(self) -> Needs:
-        """What the function wants to see."""
-        return self.wants
-
-    @property
-    def budget(self) -> TopK:
-        """All rows."""
-        return TopK(Ratio(0.0))
-
-    @property
-    def rewrites(self) -> bool:
-        """True, so that layers are looked at although no row is dropped."""
-        return True
-
-    def score(self, view: LayerView) -> Tensor:
-        """The age of each row, ``[B, H, T]``."""
-        self.look(view)
-        return view.index.float()
 
 
 def _query_stats(lesson: Lesson) -> Tensors:

@@ -1,7 +1,6 @@
 """Retrieval heads: those that look far back into a text, found on the model itself or read."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -11,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cachepress.budgets import Ratio, TopK
 from cachepress.errors import CachepressError
 from cachepress.hf import check_model
 from cachepress.ops.attention import attention_weights
-from cachepress.presses.base import BasePress
+from cachepress.presses._looking import _LookingPress
 from cachepress.view import EVERY, LayerView, Needs
 
 Scores = tuple[tuple[float, ...], ...]
@@ -110,39 +108,6 @@ def _size(heads: list[int]) -> str:
     return f"{len(heads)} layers of {each} KV heads"
 
 
-@dataclass(frozen=True, repr=False)
-class _LookingPress(BasePress):
-    """Keeps every row, and measures each layer once.
-
-    Attributes:
-        measure: what is measured, a number for each KV head.
-        found: the measures by depth.
-    """
-
-    measure: Callable[[LayerView], Tensor]
-    found: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def needs(self) -> Needs:
-        """All queries."""
-        return Needs(queries=EVERY)
-
-    @property
-    def budget(self) -> TopK:
-        """All rows."""
-        return TopK(Ratio(0.0))
-
-    @property
-    def rewrites(self) -> bool:
-        """True, so that layers are scored although no row is dropped."""
-        return True
-
-    def score(self, view: LayerView) -> Tensor:
-        """The age of each row, ``[1, H, T]``."""
-        self.found[view.depth] = self.measure(view)
-        return view.index.float()
-
-
 def _found(
     model: PreTrainedModel,
     key: tuple[object, ...],
@@ -154,10 +119,14 @@ def _found(
     decoder = model.get_decoder()
     known = _FOUND.setdefault(decoder, {})
     if key not in known:
-        press = _LookingPress(measure)
-        with torch.no_grad(), press(model):
+        found: dict[int, list[float]] = {}
+
+        def look(view: LayerView) -> None:
+            found[view.depth] = measure(view).tolist()
+
+        with torch.no_grad(), _LookingPress(Needs(queries=EVERY), look)(model):
             decoder(input_ids=_text(decoder, passage).to(model.device), use_cache=True)
-        known[key] = tuple(tuple(press.found[depth].tolist()) for depth in sorted(press.found))
+        known[key] = tuple(tuple(found[depth]) for depth in sorted(found))
     return known[key]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachepress.presses.base import ScorerPress, unknown_as_average
+from cachepress.presses.base import ScorerPress, noted_or_carried, unknown_as_average
 from cachepress.view import LayerView, Needs
 
 _BLOCK = 4096
@@ -41,9 +41,7 @@ class _SurrogatePress(ScorerPress):
         """The guess of each row, from this turn or an earlier one."""
         if view.noted is None:
             raise TypeError("the view was made without hidden states")
-        if view.carried is None:
-            return view.noted
-        return torch.where(view.noted.isnan(), view.carried, view.noted)
+        return noted_or_carried(view, view.noted)
 
 
 @dataclass(frozen=True)

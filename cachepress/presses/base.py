@@ -344,6 +344,11 @@ class WrapperPress(BasePress):
         return replace(self, press=self.press.with_ratio(ratio))
 
 
+def noted_or_carried(view: LayerView, noted: Tensor) -> Tensor:
+    """What was noted of each row in this turn, ``[B, H, T]``, else what an earlier one left."""
+    return noted if view.carried is None else torch.where(noted.isnan(), view.carried, noted)
+
+
 def unknown_as_average(scores: Tensor, valid: Tensor) -> Tensor:
     """Scores ``[B, H, T]`` in which NaN is the mean of its head's scores of valid rows."""
     known = valid & ~scores.isnan()

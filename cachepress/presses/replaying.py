@@ -7,7 +7,12 @@ from torch import Tensor
 
 from cachepress.budgets import TopK, pin_sinks
 from cachepress.ops import attention_weights
-from cachepress.presses.base import ScorerPress, check_count, unknown_as_average
+from cachepress.presses.base import (
+    ScorerPress,
+    check_count,
+    noted_or_carried,
+    unknown_as_average,
+)
 from cachepress.replay import Replay, ReplayView
 from cachepress.view import LayerView, Needs
 
@@ -80,4 +85,4 @@ class _ReplayPress(ScorerPress):
         noted = view.noted
         if noted is None:
             noted = torch.full_like(view.index, float("nan"), dtype=torch.float32)
-        return noted if view.carried is None else torch.where(noted.isnan(), view.carried, noted)
+        return noted_or_carried(view, noted)
