@@ -7,7 +7,7 @@ import platform
 import resource
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,9 +23,9 @@ from transformers import pipeline
 import cachepress
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
-from cachepress.evaluation.metrics import estimate
 from cachepress.evaluation.records import Records, write_atomically
-from cachepress.evaluation.registry import SCORER_REGISTRY, find_dataset
+from cachepress.evaluation.registry import METRIC_REGISTRY, find_dataset
+from cachepress.evaluation.statistics import estimate
 from cachepress.models import load
 from cachepress.pipeline import TASK, Answers, PromptOptions, make_prompt
 from cachepress.presses import BasePress
@@ -63,7 +63,7 @@ class EvaluationRunner:
         Raises:
             CachepressError: for every input that cannot work; nothing computed is lost.
         """
-        dataset = find_dataset(self.config.dataset)
+        find_dataset(self.config.dataset)
         self._setup_directories()
         with _only_one(self.results_dir):
             if self.config.overwrite:
@@ -79,7 +79,7 @@ class EvaluationRunner:
             self.save_config()
             records = self._run_inference(pipe, press, table)
             predictions = self._save_results(table, records)
-            return self._calculate_and_save_metrics(predictions, records, dataset.scorer)
+            return self._calculate_and_save_metrics(predictions, records)
 
     def _setup_directories(self) -> None:
         self.results_dir.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ class EvaluationRunner:
         self, tokenizer: transformers.PreTrainedTokenizerBase
     ) -> pd.DataFrame:
         config = self.config
-        table = find_dataset(config.dataset).load(config, tokenizer)
+        table = find_dataset(config.dataset).table(config, tokenizer)
         if config.query_aware:
             table["context"] = table["context"] + "\n" + table["question"]
             table["question"] = ""
@@ -163,16 +163,15 @@ class EvaluationRunner:
     ) -> dict[str, dict]:
         """Answer context by context; what is on disk already is not computed again."""
         records = Records(self.results_dir / RECORDS)
-        scorer = SCORER_REGISTRY[find_dataset(self.config.dataset).scorer]
         groups = {
             _key(group): (str(context), group)
             for context, group in table.groupby("context", sort=False)
         }
         done = {key: records.done[key] for key in groups if key in records.done}
         scores = [
-            scorer(answer, wanted)
+            score
             for key, record in done.items()
-            for answer, wanted in zip(record["answers"], groups[key][1]["answer"], strict=True)
+            for score in _scores(record["answers"], groups[key][1])
         ]
         if done:
             logger.info("resuming: %d of %d contexts are done", len(done), len(groups))
@@ -184,7 +183,7 @@ class EvaluationRunner:
                 answers = self._answer(pipe, press, context, group)
                 done[key] = _record(answers)
                 records.append(key, done[key])
-                scores += map(scorer, answers.texts, group["answer"])
+                scores += _scores(answers.texts, group)
                 bar.set_postfix_str(f"score {statistics.fmean(scores):.3f}", refresh=False)
                 bar.update()
         return {key: done[key] for key in groups}
@@ -210,24 +209,28 @@ class EvaluationRunner:
         table = table.drop(columns="context")
         table["predicted_answer"] = pd.Series(answers)
         table["compression_ratio"] = self.config.ratio
-        written = table.assign(answer=[json.dumps(a, ensure_ascii=False) for a in table["answer"]])
+        written = table.assign(
+            **{
+                name: [json.dumps(texts, ensure_ascii=False) for texts in table[name]]
+                for name in ("answer", "choices")
+            }
+        )
         text = written.to_csv(index_label="sample_id", lineterminator="\n")
         write_atomically(self.results_dir / PREDICTIONS, text)
         return table.assign(context_number=pd.Series(context_of))
 
     def _calculate_and_save_metrics(
-        self, predictions: pd.DataFrame, records: Mapping[str, dict], scorer_name: str
+        self, predictions: pd.DataFrame, records: Mapping[str, dict]
     ) -> dict:
-        scorer = SCORER_REGISTRY[scorer_name]
         scored = predictions.assign(
-            score=list(map(scorer, predictions["predicted_answer"], predictions["answer"]))
+            score=_scores(list(predictions["predicted_answer"]), predictions)
         )
         tasks = {
             str(task): asdict(estimate(list(rows["score"]), list(rows["context_number"])))
             for task, rows in scored.groupby("task", sort=False)
         }
         metrics = {
-            "scorer": scorer_name,
+            "metrics": sorted(set(scored["metric"])),
             "query_aware": self.config.query_aware or self.config.sees_question,
             "score": asdict(estimate(list(scored["score"]), list(scored["context_number"]))),
             "tasks": tasks,
@@ -258,6 +261,11 @@ def _key(group: pd.DataFrame) -> str:
     columns = ["context", "question", "answer_prefix", "max_new_tokens"]
     rows = json.dumps([[str(i), *map(str, row)] for i, *row in group[columns].itertuples()])
     return hashlib.sha256(rows.encode()).hexdigest()
+
+
+def _scores(predictions: Sequence[str], rows: pd.DataFrame) -> list[float]:
+    columns = zip(predictions, rows["answer"], rows["choices"], rows["metric"], strict=True)
+    return [METRIC_REGISTRY[name](text, wanted, of) for text, wanted, of, name in columns]
 
 
 def _record(answers: Answers) -> dict:

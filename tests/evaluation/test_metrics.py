@@ -2,7 +2,8 @@ import random
 
 import pytest
 
-from cachepress.evaluation.metrics import estimate, qa_f1, string_match
+from cachepress.evaluation.metrics import qa_f1, string_match
+from cachepress.evaluation.statistics import estimate
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ def test_files_and_what_they_say(config, data_file):
         "answer_prefix",
         "max_new_tokens",
         "task",
+        "metric",
+        "choices",
         "length",
         "depth",
         "predicted_answer",

@@ -13,7 +13,9 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
+from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.tasks import builtin_drafts as drafts
+from cachepress.evaluation.tasks.base import Task, normalise
 from cachepress.evaluation.tasks.builtin_drafts import Draft
 from cachepress.evaluation.tasks.builtin_text import NOUNS
 
@@ -34,8 +36,8 @@ Count = Callable[[str], int]
 
 
 @dataclass(frozen=True)
-class Task:
-    """A built-in task.
+class Kind:
+    """A kind of context and question.
 
     Attributes:
         about: what is hidden and asked, in one line.
@@ -47,8 +49,8 @@ class Task:
     draft: Callable[[Random, float, int], Draft]
 
 
-TASKS: dict[str, Task] = {
-    make.__name__: Task((make.__doc__ or "").strip(), make)
+TASKS: dict[str, Kind] = {
+    make.__name__: Kind((make.__doc__ or "").strip(), make)
     for make in (
         drafts.single_repeat,
         drafts.single_prose,
@@ -62,6 +64,7 @@ TASKS: dict[str, Task] = {
 }
 DEFAULT_TASKS = ("single_repeat", "single_prose", "multi_key", "multi_value", "multi_query")
 """Those that the built-in model solves for the most part at 1000 tokens."""
+DEFAULT_LENGTH = 1000
 
 
 def generate(
@@ -170,3 +173,25 @@ def _rows(draft: Draft, context: str, task: str, count: Count) -> list[dict[str,
 
 def _with_margin(tokens: int) -> int:
     return tokens * 5 // 4 + 2
+
+
+def _load(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+    tasks, length = _part(config.data_dir)
+    table = generate(tokenizer, tasks=tasks, length=length, seed=config.seed)
+    return normalise(table, task="builtin", origin="builtin")
+
+
+def _part(data_dir: str | None) -> tuple[Sequence[str], int]:
+    """Tasks and length of "1000", "multi_key", "multi_key-1000" or nothing."""
+    task, _, length = (data_dir or "").rpartition("-")
+    if not length.isdigit():
+        task, length = data_dir or "", str(DEFAULT_LENGTH)
+    if task and task not in TASKS:
+        raise CachepressError(
+            f"builtin: got data_dir={data_dir!r}, wanted a length, a task or task-length, such as "
+            f"1000 or multi_key-1000; tasks are {', '.join(TASKS)}"
+        )
+    return [task] if task else DEFAULT_TASKS, int(length)
+
+
+BUILTIN = Task("builtin", "generated retrieval and counting tasks", _load)

@@ -1,14 +1,13 @@
 """LongBench-E, the part with questions and short answers (Bai et al., arXiv:2308.14508)."""
 
-import io
-import json
-import zipfile
-from pathlib import Path
-
 import pandas as pd
+from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
-from cachepress.evaluation.tasks.files import normalise
+from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.metrics import qa_f1
+from cachepress.evaluation.tasks.base import Task, normalise
+from cachepress.evaluation.tasks.sources import Hub, read_rows
 
 REPOSITORY = "THUDM/LongBench"
 TASKS = ("2wikimqa_e", "hotpotqa_e", "multifieldqa_en_e", "qasper_e")
@@ -20,23 +19,16 @@ ASK = (
 )
 
 
-def load_longbench_e(task: str | None, folder: str | None) -> pd.DataFrame:
+def load_longbench_e(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
     """The rows of one task, from the benchmark's own files.
 
-    Args:
-        task: one of ``TASKS``.
-        folder: folder with ``<task>.jsonl``; None to fetch the benchmark's archive from the hub.
-
     Raises:
-        CachepressError: if the task is unknown, or its file is not to be had.
+        CachepressError: if its file is not to be had, or is in another format.
     """
-    if task not in TASKS:
-        raise CachepressError(
-            f"longbench-e: got data_dir={task!r}, wanted one of {', '.join(TASKS)}"
-        )
-    lines = _local(Path(folder), task) if folder is not None else _from_hub(task)
+    task = str(config.data_dir)
+    name = f"{task}.jsonl"
+    rows = read_rows(config.data_path, [name], Hub(REPOSITORY, "data.zip", f"data/{name}"))
     try:
-        rows = [json.loads(line) for line in lines.splitlines() if line.strip()]
         table = pd.DataFrame(
             {
                 "context": [INTRODUCTION + row["context"] for row in rows],
@@ -45,32 +37,18 @@ def load_longbench_e(task: str | None, folder: str | None) -> pd.DataFrame:
                 "answer_prefix": "Answer:",
                 "max_new_tokens": MAX_NEW_TOKENS.get(task, 32),
                 "length": [row["length"] for row in rows],
+                "metric": "qa_f1",
             }
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise CachepressError(f"{task}.jsonl is not in LongBench's format: {error!r}") from error
-    if table.empty:
-        raise CachepressError(f"{task}.jsonl has no rows")
-    return normalise(table, task=task, origin=f"{task}.jsonl")
+    except (KeyError, TypeError) as error:
+        raise CachepressError(f"{name} is not in LongBench's format: {error!r}") from error
+    return normalise(table, task=task, origin=name)
 
 
-def _local(folder: Path, task: str) -> str:
-    path = folder / f"{task}.jsonl"
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CachepressError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _from_hub(task: str) -> str:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        archive = hf_hub_download(REPOSITORY, "data.zip", repo_type="dataset")
-    except Exception as error:
-        raise CachepressError(
-            f"the hub does not give {REPOSITORY} ({type(error).__name__}): unpack its data.zip "
-            "yourself and name the folder with --data-path"
-        ) from error
-    with zipfile.ZipFile(archive) as files, files.open(f"data/{task}.jsonl") as file:
-        return io.TextIOWrapper(file, encoding="utf-8").read()
+LONGBENCH_E = Task(
+    name="longbench-e",
+    about="questions on long documents (arXiv:2308.14508)",
+    load=load_longbench_e,
+    parts=TASKS,
+    metrics={"qa_f1": qa_f1},
+)

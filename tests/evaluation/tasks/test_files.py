@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 
 import cachepress as cp
-from cachepress.evaluation.tasks.files import COLUMNS, load_file
+from cachepress.evaluation.tasks.base import COLUMNS
+from cachepress.evaluation.tasks.files import load_file
 
 ROWS = [
     {"context": "a", "question": "b", "answer": ["c", "d"], "max_new_tokens": 7},

@@ -1,0 +1,110 @@
+"""What a benchmark is: its rows, and what judges an answer."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from cachepress.errors import CachepressError
+from cachepress.evaluation.config import EvaluationConfig
+
+Metric = Callable[[str, Sequence[str], Sequence[str]], float]
+"""``(prediction, answers, choices)`` -> score from 0 to 1; choices are all classes, where there
+are some."""
+Loader = Callable[[EvaluationConfig, PreTrainedTokenizerBase], pd.DataFrame]
+
+UNSCORED = "unscored"
+"""The metric of rows whose answers are not public."""
+REQUIRED = ("context", "question", "answer")
+OPTIONAL = {
+    "answer_prefix": "",
+    "max_new_tokens": 50,
+    "task": None,
+    "metric": "string_match",
+    "choices": None,
+    "length": None,
+    "depth": None,
+}
+COLUMNS = (*REQUIRED, *OPTIONAL)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark.
+
+    Attributes:
+        name: what ``--dataset`` says.
+        about: one line, with the paper.
+        load: gives the rows, as ``normalise`` does.
+        parts: what ``--data-dir`` may be; empty where anything or nothing goes.
+        metrics: what judges its rows, by the name in their column "metric".
+    """
+
+    name: str
+    about: str
+    load: Loader
+    parts: Sequence[str] = ()
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+
+    def table(self, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+        """The rows of the part that a config names.
+
+        Raises:
+            CachepressError: if there is no such part, or its rows are not to be had.
+        """
+        if self.parts and config.data_dir not in self.parts:
+            raise CachepressError(
+                f"{self.name}: got data_dir={config.data_dir!r}, wanted one of "
+                f"{', '.join(self.parts)}"
+            )
+        return self.load(config, tokenizer)
+
+
+def normalise(table: pd.DataFrame, task: str, origin: str) -> pd.DataFrame:
+    """The table with exactly the columns of a data set, answers and choices as lists of texts.
+
+    Args:
+        table: at least the columns ``REQUIRED``.
+        task: the task of rows that name none.
+        origin: where the rows come from, for errors.
+
+    Raises:
+        CachepressError: if a row has no context, no answer, or a limit that is not a number.
+    """
+    table = table.reset_index(drop=True).copy()
+    for name, default in OPTIONAL.items():
+        if name not in table.columns:
+            table[name] = default
+    table["question"] = table["question"].fillna("").astype(str)
+    table["answer_prefix"] = table["answer_prefix"].fillna("").astype(str)
+    table["task"] = table["task"].fillna(task)
+    table["metric"] = table["metric"].fillna(OPTIONAL["metric"])
+    for number, context in enumerate(table["context"]):
+        if not isinstance(context, str) or not context.strip():
+            raise CachepressError(f"{origin}, row {number}: the context is empty")
+    answers = [_texts(value) for value in table["answer"]]
+    rows = zip(answers, table["max_new_tokens"], table["metric"], strict=True)
+    for number, (answer, limit, metric) in enumerate(rows):
+        if not answer and metric != UNSCORED:
+            raise CachepressError(f"{origin}, row {number}: the answer is empty")
+        if not str(limit).isdigit() or int(limit) < 1:
+            raise CachepressError(f"{origin}, row {number}: max_new_tokens is {limit!r}")
+    table["answer"] = pd.Series(answers, dtype=object)
+    table["choices"] = pd.Series([_texts(value) for value in table["choices"]], dtype=object)
+    table["max_new_tokens"] = table["max_new_tokens"].astype(int)
+    return table[list(COLUMNS)]
+
+
+def _texts(value: object) -> list[str]:
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return [str(value)]
+    if isinstance(value, float) and value != value:
+        return []
+    if isinstance(value, str | int | float):
+        return [str(value)] if str(value) else []
+    return [str(item) for item in value] if value is not None else []  # type: ignore

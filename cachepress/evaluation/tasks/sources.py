@@ -1,0 +1,99 @@
+"""The original files of a benchmark: in a local folder, or on the hub."""
+
+import csv
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from cachepress.errors import CachepressError
+
+_CSV_FIELD = 1 << 30
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A file of a data set on the hub.
+
+    Attributes:
+        repository: ``owner/name``.
+        file: its path there.
+        member: the path inside, if the file is a zip archive.
+    """
+
+    repository: str
+    file: str
+    member: str | None = None
+
+
+def read_rows(folder: str | None, names: Sequence[str], hub: Hub | None) -> list[dict]:
+    """The rows of a file of a benchmark, in its own columns.
+
+    Args:
+        folder: folder with the original files; None for the hub.
+        names: paths below the folder that the file may have, the first that exists is read.
+        hub: where the hub has it; None where it does not.
+
+    Raises:
+        CachepressError: if there is no such file, or it is damaged.
+    """
+    path = _local(Path(folder), names) if folder is not None else _fetched(names, hub)
+    try:
+        rows = _rows(path, None if folder is not None or hub is None else hub.member)
+    except OSError as error:
+        raise CachepressError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise CachepressError(f"{path} is damaged: {reason}") from error
+    if not rows:
+        raise CachepressError(f"{path} has no rows")
+    return rows
+
+
+def _local(folder: Path, names: Sequence[str]) -> Path:
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise CachepressError(f"{folder} has no file {' or '.join(names)}")
+
+
+def _fetched(names: Sequence[str], hub: Hub | None) -> Path:
+    if hub is None:
+        raise CachepressError(
+            f"no hub has {' or '.join(names)}: name the folder that has it with --data-path"
+        )
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(hub.repository, hub.file, repo_type="dataset"))
+    except Exception as error:
+        raise CachepressError(
+            f"the hub does not give {hub.file} of {hub.repository} ({type(error).__name__}): get "
+            f"{' or '.join(names)} yourself and name its folder with --data-path"
+        ) from error
+
+
+def _rows(path: Path, member: str | None) -> list[dict]:
+    name = member or path.name
+    if name.endswith(".parquet"):
+        return pd.read_parquet(path).to_dict("records")
+    if member is not None:
+        with zipfile.ZipFile(path) as archive:
+            text = archive.read(member).decode("utf-8")
+    else:
+        text = path.read_text(encoding="utf-8")
+    if name.endswith((".csv", ".tsv")):
+        csv.field_size_limit(_CSV_FIELD)
+        delimiter = "\t" if name.endswith(".tsv") else ","
+        return list(csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter))
+    if name.endswith(".json"):
+        rows = json.loads(text)
+        rows = list(rows.values()) if isinstance(rows, dict) else rows
+    else:
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a row is not a mapping of columns")
+    return rows
