@@ -27,9 +27,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
 import cachepress
-from cachepress import hf
 from cachepress.cache import fork, size_of
 from cachepress.errors import CachepressError
+from cachepress.hf import cache_argument
+from cachepress.hf.observation import Watched
+from cachepress.hf.repeat import Repeater
 from cachepress.models import load
 from cachepress.prefill import check_prefill, prefill
 from cachepress.presses import BasePress
@@ -308,7 +310,7 @@ def _prefill(
 
 def _timed_step(model: PreTrainedModel, token: Tensor, cache: Cache) -> float:
     start = time.perf_counter()
-    model(token, **{hf.cache_argument(model): cache})
+    model(token, **{cache_argument(model): cache})
     _wait(model.device)
     return time.perf_counter() - start
 
@@ -318,17 +320,18 @@ def _timed_notes() -> Iterator[list[float]]:
     """Collects the seconds that noting, replaying and settling take."""
     spent: list[float] = []
 
-    def timed(real: Callable[..., None]) -> Callable[..., None]:
-        def call(*args: object) -> None:
+    def timed(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object) -> object:
             start = time.perf_counter()
-            real(*args)
+            result = real(*args)
             spent.append(time.perf_counter() - start)
+            return result
 
         return call
 
     with (
-        mock.patch.object(hf, "note", timed(hf.note)),
-        mock.patch.object(hf.Observation, "replay", timed(hf.Observation.replay)),
+        mock.patch.object(Watched, "note", timed(Watched.note)),
+        mock.patch.object(Repeater, "repeat", timed(Repeater.repeat)),
     ):
         yield spent
 

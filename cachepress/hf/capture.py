@@ -1,0 +1,115 @@
+"""What hooks keep of a forward, for presses that ask for more than attention's own call shows."""
+
+from collections.abc import Mapping
+from functools import partial
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from cachepress.core import Press
+from cachepress.errors import UnsupportedError
+from cachepress.hf.attention import Seen
+from cachepress.hf.wiring import attention_modules, rotary_modules
+from cachepress.projection import Projections
+from cachepress.rotary import CosSin, find_rotary
+from cachepress.view import Rotary
+
+
+class Capture:
+    """The rotary embedding, output projection and hidden states of the layers of one forward.
+
+    Args:
+        press: who asks.
+        model: the model.
+    """
+
+    def __init__(self, press: Press, model: PreTrainedModel) -> None:
+        needs, replay = press.needs, press.replay
+        weighs = replay is not None and replay.weighs
+        self._press, self._model, self._decoder = press, model, model.get_decoder()
+        self._rotates = needs.rotary or needs.moments_after is not None
+        self._projects = needs.projection or weighs
+        self._reads_hidden = needs.notes or weighs
+        self._rotary_modules: list[CosSin] = []
+        self._outputs: dict[nn.Module, dict[nn.Module, Tensor]] = {}
+        self._hidden: dict[nn.Module, Tensor] = {}
+        self._projections = Projections()
+
+    def hook(self) -> list[RemovableHandle]:
+        """Begin to keep what the press asks for; the handles end it."""
+        hooks: list[RemovableHandle] = []
+        if self._rotates:
+            self._rotary_modules = rotary_modules(self._decoder)
+        for module in attention_modules(self._decoder):
+            if self._reads_hidden:
+                hooks.append(module.register_forward_pre_hook(self._keep_hidden, with_kwargs=True))
+            if self._rotates or self._projects:
+                keep = partial(self._keep_output, module)
+                hooks += [child.register_forward_hook(keep) for child in module.children()]
+            if self._projects:
+                verify = self._projections.verify
+                hooks += [child.register_forward_pre_hook(verify) for child in module.children()]
+        return hooks
+
+    def clear(self) -> None:
+        """Forget what the forward showed."""
+        self._outputs.clear()
+        self._hidden.clear()
+        self._projections.end_forward()
+
+    def rotary(self, seen: Seen, rope: Tensor) -> Rotary:
+        """The position embedding of a layer, proven on the keys of the forward."""
+        outputs, query = list(self._outputs.get(seen.module, {}).values()), seen.query
+        assert seen.key.held.tail is not None
+        new_keys = seen.key.held.tail.keys[:, :, -query.shape[2] :]
+        found = find_rotary(self._rotary_modules, outputs, query.shape[1], new_keys, rope)
+        if found is None:
+            raise UnsupportedError(
+                f"{self._press!r} needs the position embedding of layer {_layer(seen)} of "
+                f"{type(self._model).__name__}, which could not be verified: use a press "
+                "that does not need it, such as KnormPress or SnapKVPress"
+            )
+        return found
+
+    def projection(self, seen: Seen) -> Tensor:
+        """The output projection ``[H, G, E, M]`` of a layer."""
+        done = list(self._outputs.get(seen.module, {}))
+        found = self._projections.find(seen.module, done, seen.key.shape[1], seen.output)
+        if found is None:
+            raise UnsupportedError(
+                f"{self._press!r} needs the output projection of each layer of "
+                f"{type(self._model).__name__}, and one could not be found: use a press without "
+                "it"
+            )
+        return found
+
+    def hidden(self, seen: Seen) -> Tensor | None:
+        """The hidden states ``[B, n, M]`` that attention read, where the press asks for them."""
+        if not self._reads_hidden:
+            return None
+        hidden = self._hidden.pop(seen.module, None)
+        if hidden is None:
+            raise UnsupportedError(
+                f"{self._press!r} needs the hidden states of layer {_layer(seen)} of "
+                f"{type(self._model).__name__}, which its attention does not take: use a press "
+                "that does not need them, such as KnormPress or SnapKVPress"
+            )
+        return hidden
+
+    def _keep_hidden(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> None:
+        given = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(given, Tensor) and given.ndim == 3:
+            self._hidden[module] = given.detach()
+
+    def _keep_output(
+        self, attention: nn.Module, module: nn.Module, args: object, output: object
+    ) -> None:
+        if isinstance(output, Tensor):
+            self._outputs.setdefault(attention, {})[module] = output.detach()
+
+
+def _layer(seen: Seen) -> object:
+    return getattr(seen.module, "layer_idx", "?")

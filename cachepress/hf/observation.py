@@ -1,0 +1,339 @@
+"""``with press(model)``: the forwards of a model are watched, and its layers settled."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PretrainedConfig
+
+from cachepress.core import Pending, Press, Turn, settle, settle_together
+from cachepress.errors import CachepressError
+from cachepress.forward import Forward
+from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen, attach
+from cachepress.hf.capture import Capture
+from cachepress.hf.repeat import Read, Repeater
+from cachepress.hf.wiring import (
+    CACHE_NAMES,
+    cache_argument,
+    check_model,
+    compressed_layers,
+    install_stores,
+)
+from cachepress.replay import tokenizer_of
+from cachepress.stores import Codec, Store
+from cachepress.trace import Trace
+
+if TYPE_CHECKING:
+    from cachepress.presses.base import BasePress
+
+_ACTIVE: list["Observation"] = []
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One forward of a pressed model in which a layer is noted, or settled as well.
+
+    Attributes:
+        observation: whose forward it is.
+        press: the press that acts in it.
+        layer: index of the layer in the model.
+        depth: rank of the layer among those that are compressed.
+        n_layers: number of layers that are compressed.
+        rope: ``[B, n]`` positions that the forward's tokens are rotated to.
+        turn: the forward, as a schedule sees it.
+        due: whether the layer is settled.
+    """
+
+    observation: "Observation"
+    press: Press
+    layer: int
+    depth: int
+    n_layers: int
+    rope: Tensor
+    turn: Turn
+    due: bool
+
+    differentiates = False
+
+    def note(self, seen: Seen) -> None:
+        """Note what the forward showed of the layer, and settle the layer if it is due."""
+        press, turn, store = self.press, self.turn, seen.key.store
+        rope = self.rope.to(seen.query.device)
+        hidden = self.observation.capture.hidden(seen)
+        trace = self._trace(store)
+        if not turn.prompt:
+            if press.needs.watches:
+                trace.add_decoded(seen.query, rope, hidden, self.depth, press.buffer)
+            if not self.due:
+                return
+        forward = self._forward(seen, rope, hidden)
+        if turn.prompt and press.needs.watches:
+            trace.add(forward)
+        if self.due:
+            self.observation.settle(Read(press, store, forward, trace), turn)
+
+    def _trace(self, store: Store) -> Trace:
+        trace = store.trace
+        if trace is None or trace.needs != self.press.needs or trace.end != self.turn.seen:
+            trace = Trace(self.press.needs, self.turn.seen)
+        store.trace, trace.end = trace, self.turn.seen + self.turn.new
+        return trace
+
+    def _forward(self, seen: Seen, rope: Tensor, hidden: Tensor | None) -> Forward:
+        capture = self.observation.capture
+        return Forward(
+            query=seen.query,
+            rows=seen.rows,
+            text_valid=seen.mask.valid,
+            rope=rope,
+            layer=self.layer,
+            depth=self.depth,
+            n_layers=self.n_layers,
+            rule=seen.rule,
+            find_rotary=partial(capture.rotary, seen, rope),
+            find_projection=partial(capture.projection, seen),
+            hidden=hidden,
+            n_question=self.observation.question_of(seen.query),
+        )
+
+
+class Observation:
+    """``with press(model)``: the model's caches are settled by the press until exit.
+
+    Args:
+        press: the press.
+        model: a transformers decoder model.
+        turns: "all" to settle after every forward of several tokens, "first" after the first only.
+        storage: "full", "int8", "int4", "int2", or a Codec.
+        question: tokens at the end of the prompt that are the question, one number or one for each
+            sequence; for presses that ask for it.
+        tokenizer: the model's tokenizer, for presses that replay; None for the one that lies where
+            the model came from.
+
+    Attributes:
+        chunk: for forwards that are chunks of one prompt, "hold" if the layers wait for the last
+            one, "settle" if they are settled after each, and "last" for the last one.
+        capture: what hooks keep of a forward.
+
+    Raises:
+        UnsupportedError: if the model cannot be compressed.
+    """
+
+    def __init__(
+        self,
+        press: "BasePress",
+        model: PreTrainedModel,
+        turns: str = "all",
+        storage: str | Codec = "full",
+        question: int | Sequence[int] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        if turns not in ("all", "first"):
+            raise CachepressError(f'turns: got {turns!r}, wanted "all" or "first"')
+        check_model(model)
+        press = press.for_model(model)
+        press.check_layers(compressed_layers(model))
+        self._press, self._model, self._turns = press, model, turns
+        self._config = model.get_decoder().config
+        self._codec = codec_of(press, storage)
+        self._question = _question(press, question)
+        if press.replay is not None and press.replay.speaks and tokenizer is None:
+            tokenizer = tokenizer_of(model)
+        self.chunk: str | None = None
+        self.capture = Capture(press, model)
+        self._repeater = Repeater(press, model, tokenizer, self.capture)
+        self._pending: dict[Press, list[Pending]] = {}
+        self._stores: list[Store] = []
+        self._covered = {m for m in model.modules() if isinstance(m, PreTrainedModel)}
+        self._hooks: list[RemovableHandle] = []
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        attach(self._model)
+        for module in self._covered:
+            self._hooks += [
+                module.register_forward_pre_hook(self._before, with_kwargs=True),
+                module.register_forward_hook(self._after, always_call=True),
+            ]
+        self._hooks += self.capture.hook()
+        _ACTIVE.append(self)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _ACTIVE.remove(self)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._end_forward()
+
+    def question_of(self, batch: Tensor) -> Tensor | None:
+        """Tokens of the question of each sequence, ``[B]``; None where nothing was said."""
+        if self._question is None:
+            return None
+        b = batch.shape[0]
+        if len(self._question) not in (1, b):
+            raise CachepressError(
+                f"question: got {len(self._question)} numbers for {b} sequences, wanted one or {b}"
+            )
+        return torch.tensor(self._question, device=batch.device).expand(b)
+
+    def settle(self, layer: Read, turn: Turn) -> None:
+        """Settle a layer, or let it wait for a replay."""
+        if layer.press.replay is not None and turn.prompt:
+            self._repeater.wait(layer)
+        else:
+            self._settle(layer)
+
+    def _settle(self, layer: Read) -> None:
+        pending = settle(*layer)
+        layer.store.looked()
+        if pending is not None:
+            self._pending.setdefault(layer.press, []).append(pending)
+
+    def _before(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
+        later = _ACTIVE[_ACTIVE.index(self) + 1 :]
+        if self._depth or any(module in other._covered for other in later):
+            self._depth += 1
+            return None
+        given = {
+            **dict(zip(inspect.signature(module.forward).parameters, args, strict=False)),
+            **kwargs,
+        }
+        cache, added = next((given[k] for k in CACHE_NAMES if given.get(k) is not None), None), {}
+        if cache is None and _uses_cache(given, self._config):
+            cache = DynamicCache(config=self._config)
+            added[cache_argument(module)] = cache
+        if cache is not None:
+            self._begin_forward(cache, given)
+        self._depth += 1
+        return (args, {**_without_cache(kwargs), **added}) if added else None
+
+    def _begin_forward(self, cache: Cache, given: Mapping[str, object]) -> None:
+        stores = install_stores(cache, self._model)
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        if not isinstance(tokens, Tensor):
+            raise CachepressError("the forward got neither input_ids nor inputs_embeds")
+        b, n = tokens.shape[:2]
+        self.question_of(tokens)
+        seen = cache.get_seq_length()
+        since = seen + n - next(iter(stores.values())).looked_at
+        turn = Turn(seen, n, since, prompt=n > 1 or self.chunk is not None)
+        press = self._press.acting(turn)
+        due = self._due(turn)
+        if press.replay is not None and turn.prompt:
+            self._repeater.read(cache, given.get("input_ids"))
+        self._prepare(stores)
+        if not due and not (press.needs.watches and self._watches(turn)):
+            return
+        rope = given.get("position_ids")
+        if not isinstance(rope, Tensor):
+            rope = torch.arange(seen, seen + n, device=tokens.device).unsqueeze(0)
+        rope = rope.reshape(-1, *rope.shape[-2:])[0].expand(b, n)
+        for depth, (layer, store) in enumerate(stores.items()):
+            WATCHED[store] = Watched(self, press, layer, depth, len(stores), rope, turn, due)
+
+    def _prepare(self, stores: Mapping[int, Store]) -> None:
+        """Tell stores how rows are kept and read."""
+        self._stores = list(stores.values())
+        for depth, store in enumerate(self._stores):
+            if self._codec is not None:
+                # Rows that are settled chunk by chunk would be quantized again and again.
+                store.codec = None if self.chunk == "settle" else self._codec
+            pages = self._press.reads(depth)
+            store.reads = store.reads if pages is None else pages
+            if self.chunk is not None:
+                READ_WHOLE.add(store)
+
+    def _due(self, turn: Turn) -> bool:
+        if self.chunk == "hold":
+            return False
+        later = self.chunk is None and turn.prompt and turn.seen > 0 and self._turns == "first"
+        return not later and self._press.schedule.due(turn)
+
+    def _watches(self, turn: Turn) -> bool:
+        """Whether a forward that settles nothing has to be noted for one that will."""
+        return self.chunk == "hold" or (self._press.schedule.decodes and not turn.prompt)
+
+    def _after(self, module: nn.Module, args: object, output: object) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth:
+            return
+        if output is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                for layer in self._repeat():
+                    self._settle(layer)
+                for press, layers in self._pending.items():
+                    settle_together(press, layers)
+        self._end_forward()
+
+    def _repeat(self) -> list[Read]:
+        """The layers that wait for a replay, after it; its forwards are not for the press."""
+        self._depth += 1
+        try:
+            return self._repeater.repeat()
+        finally:
+            self._depth -= 1
+
+    def _end_forward(self) -> None:
+        self.capture.clear()
+        self._pending.clear()
+        self._repeater.clear(ids=self.chunk != "hold")
+        for store in self._stores:
+            WATCHED.pop(store, None)
+            READ_WHOLE.discard(store)
+        self._stores.clear()
+
+
+def codec_of(press: "BasePress", storage: str | Codec) -> Codec | None:
+    """How rows are stored under a press, and with what the call said.
+
+    Raises:
+        CachepressError: if both the press and the call say something.
+    """
+    given, own = Codec.of(storage), press.storage
+    if given is not None and own is not None:
+        raise CachepressError(
+            f"{press!r} says how rows are stored: got storage={storage!r} besides, leave it out"
+        )
+    return own if given is None else given
+
+
+def _question(press: "BasePress", question: int | Sequence[int] | None) -> list[int] | None:
+    """The tokens of the question of each sequence, or one number for all."""
+    if question is None:
+        if press.needs.question:
+            raise CachepressError(
+                f"{press!r} has to know which tokens are the question: give press(model, "
+                "question=n), the number of tokens at the end of the prompt, or use the pipeline"
+            )
+        return None
+    numbers = [question] if isinstance(question, int) else list(question)
+    if not numbers or not all(isinstance(n, int) and n > 0 for n in numbers):
+        raise CachepressError(
+            f"question: got {question!r}, wanted a number of tokens above 0, or one for each text"
+        )
+    return numbers
+
+
+def _without_cache(kwargs: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in kwargs.items() if key not in CACHE_NAMES}
+
+
+def _uses_cache(given: Mapping[str, object], config: PretrainedConfig) -> bool:
+    wanted = given.get("use_cache")
+    return bool(getattr(config, "use_cache", True) if wanted is None else wanted)

@@ -1,0 +1,123 @@
+"""What a model is made of: its forward, its cache layers, its attention modules."""
+
+import copy
+import inspect
+from functools import partial
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.configuration_utils import PretrainedConfig
+
+from cachepress.errors import UnsupportedError
+from cachepress.rotary import CosSin
+from cachepress.stores import Store
+
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise UnsupportedError unless the model's caches can be compressed."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(f"got {name}, wanted a transformers PreTrainedModel")
+    if model.config.is_encoder_decoder:
+        raise UnsupportedError(f"{name} is an encoder-decoder model: wanted a decoder-only model")
+    if not any(full_attention(model.get_decoder().config)):
+        raise UnsupportedError(
+            f"{name} has no full-attention layer: its sliding-window or linear-attention layers "
+            "already bound their cache, there is nothing to compress"
+        )
+
+
+def cache_argument(module: nn.Module) -> str:
+    """The name under which this module's forward takes a cache in this transformers version."""
+    parameters = inspect.signature(module.forward).parameters
+    for name in CACHE_NAMES:
+        if name in parameters:
+            return name
+    raise UnsupportedError(f"{type(module).__name__}.forward takes no cache")
+
+
+def install_stores(cache: Cache, model: PreTrainedModel) -> dict[int, Store]:
+    """Put our stores in place of a cache's full-attention layers, with what those hold.
+
+    Returns:
+        The stores by layer index.
+
+    Raises:
+        UnsupportedError: if the cache is of a kind that cannot be compressed.
+    """
+    name, config = type(model).__name__, model.get_decoder().config
+    if type(cache) is not DynamicCache or cache.offloading:
+        kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
+        raise UnsupportedError(f"got {kind} for {name}: pass a DynamicCache(), or no cache")
+    template = DynamicCache(config=config).layers
+    cache.layers.extend(template[len(cache.layers) :])
+    stores = {}
+    for index, full in enumerate(full_attention(config)):
+        layer = cache.layers[index]
+        if not full:
+            continue
+        if not isinstance(layer, Store):
+            layer = Store.adopt(layer.keys, layer.values)
+            cache.layers[index] = layer
+        stores[index] = layer
+    return stores
+
+
+def compressed_layers(model: PreTrainedModel) -> int:
+    """How many layers of the model are compressed."""
+    return sum(full_attention(model.get_decoder().config))
+
+
+def has_only_full_attention(model: PreTrainedModel) -> bool:
+    """Whether every layer of the model keeps an ordinary, unbounded cache."""
+    return all(full_attention(model.get_decoder().config))
+
+
+def full_attention(config: PretrainedConfig) -> list[bool]:
+    """Which layers keep an ordinary, unbounded cache."""
+    return [type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers]
+
+
+def attention_modules(decoder: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules of full-attention layers, and what else carries such an index."""
+    full = {index for index, is_full in enumerate(full_attention(decoder.config)) if is_full}
+    return [m for m in decoder.modules() if getattr(m, "layer_idx", None) in full]
+
+
+def last_layer(decoder: PreTrainedModel) -> nn.Module:
+    """The last of the decoder's layers, whose output is the last hidden states before the norm."""
+    n = len(full_attention(decoder.config))
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+    if not lists:
+        raise UnsupportedError(
+            f"the layers of {type(decoder).__name__} were not found: presses that need gradients "
+            "cannot be used with it"
+        )
+    return lists[0][-1]
+
+
+def rotary_modules(decoder: PreTrainedModel) -> list[CosSin]:
+    """Copies of the modules that answer positions with cosines and sines.
+
+    Copies, because some of them change their state when they see a long position.
+    """
+    found: list[CosSin] = []
+    for module in decoder.modules():
+        parameters = list(inspect.signature(module.forward).parameters)
+        if parameters[:2] != ["x", "position_ids"]:
+            continue
+        module = copy.deepcopy(module)
+        if "layer_type" in parameters:
+            found.append(partial(_call_rotary, module, "full_attention"))
+        else:
+            found.append(partial(_call_rotary, module, None))
+    return found
+
+
+def _call_rotary(
+    module: nn.Module, layer_type: str | None, x: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    return module(x, positions) if layer_type is None else module(x, positions, layer_type)
