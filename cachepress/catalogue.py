@@ -24,7 +24,7 @@ EXAMPLES: dict[str, str] = {
     "cam": "CAMPress(SnapKVPress(), target_size=1024)",
     "composed": "ComposedPress([SnapKVPress(0.3), KnormPress(0.3)])",
     "decoding": "DecodingPress(SnapKVPress(), target_size=1024)",
-    "dms": "DMSPress(KnormPress(), -10)",
+    "dms": "DMSPress(KnormPress(), -17)",
     "per_layer": f"PerLayerCompressionPress(SnapKVPress(), {_RATIOS})",
     "prefill_decoding": "PrefillDecodingPress(SnapKVPress({ratio}), DecodingPress(KnormPress()))",
     "simlayerkv": "SimLayerKVPress(0.9, n_recent=1024)",

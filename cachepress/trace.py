@@ -92,7 +92,7 @@ class Trace:
             view = replace(view, n_question=forward.n_question)
         if self._moments is not None:
             view = replace(view, moments=self._moments.moments())
-        if self.needs.rotary or self.needs.moments_after is not None:
+        if self.needs.rotates:
             view = replace(view, rotary=forward.find_rotary())
         if self.needs.projection:
             view = replace(view, projection=forward.find_projection())
@@ -145,8 +145,10 @@ class Trace:
             b, h, g, n, _ = queries.shape
             order = order[:, None].expand(b, h * g, n)
             queries = gather(queries.flatten(1, 2), order).view_as(queries)
-        most = min(most, voters.shape[1])
-        self._queries, self._voters = queries[..., -most:, :], voters[:, -most:]
+        if most < voters.shape[1]:
+            # A copy, because a view would hold the queries of the whole prompt.
+            queries, voters = queries[..., -most:, :].clone(), voters[:, -most:]
+        self._queries, self._voters = queries, voters
 
     def _add_attention(self, query: Tensor, counted: Tensor, forward: Forward) -> None:
         keys, valid = forward.rows.keys.detach(), _valid_rows(forward)

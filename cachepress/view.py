@@ -53,6 +53,11 @@ class Needs:
         return bool(self.queries) or self.moments_after is not None or asked or self.notes
 
     @property
+    def rotates(self) -> bool:
+        """Whether the layer's position embedding must be found."""
+        return self.rotary or self.moments_after is not None
+
+    @property
     def notes(self) -> bool:
         """Whether hidden states are noted."""
         return self.hidden is not None

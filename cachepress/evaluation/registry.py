@@ -9,17 +9,39 @@ from transformers import PreTrainedTokenizerBase
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import string_match
+from cachepress.evaluation.tasks.aime25 import AIME25
 from cachepress.evaluation.tasks.base import Metric, Task
 from cachepress.evaluation.tasks.builtin import BUILTIN
 from cachepress.evaluation.tasks.files import SUFFIXES, load_file
-from cachepress.evaluation.tasks.longbench import LONGBENCH_E
+from cachepress.evaluation.tasks.infinitebench import INFINITEBENCH
+from cachepress.evaluation.tasks.longbench import LONGBENCH, LONGBENCH_E
+from cachepress.evaluation.tasks.longbench_v2 import LONGBENCH_V2
+from cachepress.evaluation.tasks.loogle import LOOGLE
+from cachepress.evaluation.tasks.math500 import MATH500
+from cachepress.evaluation.tasks.needle import NEEDLE
+from cachepress.evaluation.tasks.ruler import RULER
+from cachepress.evaluation.tasks.scbench import SCBENCH
+from cachepress.evaluation.tasks.zero_scrolls import ZERO_SCROLLS
 from cachepress.spec import NO_PRESS, aliases
 
 PRESS_REGISTRY: dict[str, str] = {
     NO_PRESS: NO_PRESS,
     **{alias: kind.__name__ for alias, kind in aliases().items()},
 }
-TASKS: tuple[Task, ...] = (BUILTIN, LONGBENCH_E)
+TASKS: tuple[Task, ...] = (
+    BUILTIN,
+    NEEDLE,
+    RULER,
+    LONGBENCH,
+    LONGBENCH_E,
+    LONGBENCH_V2,
+    INFINITEBENCH,
+    LOOGLE,
+    SCBENCH,
+    ZERO_SCROLLS,
+    AIME25,
+    MATH500,
+)
 DATASET_REGISTRY: dict[str, Task] = {task.name: task for task in TASKS}
 
 

@@ -1,10 +1,12 @@
-"""How sure a mean score is."""
+"""How sure a mean is, and how two runs on the same samples differ."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
+from scipy.stats import t
 
 Z_95 = 1.959963984540054
 
@@ -41,17 +43,68 @@ def estimate(scores: Sequence[float], contexts: Sequence[object]) -> Estimate:
         contexts: which context each sample belongs to.
     """
     values = np.asarray(scores, dtype=float)
-    names = list(dict.fromkeys(contexts))
-    mean, clusters = float(values.mean()), len(names)
-    residuals = dict.fromkeys(names, 0.0)
-    for value, name in zip(values.tolist(), contexts, strict=True):
-        residuals[name] += value - mean
-    variance = sum(r * r for r in residuals.values()) / len(values) ** 2
-    variance *= clusters / max(clusters - 1, 1)
+    mean, clusters = float(values.mean()), len(set(contexts))
+    variance = _variance(values - mean, contexts)
     spread = mean * (1 - mean)
     effective = spread / variance if variance > 0 and spread > 0 else clusters
     low, high = _wilson(mean, min(effective, len(values)))
     return Estimate(mean, low, high, len(values), clusters)
+
+
+def interval(values: Sequence[float], contexts: Sequence[object]) -> Estimate:
+    """Mean of any numbers and its 95 % interval, clustered by context.
+
+    The interval is Student's, with one degree of freedom less than there are contexts. A single
+    context says nothing about others: its interval is infinite.
+    """
+    numbers = np.asarray(values, dtype=float)
+    mean, clusters = float(numbers.mean()), len(set(contexts))
+    half = math.inf
+    if clusters > 1:
+        half = t.ppf(0.975, clusters - 1) * math.sqrt(_variance(numbers - mean, contexts))
+    return Estimate(mean, mean - half, mean + half, len(numbers), clusters)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """How a run differs from another one on the same samples.
+
+    Attributes:
+        difference: of the scores, the other's subtracted.
+        flips: share of samples that are right in one and wrong in the other; right is a score of
+            at least a half.
+        same: share of samples with the very same answer.
+    """
+
+    difference: Estimate
+    flips: float
+    same: float
+
+
+def paired(run: pd.DataFrame, base: pd.DataFrame) -> Paired:
+    """Compare two runs sample by sample.
+
+    Args:
+        run: a row for each sample, by sample id, with score, context_id and predicted_answer.
+        base: the run to compare with; only samples of both count.
+    """
+    both = run.join(base[["score", "predicted_answer"]], rsuffix="_base", how="inner")
+    right, was = both["score"] >= 0.5, both["score_base"] >= 0.5
+    return Paired(
+        difference=interval(both["score"] - both["score_base"], list(both["context_id"])),
+        flips=float((right != was).mean()),
+        same=float((both["predicted_answer"] == both["predicted_answer_base"]).mean()),
+    )
+
+
+def _variance(residuals: np.ndarray, contexts: Sequence[object]) -> float:
+    """Cluster-robust variance of a mean."""
+    sums: dict[object, float] = {}
+    for value, name in zip(residuals.tolist(), contexts, strict=True):
+        sums[name] = sums.get(name, 0.0) + value
+    clusters = len(sums)
+    variance = sum(x * x for x in sums.values()) / len(residuals) ** 2
+    return variance * clusters / max(clusters - 1, 1)
 
 
 def _wilson(mean: float, n: float) -> tuple[float, float]:

@@ -1,7 +1,9 @@
 """What hooks keep of a forward, for presses that ask for more than attention's own call shows."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -9,6 +11,7 @@ from transformers import PreTrainedModel
 
 from cachepress.core import Press
 from cachepress.errors import UnsupportedError
+from cachepress.forward import Forward
 from cachepress.hf.attention import Seen
 from cachepress.hf.wiring import attention_modules, rotary_modules
 from cachepress.projection import Projections
@@ -16,21 +19,38 @@ from cachepress.rotary import CosSin, find_rotary
 from cachepress.view import Rotary
 
 
+class Place(NamedTuple):
+    """Where in a model, and where in the text, an attention call is.
+
+    Attributes:
+        layer: index of the layer in the model.
+        depth: rank of the layer among those that are compressed.
+        n_layers: number of layers that are compressed.
+        rope: ``[B, n]`` positions that the forward's tokens are rotated to.
+    """
+
+    layer: int
+    depth: int
+    n_layers: int
+    rope: Tensor
+
+
 class Capture:
     """The rotary embedding, output projection and hidden states of the layers of one forward.
 
     Args:
-        press: who asks.
+        presses: who asks.
         model: the model.
     """
 
-    def __init__(self, press: Press, model: PreTrainedModel) -> None:
-        needs, replay = press.needs, press.replay
-        weighs = replay is not None and replay.weighs
-        self._press, self._model, self._decoder = press, model, model.get_decoder()
-        self._rotates = needs.rotary or needs.moments_after is not None
-        self._projects = needs.projection or weighs
-        self._reads_hidden = needs.notes or weighs
+    def __init__(self, presses: Sequence[Press], model: PreTrainedModel) -> None:
+        needs = [press.needs for press in presses]
+        weighs = any(press.replay is not None and press.replay.weighs for press in presses)
+        self._who = ", ".join(map(repr, presses))
+        self._model, self._decoder = model, model.get_decoder()
+        self._rotates = any(need.rotates for need in needs)
+        self._projects = weighs or any(need.projection for need in needs)
+        self._reads_hidden = weighs or any(need.notes for need in needs)
         self._rotary_modules: list[CosSin] = []
         self._outputs: dict[nn.Module, dict[nn.Module, Tensor]] = {}
         self._hidden: dict[nn.Module, Tensor] = {}
@@ -52,11 +72,40 @@ class Capture:
                 hooks += [child.register_forward_pre_hook(verify) for child in module.children()]
         return hooks
 
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Keep what the press asks for while this lasts."""
+        hooks = self.hook()
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.clear()
+
     def clear(self) -> None:
         """Forget what the forward showed."""
         self._outputs.clear()
         self._hidden.clear()
         self._projections.end_forward()
+
+    def forward(self, seen: Seen, place: Place, n_question: Tensor | None) -> Forward:
+        """All that an attention call showed; what has to be searched for is found when asked."""
+        rope = place.rope.to(seen.query.device)
+        return Forward(
+            query=seen.query,
+            rows=seen.rows,
+            text_valid=seen.mask.valid,
+            rope=rope,
+            layer=place.layer,
+            depth=place.depth,
+            n_layers=place.n_layers,
+            rule=seen.rule,
+            find_rotary=partial(self.rotary, seen, rope),
+            find_projection=partial(self.projection, seen),
+            hidden=self.hidden(seen),
+            n_question=n_question,
+        )
 
     def rotary(self, seen: Seen, rope: Tensor) -> Rotary:
         """The position embedding of a layer, proven on the keys of the forward."""
@@ -66,7 +115,7 @@ class Capture:
         found = find_rotary(self._rotary_modules, outputs, query.shape[1], new_keys, rope)
         if found is None:
             raise UnsupportedError(
-                f"{self._press!r} needs the position embedding of layer {_layer(seen)} of "
+                f"{self._who} needs the position embedding of layer {_layer(seen)} of "
                 f"{type(self._model).__name__}, which could not be verified: use a press "
                 "that does not need it, such as KnormPress or SnapKVPress"
             )
@@ -78,7 +127,7 @@ class Capture:
         found = self._projections.find(seen.module, done, seen.key.shape[1], seen.output)
         if found is None:
             raise UnsupportedError(
-                f"{self._press!r} needs the output projection of each layer of "
+                f"{self._who} needs the output projection of each layer of "
                 f"{type(self._model).__name__}, and one could not be found: use a press without "
                 "it"
             )
@@ -91,7 +140,7 @@ class Capture:
         hidden = self._hidden.pop(seen.module, None)
         if hidden is None:
             raise UnsupportedError(
-                f"{self._press!r} needs the hidden states of layer {_layer(seen)} of "
+                f"{self._who} needs the hidden states of layer {_layer(seen)} of "
                 f"{type(self._model).__name__}, which its attention does not take: use a press "
                 "that does not need them, such as KnormPress or SnapKVPress"
             )

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -16,9 +15,8 @@ from transformers.configuration_utils import PretrainedConfig
 
 from cachepress.core import Pending, Press, Turn, settle, settle_together
 from cachepress.errors import CachepressError
-from cachepress.forward import Forward
 from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen, attach
-from cachepress.hf.capture import Capture
+from cachepress.hf.capture import Capture, Place
 from cachepress.hf.repeat import Read, Repeater
 from cachepress.hf.wiring import (
     CACHE_NAMES,
@@ -44,20 +42,14 @@ class Watched:
     Attributes:
         observation: whose forward it is.
         press: the press that acts in it.
-        layer: index of the layer in the model.
-        depth: rank of the layer among those that are compressed.
-        n_layers: number of layers that are compressed.
-        rope: ``[B, n]`` positions that the forward's tokens are rotated to.
+        place: where in the model and in the text the layer is.
         turn: the forward, as a schedule sees it.
         due: whether the layer is settled.
     """
 
     observation: "Observation"
     press: Press
-    layer: int
-    depth: int
-    n_layers: int
-    rope: Tensor
+    place: Place
     turn: Turn
     due: bool
 
@@ -66,17 +58,19 @@ class Watched:
     def note(self, seen: Seen) -> None:
         """Note what the forward showed of the layer, and settle the layer if it is due."""
         press, turn, store = self.press, self.turn, seen.key.store
-        rope = self.rope.to(seen.query.device)
-        hidden = self.observation.capture.hidden(seen)
-        trace = self._trace(store)
-        if not turn.prompt:
-            if press.needs.watches:
-                trace.add_decoded(seen.query, rope, hidden, self.depth, press.buffer)
-            if not self.due:
-                return
-        forward = self._forward(seen, rope, hidden)
-        if turn.prompt and press.needs.watches:
-            trace.add(forward)
+        capture, trace = self.observation.capture, self._trace(store)
+        if not turn.prompt and not self.due:
+            rope = self.place.rope.to(seen.query.device)
+            hidden = capture.hidden(seen)
+            trace.add_decoded(seen.query, rope, hidden, self.place.depth, press.buffer)
+            return
+        forward = capture.forward(seen, self.place, self.observation.question_of(seen.query))
+        if press.needs.watches:
+            if turn.prompt:
+                trace.add(forward)
+            else:
+                query, depth = seen.query, self.place.depth
+                trace.add_decoded(query, forward.rope, forward.hidden, depth, press.buffer)
         if self.due:
             self.observation.settle(Read(press, store, forward, trace), turn)
 
@@ -86,23 +80,6 @@ class Watched:
             trace = Trace(self.press.needs, self.turn.seen)
         store.trace, trace.end = trace, self.turn.seen + self.turn.new
         return trace
-
-    def _forward(self, seen: Seen, rope: Tensor, hidden: Tensor | None) -> Forward:
-        capture = self.observation.capture
-        return Forward(
-            query=seen.query,
-            rows=seen.rows,
-            text_valid=seen.mask.valid,
-            rope=rope,
-            layer=self.layer,
-            depth=self.depth,
-            n_layers=self.n_layers,
-            rule=seen.rule,
-            find_rotary=partial(capture.rotary, seen, rope),
-            find_projection=partial(capture.projection, seen),
-            hidden=hidden,
-            n_question=self.observation.question_of(seen.query),
-        )
 
 
 class Observation:
@@ -138,9 +115,7 @@ class Observation:
     ) -> None:
         if turns not in ("all", "first"):
             raise CachepressError(f'turns: got {turns!r}, wanted "all" or "first"')
-        check_model(model)
-        press = press.for_model(model)
-        press.check_layers(compressed_layers(model))
+        press = prepared(press, model)
         self._press, self._model, self._turns = press, model, turns
         self._config = model.get_decoder().config
         self._codec = codec_of(press, storage)
@@ -148,7 +123,7 @@ class Observation:
         if press.replay is not None and press.replay.speaks and tokenizer is None:
             tokenizer = tokenizer_of(model)
         self.chunk: str | None = None
-        self.capture = Capture(press, model)
+        self.capture = Capture([press], model)
         self._repeater = Repeater(press, model, tokenizer, self.capture)
         self._pending: dict[Press, list[Pending]] = {}
         self._stores: list[Store] = []
@@ -245,19 +220,19 @@ class Observation:
             rope = torch.arange(seen, seen + n, device=tokens.device).unsqueeze(0)
         rope = rope.reshape(-1, *rope.shape[-2:])[0].expand(b, n)
         for depth, (layer, store) in enumerate(stores.items()):
-            WATCHED[store] = Watched(self, press, layer, depth, len(stores), rope, turn, due)
+            place = Place(layer, depth, len(stores), rope)
+            WATCHED[store] = Watched(self, press, place, turn, due)
 
     def _prepare(self, stores: Mapping[int, Store]) -> None:
         """Tell stores how rows are kept and read."""
         self._stores = list(stores.values())
-        for depth, store in enumerate(self._stores):
-            if self._codec is not None:
+        instruct(self._stores, self._press, self._codec)
+        if self.chunk is not None:
+            READ_WHOLE.update(self._stores)
+        if self.chunk == "settle" and self._codec is not None:
+            for store in self._stores:
                 # Rows that are settled chunk by chunk would be quantized again and again.
-                store.codec = None if self.chunk == "settle" else self._codec
-            pages = self._press.reads(depth)
-            store.reads = store.reads if pages is None else pages
-            if self.chunk is not None:
-                READ_WHOLE.add(store)
+                store.codec = None
 
     def _due(self, turn: Turn) -> bool:
         if self.chunk == "hold":
@@ -297,6 +272,26 @@ class Observation:
             WATCHED.pop(store, None)
             READ_WHOLE.discard(store)
         self._stores.clear()
+
+
+def prepared(press: "BasePress", model: PreTrainedModel) -> "BasePress":
+    """A press made ready for a model.
+
+    Raises:
+        CachepressError: if the model cannot be compressed, or not by this press.
+    """
+    check_model(model)
+    press = press.for_model(model)
+    press.check_layers(compressed_layers(model))
+    return press
+
+
+def instruct(stores: Sequence[Store], press: "BasePress", codec: Codec | None) -> None:
+    """Tell the stores of a cache how rows are kept and read under a press, where it says so."""
+    for depth, store in enumerate(stores):
+        pages = press.reads(depth)
+        store.codec = store.codec if codec is None else codec
+        store.reads = store.reads if pages is None else pages
 
 
 def codec_of(press: "BasePress", storage: str | Codec) -> Codec | None:

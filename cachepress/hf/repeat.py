@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +127,9 @@ class Repeater:
 
     def wait(self, layer: Read) -> None:
         """Let a layer wait until the forward is done."""
-        self._layers.append(layer._replace(forward=_resolved(layer.forward, layer.press)))
+        needs = layer.press.needs
+        forward = resolved(layer.forward, needs.rotates, needs.projection)
+        self._layers.append(layer._replace(forward=forward))
 
     def clear(self, ids: bool) -> None:
         """Forget the forward; with ``ids``, what was read as well."""
@@ -226,24 +228,27 @@ class Repeater:
         return [replace(look.view, gradient=x) for look, x in zip(looks, norms, strict=True)]
 
 
-def _resolved(forward: Forward, press: Press) -> Forward:
+def resolved(forward: Forward, rotates: bool, projects: bool) -> Forward:
     """A forward that can be read when it is over: what has to be found in it is found."""
-    rotates = press.needs.rotary or press.needs.moments_after is not None
     return replace(
         forward,
-        query=forward.query[:, :, :0],
-        rows=Rows(forward.rows.keys[:, :, :0], forward.rows.values[:, :, :0]),
+        query=forward.query[:, :, :0].clone(),
+        rows=Rows(forward.rows.keys[:, :, :0].clone(), forward.rows.values[:, :, :0].clone()),
         find_rotary=_found(forward.find_rotary, rotates),
-        find_projection=_found(forward.find_projection, press.needs.projection),
+        find_projection=_found(forward.find_projection, projects),
         hidden=None,
     )
 
 
 def _found(find: Callable[[], _T], wanted: bool) -> Callable[[], _T]:
     if not wanted:
-        return find
+        return _not_asked  # The search would hold everything that the forward showed.
     found = find()
     return lambda: found
+
+
+def _not_asked() -> NoReturn:
+    raise AssertionError("a press reads what it did not declare")
 
 
 def _first(output: object) -> Tensor:

@@ -1,0 +1,306 @@
+"""InfiniteBench, twelve tasks beyond 100k tokens (Zhang et al., arXiv:2402.13718)."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from cachepress.errors import CachepressError
+from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.metrics import CHINESE_PUNCTUATION, qa_f1, token_f1
+from cachepress.evaluation.tasks.base import Task, normalise
+from cachepress.evaluation.tasks.sources import Hub, read_rows
+
+REPOSITORY = "xinrongzhang2022/InfiniteBench"
+LETTERS = "ABCD"
+CALL = re.compile(r"func_[0-9]+\(-?[0-9]+\)")
+HIDDEN = (
+    "Somewhere in the text below one piece of information is hidden among sentences that do not "
+    "matter. Find it and keep it in mind: a question about it comes after the text.\n\n"
+)
+BOOK = "Read the following book. A question about it comes after it.\n\n"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """How one task is asked: before the text, after it, the answer's beginning and limit."""
+
+    introduction: str
+    ask: str
+    prefix: str
+    max_new_tokens: int
+    metric: str
+
+
+PARTS = {
+    "passkey": _Part(HIDDEN, "\n\n{input}\n", "The pass key is", 6, "infinitebench_first_number"),
+    "number_string": _Part(
+        HIDDEN, "\n\n{input}\n", "The sequence of digits is", 12, "infinitebench_first_number"
+    ),
+    "kv_retrieval": _Part(
+        "The JSON object below maps keys to values. Afterwards you are given one of the keys and "
+        "are to return its value.\n\n",
+        "\n\n{input}",
+        "",
+        50,
+        "infinitebench_word",
+    ),
+    "longbook_sum_eng": _Part(
+        "Read the following book. You will be asked to summarize it.\n\n",
+        "\n\nWrite a summary of this book.\n",
+        "Summary:",
+        1200,
+        "infinitebench_rouge_lsum",
+    ),
+    "longbook_choice_eng": _Part(
+        BOOK,
+        "\n\nQuestion: {input}\n\nExactly one of these options is right. Answer with its letter, "
+        "A, B, C or D, and nothing else.\n{options}\n",
+        "The letter of the right option is",
+        40,
+        "infinitebench_choice",
+    ),
+    "longbook_qa_eng": _Part(
+        BOOK,
+        "\n\nAnswer in as few words as you can and add no explanation.\nQuestion: {input}\n",
+        "Answer:",
+        40,
+        "qa_f1",
+    ),
+    "longbook_qa_chn": _Part(
+        "请先读下面这本书。书后有一个关于它的问题。\n\n",
+        "\n\n问题：{input}\n回答越短越好，不要解释。\n",  # noqa: RUF001
+        "答案：",  # noqa: RUF001
+        40,
+        "infinitebench_character_f1",
+    ),
+    "longdialogue_qa_eng": _Part(
+        "In the script below the name of one character is hidden in one place: $$MASK$$ stands "
+        "there instead. Read it and work out who that is.\n\n",
+        "\n\n{input}\nAnswer with the name of that one character, spelt as the script spells it "
+        "in front of the colon, and nothing else.\n",
+        "$$MASK$$ stands for",
+        40,
+        "infinitebench_speaker",
+    ),
+    "math_find": _Part(
+        "Below is a long list of numbers. One of them, or a number that describes the list, is "
+        "asked for after it.\n\n",
+        "\n\n{input}",
+        "",
+        3,
+        "infinitebench_value",
+    ),
+    # The labels do not repeat the first number of the expression, so it is asked to be left out.
+    "math_calc": _Part(
+        "Expression: ",
+        "\n\nWork this expression out from left to right and list the value after each operation, "
+        "without the first number itself. For example:\nExpression: 1 + 3 + 4\nValues: [4, 8]\n"
+        "Expression: 8 - 3 + 2 - 4\nValues: [5, 7, 3]\nWrite only the list, however long it is.\n",
+        "Values:",
+        30000,
+        "infinitebench_leading_numbers",
+    ),
+    "code_run": _Part(
+        "Read the following Python functions. You will be asked what one of them returns.\n\n",
+        "\n\nWhat exactly does {call} return? Be brief, and let the number be the last thing that "
+        "you write.\n",
+        "The value of {call} is",
+        5,
+        "infinitebench_last_number",
+    ),
+    "code_debug": _Part(
+        "In the Python code below exactly one function has an obvious error that was put there on "
+        "purpose and makes it crash. Afterwards you choose it from four options.\n\n",
+        "\n\nWhich of these functions has the error?\n{options}\nAnswer with the letter of the "
+        "option, followed by a full stop.\n",
+        "The right option is:",
+        5,
+        "infinitebench_function",
+    ),
+}
+
+
+def load_infinitebench(
+    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
+) -> pd.DataFrame:
+    """The rows of one task, from the benchmark's own files.
+
+    Raises:
+        CachepressError: if its file is not to be had, or is in another format.
+    """
+    task = str(config.data_dir)
+    name, part = f"{task}.jsonl", PARTS[task]
+    rows = read_rows(config.data_path, [name], Hub(REPOSITORY, name))
+    try:
+        fields = [_fields(task, row) for row in rows]
+        table = pd.DataFrame(
+            {
+                "context": [part.introduction + row["context"] for row in rows],
+                "question": [part.ask.format(**field) for field in fields],
+                "answer": [_answers(task, row) for row in rows],
+                "answer_prefix": [part.prefix.format(**field) for field in fields],
+                "max_new_tokens": part.max_new_tokens,
+                "metric": part.metric,
+            }
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CachepressError(f"{name} is not in InfiniteBench's format: {error!r}") from error
+    return normalise(table, task=task, origin=name)
+
+
+def _fields(task: str, row: Mapping) -> dict[str, str]:
+    """What the prompts of a row are filled with."""
+    fields = {"input": str(row.get("input", "")).strip(), "options": "", "call": ""}
+    if task in ("longbook_choice_eng", "code_debug"):
+        options = zip(LETTERS, row["options"], strict=True)
+        fields["options"] = "\n".join(f"{letter}. {text}" for letter, text in options)
+    if task == "code_run":
+        found = CALL.search(fields["input"])
+        if found is None:
+            raise ValueError(f"no call in {fields['input'][:60]!r}")
+        fields["call"] = found.group()
+    return fields
+
+
+def _answers(task: str, row: Mapping) -> list[str]:
+    """The label as texts; for a choice, what the right option says and then its letter."""
+    label = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    if label and isinstance(label[0], list):
+        label = label[0]
+    if task in ("longbook_choice_eng", "code_debug") and label[1:] not in [[c] for c in LETTERS]:
+        (text,) = label
+        label = [text, LETTERS[row["options"].index(text)]]
+    return [str(item) for item in label]
+
+
+def first_number(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Whether the first run of digits is the expected one."""
+    found = re.search("[0-9]+", prediction)
+    return float(found is not None and found.group() == answers[0])
+
+
+def word(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Whether the expected word is among the words."""
+    return float(answers[0] in _split(prediction, "\n:\"'.,?!{}"))
+
+
+def speaker(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Whether the first of the names, in capitals, is among the words."""
+    return word(prediction.upper(), answers)
+
+
+def last_number(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Whether the last word is the expected whole number."""
+    try:
+        return float(int(_split(prediction, "\n.`'\":")[-1]) == int(answers[0]))
+    except (IndexError, ValueError):
+        return 0.0
+
+
+def value(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Whether the first number, its sign left out, is the expected one."""
+    found = re.search(r"\d+\.\d+|\d+", prediction)
+    return float(found is not None and float(found.group()) == float(answers[0]))
+
+
+def leading_numbers(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Share of the expected numbers before the first that is wrong; signs are left out.
+
+    Numbers are compared as texts, since a model may write one that is too long to convert.
+    """
+    found = [digits.lstrip("0") or "0" for digits in re.findall("[0-9]+", prediction)]
+    pairs = zip(found, answers, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) / len(answers)
+
+
+def choice(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Whether the text or the letter of the right option is chosen.
+
+    Looked at in this order: a letter at the very beginning, the whole text, what follows words
+    like "answer is", the first word that is a letter.
+    """
+    text = prediction.strip()
+    if text[:1] and text[0] in LETTERS:
+        return float(text[0] in answers)
+    if text in answers:
+        return 1.0
+    text = _clean(text, r"[\n\"'.,?!{}]")
+    rest = _after(text, ("answer is:", "answer:", "answer is", "option is"))
+    if rest is not None:
+        return float(rest.startswith(tuple(answers)))
+    letters = [found for found in text.split() if found in LETTERS]
+    return float(bool(letters) and letters[0] in answers)
+
+
+def function(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Whether the name or the letter of the right function is chosen.
+
+    The letter counts at the very beginning with a full stop or colon, and either one counts
+    after words like "answer is:".
+    """
+    text, letter = prediction.strip(), answers[1]
+    if text[:2] in (f"{letter}.", f"{letter}:"):
+        return 1.0
+    text = _clean(text, r"[\n`'\"*-]|[Oo]ption")
+    rest = _after(text, ("answer is:", "is:", "answer:", "correct option is:"))
+    return float(rest is not None and rest.startswith((letter, answers[0])))
+
+
+def character_f1(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Best F1 of characters shared with one of the answers; punctuation and spaces ignored."""
+    found = _characters(prediction)
+    return max(token_f1(found, _characters(answer)) for answer in answers)
+
+
+def rouge_lsum(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Best ROUGE-Lsum F1 with one of the answers, a sentence being a line, words not stemmed."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeLsum"])
+    return max(scorer.score(answer, prediction)["rougeLsum"].fmeasure for answer in answers)
+
+
+def _split(text: str, separators: str) -> list[str]:
+    return text.translate(dict.fromkeys(map(ord, separators), " ")).split()
+
+
+def _clean(text: str, noise: str) -> str:
+    return re.sub(" +", " ", re.sub(noise, " ", text))
+
+
+def _after(text: str, openings: Sequence[str]) -> str | None:
+    """What stands after the first of the openings that occurs, without the character after it."""
+    for opening in openings:
+        place = text.find(opening)
+        if place >= 0:
+            return text[place + len(opening) + 1 :]
+    return None
+
+
+def _characters(text: str) -> list[str]:
+    return [c for c in text.lower() if c not in CHINESE_PUNCTUATION and not c.isspace()]
+
+
+INFINITEBENCH = Task(
+    name="infinitebench",
+    about="retrieval, books, dialogue, code and sums beyond 100k tokens (arXiv:2402.13718)",
+    load=load_infinitebench,
+    parts=tuple(PARTS),
+    metrics={
+        "qa_f1": qa_f1,
+        "infinitebench_first_number": first_number,
+        "infinitebench_word": word,
+        "infinitebench_speaker": speaker,
+        "infinitebench_last_number": last_number,
+        "infinitebench_value": value,
+        "infinitebench_leading_numbers": leading_numbers,
+        "infinitebench_choice": choice,
+        "infinitebench_function": function,
+        "infinitebench_character_f1": character_f1,
+        "infinitebench_rouge_lsum": rouge_lsum,
+    },
+)

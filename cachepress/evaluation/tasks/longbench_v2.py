@@ -1,0 +1,91 @@
+"""LongBench v2, multiple choice on long texts (Bai et al., arXiv:2412.15204)."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from cachepress.errors import CachepressError
+from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.tasks.base import Task, normalise
+from cachepress.evaluation.tasks.sources import Hub, read_rows
+
+FILE = "data.json"
+HUB = Hub("THUDM/LongBench-v2", FILE)
+LETTERS = ("A", "B", "C", "D")
+DIFFICULTIES = ("easy", "hard")
+LENGTHS = ("short", "medium", "long")
+MAX_NEW_TOKENS = 128
+CONTEXT = (
+    "Read the following text. A question about it comes after it.\n\n<text>\n{text}\n</text>\n\n"
+)
+ASK = (
+    "Which answer to this question is correct?\n{question}\n\n(A) {choice_A}\n(B) {choice_B}\n"
+    "(C) {choice_C}\n(D) {choice_D}\n\nWrite your answer in this form, with the letter of the "
+    'correct answer for the X: "The correct answer is (X)".'
+)
+_FORMS = (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])")
+
+
+def longbench_v2_choice(
+    prediction: str, answers: Sequence[str], choices: Sequence[str] = ()
+) -> float:
+    """Whether the prediction names the right letter in the form that was asked for."""
+    return float(_letter(prediction) in answers)
+
+
+def _letter(prediction: str) -> str | None:
+    """The letter that is named; one in brackets anywhere comes before one without."""
+    plain = prediction.replace("*", "")
+    for form in _FORMS:
+        if found := re.search(form, plain):
+            return found[1]
+    return None
+
+
+def load_longbench_v2(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+    """The rows of a difficulty, of a length, or all; a row's task is both, such as "easy-short".
+
+    Raises:
+        CachepressError: if there is no such part, the file is not to be had, or is in another
+            format.
+    """
+    part = config.data_dir
+    if part is not None and part not in (*DIFFICULTIES, *LENGTHS):
+        raise CachepressError(
+            f"longbench-v2: got data_dir={part!r}, wanted nothing or one of "
+            f"{', '.join((*DIFFICULTIES, *LENGTHS))}"
+        )
+    rows = read_rows(config.data_path, [FILE], HUB)
+    try:
+        made = [_row(row) for row in rows if part in (None, row["difficulty"], row["length"])]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CachepressError(f"{FILE} is not in LongBench v2's format: {error!r}") from error
+    if not made:
+        raise CachepressError(f"{FILE} has no rows of the part {part}")
+    return normalise(pd.DataFrame(made), task="longbench-v2", origin=FILE)
+
+
+def _row(row: Mapping) -> dict[str, object]:
+    for name, known in (("answer", LETTERS), ("difficulty", DIFFICULTIES), ("length", LENGTHS)):
+        if row[name] not in known:
+            raise ValueError(f"{name} is {row[name]!r}")
+    asked = {f"choice_{letter}": row[f"choice_{letter}"].strip() for letter in LETTERS}
+    return {
+        "context": CONTEXT.format(text=row["context"].strip()),
+        "question": ASK.format(question=row["question"].strip(), **asked),
+        "answer": row["answer"],
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "task": f"{row['difficulty']}-{row['length']}",
+        "metric": "longbench_v2_choice",
+        "choices": list(LETTERS),
+    }
+
+
+LONGBENCH_V2 = Task(
+    name="longbench-v2",
+    about="multiple choice on long texts, by difficulty and length (arXiv:2412.15204)",
+    load=load_longbench_v2,
+    metrics={"longbench_v2_choice": longbench_v2_choice},
+)

@@ -1,0 +1,229 @@
+"""LooGLE, questions, gaps and summaries of documents after 2022 (Li et al., arXiv:2311.04939).
+
+Its documents have many questions each; rows of one document have the same context. The official
+evaluation reports several scores of an answer. A row names the main one, the others stand in the
+task's metrics too, so that saved answers can be scored again. BERTScore, which needs a model, is
+left out.
+"""
+
+import ast
+import json
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from cachepress.errors import CachepressError
+from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.tasks.base import Metric, Task, normalise
+from cachepress.evaluation.tasks.sources import Hub, read_rows
+
+REPOSITORY = "bigai-nlco/LooGLE"
+EMPTY = "None"
+"""What the official evaluation reads in place of an empty answer."""
+RECURSION_LIMIT = 100_000
+
+
+@dataclass(frozen=True)
+class _Part:
+    """How one task is asked: before the text, after it, the answer's beginning and limit."""
+
+    introduction: str
+    ask: str
+    prefix: str
+    max_new_tokens: int
+    metric: str = "loogle_rouge_l_f1"
+
+
+INTRODUCTION = "Read the following text. A question about it comes after it.\n\n"
+ASK = "\n\nAnswer the question from the text.\nQuestion: {question}\n"
+PARTS = {
+    "longdep_qa": _Part(INTRODUCTION, ASK, "Answer:", 500),
+    "shortdep_qa": _Part(INTRODUCTION, ASK, "Answer:", 300),
+    "shortdep_cloze": _Part(
+        "Read the following text. A passage about it comes after it, in which names are hidden "
+        "behind <mask-0>, <mask-1> and so on.\n\n",
+        "\n\nEach <mask-n> in the passage below stands for a person, a place or an organization, "
+        "and the same mask always for the same one.\nPassage: {question}\nWhat does each mask "
+        "stand for? Answer with a mapping and nothing else, for example: "
+        "{{'<mask-0>': 'Ada', '<mask-1>': 'The River Post', '<mask-2>': 'Mill Hill'}}\n",
+        "Answer:",
+        50,
+        "loogle_exact_match",
+    ),
+    "summarization": _Part(
+        "Read the following paper. You will be asked to summarize it.\n\n",
+        "\n\nWrite a summary of this paper.\n",
+        "Summary:",
+        500,
+    ),
+}
+
+
+def load_loogle(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+    """The rows of one task, from the benchmark's own files.
+
+    They have been published in two formats: one line a question, and, before that, one line a
+    document with all its questions.
+
+    Raises:
+        CachepressError: if its file is not to be had, or is in another format.
+    """
+    task = str(config.data_dir)
+    name, part = f"{task}.jsonl", PARTS[task]
+    names = [name, f"data/{name}"]
+    if task == "summarization":
+        names.append(f"longdep_{name}")
+    rows = read_rows(config.data_path, names, Hub(REPOSITORY, f"data/{name}"))
+    try:
+        asked = [one for row in rows for one in _questions(row)]
+        table = pd.DataFrame(
+            {
+                "context": [part.introduction + context for context, _, _ in asked],
+                "question": [part.ask.format(question=question) for _, question, _ in asked],
+                "answer": [_answers(task, answer) for _, _, answer in asked],
+                "answer_prefix": part.prefix,
+                "max_new_tokens": part.max_new_tokens,
+                "metric": part.metric,
+            }
+        )
+    except (KeyError, TypeError, ValueError, SyntaxError) as error:
+        raise CachepressError(f"{name} is not in LooGLE's format: {error!r}") from error
+    return normalise(table, task=task, origin=name)
+
+
+def _questions(row: Mapping) -> list[tuple[str, str, object]]:
+    """Context, question and answer of every question of a line."""
+    if "qa_pairs" not in row:
+        return [(row["context"], row.get("question", ""), row["answer"])]
+    if row["qa_pairs"] == "none":
+        return [(row["input"], "", row["output"])]
+    pairs = row["qa_pairs"]
+    pairs = ast.literal_eval(pairs) if isinstance(pairs, str) else pairs
+    return [(row["input"], pair["Q"], pair["A"]) for pair in pairs]
+
+
+def _answers(task: str, answer: object) -> list[str]:
+    """The answer; what the masks stand for is one text, a mapping in JSON."""
+    if task != "shortdep_cloze":
+        return [str(answer)]
+    if isinstance(answer, list):
+        answer = {f"<mask-{number}>": name for number, name in enumerate(answer)}
+    if not isinstance(answer, dict) or not answer:
+        raise ValueError(f"the masks are {answer!r}")
+    return [json.dumps(answer, ensure_ascii=False)]
+
+
+def exact_match(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Share of the masks that are filled with the very name.
+
+    The official evaluation divides by the masks of all samples together; the mean over rows
+    weighs each sample the same.
+    """
+    found, wanted = _mapping(prediction), json.loads(answers[0])
+    return sum(found.get(mask) == name for mask, name in wanted.items()) / len(wanted)
+
+
+def partial_match(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Share of the masks that are filled with a word of the name."""
+    found, wanted = _mapping(prediction), json.loads(answers[0])
+    texts = {mask: text for mask, text in found.items() if isinstance(text, str)}
+    right = [
+        not set(name.split()).isdisjoint(texts.get(mask, "").split())
+        for mask, name in wanted.items()
+    ]
+    return sum(right) / len(wanted)
+
+
+def _mapping(prediction: str) -> dict:
+    """The mapping that a text is, as a literal of Python; empty where it is anything else."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = ast.literal_eval(prediction)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _rouge(kind: str, statistic: str) -> Metric:
+    """One number of ROUGE: "r" is the recall that the official evaluation reports, "f" the F1."""
+
+    def metric(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+        """Words shared with the answer; a sentence is what stands between full stops."""
+        from rouge import Rouge
+
+        limit = sys.getrecursionlimit()
+        # The library walks back through both texts with a call for every word.
+        sys.setrecursionlimit(RECURSION_LIMIT)
+        try:
+            scores = Rouge(metrics=[kind]).get_scores(prediction or EMPTY, answers[0])
+        except ValueError:
+            # A text of full stops only has no sentence.
+            return 0.0
+        finally:
+            sys.setrecursionlimit(limit)
+        return scores[0][kind][statistic]
+
+    return metric
+
+
+def _bleu(size: int) -> Metric:
+    weights = [float(n == size) for n in (1, 2, 3, 4)]
+
+    def metric(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+        """Precision of the word sequences of one size, short answers penalized."""
+        from nltk.translate.bleu_score import sentence_bleu
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return float(sentence_bleu([answers[0].split()], _words(prediction), weights))
+
+    return metric
+
+
+def meteor(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """METEOR of the words, each taken once and at its first place.
+
+    The official evaluation takes them in the order of a set, which changes from run to run.
+
+    Raises:
+        CachepressError: if WordNet is not there.
+    """
+    import nltk.corpus
+    from nltk.translate.meteor_score import single_meteor_score
+
+    wanted, found = dict.fromkeys(answers[0].split()), dict.fromkeys(_words(prediction))
+    try:
+        return float(single_meteor_score(wanted, found, wordnet=nltk.corpus.wordnet))
+    except LookupError as error:
+        raise CachepressError(
+            "METEOR needs WordNet: get it with python -m nltk.downloader wordnet"
+        ) from error
+
+
+def _words(prediction: str) -> list[str]:
+    return (prediction or EMPTY).split()
+
+
+LOOGLE = Task(
+    name="loogle",
+    about="questions, gaps and summaries of long documents (arXiv:2311.04939)",
+    load=load_loogle,
+    parts=tuple(PARTS),
+    metrics={
+        "loogle_rouge_l_f1": _rouge("rouge-l", "f"),
+        "loogle_rouge_1": _rouge("rouge-1", "r"),
+        "loogle_rouge_2": _rouge("rouge-2", "r"),
+        "loogle_rouge_4": _rouge("rouge-4", "r"),
+        "loogle_rouge_l": _rouge("rouge-l", "r"),
+        "loogle_bleu_1": _bleu(1),
+        "loogle_bleu_4": _bleu(4),
+        "loogle_meteor": meteor,
+        "loogle_exact_match": exact_match,
+        "loogle_partial_match": partial_match,
+    },
+)

@@ -1,0 +1,224 @@
+"""One reading of a prompt that many presses look at."""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicCache
+
+from cachepress.cache import fork, size_of, stores
+from cachepress.core import Pending, Press, Turn, settle, settle_together
+from cachepress.errors import CachepressError
+from cachepress.forward import Forward
+from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen, attach
+from cachepress.hf.capture import Capture, Place
+from cachepress.hf.observation import codec_of, instruct, prepared
+from cachepress.hf.repeat import Read, Repeater, resolved
+from cachepress.hf.wiring import cache_argument, install_stores
+from cachepress.replay import tokenizer_of
+from cachepress.stores import Codec
+from cachepress.trace import Trace
+from cachepress.view import Needs
+
+if TYPE_CHECKING:
+    from cachepress.presses.base import BasePress
+
+
+@dataclass
+class _Layer:
+    """One layer as the prompt's forward showed it, with what each kind of press noted."""
+
+    survey: "Survey"
+    place: Place
+    traces: dict[Needs, Trace]
+    last: bool = False
+    forward: Forward | None = None
+
+    differentiates = False
+
+    def note(self, seen: Seen) -> None:
+        """Note what every kind of press asked for."""
+        survey, start = self.survey, time.perf_counter()
+        forward = survey.capture.forward(seen, self.place, None)
+        spent = time.perf_counter() - start
+        survey.note_seconds += spent
+        for needs, trace in self.traces.items():
+            start = time.perf_counter()
+            trace.end += seen.query.shape[2]
+            if needs.watches:
+                trace.add(forward)
+            if self.last and needs.rotates:
+                forward.find_rotary()
+            spent = time.perf_counter() - start
+            survey.seconds_of[needs] += spent
+            survey.note_seconds += spent
+        if self.last:
+            rotates = any(needs.rotates for needs in self.traces)
+            projects = any(needs.projection for needs in self.traces)
+            self.forward = resolved(forward, rotates, projects)
+
+
+@dataclass
+class Survey:
+    """Reads a prompt once, then gives the cache that each press would have left.
+
+    Nothing is dropped while the prompt is read; each press settles a fork of the whole cache, and
+    presses that replay look at a replay on it, one for all ratios. The outcome is that of
+    ``cachepress.prefill`` in mode "exact".
+
+    Args:
+        model: a transformers decoder model.
+        presses: presses that will be asked for; see ``shares``.
+        tokenizer: the model's, for presses that replay.
+
+    Attributes:
+        cache: the whole cache, after ``read``.
+        whole_bytes: what it needed before the first fork.
+        seconds: time of the reading, without what presses noted.
+        note_seconds: time of all notes.
+        seconds_of: time of the notes of each kind of press.
+
+    Raises:
+        CachepressError: if a press does not fit the model.
+    """
+
+    model: PreTrainedModel
+    presses: Sequence["BasePress"]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    cache: Cache = field(init=False)
+    whole_bytes: int = field(init=False, default=0)
+    seconds: float = field(init=False, default=0.0)
+    note_seconds: float = field(init=False, default=0.0)
+    seconds_of: dict[Needs, float] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for press in self.presses:
+            if not shares(press):
+                raise CachepressError(f"{press!r} looks at the question: it reads for itself")
+        self._ready = [(press, prepared(press, self.model)) for press in self.presses]
+        acting = [ready.acting(_turn(1)) for _, ready in self._ready]
+        self._needs = list(dict.fromkeys(press.needs for press in acting))
+        self.capture = Capture(acting, self.model)
+        self._layers: list[_Layer] = []
+        self._replays: dict[str, tuple[list[Read], float]] = {}
+
+    def read(self, ids: Tensor, chunk_size: int | None = None) -> None:
+        """Read a prompt ``[1, T]``, in chunks of so many tokens."""
+        attach(self.model)
+        decoder, n = self.model.get_decoder(), ids.shape[1]
+        self.cache = DynamicCache(config=decoder.config)
+        self._layers.clear()
+        self._replays.clear()
+        self.seconds_of = dict.fromkeys(self._needs, 0.0)
+        self.note_seconds, self._ids = 0.0, ids.to(self.model.device)
+        start = time.perf_counter()
+        with torch.no_grad(), self.capture.hooked():
+            for begin in range(0, n, chunk_size or n):
+                end = min(begin + (chunk_size or n), n)
+                self._watch(begin, end, last=end == n)
+                inputs = {cache_argument(decoder): self.cache, "use_cache": True}
+                decoder(input_ids=self._ids[:, begin:end], **inputs)
+                self.capture.clear()
+        self._synchronize()
+        self.seconds = time.perf_counter() - start - self.note_seconds
+        for store in stores(self.cache):
+            READ_WHOLE.discard(store)
+        self.whole_bytes = size_of(self.cache).bytes_after
+
+    def settled(self, press: "BasePress", storage: str | Codec = "full") -> tuple[Cache, float]:
+        """The cache that a press leaves, and the seconds that it adds to the reading.
+
+        Args:
+            press: one of ``presses``.
+            storage: how kept rows are stored.
+        """
+        ready = next(ready for given, ready in self._ready if given == press)
+        turn, branch = _turn(self._ids.shape[1]), fork(self.cache)
+        acting = ready.acting(turn)
+        instruct(stores(branch), ready, codec_of(ready, storage))
+        if not ready.schedule.due(turn):
+            return branch, 0.0
+        layers, seconds = self._repeated(acting)
+        start = time.perf_counter()
+        self._settle(acting, branch, layers)
+        self._synchronize()
+        return branch, self.seconds_of[acting.needs] + seconds + time.perf_counter() - start
+
+    def _watch(self, begin: int, end: int, last: bool) -> None:
+        found = install_stores(self.cache, self.model)
+        rope = torch.arange(begin, end, device=self.model.device).unsqueeze(0)
+        for depth, (index, store) in enumerate(found.items()):
+            if not begin:
+                traces = {needs: Trace(needs, 0) for needs in self._needs}
+                self._layers.append(_Layer(self, Place(index, depth, len(found), rope), traces))
+            layer = self._layers[depth]
+            layer.place, layer.last = layer.place._replace(rope=rope), last
+            WATCHED[store] = layer
+            READ_WHOLE.add(store)
+
+    def _repeated(self, press: Press) -> tuple[list[Read], float]:
+        """The layers as a press has to see them, and the seconds that a replay for it took."""
+        layers = []
+        for store, layer in zip(stores(self.cache), self._layers, strict=True):
+            assert layer.forward is not None
+            forward = replace(layer.forward, rows=store.held.rows())
+            layers.append(Read(press, store, forward, layer.traces[press.needs]))
+        if press.replay is None:
+            return layers, 0.0
+        key = _without_ratio(press)
+        if key not in self._replays:
+            start = time.perf_counter()
+            repeated = self._repeat(press, layers)
+            self._synchronize()
+            self._replays[key] = repeated, time.perf_counter() - start
+        repeated, seconds = self._replays[key]
+        return [layer._replace(press=press) for layer in repeated], seconds
+
+    def _repeat(self, press: Press, layers: list[Read]) -> list[Read]:
+        tokenizer = self.tokenizer
+        if press.replay is not None and press.replay.speaks and tokenizer is None:
+            tokenizer = tokenizer_of(self.model)
+        repeater = Repeater(press, self.model, tokenizer, self.capture)
+        repeater.read(self.cache, self._ids)
+        for layer in layers:
+            repeater.wait(layer._replace(trace=copy.copy(layer.trace)))
+        with torch.no_grad(), self.capture.hooked():
+            repeated = repeater.repeat()
+        self.capture.clear()
+        return repeated
+
+    def _settle(self, press: Press, branch: Cache, layers: list[Read]) -> None:
+        waiting: list[Pending] = []
+        with torch.no_grad():
+            for store, layer in zip(stores(branch), layers, strict=True):
+                pending = settle(press, store, layer.forward, copy.copy(layer.trace))
+                store.looked()
+                waiting += [] if pending is None else [pending]
+            if waiting:
+                settle_together(press, waiting)
+
+    def _synchronize(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+
+def shares(press: "BasePress") -> bool:
+    """Whether a press can look at a reading that it shares with others."""
+    return not press.needs.question
+
+
+def _turn(n: int) -> Turn:
+    return Turn(seen=0, new=n, since=n, prompt=True)
+
+
+def _without_ratio(press: Press) -> str:
+    """What a replay depends on: a scorer never reads its own ratio."""
+    try:
+        return repr(press.with_ratio(0.0))  # type: ignore
+    except CachepressError:
+        return repr(press)

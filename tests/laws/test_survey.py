@@ -1,0 +1,79 @@
+"""One reading that many presses share leaves each of them the cache of a reading of its own."""
+
+from functools import cache
+
+import pytest
+import torch
+
+import cachepress as cp
+from cachepress.cache import stores
+from cachepress.hf.survey import Survey, shares
+from tests.laws.presses import RATIO, UNSUPPORTED, WRAPPERS, every_scorer, name_of
+from tests.tiny import tiny, tokenizer, tokens
+from tests.tiny_cache import forward, kept
+
+RATIOS = (0.0, RATIO, 0.6)
+IDS = tokens(40, seed=40)
+SCORERS = {name_of(press): press for press in every_scorer(RATIO)}
+
+
+@cache
+def model():
+    return tiny()
+
+
+@cache
+def presses(wrapper):
+    """Every scorer in a wrapper, at every ratio, that can share a reading."""
+    built = [
+        WRAPPERS[wrapper].build(scorer.with_ratio(ratio), ratio)
+        for name, scorer in SCORERS.items()
+        if (name, wrapper) not in UNSUPPORTED
+        for ratio in RATIOS
+    ]
+    return [press for press in built if shares(press)]
+
+
+@cache
+def survey(chunk):
+    """One reading for all of them."""
+    everyone = [press for wrapper in WRAPPERS for press in presses(wrapper)]
+    shared = Survey(model(), everyone, tokenizer())
+    shared.read(IDS, chunk)
+    return shared
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_shared_reading_is_as_one_alone(wrapper, chunk):
+    for press in presses(wrapper):
+        ours, seconds = survey(chunk).settled(press)
+        alone = cp.prefill(model(), IDS, press, chunk_size=chunk, tokenizer=tokenizer())
+        assert kept(ours) == kept(alone), press
+        assert seconds >= 0
+        for store, wanted in zip(stores(ours), stores(alone), strict=True):
+            assert (store.codec, store.reads) == (wanted.codec, wanted.reads)
+            assert store.looked_at == wanted.looked_at
+            rows, alike = store.held.rows(), wanted.held.rows()
+            for name in ("keys", "values", "rope", "carried"):
+                x, y = getattr(rows, name), getattr(alike, name)
+                assert (x is None) == (y is None)
+                if x is not None:
+                    torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+def test_the_shared_cache_stays_whole():
+    shared, whole = survey(None), cp.prefill(model(), IDS)
+    after = forward(model(), cp.fork(shared.cache), input_ids=IDS[:, :1]).logits
+    torch.testing.assert_close(after, forward(model(), whole, input_ids=IDS[:, :1]).logits)
+    assert shared.whole_bytes == 4 * 2 * 2 * 40 * 8 * 4
+
+
+def test_a_press_that_looks_at_the_question_cannot_share():
+    with pytest.raises(cp.CachepressError, match="looks at the question"):
+        Survey(tiny(), [cp.FinchPress(0.5)])
+
+
+def test_storage_is_that_of_the_call():
+    ours, _ = survey(None).settled(presses("none")[0], "int8")
+    assert {store.codec.bits for store in stores(ours)} == {8}
