@@ -1,6 +1,7 @@
 """What can be done with a compressed cache: copy it for a batch, and weigh it."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,3 +96,35 @@ def fork(cache: Cache, n: int = 1) -> Cache:
     if n > 1:
         copied.reorder_cache(torch.zeros(n, dtype=torch.long))
     return copied
+
+
+def form_of(cache: Cache) -> tuple[object, ...] | None:
+    """What caches have in common that can be joined; None if the cache cannot be.
+
+    Only caches of one sequence without padding can, whose layers are all held by cachepress.
+    """
+    layers = stores(cache)
+    if not layers or len(layers) != len(cache.layers) or layers[0].batch_size != 1:
+        return None
+    return None if layers[0].known is not None else tuple(layer.form for layer in layers)
+
+
+def join(caches: Sequence[Cache], n: int = 1) -> Cache:
+    """Continuations of several caches as one batch, ``n`` of each.
+
+    Sequence ``i`` of the batch continues cache ``i % len(caches)``. The rows of each cache are
+    there once.
+
+    Raises:
+        CachepressError: if the caches differ in form, see ``form_of``.
+    """
+    forms = {form_of(cache) for cache in caches}
+    if len(forms) != 1 or None in forms or n < 1:
+        raise CachepressError(
+            f"join: got {len(caches)} caches of {len(forms)} forms and n={n}, wanted compressed "
+            "caches of one sequence each that are stored alike, and n of at least 1"
+        )
+    joined = copy.copy(caches[0])
+    columns = zip(*(stores(cache) for cache in caches), strict=True)
+    joined.layers = [Store.join(column, n) for column in columns]
+    return joined

@@ -20,8 +20,9 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from cachepress.cache import CacheSize, fork, size_of
 from cachepress.chat import encode, template
+from cachepress.decode import generate
 from cachepress.errors import CachepressError
-from cachepress.hf import cache_argument, has_only_full_attention
+from cachepress.hf import has_only_full_attention
 from cachepress.prefill import prefill
 from cachepress.presses import BasePress
 from cachepress.stores import Codec
@@ -276,7 +277,8 @@ class KVPressTextGenerationPipeline(Pipeline):
         for batch in batches:
             ids = [question_ids[i] for i in batch]
             most = max(limits[i] for i in batch)
-            tokens = _generate(self.model, self.tokenizer, cache, ids, most, generation)
+            batch_cache = fork(cache, len(ids))
+            tokens = generate(self.model, self.tokenizer, batch_cache, ids, most, generation)
             answers |= {i: row[: limits[i]] for i, row in zip(batch, tokens, strict=True)}
         return [answers[i] for i in range(len(question_ids))]
 
@@ -405,60 +407,6 @@ def read_context(
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return cache, time.perf_counter() - start
-
-
-def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    cache: Cache,
-    question_ids: list[Tensor],
-    max_new_tokens: int,
-    generation: Mapping[str, object],
-) -> list[list[int]]:
-    """Answers to a batch of questions, as token ids up to their end."""
-    seen, longest = cache.get_seq_length(), max(ids.shape[1] for ids in question_ids)
-    ends = _end_tokens(model, tokenizer, generation)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    ids = torch.full((len(question_ids), longest), pad)
-    mask = torch.ones(len(question_ids), seen + longest, dtype=torch.long)
-    for i, question in enumerate(question_ids):
-        padding = longest - question.shape[1]
-        ids[i, padding:] = question[0]
-        mask[i, seen : seen + padding] = 0
-    config = GenerationConfig(
-        **{"do_sample": False, "pad_token_id": pad, **generation, "eos_token_id": ends or None},
-        max_new_tokens=max_new_tokens,
-    )
-    inputs = {cache_argument(model): fork(cache, len(question_ids))}
-    stops = generation.get("stop_strings")
-    with torch.no_grad():
-        out = model.generate(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=config,
-            tokenizer=tokenizer if stops else None,
-            **inputs,
-        )
-    return [_until(row, ends) for row in out[:, longest:].tolist()]
-
-
-def _until(tokens: list[int], ends: list[int]) -> list[int]:
-    for i, token in enumerate(tokens):
-        if token in ends:
-            return tokens[:i]
-    return tokens
-
-
-def _end_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, object]
-) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    ends = generation.get("eos_token_id", ends)
-    if ends is None:
-        return []
-    return list(ends) if isinstance(ends, list | tuple) else [ends]
 
 
 def _room(model: PreTrainedModel, question_ids: list[Tensor], options: PromptOptions) -> int:

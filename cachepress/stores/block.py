@@ -213,6 +213,43 @@ class Block:
             bounds=None if self.bounds is None else self.bounds[pages],
         )
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What blocks have in common whose sequences can be put one after the other."""
+        stored = [
+            (x.form if isinstance(x, Quantized) else x.dtype) for x in (self.keys, self.values)
+        ]
+        channels = None if self.channels is None else self.channels.shape[-1]
+        return (self.shape[1], *stored, self.width, channels, self.bounds is not None)
+
+    @classmethod
+    def stack(cls, blocks: Sequence["Block"]) -> "Block":
+        """The sequences of several blocks of the same form, as attention reads them.
+
+        What only presses read is left out: positions that keys are rotated to, and what a press
+        left with the rows.
+        """
+        first = blocks[0]
+
+        def stacked(columns: Sequence[Tensor | None]) -> Tensor | None:
+            found = [x for x in columns if x is not None]
+            return torch.cat(found) if found else None
+
+        return replace(
+            first,
+            shape=(sum(block.shape[0] for block in blocks), first.shape[1]),
+            layout=Layout(
+                tuple(n for block in blocks for n in block.layout.lengths), first.layout.device
+            ),
+            keys=_stacked([block.keys for block in blocks]),
+            values=_stacked([block.values for block in blocks]),
+            positions=torch.cat([block.positions for block in blocks]),
+            rope=None,
+            carried=None,
+            channels=stacked([block.channels for block in blocks]),
+            bounds=stacked([block.bounds for block in blocks]),
+        )
+
     def join(self, other: "Block") -> "Block":
         """The block with the rows of another one after its own; both have full pages only."""
         spans = len(self.layout.lengths)
@@ -268,10 +305,13 @@ class Block:
 
 
 def _of_columns(mask: Tensor, positions: Tensor) -> Tensor:
-    """A mask ``[B, n, S]`` at ``positions [B or 1, H, N]``, as a bias ``[B, H, 1, n, N]``."""
+    """A mask ``[B, n, S]`` at ``positions [F, H, N]``, as a bias ``[B, H, 1, n, N]``.
+
+    The ``F`` sequences stand for all, in turns.
+    """
     b, n, s = mask.shape
     h = positions.shape[1]
-    column = positions.clamp(min=0).long().expand(b, -1, -1)[:, :, None]
+    column = positions.clamp(min=0).long().repeat(b // positions.shape[0], 1, 1)[:, :, None]
     picked = mask[:, None].expand(b, h, n, s).gather(-1, column.expand(-1, -1, n, -1))
     return picked.unsqueeze(2)
 
@@ -307,6 +347,15 @@ def _decoded(x: Tensor | Quantized) -> Tensor:
 
 def _paged(x: Tensor | Quantized, change: Callable[[Tensor], Tensor]) -> Tensor | Quantized:
     return x.pages(change) if isinstance(x, Quantized) else change(x)
+
+
+def _stacked(parts: Sequence[Tensor | Quantized]) -> Tensor | Quantized:
+    first = parts[0]
+    if isinstance(first, Quantized):
+        columns = [x.tensors() for x in parts if isinstance(x, Quantized)]
+        codes, scale, zero = (torch.cat(column) for column in zip(*columns, strict=True))
+        return replace(first, codes=codes, scale=scale, zero=zero)
+    return torch.cat([x for x in parts if isinstance(x, Tensor)])
 
 
 def _joined(

@@ -120,6 +120,12 @@ class Quantized:
     dtype: torch.dtype
     group: int | None = None
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What pages have in common that can be put into one tensor."""
+        shapes = tuple(x.shape[1:] for x in self.tensors())
+        return (self.bits, self.dtype, self.group, *shapes)
+
     def decode(self) -> Tensor:
         """The pages ``[P, C, D]``."""
         codes = _unpacked(self.codes, self.bits)

@@ -19,7 +19,8 @@ class Held:
     """Blocks and tail of a store as they were at one moment.
 
     Attributes:
-        blocks: settled rows, of all sequences or of one that all share.
+        blocks: settled rows, of all sequences, or of some that the others share in turns: those
+            of sequence ``i`` are in place ``i % F``.
         tail: rows since.
         seen: text columns seen.
         batch: number of sequences.
@@ -49,7 +50,8 @@ class Held:
         own = self.seen - self.start
         total = torch.full((self.batch, self.heads), own)
         for block in self.blocks:
-            total += torch.tensor(block.layout.lengths).view(block.shape)
+            own_rows = torch.tensor(block.layout.lengths).view(block.shape)
+            total += own_rows.repeat(self.batch // block.shape[0], 1)
         return total
 
     @property
@@ -142,5 +144,10 @@ class Held:
         columns |= {"positions": rows.positions, "rope": rows.rope, "carried": rows.carried}
         return replace(
             rows,
-            **{k: x.expand(self.batch, *x.shape[1:]) for k, x in columns.items() if x is not None},
+            **{k: self._repeated(x) for k, x in columns.items() if x is not None},
         )
+
+    def _repeated(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 1:
+            return x.expand(self.batch, *x.shape[1:])
+        return x.repeat(self.batch // x.shape[0], *[1] * (x.ndim - 1))

@@ -1,7 +1,7 @@
 """The store: a transformers cache layer whose rows can be dropped, head by head."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 import torch
@@ -185,6 +185,26 @@ class Store(CacheLayerMixin):
             forked.trace = self.trace.select(torch.arange(self._batch))
         return forked
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What stores have in common that can be joined."""
+        if self._tail is not None:
+            self._freeze()
+        blocks = (block.form for block in self._blocks)
+        return (self._seen, self._batch, self.known is None, self.codec, self.reads, *blocks)
+
+    @classmethod
+    def join(cls, stores: Sequence["Store"], n: int) -> "Store":
+        """A batch of the sequences of several stores, one of each, ``n`` times in a row.
+
+        They must have the same ``form``. The rows are copied once; the repeats share them.
+        """
+        joined = copy.copy(stores[0])
+        parts = zip(*(store._blocks for store in stores), strict=True)
+        joined._blocks = tuple(Block.stack(blocks) for blocks in parts)
+        joined._batch, joined.trace = len(stores) * n, None
+        return joined
+
     def get_seq_length(self) -> int:
         """Text columns seen, which is where the next token stands."""
         return self._seen
@@ -244,7 +264,8 @@ class Store(CacheLayerMixin):
             return
         index = beam_idx.to(self.tensors()[0].device)
         self._blocks = tuple(
-            block if block.shape[0] == 1 else block.select(index) for block in self._blocks
+            block if block.shape[0] == 1 else block.select(index % block.shape[0])
+            for block in self._blocks
         )
         if self._tail is not None:
             self._tail = self._tail.select(index)

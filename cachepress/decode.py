@@ -1,0 +1,126 @@
+"""What a model says after what a cache holds: answers in its own words, or a given text."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from cachepress.hf import cache_argument
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Cache,
+    question_ids: Sequence[Tensor],
+    max_new_tokens: int,
+    generation: Mapping[str, object],
+) -> list[list[int]]:
+    """Answers to a batch of questions, as token ids up to their end.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        cache: a cache for the batch, which is continued.
+        question_ids: ``[1, q]`` for each sequence; shorter ones are padded on the left.
+        max_new_tokens: most tokens of an answer.
+        generation: options of transformers' ``GenerationConfig``.
+    """
+    ends = end_tokens(model, tokenizer, generation)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    ids, mask = _padded(question_ids, cache.get_seq_length(), pad)
+    config = GenerationConfig(
+        **{"do_sample": False, "pad_token_id": pad, **generation, "eos_token_id": ends or None},
+        max_new_tokens=max_new_tokens,
+    )
+    stops = generation.get("stop_strings")
+    with torch.no_grad():
+        out = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            tokenizer=tokenizer if stops else None,
+            **{cache_argument(model): cache},
+        )
+    return [_until(row, ends) for row in out[:, ids.shape[1] :].tolist()]
+
+
+class Forced(NamedTuple):
+    """A text that is put into a model's mouth.
+
+    Attributes:
+        question_ids: ``[1, q]`` what it follows.
+        answer: its token ids.
+    """
+
+    question_ids: Tensor
+    answer: Sequence[int]
+
+
+def force(model: PreTrainedModel, cache: Cache, texts: Sequence[Forced]) -> list[Tensor]:
+    """What the model expects at each token of given texts, and after the last one.
+
+    Args:
+        model: the model.
+        cache: a cache for the batch, which is continued.
+        texts: one for each sequence.
+
+    Returns:
+        For each text, log-probabilities ``[len(answer) + 1, vocabulary]`` in float32.
+    """
+    whole = [
+        torch.cat([text.question_ids, torch.tensor([list(text.answer)], dtype=torch.long)], dim=1)
+        for text in texts
+    ]
+    ids, mask = _padded(whole, cache.get_seq_length(), 0)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    most = max(len(text.answer) for text in texts) + 1
+    with torch.no_grad():
+        logits = model(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            position_ids=positions.to(model.device),
+            logits_to_keep=most,
+            use_cache=True,
+            **{cache_argument(model): cache},
+        ).logits
+    # A copy of what is wanted, because padded rows would be held with a view.
+    return [
+        row[most - len(text.answer) - 1 :].float().log_softmax(-1)
+        for row, text in zip(logits, texts, strict=True)
+    ]
+
+
+def end_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, object]
+) -> list[int]:
+    """The tokens that end an answer."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    ends = generation.get("eos_token_id", ends)
+    if ends is None:
+        return []
+    return list(ends) if isinstance(ends, list | tuple) else [ends]
+
+
+def _padded(texts: Sequence[Tensor], seen: int, pad: int) -> tuple[Tensor, Tensor]:
+    """Texts ``[1, q]`` as one batch, padded on the left, and its mask over all text columns."""
+    longest = max(ids.shape[1] for ids in texts)
+    ids = torch.full((len(texts), longest), pad)
+    mask = torch.ones(len(texts), seen + longest, dtype=torch.long)
+    for i, text in enumerate(texts):
+        padding = longest - text.shape[1]
+        ids[i, padding:] = text[0]
+        mask[i, seen : seen + padding] = 0
+    return ids, mask
+
+
+def _until(tokens: list[int], ends: list[int]) -> list[int]:
+    for i, token in enumerate(tokens):
+        if token in ends:
+            return tokens[:i]
+    return tokens
