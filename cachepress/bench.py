@@ -196,7 +196,7 @@ def run_bench(options: BenchOptions, quiet: bool = False) -> dict[str, object]:
                 _repeat(model, ids, presses, group, options, bar)
             cells += group
     return {
-        "machine": _machine(model),
+        "machine": machine_of(model),
         "options": asdict(options),
         "cells": [asdict(cell) for cell in cells],
     }
@@ -280,7 +280,7 @@ def _repeat(
     with torch.no_grad():
         for step in range(options.steps + 1):
             for cache, cell in zip(caches, cells, strict=True):
-                seconds = _timed_step(model, token, cache)
+                seconds = timed_step(model, token, cache)
                 if step:  # The first one allocates.
                     cell.decode.append(seconds)
 
@@ -308,7 +308,8 @@ def _prefill(
     return cache
 
 
-def _timed_step(model: PreTrainedModel, token: Tensor, cache: Cache) -> float:
+def timed_step(model: PreTrainedModel, token: Tensor, cache: Cache) -> float:
+    """Seconds of one forward of ``token [B, 1]``."""
     start = time.perf_counter()
     model(token, **{cache_argument(model): cache})
     _wait(model.device)
@@ -406,7 +407,8 @@ def _contexts(ids: Tensor, length: int, batch: int) -> Tensor:
     return ids.repeat(-(-needed // len(ids)))[:needed].view(batch, length)
 
 
-def _machine(model: PreTrainedModel) -> str:
+def machine_of(model: PreTrainedModel) -> str:
+    """What a model is, what it runs on, and the versions of all that computes."""
     device = model.device.type
     if device == "cuda":
         device = torch.cuda.get_device_name(model.device)

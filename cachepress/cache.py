@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from cachepress.errors import CachepressError
 from cachepress.stores import Store
@@ -128,3 +128,16 @@ def join(caches: Sequence[Cache], n: int = 1) -> Cache:
     columns = zip(*(stores(cache) for cache in caches), strict=True)
     joined.layers = [Store.join(column, n) for column in columns]
     return joined
+
+
+def ordinary(cache: Cache) -> Cache:
+    """A copy of an uncompressed cache as transformers itself keeps it."""
+    copied = copy.copy(cache)
+    copied.layers = []
+    for layer in cache.layers:
+        plain = copy.deepcopy(layer) if not isinstance(layer, Store) else DynamicLayer()
+        if isinstance(layer, Store):
+            rows = layer.held.rows()
+            plain.update(rows.keys, rows.values)
+        copied.layers.append(plain)
+    return copied

@@ -54,6 +54,11 @@ def example(kind: type[BasePress], ratio: float) -> BasePress:
         return press
 
 
+def own_presses() -> dict[str, type[BasePress]]:
+    """The presses of this package by alias, without those that others registered."""
+    return {k: v for k, v in aliases().items() if v.__module__.startswith("cachepress.")}
+
+
 def facts(kind: type[BasePress]) -> tuple[str, ...]:
     """A line of the page about a class, as its docstring and its answers say."""
     press, text = example(kind, 0.5), inspect.getdoc(kind) or ""
@@ -77,11 +82,10 @@ def page(measured: Mapping[str, object] | None) -> str:
     Args:
         measured: what ``measure`` gave; None to leave the measurement out.
     """
-    kinds = list(aliases().values())
     parts = [
         "# The presses\n",
         "This page is made by `make presses`, from the classes and from a measurement.\n",
-        tabulate([facts(kind) for kind in kinds], COLUMNS, tablefmt="github"),
+        tabulate([facts(kind) for kind in own_presses().values()], COLUMNS, tablefmt="github"),
     ]
     if measured is not None:
         parts.append(_measured_part(measured))
@@ -98,7 +102,7 @@ def measure(options: BenchOptions, ratio: float) -> dict[str, object]:
 
     model, _ = load(options.model, dtype=options.dtype, device=options.device)
     spellings, left_out = {}, {}
-    for alias, kind in aliases().items():
+    for alias, kind in own_presses().items():
         try:
             press = example(kind, ratio)
             press.for_model(model)

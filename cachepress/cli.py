@@ -68,6 +68,23 @@ def _evaluate(options: dict[str, object]) -> None:
     print(f"\nresults: {runner.results_dir}")
 
 
+def _sweep(options: dict[str, object]) -> None:
+    from cachepress.evaluation.records import write_atomically
+    from cachepress.evaluation.sweep import load_sweep, run_sweep
+    from cachepress.evaluation.table import sweep_page, sweep_text
+
+    _log(str(options.get("log_level", "INFO")))
+    markdown, dry = options.pop("markdown", None), options.pop("dry_run", False)
+    config = load_sweep(options.pop("config", None), options)
+    results = run_sweep(config, only_plan=dry)
+    if dry:
+        return
+    print(sweep_text(results))
+    if markdown is not None:
+        write_atomically(Path(markdown), sweep_page(results))
+    print(f"\nresults: {config.output_dir}")
+
+
 def _demo(options: dict[str, object]) -> None:
     from cachepress.evaluation.demo import run_demo
 
@@ -172,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
     _evaluate_parser(commands)
+    _sweep_parser(commands)
     demo = commands.add_parser("demo", help="compare four presses on the built-in model and data")
     demo.add_argument("--output-dir", default="./results", help="default: ./results")
     demo.set_defaults(command=_demo)
@@ -230,16 +248,58 @@ def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         argument_default=argparse.SUPPRESS,
     )
     p.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
-    p.add_argument("--dataset", help="builtin, longbench-e, or a .csv, .jsonl or .parquet file")
+    p.add_argument("--dataset", help="a benchmark's name, or a .csv, .jsonl or .parquet file")
     p.add_argument("--data-dir", help="part of the data set, such as multi_key-1000 of builtin")
-    p.add_argument("--data-path", help="folder with a benchmark's original files")
     p.add_argument("--model", help="smollm2-135m, a local folder, or a hub name")
-    p.add_argument("--device", help="torch device (default: a GPU if there is one)")
-    p.add_argument("--dtype", help="torch dtype (default: float32 on CPU)")
     p.add_argument(
         "--press", "--press-name", dest="press", help='an alias, or "SnapKVPress(window_size=32)"'
     )
     p.add_argument("--compression-ratio", type=float, help="fraction of pairs removed, 0 to 1")
+    flag = argparse.BooleanOptionalAction
+    p.add_argument("--query-aware", action=flag, help="let the press see the question")
+    _add_evaluation_options(p)
+    p.set_defaults(command=_evaluate)
+
+
+def _sweep_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    p = commands.add_parser(
+        "sweep",
+        help="evaluate presses at ratios on data sets, with one prefill of a context for all",
+        description="Evaluate presses at ratios on data sets. A context is read once for all "
+        "presses that can share a reading; the plan says which cannot. Options come before the "
+        "config file. Every finished context is on disk; the same command goes on.",
+        argument_default=argparse.SUPPRESS,
+    )
+    many = {"nargs": "+"}
+    p.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
+    p.add_argument("--presses", **many, help="aliases or spellings, or all (default: snapkv knorm)")
+    p.add_argument(
+        "--ratios", type=float, **many, help="for each press (default: 0.25 0.5 0.75 0.9)"
+    )
+    p.add_argument(
+        "--datasets", **many, help="names with a part, such as builtin:multi_key-1000 (builtin)"
+    )
+    p.add_argument("--models", **many, help="default: smollm2-135m")
+    p.add_argument("--query-aware", help="no, yes or both: let presses see the question (no)")
+    p.add_argument("--executor", help="serial, process or ray (serial)")
+    p.add_argument("--workers", type=_positive, help="workers of process and ray (1)")
+    p.add_argument("--batch-size", type=_positive, help="most answers decoded at once (32)")
+    p.add_argument(
+        "--kl",
+        action=argparse.BooleanOptionalAction,
+        help="measure the divergence from what the uncompressed model expects (no)",
+    )
+    p.add_argument("--markdown", metavar="FILE", help="write the tables to a file, too")
+    p.add_argument("--dry-run", action="store_true", help="print the plan, and do nothing")
+    _add_evaluation_options(p)
+    p.set_defaults(command=_sweep)
+
+
+def _add_evaluation_options(p: argparse.ArgumentParser) -> None:
+    """Options that an evaluation and a sweep have in common."""
+    p.add_argument("--data-path", help="folder with a benchmark's original files")
+    p.add_argument("--device", help="torch device (default: a GPU if there is one)")
+    p.add_argument("--dtype", help="torch dtype (default: float32 on CPU)")
     p.add_argument("--fraction", type=float, help="fraction of the contexts to evaluate")
     p.add_argument("--seed", type=int, help="seed of data and sampling")
     p.add_argument("--max-new-tokens", type=int, help="instead of the data's own column")
@@ -253,7 +313,6 @@ def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     p.add_argument("--model-kwargs", type=_mapping, help="YAML or JSON mapping for from_pretrained")
     p.add_argument("--log-level", help="DEBUG, INFO, WARNING or ERROR")
     flag = argparse.BooleanOptionalAction
-    p.add_argument("--query-aware", action=flag, help="let the press see the question")
     p.add_argument("--truncation", action=flag, help="cut longer contexts instead of refusing")
     p.add_argument(
         "--beyond-trained-length",
@@ -261,7 +320,6 @@ def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         help="allow contexts longer than the model was trained for; answers are not to be trusted",
     )
     p.add_argument("--overwrite", action=flag, help="do a finished run again")
-    p.set_defaults(command=_evaluate)
 
 
 def _bench_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -132,6 +132,23 @@ def load(
     return model.eval(), tokenizer
 
 
+def load_tokenizer(
+    name: str, model_kwargs: Mapping[str, object] | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model without the model.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    shared = {key: value for key, value in (model_kwargs or {}).items() if key in _SHARED}
+    try:
+        return AutoTokenizer.from_pretrained(resolve(name), **shared)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"could not load the tokenizer of {name!r}: {_first_line(error)}"
+        ) from error
+
+
 def resolve(name: str) -> str:
     """Folder of a built-in model, fetched and converted on first use; other names as they are.
 

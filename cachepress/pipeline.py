@@ -44,6 +44,7 @@ class PromptOptions:
         max_context_length: most tokens of a context; None for what the model has room for.
         truncation: cut the end of a longer context instead of refusing it.
         enable_thinking: passed to the chat template.
+        chat: whether context and questions are put into the model's chat template, if it has one.
         beyond_trained_length: allow contexts that are longer than the model was trained for; what
             it answers there is not to be trusted.
     """
@@ -55,6 +56,7 @@ class PromptOptions:
     max_context_length: int | None = None
     truncation: bool = False
     enable_thinking: bool = False
+    chat: bool = True
     beyond_trained_length: bool = False
 
     def __post_init__(self) -> None:
@@ -117,7 +119,7 @@ class Answers:
         prefill_seconds: time of the context's forward, compression included; 0 if it was reused.
             Under a press that looks at the question, of all forwards, one for each question.
         decode_seconds: time of all questions and answers.
-        decode_tokens: tokens of all answers.
+        tokens: the answers as token ids, without what ended them.
     """
 
     texts: list[str]
@@ -125,7 +127,12 @@ class Answers:
     cache: CacheSize
     prefill_seconds: float
     decode_seconds: float
-    decode_tokens: int
+    tokens: list[list[int]]
+
+    @property
+    def decode_tokens(self) -> int:
+        """Tokens of all answers."""
+        return sum(map(len, self.tokens))
 
 
 @dataclass(frozen=True)
@@ -247,7 +254,7 @@ class KVPressTextGenerationPipeline(Pipeline):
             cache=size,
             prefill_seconds=prefill_seconds,
             decode_seconds=decode_seconds,
-            decode_tokens=sum(len(ids) for ids in tokens),
+            tokens=tokens,
         )
         return {"answers": answers, "one": options.questions is None}
 
@@ -331,8 +338,8 @@ def make_prompt(
     """
     if not isinstance(context, str) or not context.strip():
         raise CachepressError("the context is empty: wanted a text to ask questions about")
-    before, after = template(tokenizer, options.enable_thinking)
-    plain = not tokenizer.chat_template
+    plain = not tokenizer.chat_template or not options.chat
+    before, after = ("", "") if plain else template(tokenizer, options.enable_thinking)
     context_ids = encode(tokenizer, before + context, special=plain)
     question_ids = [
         encode(tokenizer, asked + after + prefix, special=False)

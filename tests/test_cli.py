@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from cachepress.cli import main
-from cachepress.evaluation import EvaluationRunner
-from cachepress.evaluation.runner import METRICS, PREDICTIONS, RECORDS
+from cachepress.evaluation.cell import METRICS, PREDICTIONS, RECORDS
+from cachepress.evaluation.reader import Reader
 
 
 @pytest.fixture
@@ -103,16 +103,16 @@ def test_a_full_disk_is_one_line_and_loses_nothing(arguments, tmp_path, capsys, 
     assert "No space left on device; nothing that was computed is lost" in capsys.readouterr().err
     monkeypatch.undo()
     folder = next((tmp_path / "out").iterdir())
-    assert len((folder / RECORDS).read_text().splitlines()) == 1
+    assert len((folder / RECORDS).read_text().splitlines()) == 2  # The first context
     assert main(arguments) == 0
-    assert len((folder / RECORDS).read_text().splitlines()) == 4
+    assert len((folder / RECORDS).read_text().splitlines()) == 8
 
 
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(arguments, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(EvaluationRunner, "_answer", interrupt)
+    monkeypatch.setattr(Reader, "alone", interrupt)
     assert main(arguments) == 2
     assert "interrupted: every finished context is on disk" in capsys.readouterr().err
     monkeypatch.undo()

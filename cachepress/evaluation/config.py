@@ -121,11 +121,13 @@ class EvaluationConfig:
     def get_results_dir(self) -> Path:
         """Folder of the results: dataset__data_dir__model__press__ratio, and what else differs."""
         dataset = Path(self.dataset).stem if Path(self.dataset).suffix else self.dataset
-        parts = [dataset, self.data_dir or "", Path(self.model).name, self._press_part()]
+        parts = [dataset, self.data_dir or "", Path(self.model).name, self.press_name]
         parts += [_decimals(self.ratio), *self._further_parts()]
         return Path(self.output_dir) / "__".join(_safe(part) for part in parts if part)
 
-    def _press_part(self) -> str:
+    @property
+    def press_name(self) -> str:
+        """The press's alias if it has no options but the ratio, else its spelling without it."""
         press = self.make_press()
         if press is None:
             return NO_PRESS
@@ -169,7 +171,7 @@ def load_config(path: str | None, options: Mapping[str, object]) -> EvaluationCo
     """
     values: dict[str, object] = {}
     if path is not None:
-        values |= _read_yaml(Path(path))
+        values |= read_yaml(Path(path))
     values |= options
     if "press_name" in values:
         values["press"] = values.pop("press_name")
@@ -180,7 +182,12 @@ def load_config(path: str | None, options: Mapping[str, object]) -> EvaluationCo
     return replace(EvaluationConfig(), **values)
 
 
-def _read_yaml(path: Path) -> dict[str, object]:
+def read_yaml(path: Path) -> dict[str, object]:
+    """A file of options.
+
+    Raises:
+        CachepressError: if it is missing, or holds something else.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,18 +1,22 @@
-"""What a run has done so far, on disk: one line a context, and files that are whole or absent."""
+"""What a run has done so far, on disk: one line a sample, and files that are whole or absent."""
 
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from cachepress.errors import CachepressError
 
 
 class Records:
-    """An append-only file with one JSON line for every finished context.
+    """An append-only file with one JSON line for every answered sample.
 
     A line that was only half written, by a crash or a full disk, is cut off when the file is
     opened; every line before it stands.
+
+    Attributes:
+        done: the records by key.
     """
 
     def __init__(self, path: Path) -> None:
@@ -21,20 +25,23 @@ class Records:
         if path.exists():
             self._read()
 
-    def append(self, key: str, record: dict) -> None:
-        """Write one finished context; it is on disk when this returns."""
-        line = json.dumps({"key": key, **record}, ensure_ascii=False) + "\n"
+    def append(self, records: Mapping[str, dict]) -> None:
+        """Write records by their keys; they are on disk when this returns."""
+        lines = [
+            json.dumps({"key": key, **record}, ensure_ascii=False)
+            for key, record in records.items()
+        ]
         start = self._path.stat().st_size if self._path.exists() else 0
         try:
             with self._path.open("ab") as file:
-                file.write(line.encode())
+                file.write("".join(f"{line}\n" for line in lines).encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError:
             if self._path.exists():
                 os.truncate(self._path, start)
             raise
-        self.done[key] = record
+        self.done |= records
 
     def _read(self) -> None:
         raw = self._path.read_bytes()

@@ -19,6 +19,7 @@ from cachepress.evaluation.tasks.longbench_v2 import LONGBENCH_V2
 from cachepress.evaluation.tasks.loogle import LOOGLE
 from cachepress.evaluation.tasks.math500 import MATH500
 from cachepress.evaluation.tasks.needle import NEEDLE
+from cachepress.evaluation.tasks.perplexity import PERPLEXITY
 from cachepress.evaluation.tasks.ruler import RULER
 from cachepress.evaluation.tasks.scbench import SCBENCH
 from cachepress.evaluation.tasks.zero_scrolls import ZERO_SCROLLS
@@ -31,6 +32,7 @@ PRESS_REGISTRY: dict[str, str] = {
 TASKS: tuple[Task, ...] = (
     BUILTIN,
     NEEDLE,
+    PERPLEXITY,
     RULER,
     LONGBENCH,
     LONGBENCH_E,

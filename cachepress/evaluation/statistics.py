@@ -88,12 +88,13 @@ def paired(run: pd.DataFrame, base: pd.DataFrame) -> Paired:
         run: a row for each sample, by sample id, with score, context_id and predicted_answer.
         base: the run to compare with; only samples of both count.
     """
-    both = run.join(base[["score", "predicted_answer"]], rsuffix="_base", how="inner")
-    right, was = both["score"] >= 0.5, both["score_base"] >= 0.5
+    ids = run.index.intersection(base.index)
+    run, base = run.loc[ids], base.loc[ids]
+    right, was = run["score"] >= 0.5, base["score"] >= 0.5
     return Paired(
-        difference=interval(both["score"] - both["score_base"], list(both["context_id"])),
+        difference=interval(list(run["score"] - base["score"]), list(run["context_id"])),
         flips=float((right != was).mean()),
-        same=float((both["predicted_answer"] == both["predicted_answer_base"]).mean()),
+        same=float((run["predicted_answer"] == base["predicted_answer"]).mean()),
     )
 
 

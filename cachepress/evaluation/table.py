@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
+from cachepress.evaluation.sweep import Result
+
 HEADERS = (
     "press",
     "ratio",
@@ -13,6 +15,28 @@ HEADERS = (
     "cache after",
     "prefill s",
     "tokens/s",
+)
+
+SWEEP_HEADERS = (
+    "press",
+    "ratio",
+    "score",
+    "95 % interval",
+    "difference to no press",
+    "flips",
+    "KL",
+    "cache",
+    "prefill s",
+    "press s",
+    "tokens/s",
+)
+HOW_TO_READ = (
+    "Ratio: share of key-value pairs dropped, measured. Score: mean, with a 95 % interval "
+    "clustered by context. Difference: to no press on the same samples, with its interval. Flips: "
+    "share of samples that are right in one and wrong in the other. KL: divergence from what the "
+    "uncompressed model expects while it says its own answer, nats a token. Cache: bytes allocated "
+    "for keys and values. Prefill: median seconds of reading a context; press: those that the "
+    "press added. Tokens/s: of one sequence, after the context.\n"
 )
 
 
@@ -39,17 +63,75 @@ def task_table(metrics: Mapping, style: str = "simple") -> str:
     )
 
 
+def sweep_table(results: Sequence[Result], style: str = "simple") -> str:
+    """A line for each result of a group, the differences to no press beside it."""
+    return tabulate(
+        [_sweep_line(result) for result in results],
+        headers=SWEEP_HEADERS,
+        tablefmt=style,
+        colalign=("left", *["right"] * (len(SWEEP_HEADERS) - 1)),
+        disable_numparse=True,
+    )
+
+
+def sweep_text(results: Sequence[Sequence[Result]]) -> str:
+    """The results of every group, with a heading each."""
+    return "\n\n".join(f"{_heading(group)}\n\n{sweep_table(group)}" for group in results)
+
+
+def sweep_page(results: Sequence[Sequence[Result]]) -> str:
+    """The results of every group as Markdown, with how to read them and what measured them."""
+    parts = [f"## {_heading(group)}\n\n{sweep_table(group, 'github')}\n" for group in results]
+    machines = sorted({result.metrics["machine"] for group in results for result in group})
+    return "\n".join([*parts, HOW_TO_READ, *(f"Measured on: {machine}\n" for machine in machines)])
+
+
+def _heading(group: Sequence[Result]) -> str:
+    config, score = group[0].cell.config, group[0].metrics["score"]
+    part = f" {config.data_dir}" if config.data_dir else ""
+    aware = "query-aware" if config.query_aware else "query-agnostic"
+    counts = "" if score is None else f", {score['contexts']} contexts, {score['samples']} samples"
+    return f"{config.model} on {config.dataset}{part}, {aware}{counts}"
+
+
+def _sweep_line(result: Result) -> list[str]:
+    metrics, compared = result.metrics, result.paired
+    difference = flips = ""
+    if compared is not None:
+        low, high = compared.difference.low, compared.difference.high
+        difference = f"{compared.difference.mean:+.3f} ({low:+.2f} to {high:+.2f})"
+        flips = f"{compared.flips:.2f}"
+    name, ratio, score, spread, _, after, prefill, speed = _line(
+        result.cell.config.press_name, metrics
+    )
+    kl = "" if metrics["kl"] is None else f"{metrics['kl']['mean']:.4f}"
+    added = metrics["press_seconds"]
+    added = "" if added is None else f"{added:.2f}"
+    return [name, ratio, score, spread, difference, flips, kl, after, prefill, added, speed]
+
+
 def _line(name: str, metrics: Mapping) -> list[str]:
     return [
         name,
         f"{metrics['compression_ratio']:.3f}",
-        f"{metrics['score']['mean']:.3f}",
-        _interval(metrics["score"]),
+        *_scored(metrics),
         _mib(metrics["cache_bytes_before"]),
         _mib(metrics["cache_bytes_after"]),
         f"{metrics['prefill_seconds']:.2f}",
-        f"{metrics['decode_tokens_per_second']:.1f}",
+        f"{speed:.1f}" if (speed := metrics["decode_tokens_per_second"]) else "",
     ]
+
+
+def _scored(metrics: Mapping) -> tuple[str, str]:
+    """Score and interval; where only a perplexity was measured, that."""
+    score = metrics["score"]
+    if score is not None:
+        return f"{score['mean']:.3f}", _interval(score)
+    perplexity = metrics["perplexity"]
+    if perplexity is None:
+        return "", ""
+    spread = "" if perplexity["low"] is None else _interval(perplexity)
+    return f"ppl {perplexity['mean']:.2f}", spread
 
 
 def _interval(score: Mapping) -> str:

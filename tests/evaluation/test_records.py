@@ -9,8 +9,8 @@ from cachepress.evaluation.records import Records, write_atomically
 
 def test_what_was_appended_is_there_again(tmp_path):
     path = tmp_path / "r.jsonl"
-    Records(path).append("a", {"answers": ["é\n", "x"]})
-    Records(path).append("b", {"answers": []})
+    Records(path).append({"a": {"answers": ["é\n", "x"]}})
+    Records(path).append({"b": {"answers": []}})
     assert Records(path).done == {"a": {"answers": ["é\n", "x"]}, "b": {"answers": []}}
 
 
@@ -18,13 +18,13 @@ def test_what_was_appended_is_there_again(tmp_path):
 def test_a_half_written_line_is_cut_off(tmp_path, cut):
     path = tmp_path / "r.jsonl"
     records = Records(path)
-    records.append("a", {"answers": ["x"]})
+    records.append({"a": {"answers": ["x"]}})
     whole = path.read_bytes()
-    records.append("b", {"answers": ["y"]})
+    records.append({"b": {"answers": ["y"]}})
     path.write_bytes(path.read_bytes()[: len(whole) + cut])
     again = Records(path)
     assert list(again.done) == ["a"]
-    again.append("b", {"answers": ["y"]})
+    again.append({"b": {"answers": ["y"]}})
     assert list(Records(path).done) == ["a", "b"]
 
 
@@ -38,7 +38,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
 def test_a_full_disk_leaves_the_lines_before(tmp_path, monkeypatch):
     path = tmp_path / "r.jsonl"
     records = Records(path)
-    records.append("a", {"answers": ["x"]})
+    records.append({"a": {"answers": ["x"]}})
     before = path.read_bytes()
 
     def full(descriptor):
@@ -46,7 +46,7 @@ def test_a_full_disk_leaves_the_lines_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        records.append("b", {"answers": ["y"]})
+        records.append({"b": {"answers": ["y"]}})
     assert path.read_bytes() == before
     target = tmp_path / "t"
     target.write_text("old")

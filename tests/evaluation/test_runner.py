@@ -9,7 +9,8 @@ import yaml
 
 import cachepress as cp
 from cachepress.evaluation import EvaluationConfig, EvaluationRunner
-from cachepress.evaluation.runner import CONFIG, METRICS, PREDICTIONS, RECORDS
+from cachepress.evaluation.cell import CONFIG, METRICS, PREDICTIONS, RECORDS
+from cachepress.evaluation.reader import Reader
 
 
 @pytest.fixture
@@ -45,7 +46,10 @@ def test_files_and_what_they_say(config, data_file):
         "choices",
         "length",
         "depth",
+        "context_id",
         "predicted_answer",
+        "kl",
+        "score",
         "compression_ratio",
     ]
     assert [row["sample_id"] for row in rows] == list(map(str, range(8)))
@@ -97,15 +101,15 @@ def refuse(*args):
 def test_a_killed_run_goes_on_where_it_was(config, monkeypatch, tmp_path, stop_after):
     whole, _ = run(config, output_dir=str(tmp_path / "whole"))
     answered = []
-    answer = EvaluationRunner._answer
+    answer = Reader.alone
 
-    def stopping(self, pipe, press, context, group):
+    def stopping(self, cell, context):
         if len(answered) == stop_after:
             raise KeyboardInterrupt
         answered.append(context)
-        return answer(self, pipe, press, context, group)
+        return answer(self, cell, context)
 
-    monkeypatch.setattr(EvaluationRunner, "_answer", stopping)
+    monkeypatch.setattr(Reader, "alone", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(config)
     folder = EvaluationConfig(**config).get_results_dir()
@@ -113,16 +117,16 @@ def test_a_killed_run_goes_on_where_it_was(config, monkeypatch, tmp_path, stop_a
     half = (folder / RECORDS).read_bytes() if stop_after else b""
     (folder / RECORDS).write_bytes(half + b'{"key": "torn')
 
-    monkeypatch.setattr(EvaluationRunner, "_answer", counting(answered, answer))
+    monkeypatch.setattr(Reader, "alone", counting(answered, answer))
     run(config)
     assert len(answered) == len(set(answered)) == 4
     assert (folder / PREDICTIONS).read_bytes() == (whole.results_dir / PREDICTIONS).read_bytes()
 
 
 def counting(answered, answer):
-    def count(self, pipe, press, context, group):
+    def count(self, cell, context):
         answered.append(context)
-        return answer(self, pipe, press, context, group)
+        return answer(self, cell, context)
 
     return count
 
@@ -139,7 +143,7 @@ def test_two_runs_at_once_in_one_folder_are_refused(config):
     from filelock import FileLock
 
     runner = EvaluationRunner(EvaluationConfig(**config), quiet=True)
-    runner._setup_directories()
+    runner.results_dir.mkdir(parents=True)
     with (
         FileLock(runner.results_dir / ".lock"),
         pytest.raises(cp.CachepressError, match="another run is writing"),
@@ -180,7 +184,7 @@ def test_max_new_tokens_overrides_the_data(config):
 
 
 def test_a_context_beyond_the_limit_is_refused_before_any_work(config, monkeypatch):
-    monkeypatch.setattr(EvaluationRunner, "_answer", refuse)
+    monkeypatch.setattr(Reader, "alone", refuse)
     with pytest.raises(cp.CachepressError, match="sample 0: the context has 42 tokens"):
         run(config, max_context_length=30)
 

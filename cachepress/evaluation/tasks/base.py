@@ -17,6 +17,8 @@ Loader = Callable[[EvaluationConfig, PreTrainedTokenizerBase], pd.DataFrame]
 
 UNSCORED = "unscored"
 """The metric of rows whose answers are not public."""
+PERPLEXITY = "perplexity"
+"""The metric of rows whose answer is a text that the model is made to say."""
 REQUIRED = ("context", "question", "answer")
 OPTIONAL = {
     "answer_prefix": "",

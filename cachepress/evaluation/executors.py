@@ -1,0 +1,284 @@
+"""Who does the work of a sweep: this process, other processes, or a Ray cluster."""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol, Self
+
+import torch
+
+from cachepress.errors import CachepressError
+from cachepress.evaluation.cell import Cell
+from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.reader import Found, Reader
+from cachepress.evaluation.samples import Context
+from cachepress.models import load
+
+MOST_LOSSES = 3
+"""Times that work is given out anew without any result in between."""
+Answered = list[tuple[Path, Found]]
+"""Answers by the folder of their cell."""
+
+
+class Unit(NamedTuple):
+    """A context, and the evaluations that have not answered it; of one model and data set."""
+
+    context: Context
+    configs: tuple[EvaluationConfig, ...]
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """How work is done.
+
+    Attributes:
+        batch_size: most sequences that are decoded at once.
+        kl: whether divergences are measured.
+        workers: how many work at the same time.
+    """
+
+    batch_size: int
+    kl: bool
+    workers: int
+
+
+class Worker:
+    """Holds a model, and answers units.
+
+    Args:
+        options: how.
+        rank: number of this worker; says which of several GPUs is its own.
+        threads: CPU threads; None for torch's own choice.
+    """
+
+    def __init__(self, options: WorkerOptions, rank: int = 0, threads: int | None = None) -> None:
+        self._options, self._rank = options, rank
+        self._held: tuple[object, Reader] | None = None
+        if threads is not None:
+            torch.set_num_threads(threads)
+
+    def check(self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]) -> None:
+        """Refuse what cannot work."""
+        self._reader(configs[0]).check([Cell(config) for config in configs], contexts)
+
+    def answer(self, unit: Unit) -> Answered:
+        """Answer a unit."""
+        cells = [Cell(config) for config in unit.configs]
+        found = self._reader(unit.configs[0]).together(cells, unit.context)
+        return [(cell.folder, answers) for cell, answers in found]
+
+    def _reader(self, config: EvaluationConfig) -> Reader:
+        device = config.device
+        if device is None and torch.cuda.is_available():
+            device = f"cuda:{self._rank % torch.cuda.device_count()}"
+        which = (config.model, config.dtype, device, repr(config.model_kwargs))
+        if self._held is None or self._held[0] != which:
+            self._held = None
+            model, tokenizer = load(
+                config.model, dtype=config.dtype, device=device, model_kwargs=config.model_kwargs
+            )
+            options = self._options
+            self._held = which, Reader(model, tokenizer, options.batch_size, options.kl)
+        return self._held[1]
+
+
+class Executor(Protocol):
+    """Gives units to workers."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def check(self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]) -> None:
+        """Refuse what cannot work, before any of it is done."""
+        ...
+
+    def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
+        """Units with their answers, as they come."""
+        ...
+
+
+class Serial:
+    """Works in this process."""
+
+    def __init__(self, options: WorkerOptions) -> None:
+        self._worker = Worker(options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def check(self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]) -> None:
+        """Refuse what cannot work."""
+        self._worker.check(configs, contexts)
+
+    def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
+        """One unit after the other."""
+        for unit in units:
+            yield unit, self._worker.answer(unit)
+
+
+_WORKER: Worker | None = None
+
+
+def _start(options: WorkerOptions, rank: "multiprocessing.sharedctypes.Synchronized") -> None:
+    global _WORKER
+    with rank.get_lock():
+        own = rank.value
+        rank.value += 1
+    _WORKER = Worker(options, own, _threads(options.workers))
+
+
+def _answer(unit: Unit) -> Answered:
+    assert _WORKER is not None
+    return _WORKER.answer(unit)
+
+
+def _check(configs: Sequence[EvaluationConfig], contexts: Sequence[Context]) -> None:
+    assert _WORKER is not None
+    _WORKER.check(configs, contexts)
+
+
+class Processes:
+    """Works in several processes of this machine, each with a model, and a GPU if there is one.
+
+    A process that dies takes the others with it; what they were at is given out anew.
+    """
+
+    def __init__(self, options: WorkerOptions) -> None:
+        self._options = options
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        self._open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._pool is not None
+        self._pool.shutdown(cancel_futures=True)
+
+    def check(self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]) -> None:
+        """Refuse what cannot work."""
+        assert self._pool is not None
+        self._pool.submit(_check, configs, contexts).result()
+
+    def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
+        """Units as they are done, each exactly once."""
+        left, losses = deque(units), 0
+        at: dict[Future, Unit] = {}
+        while left or at:
+            assert self._pool is not None
+            while left and len(at) < self._options.workers:
+                at[self._pool.submit(_answer, left[0])] = left.popleft()
+            try:
+                done, _ = wait(at, return_when=FIRST_COMPLETED)
+                for future in done:
+                    answered = future.result()
+                    yield at.pop(future), answered
+                    losses = 0
+            except BrokenProcessPool:
+                losses += 1
+                _give_up_after(losses)
+                left.extendleft(at.values())
+                at.clear()
+                self._open()
+
+    def _open(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(
+            self._options.workers, context, _start, (self._options, context.Value("i", 0))
+        )
+
+
+class Ray:
+    """Works on a Ray cluster: the one that ``RAY_ADDRESS`` names, or one on this machine.
+
+    Each actor holds a model. An actor that is lost is started again, and its unit is done again.
+    """
+
+    def __init__(self, options: WorkerOptions) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise CachepressError(
+                'the ray executor needs Ray: pip install "cachepress[ray]"'
+            ) from error
+        self._ray, self._options, self._owned = ray, options, False
+
+    def __enter__(self) -> Self:
+        ray, workers = self._ray, self._options.workers
+        if not ray.is_initialized():
+            local = "RAY_ADDRESS" not in os.environ
+            # Workers share this machine's cores, however many there are of each.
+            room = {"num_cpus": max(workers, os.cpu_count() or 1)} if local else {}
+            ray.init(log_to_driver=False, include_dashboard=False, logging_level="error", **room)
+            self._owned = True
+        gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)
+        kind = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1)(Worker)
+        threads = _threads(workers)
+        self.actors = [kind.remote(self._options, rank, threads) for rank in range(workers)]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for actor in self.actors:
+            self._ray.kill(actor)
+        if self._owned:
+            self._ray.shutdown()
+
+    def check(self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]) -> None:
+        """Refuse what cannot work."""
+        self._get(self.actors[0].check.remote(configs, contexts))
+
+    def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
+        """Units as they are done, each exactly once."""
+        left, losses = deque(units), 0
+        at = {}
+        idle = deque(self.actors)
+        while left or at:
+            while left and idle:
+                actor, unit = idle.popleft(), left.popleft()
+                at[actor.answer.remote(unit)] = (actor, unit)
+            (ready,), _ = self._ray.wait(list(at), num_returns=1)
+            actor, unit = at.pop(ready)
+            idle.append(actor)
+            try:
+                answered = self._get(ready)
+            except self._ray.exceptions.RayActorError:
+                losses += 1
+                _give_up_after(losses)
+                left.appendleft(unit)
+                continue
+            losses = 0
+            yield unit, answered
+
+    def _get(self, reference: object) -> object:
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, CachepressError):
+                raise error.cause from error
+            raise
+
+
+EXECUTORS: dict[str, type[Executor]] = {"serial": Serial, "process": Processes, "ray": Ray}
+
+
+def _threads(workers: int) -> int:
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
+def _give_up_after(losses: int) -> None:
+    if losses > MOST_LOSSES:
+        raise CachepressError(
+            f"workers died {losses} times in a row, most likely for want of memory: give fewer "
+            "--workers or a smaller --batch-size; what was answered is on disk"
+        )

@@ -1,0 +1,335 @@
+"""Reads a context and answers its questions: under one press, or under many at once."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase, pipeline
+from transformers.cache_utils import Cache, DynamicCache
+
+from cachepress.bench import machine_of
+from cachepress.cache import CacheSize, fork, form_of, join, ordinary, size_of
+from cachepress.decode import Forced, force, generate
+from cachepress.errors import CachepressError
+from cachepress.evaluation.cell import Answer, Cell
+from cachepress.evaluation.samples import Context
+from cachepress.evaluation.speed import CONTEXTS, peak_memory, step_seconds
+from cachepress.evaluation.tasks.base import PERPLEXITY
+from cachepress.hf import has_only_full_attention
+from cachepress.hf.observation import prepared
+from cachepress.hf.survey import Survey, shares
+from cachepress.pipeline import TASK, Answers, Prompt, make_prompt
+from cachepress.presses import BasePress
+
+MOST_TOKENS = 64
+"""Tokens of an answer over which a divergence is taken, at most."""
+Found = dict[int, Answer]
+"""Answers of a cell to a context, by sample id."""
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What the uncompressed model says to each question, and what it expects meanwhile."""
+
+    texts: list[Forced]
+    expected: list[Tensor]
+
+    def parts(self) -> "list[_Reference]":
+        """That of each question alone."""
+        pairs = zip(self.texts, self.expected, strict=True)
+        return [_Reference([text], [expected]) for text, expected in pairs]
+
+
+@dataclass
+class _Fork:
+    """The cache that a press left, and what it cost."""
+
+    cell: Cell
+    cache: Cache
+    size: CacheSize
+    prefill_seconds: float
+    press_seconds: float | None
+    step_seconds: float | None = None
+
+    @property
+    def acting(self) -> BasePress | None:
+        """The press, if it acts while answers are decoded."""
+        press = self.cell.press
+        return press if press is not None and press.schedule.decodes else None
+
+
+class Reader:
+    """Answers for cells of one model.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        batch_size: most sequences that are decoded at once by cells that share a reading.
+        kl: whether answers are compared with what the uncompressed model expects.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 32,
+        kl: bool = False,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self._batch_size, self._kl = batch_size, kl
+        self._machine = machine_of(model)
+        self._padding = has_only_full_attention(model)
+
+    def check(self, cells: Sequence[Cell], contexts: Sequence[Context]) -> None:
+        """Refuse what cannot work before anything is computed.
+
+        Raises:
+            CachepressError: if a press does not fit the model, or a context is too long.
+        """
+        for cell in cells:
+            if cell.press is not None:
+                prepared(cell.press, self.model)
+        for context in contexts:
+            try:
+                self._prompt(context, cells[0])
+            except CachepressError as error:
+                first = context.samples[0].sample_id
+                raise CachepressError(f"sample {first}: {error}") from error
+
+    def alone(self, cell: Cell, context: Context, reference: _Reference | None = None) -> Found:
+        """Answers of a cell with a reading of its own, through the pipeline."""
+        press = cell.press
+        asks = press is not None and press.needs.question
+        if asks and len(context.samples) > 1:
+            parts = [None] * len(context.samples) if reference is None else reference.parts()
+            found: Found = {}
+            for one, part in zip(context.one_by_one(), parts, strict=True):
+                found |= self.alone(cell, one, part)
+            return found
+        cache = DynamicCache(config=self.model.get_decoder().config)
+        answers = self._piped(cell, context, cache)
+        left = _Fork(cell, cache, answers.cache, answers.prefill_seconds, None)
+        if context.number < CONTEXTS:
+            self._time([left])
+        questions = self._prompt(context, cell).question_ids
+        questions = [ids[:, -1:] for ids in questions] if asks else questions
+        kls = self._divergences([left], questions, reference)[0]
+        nlls = self._likelihoods([left], questions, context)[0]
+        return self._found(left, context, answers.context_tokens, answers.tokens, kls, nlls)
+
+    def together(self, cells: Sequence[Cell], context: Context) -> Iterator[tuple[Cell, Found]]:
+        """Answers of cells that share what can be shared.
+
+        One reading serves all presses that can look at one; each settles a fork of the whole
+        cache, and forks that are stored alike are decoded as one batch. Others read for
+        themselves.
+        """
+        shared = sorted(filter(shares_reading, cells), key=lambda cell: cell.config.ratio)
+        reference = None
+        if shared or self._kl:
+            prompt = self._prompt(context, cells[0])
+            survey = self._survey(shared, prompt, cells[0])
+            if self._kl:
+                reference = self._reference(survey.cache, prompt, context)
+            most = max(1, self._batch_size // len(context.samples))
+            for start in range(0, len(shared), most):
+                forks = [self._fork(survey, cell) for cell in shared[start : start + most]]
+                if context.number < CONTEXTS:
+                    self._time(forks)
+                for alike in _alike(forks):
+                    yield from self._answered(alike, prompt, context, reference)
+        for cell in cells:
+            if not shares_reading(cell):
+                yield cell, self.alone(cell, context, reference)
+
+    @cached_property
+    def _pipe(self) -> Pipeline:
+        model, tokenizer = self.model, self.tokenizer
+        return pipeline(TASK, model=model, tokenizer=tokenizer, device=model.device)
+
+    def _piped(self, cell: Cell, context: Context, cache: Cache) -> Answers:
+        names = ("prefill_chunk_size", "prefill_mode", "storage")
+        how = {name: getattr(cell.config, name) for name in names}
+        options = vars(context.prompt_options(cell.config))
+        options = {name: value for name, value in options.items() if name != "question"}
+        how |= {"press": cell.press, "cache": cache, "return_stats": True}
+        return self._pipe(context.text, **how, **options)["stats"]
+
+    def _prompt(self, context: Context, cell: Cell) -> Prompt:
+        options = context.prompt_options(cell.config)
+        return make_prompt(self.tokenizer, self.model, context.text, options)
+
+    def _survey(self, shared: Sequence[Cell], prompt: Prompt, cell: Cell) -> Survey:
+        presses = [cell.press for cell in shared if cell.press is not None]
+        survey = Survey(self.model, presses, self.tokenizer)
+        survey.read(prompt.context_ids, cell.config.prefill_chunk_size)
+        return survey
+
+    def _fork(self, survey: Survey, cell: Cell) -> _Fork:
+        if cell.press is None:
+            size = size_of(ordinary(survey.cache))
+            return _Fork(cell, fork(survey.cache), size, survey.seconds, 0.0)
+        cache, seconds = survey.settled(cell.press, cell.config.storage)
+        size = replace(size_of(cache), bytes_before=survey.whole_bytes)
+        return _Fork(cell, cache, size, survey.seconds + seconds, seconds)
+
+    def _time(self, forks: Sequence[_Fork]) -> None:
+        """Time decoding after each fork; without a press, after transformers' own cache."""
+        pairs = [
+            (ordinary(left.cache) if left.cell.press is None else left.cache, left.acting)
+            for left in forks
+        ]
+        for left, seconds in zip(forks, step_seconds(self.model, pairs), strict=True):
+            left.step_seconds = seconds
+
+    def _reference(self, cache: Cache, prompt: Prompt, context: Context) -> _Reference:
+        limits = [sample.max_new_tokens for sample in context.samples]
+        said = self._said([cache], prompt.question_ids, max(limits))
+        most = [min(limit, MOST_TOKENS) for limit in limits]
+        texts = [
+            Forced(ids, tokens[:limit])
+            for ids, tokens, limit in zip(prompt.question_ids, said, most, strict=True)
+        ]
+        return _Reference(texts, self._expected([cache], texts)[0])
+
+    def _answered(
+        self,
+        forks: Sequence[_Fork],
+        prompt: Prompt,
+        context: Context,
+        reference: _Reference | None,
+    ) -> Iterator[tuple[Cell, Found]]:
+        """Answers of forks that are one batch."""
+        limits, questions = [s.max_new_tokens for s in context.samples], prompt.question_ids
+        acting = forks[0].acting
+        with acting(self.model, turns="first") if acting else nullcontext():
+            tokens = self._said([left.cache for left in forks], questions, max(limits))
+        kls = self._divergences(forks, questions, reference)
+        nlls = self._likelihoods(forks, questions, context)
+        n = prompt.context_ids.shape[1]
+        for i, left in enumerate(forks):
+            said = [row[:limit] for row, limit in zip(tokens[i :: len(forks)], limits, strict=True)]
+            yield left.cell, self._found(left, context, n, said, kls[i], nlls[i])
+
+    def _said(
+        self, caches: Sequence[Cache], questions: Sequence[Tensor], most: int
+    ) -> list[list[int]]:
+        """Token ids of the answers to the first question from each cache, then to the next."""
+        if not self._padding:
+            # Sliding windows and recurrent states would count padding.
+            return [
+                generate(self.model, self.tokenizer, fork(cache), [ids], most, {})[0]
+                for ids in questions
+                for cache in caches
+            ]
+        every = [ids for ids in questions for _ in caches]
+        batch = _batch(caches, len(questions))
+        return generate(self.model, self.tokenizer, batch, every, most, {})
+
+    def _expected(self, caches: Sequence[Cache], texts: Sequence[Forced]) -> list[list[Tensor]]:
+        """What is expected at each token of each text, after each cache."""
+        if not self._padding:
+            return [
+                [force(self.model, fork(cache), [text])[0] for text in texts] for cache in caches
+            ]
+        every = [text for text in texts for _ in caches]
+        found = force(self.model, _batch(caches, len(texts)), every)
+        return [found[i :: len(caches)] for i in range(len(caches))]
+
+    def _divergences(
+        self, forks: Sequence[_Fork], questions: Sequence[Tensor], reference: _Reference | None
+    ) -> list[list[float | None]]:
+        """KL divergence of each fork and question, in nats a token.
+
+        None under a press that acts while answers are decoded: it sees no given text.
+        """
+        if reference is None or forks[0].acting is not None:
+            return [[None] * len(questions) for _ in forks]
+        texts = [
+            Forced(ids, text.answer) for ids, text in zip(questions, reference.texts, strict=True)
+        ]
+        rows = self._expected([left.cache for left in forks], texts)
+        return [
+            [_divergence(p, q) for p, q in zip(reference.expected, row, strict=True)]
+            for row in rows
+        ]
+
+    def _likelihoods(
+        self, forks: Sequence[_Fork], questions: Sequence[Tensor], context: Context
+    ) -> list[list[float | None]]:
+        """Negative log-likelihood of each fork and sample, in nats a token, where it is asked."""
+        if not any(sample.metric == PERPLEXITY for sample in context.samples):
+            return [[None] * len(questions) for _ in forks]
+        texts = [
+            Forced(ids, self.tokenizer.encode(sample.answer[0], add_special_tokens=False))
+            for ids, sample in zip(questions, context.samples, strict=True)
+        ]
+        rows = self._expected([left.cache for left in forks], texts)
+        return [
+            [_nll(expected, text.answer) for expected, text in zip(row, texts, strict=True)]
+            for row in rows
+        ]
+
+    def _found(
+        self,
+        left: _Fork,
+        context: Context,
+        context_tokens: int,
+        tokens: Sequence[Sequence[int]],
+        kls: Sequence[float | None],
+        nlls: Sequence[float | None],
+    ) -> Found:
+        columns = zip(context.samples, tokens, kls, nlls, strict=True)
+        return {
+            sample.sample_id: Answer(
+                predicted_answer=self.tokenizer.decode(ids, skip_special_tokens=True),
+                decode_tokens=len(ids),
+                context_tokens=context_tokens,
+                prefill_seconds=left.prefill_seconds,
+                press_seconds=left.press_seconds,
+                step_seconds=left.step_seconds,
+                bytes_before=left.size.bytes_before,
+                bytes_after=left.size.bytes_after,
+                rows_seen=left.size.rows_seen,
+                rows_held=left.size.rows_held,
+                peak_memory_bytes=peak_memory(self.model.device),
+                machine=self._machine,
+                kl=kl,
+                nll=nll,
+            )
+            for sample, ids, kl, nll in columns
+        }
+
+
+def shares_reading(cell: Cell) -> bool:
+    """Whether a cell can look at a reading that it shares with others."""
+    if cell.press is None:
+        return True
+    return shares(cell.press) and cell.config.prefill_mode == "exact"
+
+
+def _alike(forks: Sequence[_Fork]) -> list[list[_Fork]]:
+    """Forks that can be decoded as one batch."""
+    groups: dict[object, list[_Fork]] = {}
+    for left in forks:
+        form = form_of(left.cache) if left.acting is None else None
+        groups.setdefault(id(left) if form is None else form, []).append(left)
+    return list(groups.values())
+
+
+def _batch(caches: Sequence[Cache], n: int) -> Cache:
+    """A batch that continues each of the caches ``n`` times."""
+    return fork(caches[0], n) if len(caches) == 1 else join(caches, n)
+
+
+def _divergence(p: Tensor, q: Tensor) -> float:
+    """KL divergence of log-probabilities ``q [n, vocabulary]`` from ``p``, mean over tokens."""
+    return float((p.exp() * (p - q)).sum(-1).mean().clamp(min=0))
+
+
+def _nll(expected: Tensor, answer: Sequence[int]) -> float:
+    tokens = torch.tensor(list(answer), device=expected.device)
+    return float(-expected[: len(tokens)].gather(-1, tokens[:, None]).mean())

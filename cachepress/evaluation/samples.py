@@ -1,0 +1,98 @@
+"""What is asked: contexts, and the samples about each of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.registry import find_dataset
+from cachepress.evaluation.tasks.base import PERPLEXITY
+from cachepress.pipeline import PromptOptions
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question about a context.
+
+    Attributes:
+        sample_id: its row in the data set.
+        question: what is asked.
+        answer_prefix: how the answer begins.
+        max_new_tokens: most tokens of the answer.
+        answer: accepted texts.
+        choices: all classes, where the metric needs them.
+        metric: name of what judges the answer.
+    """
+
+    sample_id: int
+    question: str
+    answer_prefix: str
+    max_new_tokens: int
+    answer: tuple[str, ...]
+    choices: tuple[str, ...]
+    metric: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """A text, and all that is asked about it.
+
+    Attributes:
+        number: its place in the data set.
+        text: the text.
+        samples: the questions.
+    """
+
+    number: int
+    text: str
+    samples: tuple[Sample, ...]
+
+    def prompt_options(self, config: EvaluationConfig) -> PromptOptions:
+        """How the text and its questions become token ids."""
+        return PromptOptions(
+            questions=[sample.question for sample in self.samples],
+            answer_prefix=[sample.answer_prefix for sample in self.samples],
+            max_new_tokens=[sample.max_new_tokens for sample in self.samples],
+            max_context_length=config.max_context_length,
+            truncation=config.truncation,
+            beyond_trained_length=config.beyond_trained_length,
+            chat=all(sample.metric != PERPLEXITY for sample in self.samples),
+        )
+
+    def one_by_one(self) -> list["Context"]:
+        """The text with each question alone."""
+        return [replace(self, samples=(sample,)) for sample in self.samples]
+
+
+def load_table(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+    """The rows that a config evaluates, by sample id, with the number of their context."""
+    table = find_dataset(config.dataset).table(config, tokenizer)
+    if config.query_aware:
+        table["context"] = table["context"] + "\n" + table["question"]
+        table["question"] = ""
+    if config.max_new_tokens is not None:
+        table["max_new_tokens"] = config.max_new_tokens
+    if config.fraction < 1:
+        contexts = pd.Series(table["context"].unique())
+        count = max(1, round(len(contexts) * config.fraction))
+        chosen = set(contexts.sample(count, random_state=config.seed))
+        table = table[table["context"].isin(chosen)]
+    return table.assign(context_id=pd.factorize(table["context"])[0])
+
+
+def contexts_of(table: pd.DataFrame) -> list[Context]:
+    """The contexts of a table, in its order."""
+    return [
+        Context(int(number), str(group["context"].iloc[0]), tuple(_samples(group)))
+        for number, group in table.groupby("context_id", sort=False)
+    ]
+
+
+def _samples(group: pd.DataFrame) -> Sequence[Sample]:
+    names = ("question", "answer_prefix", "max_new_tokens", "answer", "choices", "metric")
+    return [
+        Sample(int(i), question, prefix, int(limit), tuple(answer), tuple(choices), metric)
+        for i, question, prefix, limit, answer, choices, metric in group[list(names)].itertuples()
+    ]

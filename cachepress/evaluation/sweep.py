@@ -1,0 +1,275 @@
+"""A sweep: presses, ratios, data sets and models, with one prefill of a context for all."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from cachepress.catalogue import example, own_presses
+from cachepress.errors import CachepressError
+from cachepress.evaluation.cell import Cell
+from cachepress.evaluation.config import EvaluationConfig, read_yaml
+from cachepress.evaluation.executors import EXECUTORS, Unit, WorkerOptions
+from cachepress.evaluation.reader import shares_reading
+from cachepress.evaluation.samples import Context, contexts_of, load_table
+from cachepress.evaluation.statistics import Paired, paired
+from cachepress.models import load_tokenizer
+from cachepress.spec import NO_PRESS, parse
+
+logger = logging.getLogger(__name__)
+EVERY_PRESS = "all"
+AWARENESS = {"no": [False], "yes": [True], "both": [False, True]}
+_OWN = ("press", "compression_ratio", "dataset", "data_dir", "model", "query_aware")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What a sweep is made of.
+
+    Attributes:
+        presses: aliases or spellings; "all" for every press. No press is always there.
+        ratios: for each press that has one.
+        datasets: names, with a part after a colon, such as "builtin:multi_key-1000".
+        models: built-in names, local folders or hub names.
+        query_aware: "no", "yes" or "both": whether presses see the question.
+        executor: "serial", "process" or "ray".
+        workers: of the executors that have some.
+        batch_size: most sequences that are decoded at once.
+        kl: whether the divergence from the uncompressed model is measured.
+        options: of each evaluation, see ``EvaluationConfig``.
+    """
+
+    presses: Sequence[str] = ("snapkv", "knorm")
+    ratios: Sequence[float] = (0.25, 0.5, 0.75, 0.9)
+    datasets: Sequence[str] = ("builtin",)
+    models: Sequence[str] = (EvaluationConfig.model,)
+    query_aware: str = "no"
+    executor: str = "serial"
+    workers: int = 1
+    batch_size: int = 32
+    kl: bool = False
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("presses", "ratios", "datasets", "models"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+                raise CachepressError(f"{name}: got {value!r}, wanted a list")
+        for name, known in (("query_aware", AWARENESS), ("executor", EXECUTORS)):
+            if getattr(self, name) not in known:
+                raise CachepressError(
+                    f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(known)}"
+                )
+        for name in ("workers", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise CachepressError(f"{name}: got {value!r}, wanted a whole number above 0")
+
+    @property
+    def output_dir(self) -> Path:
+        """Where results go."""
+        return Path(str(self.options.get("output_dir", EvaluationConfig.output_dir)))
+
+    def groups(self) -> list["Group"]:
+        """The evaluations, by what they read."""
+        found = []
+        for model in self.models:
+            for dataset in self.datasets:
+                for aware in AWARENESS[self.query_aware]:
+                    name, _, part = dataset.partition(":")
+                    what = {"dataset": name, "data_dir": part or None, "query_aware": aware}
+                    options = {**self.options, **what, "model": model}
+                    found.append(Group([Cell(c) for c in self._configs(options)]))
+        return found
+
+    def _configs(self, options: Mapping[str, object]) -> list[EvaluationConfig]:
+        plain = {k: v for k, v in options.items() if k != "storage"}
+        configs = [EvaluationConfig(**plain)]
+        for press in self._spellings():
+            if options["query_aware"] and parse(press).needs.question:
+                continue  # It is query-aware by itself, and there once already.
+            for ratio in self.ratios if _has_ratio(press) else [None]:
+                configs.append(EvaluationConfig(**options, press=press, compression_ratio=ratio))
+        return list({config.get_results_dir(): config for config in configs}.values())
+
+    def _spellings(self) -> list[str]:
+        named = [press for press in self.presses if press not in (EVERY_PRESS, NO_PRESS)]
+        if EVERY_PRESS not in self.presses:
+            return named
+        return [*named, *(repr(example(kind, 0.5)) for kind in own_presses().values())]
+
+
+@dataclass
+class Group:
+    """Evaluations that read the same contexts with the same model.
+
+    Attributes:
+        cells: the first one is without a press.
+        table: the data set.
+        contexts: what is read.
+    """
+
+    cells: list[Cell]
+    table: pd.DataFrame = field(init=False)
+    contexts: list[Context] = field(init=False)
+
+    @property
+    def config(self) -> EvaluationConfig:
+        """What all of them share."""
+        return self.cells[0].config
+
+    def load(self) -> None:
+        """Load the data set."""
+        tokenizer = load_tokenizer(self.config.model, self.config.model_kwargs)
+        self.table = load_table(self.config, tokenizer)
+        self.contexts = contexts_of(self.table)
+
+    def units(self, kl: bool) -> Iterator[Unit]:
+        """What is left to do: contexts, with the cells that have not answered them."""
+        for context in self.contexts:
+            left = [cell for cell in self.cells if not cell.has(context, kl and _measures(cell))]
+            if left:
+                yield Unit(context, tuple(cell.config for cell in left))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one cell.
+
+    Attributes:
+        cell: which one.
+        metrics: as they stand in metrics.json.
+        paired: how it differs from no press on the same samples; None for no press itself.
+    """
+
+    cell: Cell
+    metrics: dict
+    paired: Paired | None
+
+
+def run_sweep(
+    config: SweepConfig, quiet: bool = False, only_plan: bool = False
+) -> list[list[Result]]:
+    """Do what is not done yet.
+
+    Args:
+        config: the sweep.
+        quiet: no progress bar.
+        only_plan: say what would be done, and do nothing.
+
+    Returns:
+        The results of each group; of none after a plan.
+
+    Raises:
+        CachepressError: for every input that cannot work, before any work; nothing that was
+            computed is lost.
+    """
+    groups = config.groups()
+    with ExitStack() as stack:
+        for group in groups:
+            for cell in group.cells:
+                stack.enter_context(cell.held())
+                cell.finished()  # Raises where the folder is of another config.
+            group.load()
+        left = [list(group.units(config.kl)) for group in groups]
+        logger.info("%s", plan_of(config, groups, left))
+        if only_plan:
+            return []
+        _work(config, groups, left, quiet)
+        return [_results(group) for group in groups]
+
+
+def plan_of(config: SweepConfig, groups: Sequence[Group], left: Sequence[Sequence[Unit]]) -> str:
+    """What a sweep will do, in words."""
+    lines = []
+    for group, units in zip(groups, left, strict=True):
+        one, samples = group.config, len(group.table)
+        part = f":{one.data_dir}" if one.data_dir else ""
+        aware = "query-aware" if one.query_aware else "query-agnostic"
+        answers = sum(len(u.context.samples) * len(u.configs) for u in units)
+        lines += [
+            f"{one.model} on {one.dataset}{part}, {aware}: {len(group.cells)} cells, "
+            f"{len(group.contexts)} contexts, {samples} samples; "
+            f"{answers} of {samples * len(group.cells)} answers are left",
+        ]
+        shared = [cell for cell in group.cells if shares_reading(cell)]
+        replays = {c.config.press_name for c in shared if c.press and c.press.replay}
+        apart = {c.config.press_name for c in group.cells if not shares_reading(c)}
+        lines.append(f"  one prefill of a context for {len(shared)} cells")
+        if replays:
+            lines.append(f"  and one replay of it for each of: {', '.join(sorted(replays))}")
+        if apart:
+            lines.append(f"  a prefill of their own for: {', '.join(sorted(apart))}")
+    if config.executor != "serial":
+        lines.append(f"{config.workers} workers ({config.executor})")
+    return "\n".join(lines)
+
+
+def load_sweep(path: str | None, options: Mapping[str, object]) -> SweepConfig:
+    """A config from a YAML file and options that come before it.
+
+    Raises:
+        CachepressError: if the file is missing, is not YAML, or has an unknown or wrong field.
+    """
+    values = {} if path is None else read_yaml(Path(path))
+    values |= options
+    own = {f.name for f in fields(SweepConfig)} - {"options"}
+    known = {f.name for f in fields(EvaluationConfig)} - set(_OWN)
+    for name in values:
+        if name not in own | known:
+            wanted = ", ".join(sorted(own | known))
+            raise CachepressError(f"unknown option {name!r}: wanted one of {wanted}")
+    given = {name: value for name, value in values.items() if name in own}
+    return SweepConfig(**given, options={k: v for k, v in values.items() if k in known})
+
+
+def _work(
+    config: SweepConfig, groups: Sequence[Group], left: Sequence[Sequence[Unit]], quiet: bool
+) -> None:
+    """Answer what is left, and write each context's answers as they come."""
+    options = WorkerOptions(config.batch_size, config.kl, config.workers)
+    cells = {cell.folder: cell for group in groups for cell in group.cells}
+    units = [unit for part in left for unit in part]
+    if not units:
+        return
+    with EXECUTORS[config.executor](options) as executor:
+        for group, part in zip(groups, left, strict=True):
+            if part:
+                executor.check([c.config for c in group.cells], [u.context for u in part])
+        total = sum(len(unit.configs) for unit in units)
+        with tqdm(total=total, unit="context", disable=quiet) as bar:
+            for unit, answered in executor.run(units):
+                for folder, found in answered:
+                    cells[folder].save(unit.context, found)
+                bar.update(len(unit.configs))
+
+
+def _results(group: Group) -> list[Result]:
+    base = group.cells[0].predictions(group.table, group.contexts)
+    results = []
+    for cell in group.cells:
+        metrics = cell.write_views(group.table, group.contexts)
+        compared = None
+        if cell.press is not None and base["score"].notna().any():
+            compared = paired(cell.predictions(group.table, group.contexts), base)
+        results.append(Result(cell, metrics, compared))
+    return results
+
+
+def _measures(cell: Cell) -> bool:
+    """Whether a divergence can be measured: not where the press acts on what is decoded."""
+    return cell.press is None or not cell.press.schedule.decodes
+
+
+def _has_ratio(spelling: str) -> bool:
+    press = parse(spelling)
+    if press is None:
+        raise CachepressError(f"{spelling!r} is no press")
+    try:
+        return press.with_ratio(0.5) != press.with_ratio(0.25)
+    except CachepressError:
+        return False

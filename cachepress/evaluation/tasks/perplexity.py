@@ -1,0 +1,67 @@
+"""Perplexity: how well a model still expects how a text goes on, when its beginning is compressed.
+
+No question is asked, and no chat template used: a text's first part is read and compressed, and
+the next part is put into the model's mouth.
+"""
+
+import re
+from pathlib import Path
+from pydoc_data import topics
+
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from cachepress.errors import CachepressError
+from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.tasks.base import PERPLEXITY as METRIC
+from cachepress.evaluation.tasks.base import Task, normalise
+
+DEFAULT = "1000-128x20"
+"""Tokens that are read, tokens that go on, and windows."""
+
+
+def load_perplexity(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+    """A row for each window of a text.
+
+    ``data_dir`` is the tokens that are read and those that go on, and the number of windows, such
+    as "1000-128x20". ``data_path`` is a text file; without it the text is the documentation that
+    Python ships. Windows are spread evenly over the text and do not overlap.
+
+    Raises:
+        CachepressError: if the numbers are misspelt, or the text is missing or too short.
+    """
+    found = re.fullmatch(r"([0-9]+)-([0-9]+)x([0-9]+)", config.data_dir or DEFAULT)
+    if found is None or not all(map(int, found.groups())):
+        raise CachepressError(
+            f"perplexity: got data_dir={config.data_dir!r}, wanted tokens read, tokens that go on "
+            f"and windows, such as {DEFAULT}"
+        )
+    read, more, windows = map(int, found.groups())
+    ids = tokenizer(_text(config.data_path), add_special_tokens=False, verbose=False).input_ids
+    step = len(ids) // windows
+    if step < read + more:
+        raise CachepressError(
+            f"perplexity: the text has {len(ids)} tokens, and {windows} windows of {read + more} "
+            f"need {windows * (read + more)}: ask for fewer or shorter ones"
+        )
+    rows = []
+    for start in range(0, windows * step, step):
+        middle, end = start + read, start + read + more
+        context, goes_on = tokenizer.decode(ids[start:middle]), tokenizer.decode(ids[middle:end])
+        rows.append({"context": context, "question": "", "answer": [goes_on], "length": read})
+    table = pd.DataFrame(rows).assign(metric=METRIC, max_new_tokens=1)
+    return normalise(table, task="perplexity", origin="perplexity")
+
+
+def _text(path: str | None) -> str:
+    if path is None:
+        return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CachepressError(f"{path} is not a text in UTF-8: {error}") from error
+    except OSError as error:
+        raise CachepressError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+PERPLEXITY = Task("perplexity", "of any text that goes on after a compressed one", load_perplexity)

@@ -1,0 +1,119 @@
+"""Tables and numbers as views of records."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+
+import pandas as pd
+
+from cachepress.evaluation.registry import METRIC_REGISTRY
+from cachepress.evaluation.statistics import Estimate, estimate, interval
+from cachepress.evaluation.tasks.base import PERPLEXITY, UNSCORED
+
+_NUMBERS = (
+    *("context_tokens", "prefill_seconds", "press_seconds", "step_seconds", "bytes_before"),
+    *("bytes_after", "rows_seen", "rows_held", "peak_memory_bytes"),
+)
+"""Costs of a context; where each question has a reading of its own, of one reading."""
+
+
+def predictions_of(
+    table: pd.DataFrame, records: Mapping[int, Mapping[str, object]], ratio: float
+) -> pd.DataFrame:
+    """The table without its contexts, with what was recorded of each sample, and its score.
+
+    Args:
+        table: the data set, by sample id.
+        records: a record for each sample id.
+        ratio: the nominal ratio.
+    """
+    recorded = pd.DataFrame.from_dict(dict(records), orient="index")
+    names = [name for name in recorded if name not in ("sample_id", "context_id")]
+    joined = table.drop(columns="context").join(recorded[names])
+    columns = zip(
+        joined["predicted_answer"],
+        joined["answer"],
+        joined["choices"],
+        joined["metric"],
+        strict=True,
+    )
+    scores = [score(*row) for row in columns]
+    return joined.assign(
+        score=pd.Series(scores, index=joined.index, dtype=float), compression_ratio=ratio
+    )
+
+
+def score(prediction: str, answer: Sequence[str], choices: Sequence[str], metric: str) -> float:
+    """Score of an answer; NaN where nothing judges it."""
+    if metric in (UNSCORED, PERPLEXITY):
+        return math.nan
+    return METRIC_REGISTRY[metric](prediction, answer, choices)
+
+
+def metrics_of(predictions: pd.DataFrame, query_aware: bool) -> dict[str, object]:
+    """Quality with intervals, bytes and seconds of a run.
+
+    Args:
+        predictions: what ``predictions_of`` gave.
+        query_aware: whether the press saw the question.
+    """
+    tasks = {
+        str(task): _estimated(rows, "score")
+        for task, rows in predictions.groupby("task", sort=False)
+    }
+    return {
+        "metrics": sorted(set(predictions["metric"])),
+        "query_aware": query_aware,
+        "score": _estimated(predictions, "score"),
+        "tasks": {task: found for task, found in tasks.items() if found is not None},
+        "kl": _interval(predictions, "kl"),
+        "perplexity": _perplexity(predictions),
+        **_costs(predictions),
+    }
+
+
+def _estimated(rows: pd.DataFrame, column: str) -> dict | None:
+    rows = rows[rows[column].notna()]
+    return asdict(estimate(list(rows[column]), list(rows["context_id"]))) if len(rows) else None
+
+
+def _interval(rows: pd.DataFrame, column: str) -> dict | None:
+    rows = rows[rows[column].notna()]
+    return _finite(interval(list(rows[column]), list(rows["context_id"]))) if len(rows) else None
+
+
+def _perplexity(rows: pd.DataFrame) -> dict | None:
+    rows = rows[rows["nll"].notna()]
+    if not len(rows):
+        return None
+    nll = interval(list(rows["nll"]), list(rows["context_id"]))
+    low, high = (math.inf if x == math.inf else math.exp(x) for x in (nll.low, nll.high))
+    return _finite(replace(nll, mean=math.exp(nll.mean), low=low, high=high))
+
+
+def _finite(found: Estimate) -> dict:
+    """The estimate for JSON, which knows no infinity."""
+    return {k: None if v in (math.inf, -math.inf) else v for k, v in asdict(found).items()}
+
+
+def _costs(predictions: pd.DataFrame) -> dict[str, object]:
+    """Measured bytes and seconds of all contexts; medians, since a machine is never quiet."""
+    contexts = predictions.groupby("context_id")[list(_NUMBERS)].mean()
+
+    def median(column: str) -> float | None:
+        numbers = contexts[column].dropna()
+        return statistics.median(numbers) if len(numbers) else None
+
+    step = median("step_seconds")
+    return {
+        "compression_ratio": 1 - float(contexts["rows_held"].sum() / contexts["rows_seen"].sum()),
+        "cache_bytes_before": float(contexts["bytes_before"].mean()),
+        "cache_bytes_after": float(contexts["bytes_after"].mean()),
+        "context_tokens": float(contexts["context_tokens"].mean()),
+        "prefill_seconds": median("prefill_seconds"),
+        "press_seconds": median("press_seconds"),
+        "decode_tokens_per_second": None if not step else 1 / step,
+        "peak_memory_bytes": int(contexts["peak_memory_bytes"].max()),
+        "machine": ", ".join(sorted(set(predictions["machine"]))),
+    }
