@@ -1,4 +1,4 @@
-"""The command line: ``cachepress evaluate``, ``cachepress models``, ``cachepress demo``."""
+"""The command line: ``cachepress --help`` lists the commands."""
 
 import argparse
 import logging
@@ -83,6 +83,74 @@ def _sweep(options: dict[str, object]) -> None:
     if markdown is not None:
         write_atomically(Path(markdown), sweep_page(results))
     print(f"\nresults: {config.output_dir}")
+
+
+def _score(options: dict[str, object]) -> None:
+    from cachepress.evaluation.rescore import score_again
+    from cachepress.evaluation.table import results_table
+
+    _log("INFO")
+    found = score_again(Path(options["results"]), options["metric"])
+    print(results_table([(folder.name, metrics) for folder, metrics in found]))
+
+
+def _data(options: dict[str, object]) -> None:
+    from cachepress.evaluation.config import EvaluationConfig
+    from cachepress.evaluation.registry import DATASET_REGISTRY
+    from cachepress.evaluation.samples import load_table
+    from cachepress.models import load_tokenizer
+
+    _log("INFO")
+    output = options.pop("output")
+    if options["dataset"] is None:
+        for task in DATASET_REGISTRY.values():
+            print(f"{task.name:14} {task.about}")
+            if task.parts:
+                print(f"{'':14} --data-dir {', '.join(task.parts)}")
+        return
+    if output is None or Path(output).suffix != ".parquet":
+        raise CachepressError(f"--output: got {output!r}, wanted a file that ends in .parquet")
+    table = load_table(EvaluationConfig(**options), load_tokenizer(options["model"]))
+    table.drop(columns="context_id").to_parquet(output)
+    print(f"written: {output}, {len(table)} samples of {table['context'].nunique()} contexts")
+
+
+def _report(options: dict[str, object]) -> None:
+    from cachepress.pages.report import write_report
+
+    _log("INFO")
+    output = None if options["output"] is None else Path(options["output"])
+    for path in write_report(Path(options["results"]), output, options["formats"]):
+        print(f"written: {path}")
+
+
+def _inspect(options: dict[str, object]) -> None:
+    from cachepress.models import load
+    from cachepress.pages.inspect import write_inspection
+    from cachepress.spec import parse
+
+    _log("INFO")
+    press = parse(options["press"])
+    if press is None:
+        raise CachepressError("no_press keeps every token: name a press to inspect")
+    if options["compression_ratio"] is not None:
+        press = press.with_ratio(options["compression_ratio"])
+    try:
+        context = Path(options["context"]).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CachepressError(f"{options['context']} is not a text in UTF-8: {error}") from error
+    model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
+    names = ("max_new_tokens", "query_aware", "storage")
+    path = write_inspection(
+        model,
+        tokenizer,
+        press,
+        context,
+        options["question"],
+        Path(options["output"]),
+        **{name: options[name] for name in names},
+    )
+    print(f"written: {path}")
 
 
 def _demo(options: dict[str, object]) -> None:
@@ -190,6 +258,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _evaluate_parser(commands)
     _sweep_parser(commands)
+    _result_parsers(commands)
+    _data_parser(commands)
+    _inspect_parser(commands)
     demo = commands.add_parser("demo", help="compare four presses on the built-in model and data")
     demo.add_argument("--output-dir", default="./results", help="default: ./results")
     demo.set_defaults(command=_demo)
@@ -293,6 +364,72 @@ def _sweep_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     p.add_argument("--dry-run", action="store_true", help="print the plan, and do nothing")
     _add_evaluation_options(p)
     p.set_defaults(command=_sweep)
+
+
+def _result_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    p = commands.add_parser(
+        "report",
+        help="make a page of results",
+        description="Make one page of a folder of results that opens offline: quality against "
+        "kept bytes and decode speed, a table of all that was measured, and every sample.",
+    )
+    p.add_argument("results", help="folder of results, such as ./results")
+    p.add_argument("--output", metavar="FOLDER", help="where to write (default: the results)")
+    p.add_argument(
+        "--formats",
+        nargs="+",
+        default=["html"],
+        help="html, png and svg for papers, md and latex for tables (html)",
+    )
+    p.set_defaults(command=_report)
+    p = commands.add_parser(
+        "score",
+        help="score answers again, without the model",
+        description="Score the answers of finished runs again, by their own metric or another.",
+    )
+    p.add_argument("results", help="folder of results, such as ./results")
+    p.add_argument("--metric", help="a metric for all samples (default: each sample's own)")
+    p.set_defaults(command=_score)
+
+
+def _data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    p = commands.add_parser("data", help="list benchmarks, or convert one to a file")
+    actions = p.add_subparsers(required=True, metavar="action")
+    listed = actions.add_parser("list", help="say which benchmarks there are, and their parts")
+    listed.set_defaults(command=_data, dataset=None, output=None)
+    p = actions.add_parser(
+        "convert",
+        help="write a benchmark's rows to a Parquet file",
+        description="Write a benchmark's rows to a Parquet file, which --dataset takes.",
+    )
+    p.add_argument("dataset", help="name of a benchmark")
+    p.add_argument("--data-dir", help="part of it")
+    p.add_argument("--data-path", help="folder with its original files (default: the hub)")
+    p.add_argument("--model", default="smollm2-135m", help="whose tokenizer counts (smollm2-135m)")
+    p.add_argument("--seed", type=int, default=0, help="seed of what is generated (0)")
+    p.add_argument("--output", required=True, metavar="FILE", help="the Parquet file")
+    p.set_defaults(command=_data)
+
+
+def _inspect_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    p = commands.add_parser(
+        "inspect",
+        help="make a page that shows which tokens a press keeps",
+        description="Make a page of a context, each token shaded by how many heads kept it, with "
+        "the answers of the whole and of the compressed cache.",
+    )
+    p.add_argument("--press", default="snapkv", help="an alias or a spelling (snapkv)")
+    p.add_argument("--compression-ratio", type=float, help="fraction of pairs removed, 0 to 1")
+    p.add_argument("--context", required=True, metavar="FILE", help="the text")
+    p.add_argument("--question", required=True, help="what is asked about it")
+    p.add_argument("--query-aware", action="store_true", help="let the press see the question")
+    p.add_argument("--storage", default="full", help="full, int8, int4 or int2 (full)")
+    p.add_argument("--model", default="smollm2-135m", help="default: smollm2-135m")
+    p.add_argument("--output", metavar="FILE", default="inspect.html", help="(inspect.html)")
+    p.add_argument("--max-new-tokens", type=_positive, default=50, help="of an answer (50)")
+    p.add_argument("--dtype", help="torch dtype by name")
+    p.add_argument("--device", help="torch device")
+    p.set_defaults(command=_inspect)
 
 
 def _add_evaluation_options(p: argparse.ArgumentParser) -> None:

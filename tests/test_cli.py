@@ -176,3 +176,78 @@ def test_help_names_every_option(capsys):
     out = capsys.readouterr().out
     for option in ("--dataset", "--press", "--compression-ratio", "--query-aware", "--overwrite"):
         assert option in out
+
+
+@pytest.fixture
+def swept(arguments, data_file, model_dir, tmp_path):
+    """A sweep's arguments, and its folder."""
+    options = ["--datasets", data_file, "--models", model_dir, "--device=cpu"]
+    return ["sweep", *options, f"--output-dir={tmp_path / 'out'}"], tmp_path / "out"
+
+
+def test_sweep_prints_a_table_and_writes_it(swept, tmp_path, capsys):
+    arguments, folder = swept
+    markdown = tmp_path / "table.md"
+    more = ["--presses", "knorm", "tova", "--ratios", "0.5", "--kl", f"--markdown={markdown}"]
+    assert main([*arguments, *more]) == 0
+    out = capsys.readouterr().out
+    assert "query-agnostic, 4 contexts, 8 samples" in out
+    for text in (out, markdown.read_text()):
+        assert [name in text for name in ("no_press", "knorm", "tova", "flips", "KL")] == [True] * 5
+    assert len(list(folder.glob(f"*/{METRICS}"))) == 3
+    assert main([*arguments, *more]) == 0
+
+
+def test_a_dry_run_does_nothing(swept, capsys, caplog):
+    arguments, folder = swept
+    with caplog.at_level("INFO", "cachepress"):
+        assert main([*arguments, "--presses", "knorm", "--ratios", "0.5", "--dry-run"]) == 0
+    assert "2 cells, 4 contexts, 8 samples; 16 of 16 answers are left" in caplog.text
+    assert not list(folder.glob(f"*/{RECORDS}"))
+
+
+def test_ctrl_c_in_a_sweep_is_one_line(swept, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Reader, "together", interrupt)
+    assert main([*swept[0], "--presses", "knorm", "--ratios", "0.5"]) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert err[-1].startswith("cachepress: error: interrupted: every finished context is on disk")
+
+
+def test_answers_can_be_scored_again_without_the_model(arguments, tmp_path, capsys):
+    assert main([*arguments, "--press=knorm", "--compression-ratio=0.5"]) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    before = [(folder / name).read_text() for name in (METRICS, PREDICTIONS)]
+    assert main(["score", str(tmp_path / "out")]) == 0
+    again = [(folder / name).read_text() for name in (METRICS, PREDICTIONS)]
+    assert json.loads(again[0]) == json.loads(before[0])
+    assert again[1] == before[1]
+    assert main(["score", str(folder), "--metric", "qa_f1"]) == 0
+    other = json.loads((folder / METRICS).read_text())
+    assert other["metrics"] == ["qa_f1"]
+    assert other["score"]["mean"] != json.loads(before[0])["score"]["mean"]
+    assert other["cache_bytes_after"] == json.loads(before[0])["cache_bytes_after"]
+    assert main(["score", str(folder), "--metric", "rogue"]) == 2
+    assert "unknown metric 'rogue'" in capsys.readouterr().err
+    (folder / PREDICTIONS).write_text("context_id\nx\n")
+    assert main(["score", str(folder)]) == 2
+    assert f"{folder / PREDICTIONS} is damaged" in capsys.readouterr().err
+
+
+def test_data_is_listed_and_converted(tmp_path, data_file, model_dir, capsys):
+    assert main(["data", "list"]) == 0
+    out = capsys.readouterr().out
+    assert "ruler " in out and "--data-dir narrativeqa, qasper" in out
+    target = tmp_path / "facts.parquet"
+    convert = ["data", "convert", data_file, "--model", model_dir, "--output"]
+    assert main([*convert, str(target)]) == 0
+    assert "8 samples of 4 contexts" in capsys.readouterr().out
+    run = ["evaluate", f"--model={model_dir}", "--device=cpu"]
+    for name, data in (("a", data_file), ("b", str(target))):
+        assert main([*run, f"--dataset={data}", f"--output-dir={tmp_path / name}"]) == 0
+    a, b = (next(tmp_path.glob(f"{name}/*/{PREDICTIONS}")).read_text() for name in "ab")
+    assert a == b
+    assert main([*convert, str(tmp_path / "facts.xml")]) == 2
+    assert "wanted a file that ends in .parquet" in capsys.readouterr().err

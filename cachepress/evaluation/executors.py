@@ -62,9 +62,11 @@ class Worker:
         if threads is not None:
             torch.set_num_threads(threads)
 
-    def check(self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]) -> None:
-        """Refuse what cannot work."""
-        self._reader(configs[0]).check([Cell(config) for config in configs], contexts)
+    def check(
+        self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]
+    ) -> dict[Path, str]:
+        """Refuse contexts that are too long; what does not fit the model, by folder, and why."""
+        return self._reader(configs[0]).check([Cell(config) for config in configs], contexts)
 
     def answer(self, unit: Unit) -> Answered:
         """Answer a unit."""
@@ -94,8 +96,10 @@ class Executor(Protocol):
 
     def __exit__(self, *error: object) -> None: ...
 
-    def check(self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]) -> None:
-        """Refuse what cannot work, before any of it is done."""
+    def check(
+        self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]
+    ) -> dict[Path, str]:
+        """What ``Worker.check`` says, before any work is done."""
         ...
 
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
@@ -115,9 +119,11 @@ class Serial:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def check(self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]) -> None:
-        """Refuse what cannot work."""
-        self._worker.check(configs, contexts)
+    def check(
+        self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]
+    ) -> dict[Path, str]:
+        """What the worker says."""
+        return self._worker.check(configs, contexts)
 
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
         """One unit after the other."""
@@ -141,9 +147,9 @@ def _answer(unit: Unit) -> Answered:
     return _WORKER.answer(unit)
 
 
-def _check(configs: Sequence[EvaluationConfig], contexts: Sequence[Context]) -> None:
+def _check(configs: Sequence[EvaluationConfig], contexts: Sequence[Context]) -> dict[Path, str]:
     assert _WORKER is not None
-    _WORKER.check(configs, contexts)
+    return _WORKER.check(configs, contexts)
 
 
 class Processes:
@@ -164,10 +170,12 @@ class Processes:
         assert self._pool is not None
         self._pool.shutdown(cancel_futures=True)
 
-    def check(self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]) -> None:
-        """Refuse what cannot work."""
+    def check(
+        self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]
+    ) -> dict[Path, str]:
+        """What a worker says."""
         assert self._pool is not None
-        self._pool.submit(_check, configs, contexts).result()
+        return self._pool.submit(_check, configs, contexts).result()
 
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
         """Units as they are done, each exactly once."""
@@ -176,7 +184,8 @@ class Processes:
         while left or at:
             assert self._pool is not None
             while left and len(at) < self._options.workers:
-                at[self._pool.submit(_answer, left[0])] = left.popleft()
+                unit = left.popleft()
+                at[self._pool.submit(_answer, unit)] = unit
             try:
                 done, _ = wait(at, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -218,7 +227,8 @@ class Ray:
         ray, workers = self._ray, self._options.workers
         if not ray.is_initialized():
             local = "RAY_ADDRESS" not in os.environ
-            # Workers share this machine's cores, however many there are of each.
+            # They do the work; Ray's own niceness of 15 is for what runs beside it.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             room = {"num_cpus": max(workers, os.cpu_count() or 1)} if local else {}
             ray.init(log_to_driver=False, include_dashboard=False, logging_level="error", **room)
             self._owned = True
@@ -234,9 +244,11 @@ class Ray:
         if self._owned:
             self._ray.shutdown()
 
-    def check(self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]) -> None:
-        """Refuse what cannot work."""
-        self._get(self.actors[0].check.remote(configs, contexts))
+    def check(
+        self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]
+    ) -> dict[Path, str]:
+        """What an actor says."""
+        return self._get(self.actors[0].check.remote(configs, contexts))
 
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
         """Units as they are done, each exactly once."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -83,21 +84,29 @@ class Reader:
         self._machine = machine_of(model)
         self._padding = has_only_full_attention(model)
 
-    def check(self, cells: Sequence[Cell], contexts: Sequence[Context]) -> None:
-        """Refuse what cannot work before anything is computed.
+    def check(self, cells: Sequence[Cell], contexts: Sequence[Context]) -> dict[Path, str]:
+        """Look for what cannot work before anything is computed.
+
+        Returns:
+            The reason for each cell, by its folder, whose press does not fit the model.
 
         Raises:
-            CachepressError: if a press does not fit the model, or a context is too long.
+            CachepressError: if a context is too long.
         """
+        unfit = {}
         for cell in cells:
-            if cell.press is not None:
-                prepared(cell.press, self.model)
+            try:
+                if cell.press is not None:
+                    prepared(cell.press, self.model)
+            except CachepressError as error:
+                unfit[cell.folder] = str(error)
         for context in contexts:
             try:
                 self._prompt(context, cells[0])
             except CachepressError as error:
                 first = context.samples[0].sample_id
                 raise CachepressError(f"sample {first}: {error}") from error
+        return unfit
 
     def alone(self, cell: Cell, context: Context, reference: _Reference | None = None) -> Found:
         """Answers of a cell with a reading of its own, through the pipeline."""

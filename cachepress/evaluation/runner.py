@@ -9,6 +9,7 @@ import pandas as pd
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from cachepress.errors import CachepressError
 from cachepress.evaluation.cell import Cell
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.reader import Reader
@@ -52,7 +53,8 @@ class EvaluationRunner:
             reader = self._setup_model_pipeline()
             table = self._load_and_prepare_dataset(reader.tokenizer)
             contexts = contexts_of(table)
-            reader.check([self.cell], contexts)
+            for reason in reader.check([self.cell], contexts).values():
+                raise CachepressError(reason)
             self.cell.save_config()
             self._run_inference(reader, contexts)
             return self._save_results(table, contexts)

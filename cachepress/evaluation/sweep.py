@@ -13,7 +13,7 @@ from cachepress.catalogue import example, own_presses
 from cachepress.errors import CachepressError
 from cachepress.evaluation.cell import Cell
 from cachepress.evaluation.config import EvaluationConfig, read_yaml
-from cachepress.evaluation.executors import EXECUTORS, Unit, WorkerOptions
+from cachepress.evaluation.executors import EXECUTORS, Executor, Unit, WorkerOptions
 from cachepress.evaluation.reader import shares_reading
 from cachepress.evaluation.samples import Context, contexts_of, load_table
 from cachepress.evaluation.statistics import Paired, paired
@@ -73,6 +73,11 @@ class SweepConfig:
     def output_dir(self) -> Path:
         """Where results go."""
         return Path(str(self.options.get("output_dir", EvaluationConfig.output_dir)))
+
+    @property
+    def worker_options(self) -> WorkerOptions:
+        """How the work is done."""
+        return WorkerOptions(self.batch_size, self.kl, self.workers)
 
     def groups(self) -> list["Group"]:
         """The evaluations, by what they read."""
@@ -175,11 +180,14 @@ def run_sweep(
                 stack.enter_context(cell.held())
                 cell.finished()  # Raises where the folder is of another config.
             group.load()
+        executor = stack.enter_context(EXECUTORS[config.executor](config.worker_options))
+        for group in groups:
+            _check(config, group, executor)
         left = [list(group.units(config.kl)) for group in groups]
         logger.info("%s", plan_of(config, groups, left))
         if only_plan:
             return []
-        _work(config, groups, left, quiet)
+        _work(groups, [unit for part in left for unit in part], executor, quiet)
         return [_results(group) for group in groups]
 
 
@@ -227,25 +235,28 @@ def load_sweep(path: str | None, options: Mapping[str, object]) -> SweepConfig:
     return SweepConfig(**given, options={k: v for k, v in values.items() if k in known})
 
 
-def _work(
-    config: SweepConfig, groups: Sequence[Group], left: Sequence[Sequence[Unit]], quiet: bool
-) -> None:
-    """Answer what is left, and write each context's answers as they come."""
-    options = WorkerOptions(config.batch_size, config.kl, config.workers)
-    cells = {cell.folder: cell for group in groups for cell in group.cells}
-    units = [unit for part in left for unit in part]
-    if not units:
+def _check(config: SweepConfig, group: Group, executor: Executor) -> None:
+    """Refuse what cannot work; of "all" presses, those that do not fit the model are left out."""
+    if not any(True for _ in group.units(config.kl)):
         return
-    with EXECUTORS[config.executor](options) as executor:
-        for group, part in zip(groups, left, strict=True):
-            if part:
-                executor.check([c.config for c in group.cells], [u.context for u in part])
-        total = sum(len(unit.configs) for unit in units)
-        with tqdm(total=total, unit="context", disable=quiet) as bar:
-            for unit, answered in executor.run(units):
-                for folder, found in answered:
-                    cells[folder].save(unit.context, found)
-                bar.update(len(unit.configs))
+    unfit = executor.check([cell.config for cell in group.cells], group.contexts)
+    for folder, reason in unfit.items():
+        cell = next(cell for cell in group.cells if cell.folder == folder)
+        if EVERY_PRESS not in config.presses or cell.config.press in config.presses:
+            raise CachepressError(reason)
+        logger.warning("left out: %s: %s", cell.label, reason)
+    group.cells = [cell for cell in group.cells if cell.folder not in unfit]
+
+
+def _work(groups: Sequence[Group], units: Sequence[Unit], executor: Executor, quiet: bool) -> None:
+    """Answer what is left, and write each context's answers as they come."""
+    cells = {cell.folder: cell for group in groups for cell in group.cells}
+    total = sum(len(unit.configs) for unit in units)
+    with tqdm(total=total, unit="context", disable=quiet or not units) as bar:
+        for unit, answered in executor.run(units):
+            for folder, found in answered:
+                cells[folder].save(unit.context, found)
+            bar.update(len(unit.configs))
 
 
 def _results(group: Group) -> list[Result]:

@@ -58,18 +58,23 @@ def metrics_of(predictions: pd.DataFrame, query_aware: bool) -> dict[str, object
         predictions: what ``predictions_of`` gave.
         query_aware: whether the press saw the question.
     """
-    tasks = {
-        str(task): _estimated(rows, "score")
-        for task, rows in predictions.groupby("task", sort=False)
-    }
     return {
-        "metrics": sorted(set(predictions["metric"])),
+        **scores_of(predictions),
         "query_aware": query_aware,
-        "score": _estimated(predictions, "score"),
-        "tasks": {task: found for task, found in tasks.items() if found is not None},
         "kl": _interval(predictions, "kl"),
         "perplexity": _perplexity(predictions),
         **_costs(predictions),
+    }
+
+
+def scores_of(predictions: pd.DataFrame) -> dict[str, object]:
+    """What judged, and mean scores with intervals: of everything, and of each task."""
+    by_task = predictions.groupby("task", sort=False)
+    tasks = {str(task): _estimated(rows, "score") for task, rows in by_task}
+    return {
+        "metrics": sorted(set(predictions["metric"])),
+        "score": _estimated(predictions, "score"),
+        "tasks": {task: found for task, found in tasks.items() if found is not None},
     }
 
 

@@ -2,12 +2,29 @@
 
 import csv
 import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import pytest
+import torch
+
 import cachepress as cp
+from cachepress.decode import generate
 from cachepress.evaluation import EvaluationConfig, EvaluationRunner
-from cachepress.evaluation.cell import METRICS, PREDICTIONS
-from cachepress.evaluation.sweep import SweepConfig, run_sweep
+from cachepress.evaluation.cell import METRICS, PREDICTIONS, RECORDS, Cell
+from cachepress.evaluation.reader import Reader
+from cachepress.evaluation.samples import contexts_of, load_table
+from cachepress.evaluation.sweep import SweepConfig, load_sweep, run_sweep
+from cachepress.hf.survey import Survey
+from cachepress.pipeline import make_prompt
+from tests.tiny import tiny, tokenizer, words
+from tests.tiny_cache import forward
 
 PRESSES = (
     "knorm",
@@ -15,7 +32,7 @@ PRESSES = (
     "AdaKVPress(SnapKVPress(0.5, window_size=6))",
     "KIVIPress(KnormPress(0.5), residual=5)",
     "KVzipPress(chunk_size=16)",
-    "FinchPress(split_size=1)" if hasattr(cp.FinchPress, "split_size") else "finch",
+    "finch",
     "DecodingPress(KnormPress(), 2, 20)",
     "QuestPress(KnormPress(0.25), pages=1)",
     "think",
@@ -48,3 +65,240 @@ def test_the_answers_are_those_of_separate_runs(model_dir, data_file, tmp_path):
         for name in ("compression_ratio", "cache_bytes_after", "context_tokens", "query_aware"):
             assert ours[name] == metrics[name], (cell.label, name)
     assert rows_of(tmp_path / "sweep") == rows_of(tmp_path / "apart")
+
+
+def spy(monkeypatch, stop_after=None):
+    """What is read, as (context, presses); stops after so many contexts."""
+    seen, together = [], Reader.together
+
+    def spied(self, cells, context):
+        if len(seen) == stop_after:
+            raise KeyboardInterrupt
+        seen.append((context.number, [cell.config.press_name for cell in cells]))
+        return together(self, cells, context)
+
+    monkeypatch.setattr(Reader, "together", spied)
+    return seen
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(model_dir, data_file, tmp_path, monkeypatch):
+    config = sweep(model_dir, data_file, tmp_path / "stopped", presses=("knorm", "kvzip"))
+    seen = spy(monkeypatch, stop_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(config, quiet=True)
+    torn = next((tmp_path / "stopped").glob(f"*knorm*/{RECORDS}"))
+    torn.write_bytes(torn.read_bytes() + b'{"key": "half a li')
+    monkeypatch.undo()
+    seen = spy(monkeypatch)
+    run_sweep(config, quiet=True)
+    assert [number for number, _ in seen] == [2, 3]
+    run_sweep(config, quiet=True)
+    assert len(seen) == 2
+    whole = sweep(model_dir, data_file, tmp_path / "whole", presses=("knorm", "kvzip"))
+    run_sweep(whole, quiet=True)
+    assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")
+
+
+def test_only_what_is_missing_is_computed(model_dir, data_file, tmp_path, monkeypatch):
+    run_sweep(sweep(model_dir, data_file, tmp_path, presses=("knorm",)), quiet=True)
+    seen = spy(monkeypatch)
+    run_sweep(sweep(model_dir, data_file, tmp_path, presses=("knorm", "keydiff")), quiet=True)
+    assert seen == [(number, ["keydiff", "keydiff"]) for number in range(4)]
+    lines = (next(tmp_path.glob(f"*keydiff*/{RECORDS}"))).read_text().splitlines()
+    keys = [json.loads(line)["key"] for line in lines]
+    assert len(keys) == len(set(keys)) == 8
+
+
+def test_a_context_is_read_once_for_all_that_share(model_dir, data_file, tmp_path, monkeypatch):
+    read, real = [], Survey.read
+
+    def spied(self, ids, chunk_size=None):
+        read.append(ids.shape[1])
+        real(self, ids, chunk_size)
+
+    monkeypatch.setattr(Survey, "read", spied)
+    config = sweep(model_dir, data_file, tmp_path, presses=("knorm", "snapkv", "kvzip"), kl=True)
+    run_sweep(config, quiet=True)
+    assert read == [42] * 4
+
+
+def test_the_divergence_is_that_of_single_steps(model_dir, data_file, tmp_path):
+    config = sweep(model_dir, data_file, tmp_path, presses=("knorm",), ratios=(0.0, 0.5), kl=True)
+    (results,) = run_sweep(config, quiet=True)
+    none, zero, half = (result.metrics["kl"]["mean"] for result in results)
+    assert none == pytest.approx(0, abs=1e-6) and zero == pytest.approx(0, abs=1e-6)
+    model, cell = tiny(), results[2].cell
+    model.generation_config.suppress_tokens = [0, 1, 2, 96]
+    values = []
+    for context in contexts_of(load_table(cell.config, tokenizer())):
+        prompt = make_prompt(tokenizer(), model, context.text, context.prompt_options(cell.config))
+        whole = cp.prefill(model, prompt.context_ids, cp.KnormPress(0.0))
+        pressed = cp.prefill(model, prompt.context_ids, cp.KnormPress(0.5))
+        for ids, sample in zip(prompt.question_ids, context.samples, strict=True):
+            limit = sample.max_new_tokens
+            said = generate(model, tokenizer(), cp.fork(whole), [ids], limit, {})[0]
+            text = torch.cat([ids, torch.tensor([said], dtype=torch.long)], dim=1)
+            p, q = (expected(model, cache, text, len(said) + 1) for cache in (whole, pressed))
+            values.append((p.exp() * (p - q)).sum(-1).mean().item())
+    assert half == pytest.approx(sum(values) / len(values), rel=1e-3)
+    assert half > 0.01
+
+
+def expected(model, cache, text, n):
+    branch = cp.fork(cache)
+    steps = [forward(model, branch, input_ids=token).logits[0, -1] for token in text.split(1, 1)]
+    return torch.stack(steps[-n:]).log_softmax(-1)
+
+
+def test_differences_are_on_the_same_samples(model_dir, data_file, tmp_path):
+    (results,) = run_sweep(sweep(model_dir, data_file, tmp_path, presses=("random",)), quiet=True)
+    base, rows = (rows_of(tmp_path)[result.cell.folder.name] for result in results[:2])
+    differences = [float(a["score"]) - float(b["score"]) for a, b in zip(rows, base, strict=True)]
+    compared = results[1].paired
+    assert results[0].paired is None
+    assert compared.difference.mean == pytest.approx(sum(differences) / 8)
+    assert compared.difference.contexts == 4
+    same = [a["predicted_answer"] == b["predicted_answer"] for a, b in zip(rows, base, strict=True)]
+    assert compared.same == sum(same) / 8
+
+
+def test_the_plan_says_what_is_shared(model_dir, data_file, tmp_path, caplog):
+    config = sweep(model_dir, data_file, tmp_path, presses=("knorm", "kvzip", "finch"))
+    with caplog.at_level("INFO", "cachepress"):
+        assert run_sweep(config, quiet=True, only_plan=True) == []
+    assert "7 cells, 4 contexts, 8 samples; 56 of 56 answers are left" in caplog.text
+    assert "one prefill of a context for 5 cells" in caplog.text
+    assert "one replay of it for each of: kvzip" in caplog.text
+    assert "a prefill of their own for: finch" in caplog.text
+    assert not rows_of(tmp_path)
+
+
+@pytest.mark.parametrize("executor", ["process", "ray"])
+def test_several_workers_answer_as_one(model_dir, data_file, tmp_path, executor, monkeypatch):
+    presses = ("knorm", "SnapKVPress(window_size=6)", "kvzip")
+    run_sweep(sweep(model_dir, data_file, tmp_path / "serial", presses=presses), quiet=True)
+    config = sweep(
+        model_dir, data_file, tmp_path / executor, presses=presses, executor=executor, workers=2
+    )
+    killed = kill_a_worker(monkeypatch, executor)
+    results = run_sweep(config, quiet=True)
+    assert len(killed) == 1
+    assert rows_of(tmp_path / executor) == rows_of(tmp_path / "serial")
+    for result in results[0]:
+        lines = (result.cell.folder / RECORDS).read_text().splitlines()
+        assert len({json.loads(line)["key"] for line in lines}) == len(lines) == 8
+        serial = tmp_path / "serial" / result.cell.folder.name / METRICS
+        wanted = json.loads(serial.read_text())
+        for name in ("score", "tasks", "compression_ratio", "cache_bytes_after"):
+            assert result.metrics[name] == wanted[name]
+
+
+def kill_a_worker(monkeypatch, executor):
+    """After the first context that is done, a worker is killed while others are at work."""
+    killed, real = [], Cell.save
+
+    def save(self, context, answers):
+        real(self, context, answers)
+        if not killed:
+            killed.append(worker_pids(executor)[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(Cell, "save", save)
+    return killed
+
+
+def worker_pids(executor):
+    if executor == "process":
+        return [child.pid for child in multiprocessing.active_children()]
+    found = Path("/proc").glob("[0-9]*/cmdline")
+    return [int(path.parent.name) for path in found if b"ray::Worker" in path.read_bytes()]
+
+
+def test_sigkill_at_ten_moments_loses_and_doubles_nothing(model_dir, tmp_path):
+    """Real processes, killed for real."""
+    data = tmp_path / "many.jsonl"
+    rows = [
+        {"context": words(60, seed=i), "question": "w9", "answer": ["w5"], "max_new_tokens": 3}
+        for i in range(40)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = sweep(model_dir, str(data), tmp_path / "whole", presses=("knorm", "snapkv"))
+    run_sweep(config, quiet=True)
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "cachepress.cli", "sweep", "--presses", "knorm", "snapkv"]
+    command += ["--ratios", "0.5", "0.75", "--datasets", str(data), "--models", model_dir]
+    command += ["--batch-size", "8", "--device", "cpu", "--output-dir", str(killed)]
+    draw = random.Random(0)
+    for moment in range(10):
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        lines, more = n_lines(killed), draw.randrange(1, 8)
+        deadline = time.monotonic() + 120
+        while n_lines(killed) < lines + more and run.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(draw.random() / 20)
+        assert run.poll() is None, f"it was done before kill {moment}"
+        run.kill()
+        run.wait()
+    assert subprocess.run(command, capture_output=True, check=True).returncode == 0
+    assert rows_of(killed) == rows_of(tmp_path / "whole")
+    for path in killed.glob(f"*/{RECORDS}"):
+        keys = [json.loads(line)["key"] for line in path.read_text().splitlines()]
+        assert len(keys) == len(set(keys)) == 40
+
+
+def n_lines(folder):
+    return sum(path.read_bytes().count(b"\n") for path in Path(folder).glob(f"*/{RECORDS}"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"presses": ("nope",)}, "unknown press 'nope'"),
+        ({"presses": "knorm"}, "presses: got 'knorm', wanted a list"),
+        ({"ratios": (1.2,)}, "got 1.2"),
+        ({"ratios": ()}, "ratios: got \\(\\), wanted a list"),
+        ({"datasets": ["rulr:4096"]}, "unknown dataset 'rulr'"),
+        ({"query_aware": "maybe"}, "query_aware: got 'maybe', wanted one of no, yes, both"),
+        ({"executor": "slurm"}, "executor: got 'slurm', wanted one of serial, process, ray"),
+        ({"workers": 0}, "workers: got 0"),
+        ({"models": ["/nowhere"]}, "could not load the tokenizer of '/nowhere'"),
+        ({"options": {"fraction": 2.0}}, "fraction: got 2.0"),
+    ],
+)
+def test_bad_input_is_one_clear_line_before_any_work(
+    model_dir, data_file, tmp_path, changes, message
+):
+    with pytest.raises(cp.CachepressError, match=message) as caught:
+        run_sweep(sweep(model_dir, data_file, tmp_path, **changes), quiet=True)
+    assert "\n" not in str(caught.value)
+    assert not rows_of(tmp_path)
+
+
+def test_a_press_that_does_not_fit_the_model_is_refused_before_any_work(
+    model_dir, data_file, tmp_path
+):
+    config = sweep(model_dir, data_file, tmp_path, presses=("knorm", "qfilter"))
+    with pytest.raises(cp.CachepressError, match="cachepress train q_filters"):
+        run_sweep(config, quiet=True)
+    assert not n_lines(tmp_path)
+
+
+def test_damaged_records_are_named(model_dir, data_file, tmp_path):
+    config = sweep(model_dir, data_file, tmp_path, presses=("knorm",))
+    run_sweep(config, quiet=True)
+    path = next(tmp_path.glob(f"*knorm*/{RECORDS}"))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "rubbish", *lines[1:]]) + "\n")
+    with pytest.raises(cp.CachepressError, match="records.jsonl line 2 is damaged"):
+        run_sweep(config, quiet=True)
+
+
+def test_a_file_of_options(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text("presses: [knorm, tova]\nratios: [0.5]\nseed: 3\nkl: true\n")
+    config = load_sweep(str(path), {"ratios": [0.9]})
+    assert (config.presses, config.ratios, config.kl) == (["knorm", "tova"], [0.9], True)
+    assert config.options == {"seed": 3}
+    with pytest.raises(cp.CachepressError, match="unknown option 'press'"):
+        load_sweep(str(path), {"press": "knorm"})

@@ -1,0 +1,235 @@
+"""Result folders: what each of them says, checked."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from cachepress.errors import CachepressError
+from cachepress.evaluation.statistics import Estimate
+
+CONFIG, METRICS, PREDICTIONS = "config.yaml", "metrics.json", "predictions.csv"
+NO_PRESS = "no_press"
+COLUMNS = ("sample_id", "question", "answer", "context_id", "predicted_answer")
+TEXTS = ("question", "answer_prefix", "task", "metric", "context_id", "predicted_answer")
+LISTS = ("answer", "choices")
+NUMBERS = ("score", "kl", "length", "depth")
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One finished run: a press at a ratio, on a data set, with a model.
+
+    Attributes:
+        folder: name of its folder.
+        config: every setting and version.
+        press: short name of the press.
+        spelling: full spelling of the press.
+        ratio: nominal ratio.
+        query_aware: whether the press saw the question.
+        metrics: names of the metrics.
+        score: mean score; None if nothing was scored.
+        tasks: the same for each task.
+        kl: divergence from the answers without a press; None if not measured.
+        perplexity: of the wanted answers; None if not measured.
+        achieved: fraction of pairs that are gone, measured.
+        bytes_before: bytes of the cache before compression.
+        bytes_after: bytes of the cache after it.
+        context_tokens: tokens of a context.
+        prefill_seconds: seconds of reading a context, compression included.
+        press_seconds: the part of it that the press added; None if not measured.
+        speed: decoded tokens per second; None if not measured.
+        peak_bytes: most memory in use; None if not measured.
+        machine: what it ran on.
+        predictions: a row for each sample, by sample id.
+    """
+
+    folder: str
+    config: Mapping[str, object]
+    press: str
+    spelling: str
+    ratio: float
+    query_aware: bool
+    metrics: list[str]
+    score: Estimate | None
+    tasks: Mapping[str, Estimate | None]
+    kl: Estimate | None
+    perplexity: Estimate | None
+    achieved: float
+    bytes_before: float
+    bytes_after: float
+    context_tokens: float
+    prefill_seconds: float
+    press_seconds: float | None
+    speed: float | None
+    peak_bytes: float | None
+    machine: str
+    predictions: pd.DataFrame
+
+
+def read_cells(folder: Path) -> tuple[list[Cell], list[str]]:
+    """Every finished cell of a folder of results, and the names of those that are not finished.
+
+    Raises:
+        CachepressError: if the folder or one of the files is damaged or foreign, or if no cell is
+            finished.
+    """
+    if not folder.is_dir():
+        raise CachepressError(f"{folder} is not a folder: wanted one with result folders in it")
+    found = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    cells = [read_cell(path) for path in found if (path / METRICS).exists()]
+    unfinished = [path.name for path in found if not (path / METRICS).exists()]
+    if not cells:
+        raise CachepressError(
+            f"{folder} has no finished results: run cachepress evaluate --output-dir {folder} first"
+        )
+    return cells, unfinished
+
+
+def read_cell(folder: Path) -> Cell:
+    """What one result folder says.
+
+    Raises:
+        CachepressError: if one of its files is damaged or foreign.
+    """
+    metrics = _Fields(folder / METRICS, _mapping(folder / METRICS, json.loads))
+    config = _Fields(folder / CONFIG, _mapping(folder / CONFIG, yaml.safe_load))
+    spelling = config.text("press")
+    tasks = metrics.mapping("tasks")
+    return Cell(
+        folder=folder.name,
+        config=config.values,
+        press=config.text("press_name", spelling),
+        spelling=spelling,
+        ratio=config.number("compression_ratio"),
+        query_aware=metrics.flag("query_aware"),
+        metrics=metrics.names("metrics"),
+        score=metrics.estimate("score"),
+        tasks={name: tasks.estimate(name) for name in tasks.values},
+        kl=metrics.estimate("kl"),
+        perplexity=metrics.estimate("perplexity"),
+        achieved=metrics.number("compression_ratio"),
+        bytes_before=metrics.number("cache_bytes_before"),
+        bytes_after=metrics.number("cache_bytes_after"),
+        context_tokens=metrics.number("context_tokens"),
+        prefill_seconds=metrics.number("prefill_seconds"),
+        press_seconds=metrics.number_or_none("press_seconds"),
+        speed=metrics.number_or_none("decode_tokens_per_second"),
+        peak_bytes=metrics.number_or_none("peak_memory_bytes"),
+        machine=metrics.text("machine", ""),
+        predictions=_predictions(folder / PREDICTIONS),
+    )
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The fields of a file, each checked when it is read."""
+
+    path: Path
+    values: Mapping[str, object]
+
+    def number(self, name: str) -> float:
+        value = self.number_or_none(name)
+        if value is None:
+            raise self._wrong(name, "a number")
+        return value
+
+    def number_or_none(self, name: str) -> float | None:
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(name, "a number")
+        return float(value)
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self.values.get(name, default)
+        if not isinstance(value, str):
+            raise self._wrong(name, "a text")
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self.values.get(name)
+        if not isinstance(value, bool):
+            raise self._wrong(name, "true or false")
+        return value
+
+    def names(self, name: str) -> list[str]:
+        value = self.values.get(name)
+        if not isinstance(value, list):
+            raise self._wrong(name, "a list of names")
+        return [str(item) for item in value]
+
+    def mapping(self, name: str) -> "_Fields":
+        value = self.values.get(name)
+        if not isinstance(value, dict):
+            raise self._wrong(name, "a mapping")
+        return _Fields(self.path, value)
+
+    def estimate(self, name: str) -> Estimate | None:
+        if self.values.get(name) is None:
+            return None
+        part = self.mapping(name)
+        ends = (part.number_or_none("low"), part.number_or_none("high"))
+        low, high = (math.nan if end is None else end for end in ends)
+        samples, contexts = int(part.number("samples")), int(part.number("contexts"))
+        return Estimate(part.number("mean"), low, high, samples, contexts)
+
+    def _wrong(self, name: str, wanted: str) -> CachepressError:
+        got = "nothing" if name not in self.values else repr(self.values[name])
+        return CachepressError(f"{self.path}: {name} is {_short(got)}, wanted {wanted}")
+
+
+def _mapping(path: Path, parse: Callable[[str], object]) -> Mapping[str, object]:
+    """The mapping that a JSON or YAML file holds."""
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CachepressError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise CachepressError(f"{path} is damaged: {_short(error)}") from error
+    if not isinstance(values, dict):
+        raise CachepressError(f"{path} is no file of ours: wanted a mapping")
+    return {str(name): value for name, value in values.items()}
+
+
+def _predictions(path: Path) -> pd.DataFrame:
+    """A row for each sample: texts, lists, and numbers with NaN where there is none."""
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    except OSError as error:
+        raise CachepressError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CachepressError(f"{path} is damaged: {_short(error)}") from error
+    for name in COLUMNS:
+        if name not in table:
+            raise CachepressError(f"{path} is no file of ours: it has no column {name!r}")
+    if table["sample_id"].duplicated().any():
+        raise CachepressError(f"{path} is damaged: two rows have the same sample_id")
+    try:
+        columns = {name: _column(table, name) for name in (*TEXTS, *LISTS, *NUMBERS)}
+    except ValueError as error:
+        raise CachepressError(f"{path} is damaged: {_short(error)}") from error
+    return pd.DataFrame(columns).set_index(pd.Index(table["sample_id"], name="sample_id"))
+
+
+def _column(table: pd.DataFrame, name: str) -> list[str] | list[list[str]] | list[float]:
+    cells = list(table[name]) if name in table else [""] * len(table)
+    if name in NUMBERS:
+        return [float(cell) if cell else math.nan for cell in cells]
+    return [_texts(cell) for cell in cells] if name in LISTS else cells
+
+
+def _texts(cell: str) -> list[str]:
+    """A JSON list, or one text."""
+    value = json.loads(cell) if cell else []
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+
+
+def _short(reason: object) -> str:
+    text = " ".join(str(reason).split())
+    return text if len(text) <= 160 else text[:159] + "…"

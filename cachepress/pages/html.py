@@ -1,0 +1,51 @@
+"""Pages that are one file: styles, scripts and data are inside, and nothing is fetched."""
+
+import json
+import math
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+HERE = Path(__file__).parent
+
+
+def render(template: str, values: Mapping[str, object]) -> str:
+    """A page from a template, in which every text is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["data"] = as_data
+    environment.filters["script"] = Markup
+    environment.globals["asset"] = asset
+    return environment.get_template(template).render(values)
+
+
+def as_data(value: object) -> Markup:
+    """A value as JSON that can stand in a script element, whatever its texts are.
+
+    All but ASCII is escaped, and so is what could end or open an element. A number that is not
+    finite becomes null.
+    """
+    text = json.dumps(_plain(value), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+@cache
+def asset(name: str) -> Markup:
+    """A style or script of the package, as it is."""
+    return Markup((HERE / name).read_text(encoding="utf-8"))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,201 @@
+"""``cachepress inspect``: a context as a press left it, token by token."""
+
+import base64
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
+from transformers.cache_utils import Cache, DynamicCache
+
+import cachepress
+from cachepress.chat import template
+from cachepress.errors import CachepressError
+from cachepress.evaluation.records import write_atomically
+from cachepress.pages.html import render
+from cachepress.pages.pieces import CONTEXT, QUESTION, TEMPLATE, Part, Piece, pieces_of
+from cachepress.pipeline import TASK, Answers, Prompt, PromptOptions, make_prompt
+from cachepress.presses import BasePress
+from cachepress.stores import Store
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What became of a context under a press.
+
+    Attributes:
+        pieces: what the press read, token by token.
+        rest: text after the last token that it read.
+        kept: ``[H, T]`` which tokens each head holds, for each compressed layer.
+        plain: the answer without the press.
+        pressed: the answer with it.
+    """
+
+    pieces: list[Piece]
+    rest: str
+    kept: dict[int, Tensor]
+    plain: Answers
+    pressed: Answers
+
+
+def write_inspection(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    press: BasePress,
+    context: str,
+    question: str,
+    output: Path,
+    max_new_tokens: int = 50,
+    *,
+    answer_prefix: str = "",
+    query_aware: bool = False,
+    storage: str = "full",
+    truncation: bool = False,
+) -> Path:
+    """Write a page that shows which tokens of a context a press kept, and both answers.
+
+    Args:
+        model: a model with its attention under transformers' interface.
+        tokenizer: its tokenizer.
+        press: reads the context.
+        context: the text.
+        question: what is asked about it.
+        output: the file.
+        max_new_tokens: most tokens of an answer.
+        answer_prefix: how answers begin.
+        query_aware: put the question into the context, so that any press sees it.
+        storage: how kept rows are stored: "full", "int8", "int4" or "int2".
+        truncation: cut the end of a context that is too long instead of refusing it.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        CachepressError: if the context is empty or too long, if the press looks at the question
+            and it is moved, or if the press cannot work on the model.
+    """
+    if query_aware and press.needs.question:
+        raise CachepressError(
+            f"query_aware moves the question into the context, and {press!r} looks for it where "
+            "it is: leave query_aware out"
+        )
+    text = f"{context}\n{question}" if query_aware else context
+    options = PromptOptions(
+        question="" if query_aware else question,
+        answer_prefix=answer_prefix,
+        max_new_tokens=max_new_tokens,
+        truncation=truncation,
+    )
+    seen = inspect(model, tokenizer, press, text, options, storage)
+    about = {
+        "press": repr(press),
+        "model": Path(model.config.name_or_path).name or type(model).__name__,
+        "question": question,
+        "answer_prefix": answer_prefix,
+        "storage": storage,
+        "query_aware": query_aware or press.needs.question,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, _page(seen, about))
+    return output
+
+
+def inspect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    press: BasePress,
+    context: str,
+    options: PromptOptions,
+    storage: str = "full",
+) -> Inspection:
+    """Read a context under a press and without it, answer, and see what is left of it."""
+    pipe = pipeline(TASK, model=model, tokenizer=tokenizer, device=model.device)
+    how = {**asdict(options), "return_stats": True}
+    cache = DynamicCache(config=model.get_decoder().config)
+    plain = pipe(context, **how)["stats"]
+    pressed = pipe(context, press=press, cache=cache, storage=storage, **how)["stats"]
+    kept = kept_of(cache)
+    if not kept:
+        raise CachepressError(f"{press!r} leaves this model's cache as it is: nothing to see")
+    prompt = make_prompt(tokenizer, model, context, options)
+    pieces, rest = _pieces(tokenizer, context, options, prompt, press.needs.question)
+    return Inspection(pieces, rest, kept, plain, pressed)
+
+
+def kept_of(cache: Cache) -> dict[int, Tensor]:
+    """Which text columns each head of each compressed layer holds, ``[H, T]``, by layer."""
+    kept: dict[int, Tensor] = {}
+    for number, layer in enumerate(cache.layers):
+        if not isinstance(layer, Store):
+            continue
+        positions = layer.positions[0].cpu().long()
+        # Empty rows go to a column of their own, which is then left out.
+        mask = torch.zeros(len(positions), layer.get_seq_length() + 1, dtype=torch.bool)
+        kept[number] = mask.scatter_(1, positions % mask.shape[1], True)[:, :-1]
+    return kept
+
+
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase,
+    context: str,
+    options: PromptOptions,
+    prompt: Prompt,
+    with_question: bool,
+) -> tuple[list[Piece], str]:
+    """What was read under the press: the context, and the question if the press looks at it."""
+    before, after = template(tokenizer, options.enable_thinking)
+    text = before + context
+    parts = [Part(len(before), TEMPLATE), Part(len(text), CONTEXT)]
+    ids, plain = prompt.context_ids[0].tolist(), not tokenizer.chat_template
+    pieces, rest = pieces_of(tokenizer, text, ids, parts, special=plain)
+    rest = "" if prompt.cut else rest
+    if not with_question:
+        return pieces, rest
+    (asked,), (prefix,) = options.asked, options.prefixes
+    whole = asked + after + prefix
+    parts = [Part(len(asked), QUESTION), Part(len(whole), TEMPLATE)]
+    # The last token is not read with the others: the answer starts from it.
+    ids = prompt.question_ids[0][0, :-1].tolist()
+    more, end = pieces_of(tokenizer, whole, ids, parts, special=False)
+    if more:
+        more[0] = Piece(rest + more[0].gap, more[0].text, more[0].zone)
+    return pieces + more, end if more else rest + end
+
+
+def _page(seen: Inspection, about: dict[str, object]) -> str:
+    heads = sum(len(mask) for mask in seen.kept.values())
+    dropped = ~torch.cat(list(seen.kept.values())).any(0)
+    values = {
+        **about,
+        "version": cachepress.__version__,
+        "tokens": len(seen.pieces),
+        "heads": heads,
+        "dropped": int(dropped.sum()),
+        "plain": seen.plain,
+        "pressed": seen.pressed,
+        "shares": {layer: float(mask.float().mean()) for layer, mask in seen.kept.items()},
+        "most_heads": max(len(mask) for mask in seen.kept.values()),
+        "data": page_data(seen),
+    }
+    return render("inspect.html.jinja", values)
+
+
+def page_data(seen: Inspection) -> dict[str, object]:
+    """What the page draws from: texts, and a bit for each token of each head."""
+    return {
+        "texts": [piece.text for piece in seen.pieces],
+        "zones": [piece.zone for piece in seen.pieces],
+        "gaps": {number: piece.gap for number, piece in enumerate(seen.pieces) if piece.gap},
+        "rest": seen.rest,
+        "layers": [
+            {"layer": layer, "heads": [_bits(head) for head in mask]}
+            for layer, mask in seen.kept.items()
+        ],
+    }
+
+
+def _bits(mask: Tensor) -> str:
+    """A bit for each token in base64, the first in the lowest bit of the first byte."""
+    return base64.b64encode(np.packbits(mask.numpy(), bitorder="little").tobytes()).decode()

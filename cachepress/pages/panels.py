@@ -1,0 +1,238 @@
+"""Cells that can be compared, side by side: what each costs and what it loses."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from cachepress.evaluation.statistics import Estimate, Paired, paired
+from cachepress.pages.cells import NO_PRESS, Cell
+
+PLACES = ("device", "data_path", "output_dir", "log_level", "overwrite")
+"""Settings that change no answer."""
+OF_PRESS = ("press", "press_name", "compression_ratio")
+OF_STORAGE = ("storage", "prefill_mode", "prefill_chunk_size")
+"""Settings that a run without a press cannot have, so that it is compared with across them."""
+TITLE = ("model", "dataset", "data_dir", "query_aware")
+QUALITIES = {"score": "score", "kl": "KL divergence", "perplexity": "perplexity"}
+"""What a quality is called; of all but the score, less is better."""
+COSTS = {"kept": "kept bytes", "speed": "tokens per second"}
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A cell in a panel.
+
+    Attributes:
+        cell: the run.
+        name: the press; for a guest, also how its settings differ.
+        label: the same with the ratio.
+        base: the run without a press on the same samples; None if there is none.
+        guest: whether it is of another panel, and here to compare with.
+        kept: bytes after compression, as a share of those without a press.
+        versus: how it differs from ``base``; None if they share no scored sample.
+        same: share of samples with the very same answer as ``base``; None if they share none.
+        fronts: whether it is on the Pareto front, by quality and cost.
+    """
+
+    cell: Cell
+    name: str
+    label: str
+    base: Cell | None
+    guest: bool
+    kept: float
+    versus: Paired | None
+    same: float | None
+    fronts: Mapping[tuple[str, str], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """Cells that differ in their press only.
+
+    Attributes:
+        title: model and data.
+        notes: what sets it apart from the other panels; whether presses saw the question.
+        shared: settings that all cells have in common.
+        entries: the cells, by press and ratio, no press first.
+    """
+
+    title: str
+    notes: list[str]
+    shared: Mapping[str, str]
+    entries: list[Entry]
+
+    @property
+    def presses(self) -> list[str]:
+        """Names of the presses, in the order of the entries."""
+        return list(dict.fromkeys(entry.cell.press for entry in self.entries))
+
+
+def make_panels(cells: Sequence[Cell]) -> list[Panel]:
+    """Group cells by everything but their press, and compare each with the run without a press."""
+    groups: dict[tuple[str, ...], list[Cell]] = {}
+    names = sorted({name for cell in cells for name in _settings(cell)})
+    for cell in cells:
+        settings = _settings(cell)
+        key = tuple(settings.get(name, "") for name in (*TITLE, *names))
+        groups.setdefault(key, []).append(cell)
+    bases = {_reading(cell): cell for cell in cells if cell.press == NO_PRESS}
+    varying = _varying([_settings(cell) for cell in cells])
+    return [_panel(groups[key], bases, varying) for key in sorted(groups)]
+
+
+def shown(value: object) -> str:
+    """A setting as text."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "default"}[value]
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+
+
+def settings_of(cell: Cell) -> dict[str, str]:
+    """Every setting and version of a cell, and the machine."""
+    return {**{name: shown(value) for name, value in cell.config.items()}, "machine": cell.machine}
+
+
+def finite(value: float | None) -> float | None:
+    """A number that can be drawn, or None."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _settings(cell: Cell) -> dict[str, str]:
+    """What sets a panel apart."""
+    left_out = (*PLACES, *OF_PRESS, "versions")
+    settings = {
+        name: shown(value)
+        for name, value in cell.config.items()
+        if name not in left_out and not name.endswith("_version")
+    }
+    return {**settings, "query_aware": shown(cell.query_aware)}
+
+
+def _reading(cell: Cell) -> str:
+    """What a cell and the run without a press that it is compared with have in common.
+
+    A press that looks at the question where it stands reads the very prompt that is read without
+    it, so this goes by the setting.
+    """
+    settings = {**_settings(cell), "query_aware": shown(cell.config.get("query_aware", False))}
+    return json.dumps({k: v for k, v in settings.items() if k not in OF_STORAGE}, sort_keys=True)
+
+
+def _varying(settings: Sequence[Mapping[str, str]]) -> list[str]:
+    names = dict.fromkeys(name for one in settings for name in one)
+    return [name for name in names if len({one.get(name) for one in settings}) > 1]
+
+
+def _panel(cells: list[Cell], bases: Mapping[str, Cell], varying: list[str]) -> Panel:
+    first = _settings(cells[0])
+    aware = "query-aware: the press sees the question"
+    agnostic = "query-agnostic: the press does not see the question"
+    notes = [aware if cells[0].query_aware else agnostic]
+    notes += [f"{name}: {first.get(name)}" for name in varying if name not in TITLE]
+    entries = _entries(cells, bases)
+    if any(entry.base is None and entry.cell.press != NO_PRESS for entry in entries):
+        notes.append("no run without a press to compare with: kept bytes are of a run's own")
+    settings = [settings_of(entry.cell) for entry in entries]
+    shared = {k: v for k, v in settings[0].items() if all(one.get(k) == v for one in settings)}
+    data = [first.get(name, "default") for name in ("dataset", "data_dir")]
+    title = " ".join(_place(text) for text in data if text != "default")
+    return Panel(f"{_place(first.get('model', ''))} on {title}", notes, shared, entries)
+
+
+def _place(text: str) -> str:
+    """A name, without the folders that it may be in."""
+    return Path(text).name if Path(text).is_absolute() else text
+
+
+def _entries(cells: list[Cell], bases: Mapping[str, Cell]) -> list[Entry]:
+    own = {cell.folder for cell in cells}
+    base_of = {cell.folder: bases.get(_reading(cell)) for cell in cells}
+    guests = {base.folder: base for base in base_of.values() if base and base.folder not in own}
+    together = [*guests.values(), *cells]
+    together.sort(key=lambda cell: (cell.press != NO_PRESS, cell.press, cell.ratio, cell.folder))
+    kept = {cell.folder: _kept(cell, base_of.get(cell.folder, cell)) for cell in together}
+    fronts = {
+        (quality, cost): _front(together, kept, quality, cost)
+        for quality in QUALITIES
+        for cost in COSTS
+    }
+    notes = {name: _difference(guest, cells[0]) for name, guest in guests.items()}
+    return [
+        _entry(cell, base_of.get(cell.folder), notes.get(cell.folder), kept[cell.folder], fronts)
+        for cell in together
+    ]
+
+
+def _entry(
+    cell: Cell,
+    base: Cell | None,
+    note: str | None,
+    kept: float,
+    fronts: Mapping[tuple[str, str], set[str]],
+) -> Entry:
+    name = cell.press if note is None else f"{cell.press} ({note})"
+    other = None if base is cell else base
+    return Entry(
+        cell=cell,
+        name=name,
+        label=name if cell.press == NO_PRESS else f"{name} {cell.ratio:g}",
+        base=other,
+        guest=note is not None,
+        kept=kept,
+        versus=None if other is None else _versus(cell, other),
+        same=None if other is None else _same(cell.predictions, other.predictions),
+        fronts={key: cell.folder in members for key, members in fronts.items()},
+    )
+
+
+def _difference(guest: Cell, own: Cell) -> str:
+    """How the settings of a guest differ from those of a panel."""
+    mine, theirs = _settings(own), _settings(guest)
+    names = [n for n in theirs if n != "query_aware" and theirs[n] != mine.get(n)]
+    notes = [f"{n} {theirs[n]}" for n in names]
+    if guest.query_aware != own.query_aware:
+        notes.insert(0, "query-aware" if guest.query_aware else "query-agnostic")
+    return ", ".join(notes)
+
+
+def _kept(cell: Cell, base: Cell | None) -> float:
+    """Share of the bytes; of the cell's own before compression where nothing else was measured."""
+    whole = cell.bytes_before if base is None else base.bytes_after
+    return cell.bytes_after / whole if whole else math.nan
+
+
+def _versus(cell: Cell, base: Cell) -> Paired | None:
+    run, other = (c.predictions[c.predictions["score"].notna()] for c in (cell, base))
+    return paired(run, other) if len(run.index.intersection(other.index)) else None
+
+
+def _same(run: pd.DataFrame, base: pd.DataFrame) -> float | None:
+    both = run.index.intersection(base.index)
+    if not len(both):
+        return None
+    answers = [table.loc[both, "predicted_answer"] for table in (run, base)]
+    return float((answers[0] == answers[1]).mean())
+
+
+def quality_of(cell: Cell, quality: str) -> Estimate | None:
+    """The score, the divergence or the perplexity of a cell."""
+    return {"score": cell.score, "kl": cell.kl, "perplexity": cell.perplexity}[quality]
+
+
+def _front(cells: Sequence[Cell], kept: Mapping[str, float], quality: str, cost: str) -> set[str]:
+    """Folders of the cells that no other one beats in both quality and cost."""
+    points: dict[str, tuple[float, float]] = {}
+    for cell in cells:
+        estimate = quality_of(cell, quality)
+        price = kept[cell.folder] if cost == "kept" else -(finite(cell.speed) or math.nan)
+        if estimate is not None and math.isfinite(estimate.mean) and math.isfinite(price):
+            points[cell.folder] = (estimate.mean * (1 if quality == "score" else -1), price)
+    return {
+        name
+        for name, (good, price) in points.items()
+        if not any(g >= good and p <= price and (g, p) != (good, price) for g, p in points.values())
+    }

@@ -1,0 +1,192 @@
+"""Still pictures of a report, for papers: quality, speed and the needle."""
+
+import io
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from cachepress.evaluation.statistics import Estimate
+from cachepress.pages.cells import NO_PRESS
+from cachepress.pages.needle import Needle, needle_of
+from cachepress.pages.panels import QUALITIES, Entry, Panel, finite, quality_of
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Told apart by every kind of eye (Okabe and Ito)."""
+LINES = ("-", "--", ":", "-.")
+LEGEND_COLUMNS = 3
+LONGEST_NAME = 22
+MARKERS = ("o", "s", "^", "D", "v", "X", "P")
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "svg.hashsalt": "cachepress",
+    # Names of presses and data are not formulas.
+    "text.parse_math": False,
+}
+
+
+def write_pictures(panels: Sequence[Panel], output: Path, form: str) -> list[Path]:
+    """Write ``quality``, ``speed`` and ``needle`` as "png" or "svg".
+
+    With more than one panel the names end with the panel's number.
+    """
+    written = []
+    with matplotlib.rc_context(STYLE):
+        for number, panel in enumerate(panels, start=1):
+            end = f"-{number}" if len(panels) > 1 else ""
+            for name, draw in _PICTURES.items():
+                figure = draw(panel)
+                if figure is not None:
+                    written.append(_save(figure, output / f"{name}{end}.{form}", form))
+    return written
+
+
+def quality_picture(panel: Panel) -> Figure | None:
+    """Quality against kept bytes; None if nothing has a quality."""
+    return _scatter(panel, "kept", lambda entry: entry.kept, "kept bytes, of those without a press")
+
+
+def speed_picture(panel: Panel) -> Figure | None:
+    """Quality against decoding speed; None if no speed was measured."""
+    return _scatter(panel, "speed", lambda entry: entry.cell.speed, "decoded tokens per second")
+
+
+def needle_picture(panel: Panel) -> Figure | None:
+    """Scores by length and depth, a map for each cell; None if no cell has both."""
+    found = [(entry.label, needle_of(entry.cell)) for entry in panel.entries]
+    grids = [(label, grid) for label, grid in found if grid is not None]
+    if not grids:
+        return None
+    wide = min(3, len(grids))
+    high = math.ceil(len(grids) / wide)
+    widest = max(len(grid.lengths) for _, grid in grids)
+    size = (wide * max(2.4, 0.55 * widest + 0.9), high * 2.6 + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = list(figure.subplots(high, wide, squeeze=False).ravel())
+    for ax, (label, grid) in zip(axes, grids, strict=False):
+        _map(ax, label, grid)
+    for ax in axes[len(grids) :]:
+        ax.set_axis_off()
+    _title(figure, panel)
+    return figure
+
+
+_PICTURES: dict[str, Callable[[Panel], Figure | None]] = {
+    "quality": quality_picture,
+    "speed": speed_picture,
+    "needle": needle_picture,
+}
+
+
+def _scatter(
+    panel: Panel, cost: str, place: Callable[[Entry], float | None], label: str
+) -> Figure | None:
+    quality = _first_quality(panel)
+    if quality is None:
+        return None
+    drawn = [e for e in panel.entries if quality_of(e.cell, quality) and finite(place(e))]
+    if not drawn:
+        return None
+    rows = math.ceil((len(panel.presses) + 1) / LEGEND_COLUMNS)
+    figure = Figure(figsize=(5.6, 3.4 + 0.18 * rows), layout="constrained")
+    ax = figure.subplots()
+    # No press has a look of its own, and takes none from the others.
+    for number, press in enumerate(panel.presses, start=-(NO_PRESS in panel.presses)):
+        entries = [entry for entry in drawn if entry.cell.press == press]
+        if entries:
+            _line(ax, press, number, [(place(e), quality_of(e.cell, quality)) for e in entries])
+    front = [e for e in drawn if e.fronts[quality, cost]]
+    points = sorted((place(e), quality_of(e.cell, quality).mean) for e in front)
+    ax.plot(*zip(*points, strict=True), ":", color="0.4", linewidth=1, label="Pareto front")
+    ax.plot(*zip(*points, strict=True), "o", color="0.2", mfc="none", markersize=10, zorder=1)
+    ax.set_xlabel(label)
+    ax.set_ylabel(QUALITIES[quality])
+    if cost == "kept":
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.set_xlim(left=0)
+    figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=7)
+    _title(figure, panel)
+    return figure
+
+
+def _first_quality(panel: Panel) -> str | None:
+    for quality in QUALITIES:
+        if any(quality_of(entry.cell, quality) is not None for entry in panel.entries):
+            return quality
+    return None
+
+
+def _line(ax: Axes, press: str, number: int, points: list[tuple[float, Estimate]]) -> None:
+    """A press over its ratios; an interval that is not known is left out."""
+    points = sorted(points, key=lambda point: point[0])
+    x, means = [place for place, _ in points], [estimate.mean for _, estimate in points]
+    halves = [
+        (e.mean - e.low, e.high - e.mean) if finite(e.low) is not None else (0.0, 0.0)
+        for _, e in points
+    ]
+    ax.errorbar(
+        x,
+        means,
+        yerr=list(zip(*halves, strict=True)),
+        label=shorten(press),
+        color="0.1" if press == NO_PRESS else COLOURS[number % len(COLOURS)],
+        marker="*" if press == NO_PRESS else MARKERS[number % len(MARKERS)],
+        markersize=9 if press == NO_PRESS else 5,
+        linestyle=LINES[number // len(COLOURS) % len(LINES)],
+        linewidth=1.2,
+        elinewidth=0.8,
+        capsize=2,
+    )
+
+
+def shorten(name: str) -> str:
+    """A name that leaves room for others."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
+def _map(ax: Axes, label: str, grid: Needle) -> None:
+    values = [[math.nan if x is None else x for x in row] for row in grid.scores]
+    ax.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for i, row in enumerate(grid.scores):
+        for j, score in enumerate(row):
+            if score is not None:
+                colour = "black" if score > 0.45 else "white"
+                ax.text(j, i, f"{score:.2f}", ha="center", va="center", color=colour, fontsize=7)
+    ax.grid(False)
+    ax.set_title(shorten(label), fontsize=8)
+    ax.set_xticks(range(len(grid.lengths)), grid.lengths, fontsize=7, rotation=45, ha="right")
+    ax.set_yticks(range(len(grid.depths)), grid.depths, fontsize=7)
+    ax.set_xlabel("length", fontsize=8)
+    ax.set_ylabel("depth", fontsize=8)
+
+
+def _title(figure: Figure, panel: Panel) -> None:
+    figure.suptitle(f"{panel.title}\n{'; '.join(panel.notes)}", fontsize=8)
+
+
+def _save(figure: Figure, path: Path, form: str) -> Path:
+    """Write a picture so that it is the old one or the new one, never a part."""
+    data = io.BytesIO()
+    # A date would make the same results another picture.
+    extra = {"metadata": {"Date": None}} if form == "svg" else {"dpi": 200}
+    figure.savefig(data, format=form, **extra)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data.getvalue())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return path

@@ -1,0 +1,159 @@
+"""``cachepress report``: a folder of results as a page, as pictures and as tables."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+
+import cachepress
+from cachepress.errors import CachepressError
+from cachepress.evaluation.records import write_atomically
+from cachepress.evaluation.statistics import Estimate
+from cachepress.pages.cells import read_cells
+from cachepress.pages.html import render
+from cachepress.pages.needle import needle_of
+from cachepress.pages.panels import (
+    COSTS,
+    QUALITIES,
+    Entry,
+    Panel,
+    finite,
+    make_panels,
+    quality_of,
+)
+from cachepress.pages.pictures import write_pictures
+from cachepress.pages.tables import columns, latex, markdown
+
+FORMATS = ("html", "png", "svg", "md", "latex")
+
+
+def write_report(
+    folder: Path, output: Path | None = None, formats: Sequence[str] = ("html",)
+) -> list[Path]:
+    """Show every finished result of a folder.
+
+    Args:
+        folder: a folder of result folders.
+        output: folder for what is written; None for ``folder`` itself.
+        formats: any of "html", "png", "svg", "md" and "latex".
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        CachepressError: if a format is unknown, if a file of a result is damaged or foreign, or if
+            there is no finished result.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise CachepressError(f"format: got {name!r}, wanted one of {', '.join(FORMATS)}")
+    cells, unfinished = read_cells(folder)
+    panels = make_panels(cells)
+    output = folder if output is None else output
+    output.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    for name in dict.fromkeys(formats):
+        written += _write(name, panels, unfinished, output)
+    return written
+
+
+def _write(name: str, panels: list[Panel], unfinished: list[str], output: Path) -> list[Path]:
+    if name in ("png", "svg"):
+        return write_pictures(panels, output, name)
+    if name == "html":
+        path, text = output / "report.html", report_page(panels, unfinished)
+    elif name == "md":
+        path, text = output / "table.md", markdown(panels)
+    else:
+        path, text = output / "table.tex", latex(panels)
+    write_atomically(path, text)
+    return [path]
+
+
+def report_page(panels: Sequence[Panel], unfinished: Sequence[str]) -> str:
+    """The page as HTML."""
+    # Its import takes a moment, and only the page needs it.
+    from plotly.offline import get_plotlyjs
+
+    values = {
+        "panels": panels,
+        "unfinished": unfinished,
+        "version": cachepress.__version__,
+        "plotly": get_plotlyjs(),
+        "columns": [columns(panel) for panel in panels],
+        "data": [panel_data(panel) for panel in panels],
+        "samples": [sample_data(panel) for panel in panels],
+    }
+    return render("report.html.jinja", values)
+
+
+def panel_data(panel: Panel) -> dict[str, object]:
+    """What the charts of a panel are drawn from."""
+    return {
+        "title": panel.title,
+        "presses": panel.presses,
+        "qualities": _measured(panel),
+        "cells": [_entry_data(entry) for entry in panel.entries],
+    }
+
+
+def sample_data(panel: Panel) -> dict[str, object]:
+    """Questions and answers of a panel, a list for each column, in one order for all cells."""
+    tables = [entry.cell.predictions for entry in panel.entries]
+    ids = list(dict.fromkeys(name for table in tables for name in table.index))
+    whole = pd.concat(tables)
+    first = whole[~whole.index.duplicated()].reindex(ids)
+    about = ("question", "answer", "task", "metric", "length", "depth", "choices", "answer_prefix")
+    columns_of = {name: _listed(first, name) for name in about}
+    answers = [_answers(table.reindex(ids)) for table in tables]
+    return {"ids": ids, **columns_of, "cells": answers}
+
+
+def _answers(table: pd.DataFrame) -> dict[str, list[object]]:
+    return {name: _listed(table, name) for name in ("predicted_answer", "score", "kl")}
+
+
+def _listed(table: pd.DataFrame, name: str) -> list[object]:
+    """A column, with None where there is nothing."""
+    return [None if isinstance(x, float) and math.isnan(x) else x for x in table[name].tolist()]
+
+
+def _measured(panel: Panel) -> dict[str, str]:
+    """The qualities that any cell has, and what they are called."""
+    cells = [entry.cell for entry in panel.entries]
+    return {
+        name: title
+        for name, title in QUALITIES.items()
+        if any(quality_of(cell, name) is not None for cell in cells)
+    }
+
+
+def _entry_data(entry: Entry) -> dict[str, object]:
+    cell = entry.cell
+    return {
+        "label": entry.label,
+        "press": cell.press,
+        "guest": entry.guest,
+        "base": entry.base is None,
+        "ratio": cell.ratio,
+        "achieved": cell.achieved,
+        "kept": finite(entry.kept),
+        "speed": finite(cell.speed),
+        "before": cell.bytes_before,
+        "after": cell.bytes_after,
+        "prefill": cell.prefill_seconds,
+        "added": cell.press_seconds,
+        "qualities": {name: _estimate_data(quality_of(cell, name)) for name in QUALITIES},
+        "difference": _estimate_data(None if entry.versus is None else entry.versus.difference),
+        "fronts": {
+            cost: [name for name in QUALITIES if entry.fronts[name, cost]] for cost in COSTS
+        },
+        "needle": None if (grid := needle_of(cell)) is None else asdict(grid),
+    }
+
+
+def _estimate_data(estimate: Estimate | None) -> dict[str, object] | None:
+    """An estimate, with None for an end that is not known."""
+    return None if estimate is None else asdict(estimate)
