@@ -5,10 +5,12 @@ OLD := .venv-oldest
 OLDEST := 5.10.1
 NEWEST := 5.24.0
 BIN := $(VENV)/bin
+# What the leaderboard is measured on.
+LEADERBOARD ?= builtin:multi_key-1000
 # A worker for each core, with one thread.
 PYTEST := -m pytest --numprocesses auto
 
-.PHONY: demo test laws bench presses lint types clean
+.PHONY: demo test laws bench benchmarks leaderboard presses lint types clean
 
 demo: $(VENV)/ready
 	$(BIN)/cachepress demo
@@ -25,6 +27,14 @@ laws: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/cachepress bench --lengths 8192 --steps 40 --repeats 1 --presses "KnormPress(0.0)" \
 		"SnapKVPress(0.5)" "AdaKVPress(SnapKVPress(0.9))"
+
+leaderboard: $(VENV)/ready
+	$(BIN)/cachepress sweep --presses all --ratios 0.25 0.5 0.75 0.9 --query-aware both --kl \
+		--datasets $(LEADERBOARD) --output-dir results/leaderboard --markdown docs/leaderboard.md
+	$(BIN)/cachepress report results/leaderboard
+
+benchmarks: $(VENV)/ready
+	$(BIN)/python evaluation/benchmarks.py
 
 presses: $(VENV)/ready
 	$(BIN)/cachepress presses --page docs/presses.md

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import shorten
 
 from tabulate import tabulate
 
@@ -137,7 +138,7 @@ def _measured_part(measured: Mapping[str, object]) -> str:
         rows.append(
             (
                 f"`{alias}`",
-                f"`{cell['press']}`",
+                f"`{_short(alias)}`",
                 f"{100 * statistics.median(shares):.1f}",
                 f"{cell['held'] / base['held']:.2f}",
                 f"{statistics.median(cell['decode']) / statistics.median(base['decode']):.2f}",
@@ -158,6 +159,15 @@ def _measured_part(measured: Mapping[str, object]) -> str:
         lines.append("\nNot measured:\n")
         lines += [f"- `{alias}`: {reason}" for alias, reason in left_out.items()]
     return "\n".join(lines)
+
+
+def _short(alias: str) -> str:
+    """The spelling that was measured, without defaults."""
+    kind, text = own_presses()[alias], EXAMPLES.get(alias)
+    if text is not None:
+        return shorten(text.format(ratio=0.5), 75)
+    inner = getattr(example(kind, 0.5), "press", None)
+    return f"{kind.__name__}({'0.5' if inner is None else f'{type(inner).__name__}(0.5)'})"
 
 
 def _looks_at(press: BasePress) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
@@ -81,7 +82,8 @@ def _sweep(options: dict[str, object]) -> None:
         return
     print(sweep_text(results))
     if markdown is not None:
-        write_atomically(Path(markdown), sweep_page(results))
+        command = f"cachepress {shlex.join(sys.argv[1:])}"
+        write_atomically(Path(markdown), sweep_page(results, command))
     print(f"\nresults: {config.output_dir}")
 
 

@@ -79,11 +79,12 @@ def sweep_text(results: Sequence[Sequence[Result]]) -> str:
     return "\n\n".join(f"{_heading(group)}\n\n{sweep_table(group)}" for group in results)
 
 
-def sweep_page(results: Sequence[Sequence[Result]]) -> str:
+def sweep_page(results: Sequence[Sequence[Result]], command: str) -> str:
     """The results of every group as Markdown, with how to read them and what measured them."""
+    top = f"# Results\n\nThis page is made by `{command}`.\n\n{HOW_TO_READ}"
     parts = [f"## {_heading(group)}\n\n{sweep_table(group, 'github')}\n" for group in results]
     machines = sorted({result.metrics["machine"] for group in results for result in group})
-    return "\n".join([*parts, HOW_TO_READ, *(f"Measured on: {machine}\n" for machine in machines)])
+    return "\n".join([top, *parts, *(f"Measured on: {machine}\n" for machine in machines)])
 
 
 def _heading(group: Sequence[Result]) -> str:
