@@ -99,7 +99,7 @@ def fork(cache: Cache, n: int = 1) -> Cache:
 
 
 def form_of(cache: Cache) -> tuple[object, ...] | None:
-    """What caches have in common that can be joined; None if the cache cannot be.
+    """What caches have in common that can be one group of a batch; None if the cache cannot be.
 
     Only caches of one sequence without padding can, whose layers are all held by cachepress.
     """
@@ -109,25 +109,47 @@ def form_of(cache: Cache) -> tuple[object, ...] | None:
     return None if layers[0].known is not None else tuple(layer.form for layer in layers)
 
 
-def join(caches: Sequence[Cache], n: int = 1) -> Cache:
+def join(groups: Sequence[Sequence[Cache]], n: int = 1) -> Cache:
     """Continuations of several caches as one batch, ``n`` of each.
 
-    Sequence ``i`` of the batch continues cache ``i % len(caches)``. The rows of each cache are
-    there once.
+    Group after group, and within a group all of its caches ``n`` times in a row. The rows of each
+    cache are there once. A batch of several groups can be decoded from, and nothing else.
 
     Raises:
-        CachepressError: if the caches differ in form, see ``form_of``.
+        CachepressError: if the caches of a group differ in form, see ``form_of``, or several groups
+            are stored in another way than as they came.
     """
-    forms = {form_of(cache) for cache in caches}
-    if len(forms) != 1 or None in forms or n < 1:
+    forms = [{form_of(cache) for cache in group} for group in groups]
+    plain = all(is_plain(group[0]) for group in groups)
+    if n < 1 or any(len(of) != 1 or None in of for of in forms) or not (plain or len(forms) == 1):
         raise CachepressError(
-            f"join: got {len(caches)} caches of {len(forms)} forms and n={n}, wanted compressed "
-            "caches of one sequence each that are stored alike, and n of at least 1"
+            f"join: got groups of {', '.join(str(len(of)) for of in forms)} forms and n={n}, "
+            "wanted compressed caches of one sequence each, alike in each group, and n of at least "
+            "1; quantized rows and pages in one group only"
         )
-    joined = copy.copy(caches[0])
-    columns = zip(*(stores(cache) for cache in caches), strict=True)
-    joined.layers = [Store.join(column, n) for column in columns]
+    joined = copy.copy(groups[0][0])
+    columns = [zip(*(stores(cache) for cache in group), strict=True) for group in groups]
+    joined.layers = [Store.join(layer, n) for layer in zip(*columns, strict=True)]
     return joined
+
+
+def grouped(caches: Sequence[Cache]) -> list[list[int]]:
+    """Which caches to join as a group, by their places: of one form, and even heads apart.
+
+    Heads of one length are attended to much faster.
+    """
+    groups: dict[object, list[int]] = {}
+    for place, cache in enumerate(caches):
+        form = form_of(cache)
+        rows = [layer.even for layer in stores(cache)]
+        key = place if form is None else (form, None if None in rows else tuple(rows))
+        groups.setdefault(key, []).append(place)
+    return list(groups.values())
+
+
+def is_plain(cache: Cache) -> bool:
+    """Whether rows are stored and read as they came, neither quantized nor by page."""
+    return all(layer.codec is None and layer.reads is None for layer in stores(cache))
 
 
 def ordinary(cache: Cache) -> Cache:

@@ -356,7 +356,7 @@ def _sweep_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     p.add_argument("--query-aware", help="no, yes or both: let presses see the question (no)")
     p.add_argument("--executor", help="serial, process or ray (serial)")
     p.add_argument("--workers", type=_positive, help="workers of process and ray (1)")
-    p.add_argument("--batch-size", type=_positive, help="most answers decoded at once (32)")
+    p.add_argument("--batch-size", type=_positive, help="most answers decoded at once (128)")
     p.add_argument(
         "--kl",
         action=argparse.BooleanOptionalAction,

@@ -29,6 +29,16 @@ class TextMask:
             )
         self._mask, self._n = mask, n
         self._seen: dict[tuple[int, int], bool] = {}
+        self._parts: dict[tuple[int, int], TextMask] = {}
+
+    def of_sequences(self, first: int, last: int) -> "TextMask":
+        """The mask of some of the sequences."""
+        if self._mask is None or self._mask.shape[0] == 1:
+            return self
+        key = (first, last)
+        if key not in self._parts:
+            self._parts[key] = TextMask(self._mask[first:last], self._n)
+        return self._parts[key]
 
     @property
     def per_head(self) -> bool:

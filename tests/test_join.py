@@ -23,8 +23,9 @@ def prefilled(model, press, storage="full"):
 
 
 SETS = {
-    "even and uneven heads": (
-        [cp.KnormPress(0.0), cp.SnapKVPress(0.5), cp.AdaKVPress(cp.SnapKVPress(0.9))],
+    "even heads": ([cp.KnormPress(0.5), cp.SnapKVPress(0.5), cp.KeyDiffPress(0.5)], "full"),
+    "uneven heads": (
+        [cp.AdaKVPress(cp.KnormPress(0.2)), cp.AdaKVPress(cp.SnapKVPress(0.9))],
         "full",
     ),
     "quantized": ([cp.KnormPress(0.5), cp.AdaKVPress(cp.KnormPress(0.25))], "int4"),
@@ -41,7 +42,7 @@ def test_a_joined_batch_continues_every_cache(model, name):
     presses, storage = SETS[name]
     caches = [prefilled(model, press, storage) for press in presses]
     assert len({form_of(cache) for cache in caches}) == 1
-    joined = join(caches, 2)
+    joined = join([caches], 2)
     new = torch.cat([tokens(3, seed=i) for i in range(2 * len(presses))])
     for step in range(3):
         got = forward(model, joined, input_ids=new[:, step : step + 1]).logits
@@ -58,15 +59,15 @@ def test_pages_of_a_joined_batch_are_chosen_for_each_sequence(model):
     presses, _ = SETS["pages"]
     caches = [prefilled(model, press) for press in presses]
     token = tokens(4, seed=7).view(4, 1)
-    got = forward(model, join(caches, 2), input_ids=token).logits
+    got = forward(model, join([caches], 2), input_ids=token).logits
     for i, row in enumerate(got):
         wanted = forward(model, cp.fork(caches[i % 2]), input_ids=token[i : i + 1]).logits[0]
         torch.testing.assert_close(row, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_joined_cache_holds_each_row_once_and_can_be_reordered(model):
-    caches = [prefilled(model, cp.SnapKVPress(ratio)) for ratio in (0.5, 0.8)]
-    joined = join(caches, 3)
+    caches = [prefilled(model, press) for press in (cp.SnapKVPress(0.5), cp.KnormPress(0.5))]
+    joined = join([caches], 3)
     held = [cp.size_of(cache).rows_held for cache in caches]
     assert cp.size_of(joined).rows_held == 3 * sum(held)
     own = [cp.size_of(cache).bytes_after for cache in caches]
@@ -79,13 +80,26 @@ def test_a_joined_cache_holds_each_row_once_and_can_be_reordered(model):
         torch.testing.assert_close(row, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_answers_of_a_joined_batch_are_those_alone(model):
-    caches = [prefilled(model, cp.SnapKVPress(ratio)) for ratio in (0.0, 0.5, 0.8)]
-    every = [ids for ids in QUESTIONS for _ in caches]
-    got = generate(model, tokenizer(), join(caches, 2), every, 8, {})
-    for i, answer in enumerate(got):
-        question = QUESTIONS[i // 3]
-        assert answer == generate(model, tokenizer(), cp.fork(caches[i % 3]), [question], 8, {})[0]
+GROUPS = [
+    [cp.KnormPress(0.0)],
+    [cp.KnormPress(0.5), cp.SnapKVPress(0.5)],
+    [cp.AdaKVPress(cp.SnapKVPress(0.9)), cp.AdaKVPress(cp.KnormPress(0.4))],
+    [cp.ThinKPress(0.5)],
+]
+
+
+def test_groups_of_any_form_are_one_batch(model):
+    groups = [[prefilled(model, press) for press in group] for group in GROUPS]
+    joined = join(groups, 2)
+    order = [cache for group in groups for _ in range(2) for cache in group]
+    every = [ids for group in groups for ids in QUESTIONS for _ in group]
+    held = [cp.size_of(cache).rows_held for cache in order]
+    assert cp.size_of(joined).rows_held == sum(held)
+    got = generate(model, tokenizer(), joined, every, 8, {})
+    for answer, cache, question in zip(got, order, every, strict=True):
+        assert answer == generate(model, tokenizer(), cp.fork(cache), [question], 8, {})[0]
+    with pytest.raises(cp.UnsupportedError, match="can be decoded from, and nothing else"):
+        joined.reorder_cache(torch.tensor([0]))
 
 
 def test_forced_texts_are_expected_as_in_one_forward(model):
@@ -101,7 +115,9 @@ def test_forced_texts_are_expected_as_in_one_forward(model):
 def test_what_cannot_be_joined_is_refused(model):
     whole, pressed = prefilled(model, None), prefilled(model, cp.KnormPress(0.5))
     assert form_of(whole) is None
-    with pytest.raises(cp.CachepressError, match="join: got 2 caches"):
-        join([whole, pressed])
+    with pytest.raises(cp.CachepressError, match="join: got groups of 2 forms"):
+        join([[whole, pressed]])
     with pytest.raises(cp.CachepressError, match="of 2 forms"):
-        join([pressed, prefilled(model, cp.KnormPress(0.5), "int8")])
+        join([[pressed, prefilled(model, cp.KnormPress(0.5), "int8")]])
+    with pytest.raises(cp.CachepressError, match="in one group only"):
+        join([[pressed], [prefilled(model, cp.KnormPress(0.5), "int8")]])

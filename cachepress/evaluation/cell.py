@@ -19,6 +19,7 @@ import cachepress
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.records import Records, write_atomically
+from cachepress.evaluation.registry import find_dataset
 from cachepress.evaluation.samples import Context, Sample
 from cachepress.evaluation.views import metrics_of, predictions_of, score
 from cachepress.presses import BasePress
@@ -30,6 +31,8 @@ RECORDS, PREDICTIONS, METRICS, CONFIG = (
     "metrics.json",
     "config.yaml",
 )
+SUBMISSION = "submission"
+"""Folder for what a benchmark with private answers wants."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,9 @@ class Cell:
         write_atomically(
             self.folder / PREDICTIONS, texts.to_csv(index_label="sample_id", lineterminator="\n")
         )
+        submit = find_dataset(self.config.dataset).submit
+        if submit is not None:
+            submit(predictions, self.folder / SUBMISSION)
         write_atomically(self.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
         return metrics
 

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase, pip
 from transformers.cache_utils import Cache, DynamicCache
 
 from cachepress.bench import machine_of
-from cachepress.cache import CacheSize, fork, form_of, join, ordinary, size_of
+from cachepress.cache import CacheSize, fork, grouped, is_plain, join, ordinary, size_of
 from cachepress.decode import Forced, force, generate
 from cachepress.errors import CachepressError
 from cachepress.evaluation.cell import Answer, Cell
@@ -25,8 +26,11 @@ from cachepress.hf.survey import Survey, shares
 from cachepress.pipeline import TASK, Answers, Prompt, make_prompt
 from cachepress.presses import BasePress
 
+ROOM = 2 << 30
+"""Bytes of caches that are decoded from at once; twice the whole cache, if that is more."""
 MOST_TOKENS = 64
 """Tokens of an answer over which a divergence is taken, at most."""
+_T = TypeVar("_T")
 Found = dict[int, Answer]
 """Answers of a cell to a context, by sample id."""
 
@@ -44,11 +48,11 @@ class _Reference:
         return [_Reference([text], [expected]) for text, expected in pairs]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Fork:
     """The cache that a press left, and what it cost."""
 
-    cell: Cell
+    cell: Cell | None
     cache: Cache
     size: CacheSize
     prefill_seconds: float
@@ -58,8 +62,52 @@ class _Fork:
     @property
     def acting(self) -> BasePress | None:
         """The press, if it acts while answers are decoded."""
-        press = self.cell.press
+        press = None if self.cell is None else self.cell.press
         return press if press is not None and press.schedule.decodes else None
+
+
+class _Batch:
+    """Forks that are decoded together, each of them once for every question.
+
+    Args:
+        forks: what is decoded from.
+        n: questions.
+    """
+
+    def __init__(self, forks: Sequence[_Fork], n: int) -> None:
+        caches = [left.cache for left in forks]
+        self._groups = [[forks[place] for place in group] for group in grouped(caches)]
+        self._n, self.acting = n, forks[0].acting
+
+    @property
+    def forks(self) -> list[_Fork]:
+        """The forks, in the order of the batch."""
+        return [left for group in self._groups for left in group]
+
+    def cache(self) -> Cache:
+        """A cache to continue."""
+        return fork(self._whole)
+
+    @cached_property
+    def _whole(self) -> Cache:
+        groups = [[left.cache for left in group] for group in self._groups]
+        if len(groups) == 1 and len(groups[0]) == 1:
+            return fork(groups[0][0], self._n)
+        return join(groups, self._n)
+
+    def spread(self, of_questions: Sequence[_T]) -> list[_T]:
+        """What belongs to each question, for each sequence of the batch."""
+        return [x for group in self._groups for x in of_questions for _ in group]
+
+    def gathered(self, of_sequences: Sequence[_T]) -> list[list[_T]]:
+        """What belongs to each sequence, for each fork and question."""
+        found, first = [], 0
+        for group in self._groups:
+            size = len(group)
+            some = of_sequences[first : first + size * self._n]
+            found += [list(some[i::size]) for i in range(size)]
+            first += size * self._n
+        return found
 
 
 class Reader:
@@ -76,7 +124,7 @@ class Reader:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        batch_size: int = 32,
+        batch_size: int = 128,
         kl: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -125,8 +173,9 @@ class Reader:
             self._time([left])
         questions = self._prompt(context, cell).question_ids
         questions = [ids[:, -1:] for ids in questions] if asks else questions
-        kls = self._divergences([left], questions, reference)[0]
-        nlls = self._likelihoods([left], questions, context)[0]
+        batch = _Batch([left], len(questions))
+        kls = self._divergences(batch, questions, reference)[0]
+        nlls = self._likelihoods(batch, questions, context)[0]
         return self._found(left, context, answers.context_tokens, answers.tokens, kls, nlls)
 
     def together(self, cells: Sequence[Cell], context: Context) -> Iterator[tuple[Cell, Found]]:
@@ -136,20 +185,20 @@ class Reader:
         cache, and forks that are stored alike are decoded as one batch. Others read for
         themselves.
         """
-        shared = sorted(filter(shares_reading, cells), key=lambda cell: cell.config.ratio)
+        shared = list(filter(shares_reading, cells))
         reference = None
         if shared or self._kl:
             prompt = self._prompt(context, cells[0])
             survey = self._survey(shared, prompt, cells[0])
             if self._kl:
                 reference = self._reference(survey.cache, prompt, context)
-            most = max(1, self._batch_size // len(context.samples))
-            for start in range(0, len(shared), most):
-                forks = [self._fork(survey, cell) for cell in shared[start : start + most]]
+            for some in self._batches(survey, shared, len(context.samples)):
                 if context.number < CONTEXTS:
-                    self._time(forks)
-                for alike in _alike(forks):
-                    yield from self._answered(alike, prompt, context, reference)
+                    self._time(some)
+                yield from self._answered(
+                    _Batch(some, len(context.samples)), prompt, context, reference
+                )
+            del survey
         for cell in cells:
             if not shares_reading(cell):
                 yield cell, self.alone(cell, context, reference)
@@ -185,10 +234,30 @@ class Reader:
         size = replace(size_of(cache), bytes_before=survey.whole_bytes)
         return _Fork(cell, cache, size, survey.seconds + seconds, seconds)
 
+    def _batches(self, survey: Survey, cells: Sequence[Cell], n: int) -> Iterator[list[_Fork]]:
+        """Forks that can be decoded together, as many as there is room for."""
+        room, most = max(ROOM, 2 * survey.whole_bytes), max(1, self._batch_size // n)
+        some: list[_Fork] = []
+        for cell in cells:
+            left = self._fork(survey, cell)
+            if left.acting is not None or not self._padding or not is_plain(left.cache):
+                yield [left]
+                continue
+            held = sum(other.size.bytes_after for other in some)
+            if some and (len(some) >= most or held + left.size.bytes_after > room):
+                yield some
+                some = []
+            some.append(left)
+        if some:
+            yield some
+
     def _time(self, forks: Sequence[_Fork]) -> None:
         """Time decoding after each fork; without a press, after transformers' own cache."""
         pairs = [
-            (ordinary(left.cache) if left.cell.press is None else left.cache, left.acting)
+            (
+                ordinary(left.cache) if left.cell and left.cell.press is None else left.cache,
+                left.acting,
+            )
             for left in forks
         ]
         for left, seconds in zip(forks, step_seconds(self.model, pairs), strict=True):
@@ -196,90 +265,85 @@ class Reader:
 
     def _reference(self, cache: Cache, prompt: Prompt, context: Context) -> _Reference:
         limits = [sample.max_new_tokens for sample in context.samples]
-        said = self._said([cache], prompt.question_ids, max(limits))
-        most = [min(limit, MOST_TOKENS) for limit in limits]
+        whole = _Batch([_Fork(None, cache, size_of(cache), 0.0, None)], len(limits))
+        (said,) = self._said(whole, prompt.question_ids, max(limits))
         texts = [
-            Forced(ids, tokens[:limit])
-            for ids, tokens, limit in zip(prompt.question_ids, said, most, strict=True)
+            Forced(ids, tokens[: min(limit, MOST_TOKENS)])
+            for ids, tokens, limit in zip(prompt.question_ids, said, limits, strict=True)
         ]
-        return _Reference(texts, self._expected([cache], texts)[0])
+        return _Reference(texts, self._expected(whole, texts)[0])
 
     def _answered(
-        self,
-        forks: Sequence[_Fork],
-        prompt: Prompt,
-        context: Context,
-        reference: _Reference | None,
+        self, batch: _Batch, prompt: Prompt, context: Context, reference: _Reference | None
     ) -> Iterator[tuple[Cell, Found]]:
         """Answers of forks that are one batch."""
         limits, questions = [s.max_new_tokens for s in context.samples], prompt.question_ids
-        acting = forks[0].acting
-        with acting(self.model, turns="first") if acting else nullcontext():
-            tokens = self._said([left.cache for left in forks], questions, max(limits))
-        kls = self._divergences(forks, questions, reference)
-        nlls = self._likelihoods(forks, questions, context)
+        with batch.acting(self.model, turns="first") if batch.acting else nullcontext():
+            tokens = self._said(batch, questions, max(limits))
+        kls = self._divergences(batch, questions, reference)
+        nlls = self._likelihoods(batch, questions, context)
         n = prompt.context_ids.shape[1]
-        for i, left in enumerate(forks):
-            said = [row[:limit] for row, limit in zip(tokens[i :: len(forks)], limits, strict=True)]
-            yield left.cell, self._found(left, context, n, said, kls[i], nlls[i])
+        for left, rows, kl, nll in zip(batch.forks, tokens, kls, nlls, strict=True):
+            said = [row[:limit] for row, limit in zip(rows, limits, strict=True)]
+            assert left.cell is not None
+            yield left.cell, self._found(left, context, n, said, kl, nll)
 
-    def _said(
-        self, caches: Sequence[Cache], questions: Sequence[Tensor], most: int
-    ) -> list[list[int]]:
-        """Token ids of the answers to the first question from each cache, then to the next."""
-        if not self._padding:
-            # Sliding windows and recurrent states would count padding.
-            return [
-                generate(self.model, self.tokenizer, fork(cache), [ids], most, {})[0]
+    def _said(self, batch: _Batch, questions: Sequence[Tensor], most: int) -> list[list[list[int]]]:
+        """Token ids of the answer of each fork to each question."""
+        if self._padding:
+            every, cache = batch.spread(questions), batch.cache()
+            found = generate(self.model, self.tokenizer, cache, every, most, {})
+            return batch.gathered(found)
+        # Sliding windows and recurrent states would count padding.
+        (left,) = batch.forks
+        return [
+            [
+                generate(self.model, self.tokenizer, fork(left.cache), [ids], most, {})[0]
                 for ids in questions
-                for cache in caches
             ]
-        every = [ids for ids in questions for _ in caches]
-        batch = _batch(caches, len(questions))
-        return generate(self.model, self.tokenizer, batch, every, most, {})
+        ]
 
-    def _expected(self, caches: Sequence[Cache], texts: Sequence[Forced]) -> list[list[Tensor]]:
-        """What is expected at each token of each text, after each cache."""
-        if not self._padding:
-            return [
-                [force(self.model, fork(cache), [text])[0] for text in texts] for cache in caches
-            ]
-        every = [text for text in texts for _ in caches]
-        found = force(self.model, _batch(caches, len(texts)), every)
-        return [found[i :: len(caches)] for i in range(len(caches))]
+    def _expected(self, batch: _Batch, texts: Sequence[Forced]) -> list[list[Tensor]]:
+        """What is expected at each token of each text, after each fork."""
+        if self._padding:
+            return batch.gathered(force(self.model, batch.cache(), batch.spread(texts)))
+        (left,) = batch.forks
+        return [[force(self.model, fork(left.cache), [text])[0] for text in texts]]
 
     def _divergences(
-        self, forks: Sequence[_Fork], questions: Sequence[Tensor], reference: _Reference | None
+        self, batch: _Batch, questions: Sequence[Tensor], reference: _Reference | None
     ) -> list[list[float | None]]:
         """KL divergence of each fork and question, in nats a token.
 
         None under a press that acts while answers are decoded: it sees no given text.
         """
-        if reference is None or forks[0].acting is not None:
-            return [[None] * len(questions) for _ in forks]
+        if reference is None or batch.acting is not None:
+            return [[None] * len(questions) for _ in batch.forks]
         texts = [
             Forced(ids, text.answer) for ids, text in zip(questions, reference.texts, strict=True)
         ]
-        rows = self._expected([left.cache for left in forks], texts)
         return [
             [_divergence(p, q) for p, q in zip(reference.expected, row, strict=True)]
-            for row in rows
+            for row in self._expected(batch, texts)
         ]
 
     def _likelihoods(
-        self, forks: Sequence[_Fork], questions: Sequence[Tensor], context: Context
+        self, batch: _Batch, questions: Sequence[Tensor], context: Context
     ) -> list[list[float | None]]:
-        """Negative log-likelihood of each fork and sample, in nats a token, where it is asked."""
-        if not any(sample.metric == PERPLEXITY for sample in context.samples):
-            return [[None] * len(questions) for _ in forks]
+        """Negative log-likelihood of each fork and sample, in nats a token, where it is asked.
+
+        None under a press that acts while answers are decoded, as for divergences.
+        """
+        asked = any(sample.metric == PERPLEXITY for sample in context.samples)
+        if not asked or batch.acting is not None:
+            return [[None] * len(questions) for _ in batch.forks]
         texts = [
             Forced(ids, self.tokenizer.encode(sample.answer[0], add_special_tokens=False))
             for ids, sample in zip(questions, context.samples, strict=True)
         ]
-        rows = self._expected([left.cache for left in forks], texts)
         return [
             [_nll(expected, text.answer) for expected, text in zip(row, texts, strict=True)]
-            for row in rows
+            for row in self._expected(batch, texts)
         ]
 
     def _found(
@@ -318,20 +382,6 @@ def shares_reading(cell: Cell) -> bool:
     if cell.press is None:
         return True
     return shares(cell.press) and cell.config.prefill_mode == "exact"
-
-
-def _alike(forks: Sequence[_Fork]) -> list[list[_Fork]]:
-    """Forks that can be decoded as one batch."""
-    groups: dict[object, list[_Fork]] = {}
-    for left in forks:
-        form = form_of(left.cache) if left.acting is None else None
-        groups.setdefault(id(left) if form is None else form, []).append(left)
-    return list(groups.values())
-
-
-def _batch(caches: Sequence[Cache], n: int) -> Cache:
-    """A batch that continues each of the caches ``n`` times."""
-    return fork(caches[0], n) if len(caches) == 1 else join(caches, n)
 
 
 def _divergence(p: Tensor, q: Tensor) -> float:

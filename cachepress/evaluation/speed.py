@@ -14,7 +14,7 @@ from cachepress.bench import timed_step
 from cachepress.cache import fork
 from cachepress.presses import BasePress
 
-CONTEXTS = 2
+CONTEXTS = 1
 """Contexts of a data set after which steps are timed."""
 STEPS = 8
 

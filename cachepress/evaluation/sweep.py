@@ -38,7 +38,7 @@ class SweepConfig:
         query_aware: "no", "yes" or "both": whether presses see the question.
         executor: "serial", "process" or "ray".
         workers: of the executors that have some.
-        batch_size: most sequences that are decoded at once.
+        batch_size: most sequences that are decoded at once, at least those of one press.
         kl: whether the divergence from the uncompressed model is measured.
         options: of each evaluation, see ``EvaluationConfig``.
     """
@@ -50,7 +50,7 @@ class SweepConfig:
     query_aware: str = "no"
     executor: str = "serial"
     workers: int = 1
-    batch_size: int = 32
+    batch_size: int = 128
     kl: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
 

@@ -1,10 +1,12 @@
 """What a store holds at one moment, and attention over it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from cachepress.errors import UnsupportedError
 from cachepress.forward import Rows
 from cachepress.masks import TextMask
 from cachepress.ops import AttentionRule
@@ -26,6 +28,8 @@ class Held:
         batch: number of sequences.
         known: ``[B, S]`` of the settled text columns, those that are tokens; None if all.
         reads: pages of the blocks that one query reads in each head; None for all.
+        groups: where the batch is several groups of sequences, one after the other, the blocks of
+            each, and the number of its sequences; there are no other blocks then.
     """
 
     blocks: tuple[Block, ...]
@@ -34,6 +38,7 @@ class Held:
     batch: int
     known: Tensor | None
     reads: int | None = None
+    groups: tuple[tuple[tuple[Block, ...], int], ...] = ()
 
     @property
     def start(self) -> int:
@@ -43,10 +48,12 @@ class Held:
     @property
     def shared(self) -> bool:
         """Whether sequences share rows."""
-        return any(block.shape[0] != self.batch for block in self.blocks)
+        return bool(self.groups) or any(block.shape[0] != self.batch for block in self.blocks)
 
     def lengths(self) -> Tensor:
         """Rows of each head, ``[B, H]``."""
+        if self.groups:
+            return torch.cat([held.lengths() for held in self._parts()])
         own = self.seen - self.start
         total = torch.full((self.batch, self.heads), own)
         for block in self.blocks:
@@ -59,10 +66,13 @@ class Held:
         """KV heads."""
         if self.tail is not None:
             return self.tail.keys.shape[1]
-        return self.blocks[0].shape[1]
+        blocks = self.groups[0][0] if self.groups else self.blocks
+        return blocks[0].shape[1]
 
     def rows(self) -> Rows:
         """Everything as one table ``[B, H, T, ...]``, the rows of the tail last."""
+        if self.groups:
+            raise UnsupportedError("a joined cache can be decoded from, and nothing else")
         if not self.blocks and self.tail is not None:
             return Rows(self.tail.keys, self.tail.values)
         parts = [block.rows() for block in self.blocks]
@@ -98,6 +108,8 @@ class Held:
         The rows of the tail end with those of the queries. Rows that sequences share are read
         once for all of them. One query reads the pages that matter to it, if there are ``reads``.
         """
+        if self.groups:
+            return self._attend_apart(query, mask, rule)
         b, hq, n, d = query.shape
         bias = mask.of_rows(self.start, self.known)
         if self.reads is None or n > 1:
@@ -114,6 +126,24 @@ class Held:
     def whole(self) -> "Held":
         """The same, with every page read."""
         return replace(self, reads=None)
+
+    def _attend_apart(self, query: Tensor, mask: TextMask, rule: AttentionRule) -> Tensor:
+        """Attention of each group by itself: heads of one length are much faster so."""
+        outputs, first = [], 0
+        for held in self._parts():
+            last = first + held.batch
+            some = mask.of_sequences(first, last)
+            outputs.append(held.attend(query[first:last], some, rule))
+            first = last
+        return torch.cat(outputs)
+
+    def _parts(self) -> Iterator["Held"]:
+        """What each group holds."""
+        first = 0
+        for blocks, n in self.groups:
+            tail = self.tail and self.tail.of_sequences(first, first + n)
+            yield Held(blocks, tail, self.seen, n, None)
+            first += n
 
     def _chosen_parts(self, query: Tensor, mask: Tensor | None, reads: int) -> list[Part]:
         """Parts with the pages of each span that promise most to ``query [X, G, D]``.

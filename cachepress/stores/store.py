@@ -51,6 +51,7 @@ class Store(CacheLayerMixin):
 
     def __init__(self) -> None:
         self._blocks: tuple[Block, ...] = ()
+        self._groups: tuple[tuple[tuple[Block, ...], int], ...] = ()
         self._tail: Tail | None = None
         self._batch = -1
         self._seen = 0
@@ -107,7 +108,8 @@ class Store(CacheLayerMixin):
         if not self.is_initialized:
             raise CachepressError("the store is empty: run a forward with it first")
         tail = None if self._tail is None else self._tail.read()
-        return Held(self._blocks, tail, self._seen, self._batch, self.known, self.reads)
+        known, reads = self.known, self.reads
+        return Held(self._blocks, tail, self._seen, self._batch, known, reads, self._groups)
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +118,8 @@ class Store(CacheLayerMixin):
 
     def tensors(self) -> list[Tensor]:
         """Everything that is allocated; layers of one cache can share what they know of padding."""
-        found = [x for block in self._blocks for x in block.tensors()]
+        grouped = [block for blocks, _ in self._groups for block in blocks]
+        found = [x for block in (*self._blocks, *grouped) for x in block.tensors()]
         found += [] if self._tail is None else self._tail.tensors()
         return found if self.known is None else [*found, self.known]
 
@@ -187,22 +190,33 @@ class Store(CacheLayerMixin):
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What stores have in common that can be joined."""
+        """What stores have in common that can be one group of a joined batch."""
         if self._tail is not None:
             self._freeze()
-        blocks = (block.form for block in self._blocks)
-        return (self._seen, self._batch, self.known is None, self.codec, self.reads, *blocks)
+        return (self._seen, self.codec, self.reads, *(block.form for block in self._blocks))
+
+    @property
+    def even(self) -> tuple[int, ...] | None:
+        """Rows of every head in each block, where all heads have as many; else None."""
+        rows = [block.layout.even for block in self._blocks]
+        return None if None in rows else tuple(rows)  # pyright: ignore[reportReturnType]
 
     @classmethod
-    def join(cls, stores: Sequence["Store"], n: int) -> "Store":
-        """A batch of the sequences of several stores, one of each, ``n`` times in a row.
+    def join(cls, groups: Sequence[Sequence["Store"]], n: int) -> "Store":
+        """A batch of the sequences of several stores, one of each, and each ``n`` times.
 
-        They must have the same ``form``. The rows are copied once; the repeats share them.
+        Group after group, and within a group all stores ``n`` times in a row. The stores of a group
+        have the same ``form``. Rows are copied once; the repeats share them. Several groups can
+        be decoded from, and nothing else.
         """
-        joined = copy.copy(stores[0])
-        parts = zip(*(store._blocks for store in stores), strict=True)
-        joined._blocks = tuple(Block.stack(blocks) for blocks in parts)
-        joined._batch, joined.trace = len(stores) * n, None
+        joined = copy.copy(groups[0][0])
+        stacked = []
+        for group in groups:
+            parts = zip(*(store._blocks for store in group), strict=True)
+            stacked.append((tuple(Block.stack(blocks) for blocks in parts), len(group) * n))
+        joined._batch, joined.trace = sum(size for _, size in stacked), None
+        joined._blocks = stacked[0][0] if len(stacked) == 1 else ()
+        joined._groups = () if len(stacked) == 1 else tuple(stacked)
         return joined
 
     def get_seq_length(self) -> int:
@@ -262,6 +276,8 @@ class Store(CacheLayerMixin):
         """
         if not self.is_initialized:
             return
+        if self._groups:
+            raise UnsupportedError("a joined cache can be decoded from, and nothing else")
         index = beam_idx.to(self.tensors()[0].device)
         self._blocks = tuple(
             block if block.shape[0] == 1 else block.select(index % block.shape[0])

@@ -75,6 +75,10 @@ class TailRows:
         positions = torch.arange(seen - n, seen, dtype=torch.int32, device=self.keys.device)
         return Rows(self.keys, self.values, positions.expand(b, h, n))
 
+    def of_sequences(self, first: int, last: int) -> "TailRows":
+        """The rows of some of the sequences."""
+        return TailRows(self.keys[first:last], self.values[first:last])
+
     def part(self, mask: Tensor | None) -> DensePart:
         """The rows as attention reads them, with a mask ``[B or 1, n, rows]`` or none."""
         bias = None if mask is None else mask[:, None, None]

@@ -67,6 +67,28 @@ def test_the_answers_are_those_of_separate_runs(model_dir, data_file, tmp_path):
     assert rows_of(tmp_path / "sweep") == rows_of(tmp_path / "apart")
 
 
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_next"])
+def test_models_with_other_layers_are_swept_too(name, data_file, tmp_path):
+    folder = tmp_path / name
+    model = tiny(name)
+    model.generation_config.suppress_tokens = [0, 1, 2, 96]
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    config = sweep(str(folder), data_file, tmp_path / "sweep", presses=("knorm", "kvzip"), kl=True)
+    (results,) = run_sweep(config, quiet=True)
+    assert results[0].metrics["kl"]["mean"] == pytest.approx(0, abs=1e-5)
+    for result in results:
+        config = {**vars(result.cell.config), "output_dir": str(tmp_path / "apart")}
+        metrics = EvaluationRunner(EvaluationConfig(**config), quiet=True).run_evaluation()
+        for key in ("score", "compression_ratio", "cache_bytes_after"):
+            assert result.metrics[key] == metrics[key]
+    answers = [
+        {cell: [row["predicted_answer"] for row in rows] for cell, rows in rows_of(place).items()}
+        for place in (tmp_path / "sweep", tmp_path / "apart")
+    ]
+    assert answers[0] == answers[1]
+
+
 def spy(monkeypatch, stop_after=None):
     """What is read, as (context, presses); stops after so many contexts."""
     seen, together = [], Reader.together

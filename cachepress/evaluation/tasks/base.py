@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,7 @@ class Task:
         load: gives the rows, as ``normalise`` does.
         parts: what ``--data-dir`` may be; empty where anything or nothing goes.
         metrics: what judges its rows, by the name in their column "metric".
+        submit: writes a table of predictions into a folder, as whoever judges them wants it.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Task:
     load: Loader
     parts: Sequence[str] = ()
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+    submit: Callable[[pd.DataFrame, Path], object] | None = None
 
     def table(self, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
         """The rows of the part that a config names.

@@ -128,4 +128,5 @@ ZERO_SCROLLS = Task(
     about="summaries, questions and sorting, judged by the benchmark (arXiv:2305.14196)",
     load=load_zero_scrolls,
     parts=tuple(MAX_NEW_TOKENS),
+    submit=write_submission,
 )

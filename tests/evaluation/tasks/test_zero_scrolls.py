@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import cachepress as cp
-from cachepress.evaluation import EvaluationConfig
+from cachepress.evaluation import EvaluationConfig, EvaluationRunner
 from cachepress.evaluation.tasks.zero_scrolls import ZERO_SCROLLS, write_submission
 
 BEFORE = "Read the article and answer.\n\nArticle:\nThe mill stands by the river."
@@ -143,3 +143,22 @@ def test_a_submission_of_other_predictions_is_refused(tmp_path):
         write_submission(table.assign(task="qasper_e"), tmp_path)
     with pytest.raises(cp.CachepressError, match="the answer .* is not the id of a sample"):
         write_submission(table.assign(answer=[["a", "b"], ["c"], ["d"]]), tmp_path)
+
+
+def test_a_run_leaves_a_submission_and_no_score(tmp_path, model_dir):
+    write(tmp_path, "qasper", sample("a"), sample("b", "\n\nQuestion:\nWhose?"))
+    config = EvaluationConfig(
+        dataset="zero_scrolls",
+        data_dir="qasper",
+        data_path=str(tmp_path),
+        model=model_dir,
+        device="cpu",
+        max_new_tokens=3,
+        output_dir=str(tmp_path / "out"),
+    )
+    runner = EvaluationRunner(config, quiet=True)
+    metrics = runner.run_evaluation()
+    assert (metrics["score"], metrics["tasks"]) == (None, {})
+    table = pd.read_csv(runner.results_dir / "predictions.csv", dtype=str, keep_default_na=False)
+    submitted = json.loads((runner.results_dir / "submission" / "qasper.json").read_text())
+    assert submitted == dict(zip("ab", table["predicted_answer"], strict=True))
