@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CachepressError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        return _fail("interrupted: every finished context is on disk, the same command goes on")
+        goes_on = command in (_evaluate, _sweep, _demo)
+        hint = ": every finished context is on disk, the same command goes on" if goes_on else ""
+        return _fail(f"interrupted{hint}")
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}; nothing that was computed is lost")
@@ -74,9 +76,9 @@ def _sweep(options: dict[str, object]) -> None:
     from cachepress.evaluation.sweep import load_sweep, run_sweep
     from cachepress.evaluation.table import sweep_page, sweep_text
 
-    _log(str(options.get("log_level", "INFO")))
     markdown, dry = options.pop("markdown", None), options.pop("dry_run", False)
     config = load_sweep(options.pop("config", None), options)
+    _log(str(config.options.get("log_level", "INFO")))
     results = run_sweep(config, only_plan=dry)
     if dry:
         return

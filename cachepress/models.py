@@ -109,7 +109,7 @@ def load(
         ModelError: if there is no such model or dtype, the folder holds no model, or the built-in
             model cannot be fetched or converted.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _device(device)
     options: dict[str, object] = {"dtype": _dtype(dtype, place), **(model_kwargs or {})}
     source = resolve(name)
     local = Path(source).is_dir()
@@ -123,12 +123,15 @@ def load(
     try:
         model = AutoModelForCausalLM.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **shared)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         wanted = f"a built-in model ({', '.join(BUILTIN_MODELS)}), a folder or a name on the hub"
         what = f"the model in {source}" if local else f"{name!r}, wanted {wanted}"
         raise ModelError(f"could not load {what}: {_first_line(error)}") from error
     if "device_map" not in options:
-        model = model.to(place)
+        try:
+            model = model.to(place)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"device {str(place)!r}: {_first_line(error)}") from error
     return model.eval(), tokenizer
 
 
@@ -189,6 +192,13 @@ def _describe(folder: Path, spec: BuiltinModel) -> ModelInfo:
     if _is_ready(folder, spec):
         path, size = str(folder), sum(file.stat().st_size for file in folder.iterdir())
     return ModelInfo(spec.name, spec.title, path, size, spec.licence, spec.context_length)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ModelError(f"device: got {device!r}, wanted for example cpu or cuda:0") from error
 
 
 def _dtype(dtype: str | torch.dtype | None, place: torch.device) -> str | torch.dtype:

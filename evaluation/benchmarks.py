@@ -142,7 +142,7 @@ def _compared(one: Path, other: Path) -> tuple[int, int]:
 
 
 def _answers(path: Path) -> dict[int, str]:
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    records = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
     return {record["sample_id"]: record["predicted_answer"] for record in records}
 
 
@@ -150,9 +150,9 @@ def page(data: dict[str, Found]) -> str:
     """docs/benchmarks.md, with the sections that were measured."""
     parts = [
         "# Benchmarks\n",
-        "This page is made by `make benchmarks`. Medians of interleaved runs; ratios matter, "
-        "seconds belong to the machine. All figures of a block come from the commands that stand "
-        "there.\n",
+        "This page is made by `make benchmarks`. Ratios matter, seconds belong to the machine. All "
+        "figures of a block come from the commands that stand there, one run of each; times of a "
+        "step are medians of steps that were taken in turns.\n",
     ]
     writers = {"decode": _decode, "long": _long, "sweep": _sweep, "quality": _quality}
     return "\n".join(
@@ -226,12 +226,14 @@ def _quality(found: Found) -> str:
         aware = "yes" if one["query_aware"] else "no"
         spread = f"{score['low']:.2f} to {score['high']:.2f}"
         ratio = f"{one['compression_ratio']:.2f}"
-        rows.append([parts[1], aware, parts[3], ratio, how, f"{score['mean']:.3f}", spread])
+        mean, samples = f"{score['mean']:.3f}", str(score["samples"])
+        rows.append([parts[1], aware, parts[3], ratio, how, mean, spread, samples])
     headers = ["data", "sees the question", "press", "ratio", "read", "score", "95 % interval"]
+    headers.append("answers")
     commands = " and ".join(f"`{command}`" for command in found["commands"])
     return (
         "## Quality on the built-in data\n\n"
-        f"{commands}; a line of `single_repeat` is 10 answers, one of `multi_key` 40.\n\n"
+        f"{commands}.\n\n"
         f"{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}\n"
     )
 

@@ -13,6 +13,7 @@ import pytest
 from cachepress.cli import main
 from cachepress.evaluation.cell import METRICS, PREDICTIONS, RECORDS
 from cachepress.evaluation.reader import Reader
+from tests.tiny import words
 
 
 @pytest.fixture
@@ -60,6 +61,9 @@ def _write(path, text):
         (["--dataset={empty}"], "has no rows"),
         (["--dataset={lacking}"], "has no column 'answer'"),
         (["--dataset={blank}"], "row 0: the context is empty"),
+        (["--dataset={judged}"], "unknown metric 'rogue'"),
+        (["--device=nowhere"], "device: got 'nowhere'"),
+        (["--model-kwargs={{nonsense: 1}}"], "could not load the model"),
         (["--config={broken}"], "is not YAML"),
         (["--config=missing.yaml"], "missing.yaml: No such file or directory"),
         (["--model=no/such-model"], "'no/such-model'"),
@@ -75,6 +79,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, tmp_path, capsys, opti
         "empty": _write(tmp_path / "empty.csv", "context,question,answer\n"),
         "lacking": _write(tmp_path / "lacking.csv", "context,question\na,b\n"),
         "blank": _write(tmp_path / "blank.csv", "context,question,answer\n ,b,c\n"),
+        "judged": _write(tmp_path / "j.csv", "context,question,answer,metric\na,b,c,rogue\n"),
         "broken": _write(tmp_path / "broken.yaml", "press: ["),
         "file": _write(tmp_path / "file", ""),
     }
@@ -198,11 +203,10 @@ def test_sweep_prints_a_table_and_writes_it(swept, tmp_path, capsys):
     assert main([*arguments, *more]) == 0
 
 
-def test_a_dry_run_does_nothing(swept, capsys, caplog):
+def test_a_dry_run_does_nothing(swept, capsys):
     arguments, folder = swept
-    with caplog.at_level("INFO", "cachepress"):
-        assert main([*arguments, "--presses", "knorm", "--ratios", "0.5", "--dry-run"]) == 0
-    assert "2 cells, 4 contexts, 8 samples; 16 of 16 answers are left" in caplog.text
+    assert main([*arguments, "--presses", "knorm", "--ratios", "0.5", "--dry-run"]) == 0
+    assert "2 cells, 4 contexts, 8 samples; 16 of 16 answers are left" in capsys.readouterr().out
     assert not list(folder.glob(f"*/{RECORDS}"))
 
 
@@ -251,3 +255,35 @@ def test_data_is_listed_and_converted(tmp_path, data_file, model_dir, capsys):
     assert a == b
     assert main([*convert, str(tmp_path / "facts.xml")]) == 2
     assert "wanted a file that ends in .parquet" in capsys.readouterr().err
+
+
+def test_report_makes_a_page_of_results(swept, tmp_path, capsys):
+    arguments, folder = swept
+    assert main([*arguments, "--presses", "knorm", "--ratios", "0.5", "0.75"]) == 0
+    assert main(["report", str(folder), "--formats", "html", "md"]) == 0
+    assert f"written: {folder / 'report.html'}" in capsys.readouterr().out
+    page, table = ((folder / name).read_text() for name in ("report.html", "table.md"))
+    assert "knorm" in page and "http-equiv" not in page
+    assert table.count("knorm") == 2
+    assert main(["report", str(tmp_path / "nothing")]) == 2
+    assert main(["report", str(folder), "--formats", "pdf"]) == 2
+    assert "pdf" in capsys.readouterr().err
+
+
+def test_inspect_makes_a_page_of_a_context(tmp_path, model_dir, capsys):
+    context = tmp_path / "context.txt"
+    context.write_text(words(40, seed=1))
+    page = tmp_path / "page.html"
+    run = ["inspect", f"--model={model_dir}", "--device=cpu", f"--context={context}"]
+    run += ["--question=w9", f"--output={page}", "--max-new-tokens=3", "--press=knorm"]
+    assert main([*run, "--compression-ratio=0.5"]) == 0
+    assert f"written: {page}" in capsys.readouterr().out
+    assert words(40, seed=1).split()[0] in page.read_text()
+    assert main([*run, "--press=no_press"]) == 2
+    assert "name a press to inspect" in capsys.readouterr().err
+    context.write_bytes(b"\xff\xfe\x00")
+    assert main(run) == 2
+    assert "is not a text in UTF-8" in capsys.readouterr().err
+    context.unlink()
+    assert main(run) == 2
+    assert "No such file or directory" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -51,7 +52,8 @@ class Answer:
         bytes_after: bytes after.
         rows_seen: rows that an uncompressed cache holds.
         rows_held: rows that are held.
-        peak_memory_bytes: the most memory that the process had needed by then.
+        peak_memory_bytes: the most memory that the process had needed by then; None where others
+            shared its reading.
         machine: what it ran on.
         kl: KL divergence in nats a token of what the model expects at each token of the
             uncompressed model's answer, from what the uncompressed model expects; None where it was
@@ -70,7 +72,7 @@ class Answer:
     bytes_after: int
     rows_seen: int
     rows_held: int
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     machine: str
     kl: float | None = None
     nll: float | None = None
@@ -102,25 +104,19 @@ class Cell:
     def held(self) -> Iterator[None]:
         """Hold the folder of results, so that two runs do not write into each other."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.folder / ".lock", blocking=False):
-                if self.config.overwrite:
-                    self._remove()
+        with holding(self.folder):
+            if not self.config.overwrite:
                 self._records = Records(self.folder / RECORDS)
-                yield
-        except Timeout as error:
-            raise CachepressError(
-                f"another run is writing to {self.folder}: wait for it, or use another --output-dir"
-            ) from error
+            yield
 
     def finished(self) -> dict | None:
-        """The metrics, if this very run is done.
+        """The metrics, if a run of this config is done; its data may have changed since.
 
         Raises:
             CachepressError: if the folder has the results of another config.
         """
         config, metrics = self.folder / CONFIG, self.folder / METRICS
-        if not config.exists():
+        if not config.exists() or self.config.overwrite:
             return None
         there = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
         for name, value in self.config.identity().items():
@@ -133,6 +129,19 @@ class Cell:
             logger.info("%s is of other versions: it is computed again", self.folder)
             return None
         return json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else None
+
+    def begin(self) -> None:
+        """Say what this run is; with ``overwrite``, forget what was there before."""
+        if self._records is None:
+            for name in (RECORDS, PREDICTIONS, METRICS):
+                (self.folder / name).unlink(missing_ok=True)
+            self._records = Records(self.folder / RECORDS)
+        self.save_config()
+
+    def peek(self) -> None:
+        """Look at what is done, without holding the folder."""
+        if (self.folder / RECORDS).exists() and not self.config.overwrite:
+            self._records = Records(self.folder / RECORDS)
 
     def key(self, context: Context, sample: Sample) -> str:
         """A hash of everything that can change the answer to a sample."""
@@ -187,7 +196,7 @@ class Cell:
         metrics = metrics_of(predictions, self.config.query_aware or self.config.sees_question)
         self.save_config()
         texts = predictions[[name for name in predictions if name not in _COSTS]].assign(
-            **{name: predictions[name].map(_json) for name in ("answer", "choices")}
+            **{name: predictions[name].map(as_json) for name in ("answer", "choices")}
         )
         write_atomically(
             self.folder / PREDICTIONS, texts.to_csv(index_label="sample_id", lineterminator="\n")
@@ -208,18 +217,33 @@ class Cell:
 
     @property
     def _done(self) -> dict[str, dict]:
-        assert self._records is not None
-        return self._records.done
-
-    def _remove(self) -> None:
-        for name in (RECORDS, PREDICTIONS, METRICS, CONFIG):
-            (self.folder / name).unlink(missing_ok=True)
+        return {} if self._records is None else self._records.done
 
 
 _COSTS = tuple(
     name for name in Answer.__dataclass_fields__ if name not in ("predicted_answer", "kl")
 )
 """Columns that differ between two runs with the same answers; predictions.csv leaves them out."""
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold a folder of results.
+
+    Raises:
+        CachepressError: if another process holds it.
+    """
+    lock = FileLock(folder / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise CachepressError(
+            f"another run is writing to {folder}: wait for it, or use another --output-dir"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def versions() -> dict[str, str]:
@@ -232,5 +256,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def _json(texts: list[str]) -> str:
+def as_json(texts: list[str]) -> str:
+    """Texts as they stand in predictions.csv."""
     return json.dumps(texts, ensure_ascii=False)

@@ -1,7 +1,9 @@
 """Who does the work of a sweep: this process, other processes, or a Ray cluster."""
 
+import math
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -21,8 +23,6 @@ from cachepress.models import load
 
 MOST_LOSSES = 3
 """Times that work is given out anew without any result in between."""
-Answered = list[tuple[Path, Found]]
-"""Answers by the folder of their cell."""
 
 
 class Unit(NamedTuple):
@@ -30,6 +30,13 @@ class Unit(NamedTuple):
 
     context: Context
     configs: tuple[EvaluationConfig, ...]
+
+
+class Answered(NamedTuple):
+    """Answers by the folder of their cell, and what kept the others from being given."""
+
+    found: list[tuple[Path, Found]]
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +78,16 @@ class Worker:
     def answer(self, unit: Unit) -> Answered:
         """Answer a unit."""
         cells = [Cell(config) for config in unit.configs]
-        found = self._reader(unit.configs[0]).together(cells, unit.context)
-        return [(cell.folder, answers) for cell, answers in found]
+        found: list[tuple[Path, Found]] = []
+        try:
+            for cell, answers in self._reader(unit.configs[0]).together(cells, unit.context):
+                found.append((cell.folder, answers))
+        except CachepressError as error:
+            return Answered(found, str(error))
+        except torch.OutOfMemoryError as error:
+            hint = "give a smaller --batch-size, or a --prefill-chunk-size"
+            return Answered(found, f"{str(error).splitlines()[0]} {hint}")
+        return Answered(found)
 
     def _reader(self, config: EvaluationConfig) -> Reader:
         device = config.device
@@ -136,6 +151,7 @@ _WORKER: Worker | None = None
 
 def _start(options: WorkerOptions, rank: "multiprocessing.sharedctypes.Synchronized") -> None:
     global _WORKER
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The command itself ends the workers.
     with rank.get_lock():
         own = rank.value
         rank.value += 1
@@ -168,6 +184,9 @@ class Processes:
 
     def __exit__(self, *error: object) -> None:
         assert self._pool is not None
+        if error[0] is not None:
+            for child in multiprocessing.active_children():
+                child.terminate()
         self._pool.shutdown(cancel_futures=True)
 
     def check(
@@ -175,7 +194,10 @@ class Processes:
     ) -> dict[Path, str]:
         """What a worker says."""
         assert self._pool is not None
-        return self._pool.submit(_check, configs, contexts).result()
+        try:
+            return self._pool.submit(_check, configs, contexts).result()
+        except BrokenProcessPool as error:
+            raise _lost(1) from error
 
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
         """Units as they are done, each exactly once."""
@@ -183,10 +205,10 @@ class Processes:
         at: dict[Future, Unit] = {}
         while left or at:
             assert self._pool is not None
-            while left and len(at) < self._options.workers:
-                unit = left.popleft()
-                at[self._pool.submit(_answer, unit)] = unit
             try:
+                while left and len(at) < self._options.workers:
+                    at[self._pool.submit(_answer, left[0])] = left[0]
+                    left.popleft()
                 done, _ = wait(at, return_when=FIRST_COMPLETED)
                 for future in done:
                     answered = future.result()
@@ -232,7 +254,12 @@ class Ray:
             room = {"num_cpus": max(workers, os.cpu_count() or 1)} if local else {}
             ray.init(log_to_driver=False, include_dashboard=False, logging_level="error", **room)
             self._owned = True
-        gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)
+        room = ray.cluster_resources()
+        if room.get("CPU", 0) < workers:
+            raise CachepressError(
+                f"workers: got {workers}, but the Ray cluster has {room.get('CPU', 0):.0f} CPUs"
+            )
+        gpus = 1 / math.ceil(workers / room["GPU"]) if room.get("GPU") else 0
         kind = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1)(Worker)
         threads = _threads(workers)
         self.actors = [kind.remote(self._options, rank, threads) for rank in range(workers)]
@@ -248,7 +275,10 @@ class Ray:
         self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]
     ) -> dict[Path, str]:
         """What an actor says."""
-        return self._get(self.actors[0].check.remote(configs, contexts))
+        try:
+            return self._get(self.actors[0].check.remote(configs, contexts))
+        except self._ray.exceptions.RayActorError as error:
+            raise _lost(1) from error
 
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
         """Units as they are done, each exactly once."""
@@ -290,7 +320,11 @@ def _threads(workers: int) -> int:
 
 def _give_up_after(losses: int) -> None:
     if losses > MOST_LOSSES:
-        raise CachepressError(
-            f"workers died {losses} times in a row, most likely for want of memory: give fewer "
-            "--workers or a smaller --batch-size; what was answered is on disk"
-        )
+        raise _lost(losses)
+
+
+def _lost(times: int) -> CachepressError:
+    return CachepressError(
+        f"workers died {times} times in a row, most likely for want of memory: give fewer "
+        "--workers or a smaller --batch-size; what was answered is on disk"
+    )

@@ -60,6 +60,11 @@ class _Fork:
     step_seconds: float | None = None
 
     @property
+    def shared(self) -> bool:
+        """Whether others shared its reading."""
+        return self.press_seconds is not None
+
+    @property
     def acting(self) -> BasePress | None:
         """The press, if it acts while answers are decoded."""
         press = None if self.cell is None else self.cell.press
@@ -141,13 +146,13 @@ class Reader:
         Raises:
             CachepressError: if a context is too long.
         """
-        unfit = {}
+        unfit, tried = {}, {}
+        empty = any(not s.question.strip() for context in contexts for s in context.samples)
         for cell in cells:
-            try:
-                if cell.press is not None:
-                    prepared(cell.press, self.model)
-            except CachepressError as error:
-                unfit[cell.folder] = str(error)
+            if cell.config.press_name not in tried:
+                tried[cell.config.press_name] = self._misfit(cell, empty)
+            if (reason := tried[cell.config.press_name]) is not None:
+                unfit[cell.folder] = reason
         for context in contexts:
             try:
                 self._prompt(context, cells[0])
@@ -155,6 +160,21 @@ class Reader:
                 first = context.samples[0].sample_id
                 raise CachepressError(f"sample {first}: {error}") from error
         return unfit
+
+    def _misfit(self, cell: Cell, empty: bool) -> str | None:
+        """Why a press cannot be used here; None if it can."""
+        if cell.press is None:
+            return None
+        try:
+            press = prepared(cell.press, self.model)
+            if press.needs.question and empty:
+                return f"{press!r} chooses by the question, and there is none in this data set"
+            if shares(press):
+                ids = self.tokenizer("A few words to try it on.", return_tensors="pt").input_ids
+                Survey(self.model, [press], self.tokenizer).read(ids)
+        except CachepressError as error:
+            return str(error)
+        return None
 
     def alone(self, cell: Cell, context: Context, reference: _Reference | None = None) -> Found:
         """Answers of a cell with a reading of its own, through the pipeline."""
@@ -192,7 +212,7 @@ class Reader:
             survey = self._survey(shared, prompt, cells[0])
             if self._kl:
                 reference = self._reference(survey.cache, prompt, context)
-            for some in self._batches(survey, shared, len(context.samples)):
+            for some in self._batches(survey, shared, context):
                 if context.number < CONTEXTS:
                     self._time(some)
                 yield from self._answered(
@@ -234,13 +254,15 @@ class Reader:
         size = replace(size_of(cache), bytes_before=survey.whole_bytes)
         return _Fork(cell, cache, size, survey.seconds + seconds, seconds)
 
-    def _batches(self, survey: Survey, cells: Sequence[Cell], n: int) -> Iterator[list[_Fork]]:
+    def _batches(
+        self, survey: Survey, cells: Sequence[Cell], context: Context
+    ) -> Iterator[list[_Fork]]:
         """Forks that can be decoded together, as many as there is room for."""
-        room, most = max(ROOM, 2 * survey.whole_bytes), max(1, self._batch_size // n)
+        room, most = max(ROOM, 2 * survey.whole_bytes), self._most_forks(context)
         some: list[_Fork] = []
         for cell in cells:
             left = self._fork(survey, cell)
-            if left.acting is not None or not self._padding or not is_plain(left.cache):
+            if most == 1 or left.acting is not None or not is_plain(left.cache):
                 yield [left]
                 continue
             held = sum(other.size.bytes_after for other in some)
@@ -250,6 +272,19 @@ class Reader:
             some.append(left)
         if some:
             yield some
+
+    def _most_forks(self, context: Context) -> int:
+        """How many forks can be decoded together."""
+        samples = context.samples
+        if not self._padding or any(sample.metric == PERPLEXITY for sample in samples):
+            return 1
+        most = self._batch_size // len(samples)
+        if self._kl:
+            longest = min(MOST_TOKENS, max(sample.max_new_tokens for sample in samples)) + 1
+            # Logits, and log-probabilities, in float32.
+            each = 8 * len(samples) * longest * self.model.config.get_text_config().vocab_size
+            most = min(most, ROOM // each)
+        return max(1, most)
 
     def _time(self, forks: Sequence[_Fork]) -> None:
         """Time decoding after each fork; without a press, after transformers' own cache."""
@@ -368,7 +403,7 @@ class Reader:
                 bytes_after=left.size.bytes_after,
                 rows_seen=left.size.rows_seen,
                 rows_held=left.size.rows_held,
-                peak_memory_bytes=peak_memory(self.model.device),
+                peak_memory_bytes=None if left.shared else peak_memory(self.model.device),
                 machine=self._machine,
                 kl=kl,
                 nll=nll,

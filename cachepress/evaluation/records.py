@@ -48,7 +48,7 @@ class Records:
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) < len(raw):
             os.truncate(self._path, len(whole))
-        for number, line in enumerate(whole.decode(errors="replace").splitlines(), start=1):
+        for number, line in enumerate(whole.decode(errors="replace").split("\n")[:-1], start=1):
             try:
                 record = json.loads(line)
                 self.done[record.pop("key")] = record

@@ -1,17 +1,16 @@
 """Scores of old answers, without the model."""
 
-import csv
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
 from cachepress.errors import CachepressError
-from cachepress.evaluation.cell import METRICS, PREDICTIONS
+from cachepress.evaluation.cell import METRICS, PREDICTIONS, as_json, holding
 from cachepress.evaluation.records import write_atomically
 from cachepress.evaluation.registry import METRIC_REGISTRY
+from cachepress.evaluation.tasks.base import PERPLEXITY, UNSCORED
 from cachepress.evaluation.views import score, scores_of
 
 LISTS = ("answer", "choices")
@@ -37,7 +36,12 @@ def score_again(folder: Path, metric: str | None = None) -> list[tuple[Path, dic
     found = list(_runs(folder))
     if not found:
         raise CachepressError(f"{folder} has no results: wanted a folder that evaluate wrote")
-    return [(run, _scored(run, metric)) for run in found]
+    return [(run, _held(run, metric)) for run in found]
+
+
+def _held(run: Path, metric: str | None) -> dict:
+    with holding(run):
+        return _scored(run, metric)
 
 
 def _runs(folder: Path) -> Iterator[Path]:
@@ -49,18 +53,21 @@ def _runs(folder: Path) -> Iterator[Path]:
 def _scored(run: Path, metric: str | None) -> dict:
     rows, metrics = _read(run)
     if metric is not None:
-        rows["metric"] = metric
+        judged = ~rows["metric"].isin([UNSCORED, PERPLEXITY])
+        rows.loc[judged, "metric"] = metric
     columns = zip(rows["predicted_answer"], *(rows[n] for n in (*LISTS, "metric")), strict=True)
-    rows["score"] = [score(*row) for row in columns]
+    try:
+        rows["score"] = [score(*row) for row in columns]
+    except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+        raise CachepressError(f"{run}: {metric} does not fit these answers: {error}") from error
     metrics |= scores_of(rows)
-    texts = rows.assign(**{name: rows[name].map(_json) for name in LISTS})
+    texts = rows.assign(**{name: rows[name].map(as_json) for name in LISTS})
     write_atomically(run / PREDICTIONS, texts.to_csv(index=False, lineterminator="\n"))
     write_atomically(run / METRICS, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
 def _read(run: Path) -> tuple[pd.DataFrame, dict]:
-    csv.field_size_limit(sys.maxsize)
     path = run / PREDICTIONS
     try:
         rows = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -72,7 +79,3 @@ def _read(run: Path) -> tuple[pd.DataFrame, dict]:
     except (ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise CachepressError(f"{path} is damaged: {reason}; run evaluate again") from error
-
-
-def _json(texts: list[str]) -> str:
-    return json.dumps(texts, ensure_ascii=False)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import pandas as pd
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.cell import Cell
@@ -15,7 +14,7 @@ from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.reader import Reader
 from cachepress.evaluation.registry import find_dataset
 from cachepress.evaluation.samples import Context, contexts_of, load_table
-from cachepress.models import load
+from cachepress.models import load, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -47,15 +46,16 @@ class EvaluationRunner:
         """
         find_dataset(self.config.dataset)
         with self.cell.held():
-            if (metrics := self.cell.finished()) is not None:
+            table = self._load_and_prepare_dataset()
+            contexts = contexts_of(table)
+            metrics = self.cell.finished()
+            if metrics is not None and all(map(self.cell.has, contexts)):
                 logger.info("already done: %s (--overwrite to do it again)", self.results_dir)
                 return metrics
             reader = self._setup_model_pipeline()
-            table = self._load_and_prepare_dataset(reader.tokenizer)
-            contexts = contexts_of(table)
             for reason in reader.check([self.cell], contexts).values():
                 raise CachepressError(reason)
-            self.cell.save_config()
+            self.cell.begin()
             self._run_inference(reader, contexts)
             return self._save_results(table, contexts)
 
@@ -70,8 +70,11 @@ class EvaluationRunner:
             )
         return Reader(*self._model)
 
-    def _load_and_prepare_dataset(self, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-        return load_table(self.config, tokenizer)
+    def _load_and_prepare_dataset(self) -> pd.DataFrame:
+        config = self.config
+        if self._model is not None:
+            return load_table(config, self._model[1])
+        return load_table(config, load_tokenizer(config.model, config.model_kwargs))
 
     def _run_inference(self, reader: Reader, contexts: Sequence[Context]) -> None:
         """Answer context by context; what is on disk already is not computed again."""

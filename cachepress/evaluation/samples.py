@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
+from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
-from cachepress.evaluation.registry import find_dataset
-from cachepress.evaluation.tasks.base import PERPLEXITY
+from cachepress.evaluation.registry import METRIC_REGISTRY, find_dataset
+from cachepress.evaluation.tasks.base import PERPLEXITY, UNSCORED
 from cachepress.pipeline import PromptOptions
 
 
@@ -67,8 +68,17 @@ class Context:
 
 
 def load_table(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """The rows that a config evaluates, by sample id, with the number of their context."""
+    """The rows that a config evaluates, by sample id, with the number of their context.
+
+    Raises:
+        CachepressError: if there is no such data set, or it is damaged.
+    """
     table = find_dataset(config.dataset).table(config, tokenizer)
+    for metric in set(table["metric"]) - {*METRIC_REGISTRY, UNSCORED, PERPLEXITY}:
+        raise CachepressError(
+            f"{config.dataset}: unknown metric {metric!r}: wanted one of "
+            f"{', '.join(sorted(METRIC_REGISTRY))}"
+        )
     if config.query_aware:
         table["context"] = table["context"] + "\n" + table["question"]
         table["question"] = ""

@@ -46,7 +46,9 @@ def estimate(scores: Sequence[float], contexts: Sequence[object]) -> Estimate:
     mean, clusters = float(values.mean()), len(set(contexts))
     variance = _variance(values - mean, contexts)
     spread = mean * (1 - mean)
-    effective = spread / variance if variance > 0 and spread > 0 else clusters
+    # Sums of residuals that cancel out leave a trace of rounding.
+    sure = clusters == 1 or variance < 1e-12 or spread <= 0
+    effective = clusters if sure else spread / variance
     low, high = _wilson(mean, min(effective, len(values)))
     return Estimate(mean, low, high, len(values), clusters)
 
@@ -88,6 +90,7 @@ def paired(run: pd.DataFrame, base: pd.DataFrame) -> Paired:
         run: a row for each sample, by sample id, with score, context_id and predicted_answer.
         base: the run to compare with; only samples of both count.
     """
+    run, base = run[run["score"].notna()], base[base["score"].notna()]
     ids = run.index.intersection(base.index)
     run, base = run.loc[ids], base.loc[ids]
     right, was = run["score"] >= 0.5, base["score"] >= 0.5

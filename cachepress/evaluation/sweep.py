@@ -55,12 +55,16 @@ class SweepConfig:
     options: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if isinstance(self.query_aware, bool):  # What YAML makes of yes and no.
+            object.__setattr__(self, "query_aware", "yes" if self.query_aware else "no")
+        if not isinstance(self.kl, bool):
+            raise CachepressError(f"kl: got {self.kl!r}, wanted true or false")
         for name in ("presses", "ratios", "datasets", "models"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence) or not value:
                 raise CachepressError(f"{name}: got {value!r}, wanted a list")
         for name, known in (("query_aware", AWARENESS), ("executor", EXECUTORS)):
-            if getattr(self, name) not in known:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in known:
                 raise CachepressError(
                     f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(known)}"
                 )
@@ -82,13 +86,20 @@ class SweepConfig:
     def groups(self) -> list["Group"]:
         """The evaluations, by what they read."""
         found = []
-        for model in self.models:
-            for dataset in self.datasets:
+        for model in dict.fromkeys(self.models):
+            for dataset in dict.fromkeys(self.datasets):
                 for aware in AWARENESS[self.query_aware]:
                     name, _, part = dataset.partition(":")
                     what = {"dataset": name, "data_dir": part or None, "query_aware": aware}
                     options = {**self.options, **what, "model": model}
                     found.append(Group([Cell(c) for c in self._configs(options)]))
+        folders = [cell.folder for group in found for cell in group.cells]
+        for folder in folders:
+            if folders.count(folder) > 1:
+                raise CachepressError(
+                    f"two models or data sets would write to {folder}: sweep them one by one, with "
+                    "an --output-dir each"
+                )
         return found
 
     def _configs(self, options: Mapping[str, object]) -> list[EvaluationConfig]:
@@ -99,7 +110,10 @@ class SweepConfig:
                 continue  # It is query-aware by itself, and there once already.
             for ratio in self.ratios if _has_ratio(press) else [None]:
                 configs.append(EvaluationConfig(**options, press=press, compression_ratio=ratio))
-        return list({config.get_results_dir(): config for config in configs}.values())
+        found: dict[Path, EvaluationConfig] = {}
+        for config in configs:
+            found.setdefault(config.get_results_dir(), config)
+        return list(found.values())
 
     def _spellings(self) -> list[str]:
         named = [press for press in self.presses if press not in (EVERY_PRESS, NO_PRESS)]
@@ -174,6 +188,13 @@ def run_sweep(
             computed is lost.
     """
     groups = config.groups()
+    if only_plan:
+        for group in groups:
+            group.load()
+            for cell in group.cells:
+                cell.peek()
+        print(plan_of(config, groups, [list(group.units(config.kl)) for group in groups]))
+        return []
     with ExitStack() as stack:
         for group in groups:
             for cell in group.cells:
@@ -183,10 +204,10 @@ def run_sweep(
         executor = stack.enter_context(EXECUTORS[config.executor](config.worker_options))
         for group in groups:
             _check(config, group, executor)
+        for cell in (cell for group in groups for cell in group.cells):
+            cell.begin()
         left = [list(group.units(config.kl)) for group in groups]
         logger.info("%s", plan_of(config, groups, left))
-        if only_plan:
-            return []
         _work(groups, [unit for part in left for unit in part], executor, quiet)
         return [_results(group) for group in groups]
 
@@ -254,8 +275,10 @@ def _work(groups: Sequence[Group], units: Sequence[Unit], executor: Executor, qu
     total = sum(len(unit.configs) for unit in units)
     with tqdm(total=total, unit="context", disable=quiet or not units) as bar:
         for unit, answered in executor.run(units):
-            for folder, found in answered:
+            for folder, found in answered.found:
                 cells[folder].save(unit.context, found)
+            if answered.error is not None:
+                raise CachepressError(answered.error)
             bar.update(len(unit.configs))
 
 

@@ -104,13 +104,14 @@ def _finite(found: Estimate) -> dict:
 
 def _costs(predictions: pd.DataFrame) -> dict[str, object]:
     """Measured bytes and seconds of all contexts; medians, since a machine is never quiet."""
-    contexts = predictions.groupby("context_id")[list(_NUMBERS)].mean()
+    numbers = predictions[list(_NUMBERS)].astype(float)
+    contexts = numbers.groupby(predictions["context_id"]).mean()
 
     def median(column: str) -> float | None:
         numbers = contexts[column].dropna()
         return statistics.median(numbers) if len(numbers) else None
 
-    step = median("step_seconds")
+    step, peak = median("step_seconds"), contexts["peak_memory_bytes"]
     return {
         "compression_ratio": 1 - float(contexts["rows_held"].sum() / contexts["rows_seen"].sum()),
         "cache_bytes_before": float(contexts["bytes_before"].mean()),
@@ -119,6 +120,6 @@ def _costs(predictions: pd.DataFrame) -> dict[str, object]:
         "prefill_seconds": median("prefill_seconds"),
         "press_seconds": median("press_seconds"),
         "decode_tokens_per_second": None if not step else 1 / step,
-        "peak_memory_bytes": int(contexts["peak_memory_bytes"].max()),
+        "peak_memory_bytes": None if peak.isna().all() else int(peak.max()),
         "machine": ", ".join(sorted(set(predictions["machine"]))),
     }

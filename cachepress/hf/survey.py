@@ -43,10 +43,13 @@ class _Layer:
 
     def note(self, seen: Seen) -> None:
         """Note what every kind of press asked for."""
-        survey, start = self.survey, time.perf_counter()
+        survey = self.survey
+        survey.synchronize()
+        start = time.perf_counter()
         forward = survey.capture.forward(seen, self.place, None)
         spent = time.perf_counter() - start
         survey.note_seconds += spent
+        survey.common_seconds += spent
         for needs, trace in self.traces.items():
             start = time.perf_counter()
             trace.end += seen.query.shape[2]
@@ -54,6 +57,7 @@ class _Layer:
                 trace.add(forward)
             if self.last and needs.rotates:
                 forward.find_rotary()
+            survey.synchronize()
             spent = time.perf_counter() - start
             survey.seconds_of[needs] += spent
             survey.note_seconds += spent
@@ -81,6 +85,7 @@ class Survey:
         whole_bytes: what it needed before the first fork.
         seconds: time of the reading, without what presses noted.
         note_seconds: time of all notes.
+        common_seconds: time of what had to be looked up for all of them.
         seconds_of: time of the notes of each kind of press.
 
     Raises:
@@ -94,6 +99,7 @@ class Survey:
     whole_bytes: int = field(init=False, default=0)
     seconds: float = field(init=False, default=0.0)
     note_seconds: float = field(init=False, default=0.0)
+    common_seconds: float = field(init=False, default=0.0)
     seconds_of: dict[Needs, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,7 +121,8 @@ class Survey:
         self._layers.clear()
         self._replays.clear()
         self.seconds_of = dict.fromkeys(self._needs, 0.0)
-        self.note_seconds, self._ids = 0.0, ids.to(self.model.device)
+        self.note_seconds = self.common_seconds = 0.0
+        self._ids = ids.to(self.model.device)
         start = time.perf_counter()
         with torch.no_grad(), self.capture.hooked():
             for begin in range(0, n, chunk_size or n):
@@ -124,7 +131,7 @@ class Survey:
                 inputs = {cache_argument(decoder): self.cache, "use_cache": True}
                 decoder(input_ids=self._ids[:, begin:end], **inputs)
                 self.capture.clear()
-        self._synchronize()
+        self.synchronize()
         self.seconds = time.perf_counter() - start - self.note_seconds
         for store in stores(self.cache):
             READ_WHOLE.discard(store)
@@ -146,8 +153,9 @@ class Survey:
         layers, seconds = self._repeated(acting)
         start = time.perf_counter()
         self._settle(acting, branch, layers)
-        self._synchronize()
-        return branch, self.seconds_of[acting.needs] + seconds + time.perf_counter() - start
+        self.synchronize()
+        seconds += time.perf_counter() - start + self.common_seconds
+        return branch, self.seconds_of[acting.needs] + seconds
 
     def _watch(self, begin: int, end: int, last: bool) -> None:
         found = install_stores(self.cache, self.model)
@@ -174,7 +182,7 @@ class Survey:
         if key not in self._replays:
             start = time.perf_counter()
             repeated = self._repeat(press, layers)
-            self._synchronize()
+            self.synchronize()
             self._replays[key] = repeated, time.perf_counter() - start
         repeated, seconds = self._replays[key]
         return [layer._replace(press=press) for layer in repeated], seconds
@@ -202,7 +210,8 @@ class Survey:
             if waiting:
                 settle_together(press, waiting)
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
 

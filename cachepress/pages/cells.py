@@ -10,10 +10,9 @@ import pandas as pd
 import yaml
 
 from cachepress.errors import CachepressError
+from cachepress.evaluation.cell import CONFIG, METRICS, PREDICTIONS
 from cachepress.evaluation.statistics import Estimate
 
-CONFIG, METRICS, PREDICTIONS = "config.yaml", "metrics.json", "predictions.csv"
-NO_PRESS = "no_press"
 COLUMNS = ("sample_id", "question", "answer", "context_id", "predicted_answer")
 TEXTS = ("question", "answer_prefix", "task", "metric", "context_id", "predicted_answer")
 LISTS = ("answer", "choices")
@@ -21,7 +20,7 @@ NUMBERS = ("score", "kl", "length", "depth")
 
 
 @dataclass(frozen=True, eq=False)
-class Cell:
+class Run:
     """One finished run: a press at a ratio, on a data set, with a model.
 
     Attributes:
@@ -71,7 +70,7 @@ class Cell:
     predictions: pd.DataFrame
 
 
-def read_cells(folder: Path) -> tuple[list[Cell], list[str]]:
+def read_cells(folder: Path) -> tuple[list[Run], list[str]]:
     """Every finished cell of a folder of results, and the names of those that are not finished.
 
     Raises:
@@ -90,7 +89,7 @@ def read_cells(folder: Path) -> tuple[list[Cell], list[str]]:
     return cells, unfinished
 
 
-def read_cell(folder: Path) -> Cell:
+def read_cell(folder: Path) -> Run:
     """What one result folder says.
 
     Raises:
@@ -100,7 +99,7 @@ def read_cell(folder: Path) -> Cell:
     config = _Fields(folder / CONFIG, _mapping(folder / CONFIG, yaml.safe_load))
     spelling = config.text("press")
     tasks = metrics.mapping("tasks")
-    return Cell(
+    return Run(
         folder=folder.name,
         config=config.values,
         press=config.text("press_name", spelling),

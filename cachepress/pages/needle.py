@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from cachepress.pages.cells import Cell
+from cachepress.pages.cells import Run
 from cachepress.pages.panels import finite
 
 MOST_VALUES = 12
@@ -31,7 +31,7 @@ class Needle:
     counts: list[list[int]]
 
 
-def needle_of(cell: Cell) -> Needle | None:
+def needle_of(cell: Run) -> Needle | None:
     """Mean scores by length and depth; None where samples have neither."""
     table = cell.predictions.dropna(subset=["length", "depth", "score"])
     if table.empty:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 from cachepress.evaluation.statistics import Estimate, Paired, paired
-from cachepress.pages.cells import NO_PRESS, Cell
+from cachepress.pages.cells import Run
+from cachepress.spec import NO_PRESS
 
 PLACES = ("device", "data_path", "output_dir", "log_level", "overwrite")
 """Settings that change no answer."""
@@ -38,10 +39,10 @@ class Entry:
         fronts: whether it is on the Pareto front, by quality and cost.
     """
 
-    cell: Cell
+    cell: Run
     name: str
     label: str
-    base: Cell | None
+    base: Run | None
     guest: bool
     kept: float
     versus: Paired | None
@@ -71,9 +72,9 @@ class Panel:
         return list(dict.fromkeys(entry.cell.press for entry in self.entries))
 
 
-def make_panels(cells: Sequence[Cell]) -> list[Panel]:
+def make_panels(cells: Sequence[Run]) -> list[Panel]:
     """Group cells by everything but their press, and compare each with the run without a press."""
-    groups: dict[tuple[str, ...], list[Cell]] = {}
+    groups: dict[tuple[str, ...], list[Run]] = {}
     names = sorted({name for cell in cells for name in _settings(cell)})
     for cell in cells:
         settings = _settings(cell)
@@ -91,7 +92,7 @@ def shown(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
-def settings_of(cell: Cell) -> dict[str, str]:
+def settings_of(cell: Run) -> dict[str, str]:
     """Every setting and version of a cell, and the machine."""
     return {**{name: shown(value) for name, value in cell.config.items()}, "machine": cell.machine}
 
@@ -101,7 +102,7 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _settings(cell: Cell) -> dict[str, str]:
+def _settings(cell: Run) -> dict[str, str]:
     """What sets a panel apart."""
     left_out = (*PLACES, *OF_PRESS, "versions")
     settings = {
@@ -112,7 +113,7 @@ def _settings(cell: Cell) -> dict[str, str]:
     return {**settings, "query_aware": shown(cell.query_aware)}
 
 
-def _reading(cell: Cell) -> str:
+def _reading(cell: Run) -> str:
     """What a cell and the run without a press that it is compared with have in common.
 
     A press that looks at the question where it stands reads the very prompt that is read without
@@ -127,7 +128,7 @@ def _varying(settings: Sequence[Mapping[str, str]]) -> list[str]:
     return [name for name in names if len({one.get(name) for one in settings}) > 1]
 
 
-def _panel(cells: list[Cell], bases: Mapping[str, Cell], varying: list[str]) -> Panel:
+def _panel(cells: list[Run], bases: Mapping[str, Run], varying: list[str]) -> Panel:
     first = _settings(cells[0])
     aware = "query-aware: the press sees the question"
     agnostic = "query-agnostic: the press does not see the question"
@@ -148,7 +149,7 @@ def _place(text: str) -> str:
     return Path(text).name if Path(text).is_absolute() else text
 
 
-def _entries(cells: list[Cell], bases: Mapping[str, Cell]) -> list[Entry]:
+def _entries(cells: list[Run], bases: Mapping[str, Run]) -> list[Entry]:
     own = {cell.folder for cell in cells}
     base_of = {cell.folder: bases.get(_reading(cell)) for cell in cells}
     guests = {base.folder: base for base in base_of.values() if base and base.folder not in own}
@@ -168,8 +169,8 @@ def _entries(cells: list[Cell], bases: Mapping[str, Cell]) -> list[Entry]:
 
 
 def _entry(
-    cell: Cell,
-    base: Cell | None,
+    cell: Run,
+    base: Run | None,
     note: str | None,
     kept: float,
     fronts: Mapping[tuple[str, str], set[str]],
@@ -189,7 +190,7 @@ def _entry(
     )
 
 
-def _difference(guest: Cell, own: Cell) -> str:
+def _difference(guest: Run, own: Run) -> str:
     """How the settings of a guest differ from those of a panel."""
     mine, theirs = _settings(own), _settings(guest)
     names = [n for n in theirs if n != "query_aware" and theirs[n] != mine.get(n)]
@@ -199,13 +200,13 @@ def _difference(guest: Cell, own: Cell) -> str:
     return ", ".join(notes)
 
 
-def _kept(cell: Cell, base: Cell | None) -> float:
+def _kept(cell: Run, base: Run | None) -> float:
     """Share of the bytes; of the cell's own before compression where nothing else was measured."""
     whole = cell.bytes_before if base is None else base.bytes_after
     return cell.bytes_after / whole if whole else math.nan
 
 
-def _versus(cell: Cell, base: Cell) -> Paired | None:
+def _versus(cell: Run, base: Run) -> Paired | None:
     run, other = (c.predictions[c.predictions["score"].notna()] for c in (cell, base))
     return paired(run, other) if len(run.index.intersection(other.index)) else None
 
@@ -218,12 +219,12 @@ def _same(run: pd.DataFrame, base: pd.DataFrame) -> float | None:
     return float((answers[0] == answers[1]).mean())
 
 
-def quality_of(cell: Cell, quality: str) -> Estimate | None:
+def quality_of(cell: Run, quality: str) -> Estimate | None:
     """The score, the divergence or the perplexity of a cell."""
     return {"score": cell.score, "kl": cell.kl, "perplexity": cell.perplexity}[quality]
 
 
-def _front(cells: Sequence[Cell], kept: Mapping[str, float], quality: str, cost: str) -> set[str]:
+def _front(cells: Sequence[Run], kept: Mapping[str, float], quality: str, cost: str) -> set[str]:
     """Folders of the cells that no other one beats in both quality and cost."""
     points: dict[str, tuple[float, float]] = {}
     for cell in cells:

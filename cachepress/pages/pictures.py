@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from cachepress.evaluation.statistics import Estimate
-from cachepress.pages.cells import NO_PRESS
+from cachepress.spec import NO_PRESS
 from cachepress.pages.needle import Needle, needle_of
 from cachepress.pages.panels import QUALITIES, Entry, Panel, finite, quality_of
 

@@ -14,6 +14,14 @@ def test_what_was_appended_is_there_again(tmp_path):
     assert Records(path).done == {"a": {"answers": ["é\n", "x"]}, "b": {"answers": []}}
 
 
+def test_any_character_of_an_answer_survives(tmp_path):
+    path = tmp_path / "r.jsonl"
+    answer = "line\u2028separator\u2029next\u0085\r\n\x1c\ud7ff\U0001f600"
+    Records(path).append({"a": {"predicted_answer": answer}, "b": {"predicted_answer": ""}})
+    assert Records(path).done["a"]["predicted_answer"] == answer
+    assert list(Records(path).done) == ["a", "b"]
+
+
 @pytest.mark.parametrize("cut", [1, 5, 19])
 def test_a_half_written_line_is_cut_off(tmp_path, cut):
     path = tmp_path / "r.jsonl"

@@ -23,6 +23,14 @@ def test_certainty_is_limited_by_the_number_of_contexts():
     assert (none.low, none.high) == pytest.approx((0.0, 0.2775), abs=1e-3)
 
 
+@pytest.mark.parametrize("scores", [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.7, 0.1, 0.4]])
+def test_one_context_is_one_sample_whatever_the_rounding(scores):
+    got = estimate(scores, [0] * len(scores))
+    mean = sum(scores) / len(scores)
+    alone = estimate([mean], [0])
+    assert (got.low, got.high) == pytest.approx((alone.low, alone.high))
+
+
 def test_samples_of_one_context_are_not_independent():
     scores = [1.0] * 20 + [0.0] * 20
     apart = estimate(scores, range(40))

@@ -184,15 +184,79 @@ def test_differences_are_on_the_same_samples(model_dir, data_file, tmp_path):
     assert compared.same == sum(same) / 8
 
 
-def test_the_plan_says_what_is_shared(model_dir, data_file, tmp_path, caplog):
+def test_the_plan_says_what_is_shared(model_dir, data_file, tmp_path, capsys):
     config = sweep(model_dir, data_file, tmp_path, presses=("knorm", "kvzip", "finch"))
-    with caplog.at_level("INFO", "cachepress"):
-        assert run_sweep(config, quiet=True, only_plan=True) == []
-    assert "7 cells, 4 contexts, 8 samples; 56 of 56 answers are left" in caplog.text
-    assert "one prefill of a context for 5 cells" in caplog.text
-    assert "one replay of it for each of: kvzip" in caplog.text
-    assert "a prefill of their own for: finch" in caplog.text
-    assert not rows_of(tmp_path)
+    assert run_sweep(config, quiet=True, only_plan=True) == []
+    plan = capsys.readouterr().out
+    assert "7 cells, 4 contexts, 8 samples; 56 of 56 answers are left" in plan
+    assert "one prefill of a context for 5 cells" in plan
+    assert "one replay of it for each of: kvzip" in plan
+    assert "a prefill of their own for: finch" in plan
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_to_start_over_removes_nothing(model_dir, data_file, tmp_path, capsys):
+    how = {"presses": ("knorm",), "ratios": (0.5,)}
+    run_sweep(sweep(model_dir, data_file, tmp_path, **how), quiet=True)
+    before = n_lines(tmp_path)
+    again = sweep(model_dir, data_file, tmp_path, **how, options={"overwrite": True})
+    run_sweep(again, quiet=True, only_plan=True)
+    assert "16 of 16 answers are left" in capsys.readouterr().out
+    assert n_lines(tmp_path) == before == 16
+    run_sweep(sweep(model_dir, data_file, tmp_path, **how), quiet=True, only_plan=True)
+    assert "0 of 16 answers are left" in capsys.readouterr().out
+
+
+def test_an_error_in_the_middle_loses_no_answer(model_dir, data_file, tmp_path, monkeypatch):
+    alone = Reader.alone
+
+    def failing(self, cell, context, reference=None):
+        if context.number == 1:
+            raise cp.CachepressError("no more")
+        return alone(self, cell, context, reference)
+
+    monkeypatch.setattr(Reader, "alone", failing)
+    config = sweep(model_dir, data_file, tmp_path, presses=("knorm", "finch"), ratios=(0.5,))
+    with pytest.raises(cp.CachepressError, match="no more"):
+        run_sweep(config, quiet=True)
+    counts = {
+        path.parent.name.split("__")[2]: len(path.read_text().splitlines())
+        for path in tmp_path.glob(f"*/{RECORDS}")
+    }
+    assert counts == {"no_press": 4, "knorm": 4, "finch": 2}
+
+
+def test_perplexity_is_not_said_of_a_press_that_acts_on_what_is_decoded(model_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(words(120, seed=5))
+    config = sweep(
+        model_dir,
+        "perplexity:40-8x2",
+        tmp_path / "out",
+        presses=("knorm", "DecodingPress(KnormPress(), 2, 20)"),
+        ratios=(0.5,),
+        options={"data_path": str(text)},
+    )
+    (results,) = run_sweep(config, quiet=True)
+    found = [result.metrics["perplexity"] for result in results]
+    assert found[0]["mean"] > 0 and found[1]["mean"] != found[0]["mean"]
+    assert found[2] is None
+
+
+def test_a_press_that_looks_at_questions_is_refused_where_there_are_none(model_dir, tmp_path):
+    config = sweep(model_dir, "perplexity:40-8x2", tmp_path, presses=("finch",), ratios=(0.5,))
+    with pytest.raises(cp.CachepressError, match="chooses by the question, and there is none"):
+        run_sweep(config, quiet=True)
+
+
+def test_two_data_sets_of_one_name_are_refused(model_dir, data_file, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    copied = other / Path(data_file).name
+    copied.write_text(Path(data_file).read_text())
+    config = sweep(model_dir, data_file, tmp_path, datasets=[data_file, str(copied)])
+    with pytest.raises(cp.CachepressError, match="two models or data sets would write to"):
+        run_sweep(config, quiet=True)
 
 
 @pytest.mark.parametrize("executor", ["process", "ray"])
@@ -284,6 +348,8 @@ def n_lines(folder):
         ({"query_aware": "maybe"}, "query_aware: got 'maybe', wanted one of no, yes, both"),
         ({"executor": "slurm"}, "executor: got 'slurm', wanted one of serial, process, ray"),
         ({"workers": 0}, "workers: got 0"),
+        ({"kl": "no"}, "kl: got 'no'"),
+        ({"query_aware": ["no"]}, "query_aware: got \\['no'\\]"),
         ({"models": ["/nowhere"]}, "could not load the tokenizer of '/nowhere'"),
         ({"options": {"fraction": 2.0}}, "fraction: got 2.0"),
     ],

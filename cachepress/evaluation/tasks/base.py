@@ -86,6 +86,7 @@ def normalise(table: pd.DataFrame, task: str, origin: str) -> pd.DataFrame:
     table["answer_prefix"] = table["answer_prefix"].fillna("").astype(str)
     table["task"] = table["task"].fillna(task)
     table["metric"] = table["metric"].fillna(OPTIONAL["metric"])
+    table["max_new_tokens"] = [_limit(value) for value in table["max_new_tokens"]]
     for number, context in enumerate(table["context"]):
         if not isinstance(context, str) or not context.strip():
             raise CachepressError(f"{origin}, row {number}: the context is empty")
@@ -100,6 +101,13 @@ def normalise(table: pd.DataFrame, task: str, origin: str) -> pd.DataFrame:
     table["choices"] = pd.Series([_texts(value) for value in table["choices"]], dtype=object)
     table["max_new_tokens"] = table["max_new_tokens"].astype(int)
     return table[list(COLUMNS)]
+
+
+def _limit(value: object) -> object:
+    """A number of tokens; an empty cell means the default, and makes its column one of floats."""
+    if value in ("", None) or value != value:
+        return OPTIONAL["max_new_tokens"]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _texts(value: object) -> list[str]:

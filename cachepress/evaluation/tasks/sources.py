@@ -1,6 +1,7 @@
 """The original files of a benchmark: in a local folder, or on the hub."""
 
 import csv
+import io
 import json
 import zipfile
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ def _rows(path: Path, member: str | None) -> list[dict]:
     if name.endswith((".csv", ".tsv")):
         csv.field_size_limit(_CSV_FIELD)
         delimiter = "\t" if name.endswith(".tsv") else ","
-        return list(csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter))
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
     if name.endswith(".json"):
         rows = json.loads(text)
         rows = list(rows.values()) if isinstance(rows, dict) else rows

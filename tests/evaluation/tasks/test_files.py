@@ -39,6 +39,18 @@ def test_every_format_gives_the_same_table(tmp_path, name):
     assert list(table["answer_prefix"]) == ["", ""]
 
 
+def test_an_empty_limit_is_the_default(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("context,question,answer,max_new_tokens\na,b,c,7\na,b,c,\n")
+    assert list(load_file(path)["max_new_tokens"]) == [7, 50]
+    path = tmp_path / "t.jsonl"
+    path.write_text(
+        '{"context": "a", "question": "b", "answer": "c", "max_new_tokens": 7}\n'
+        '{"context": "a", "question": "b", "answer": "c"}\n'
+    )
+    assert list(load_file(path)["max_new_tokens"]) == [7, 50]
+
+
 def test_a_plain_text_is_one_answer(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("context,question,answer\na,b,42\n")

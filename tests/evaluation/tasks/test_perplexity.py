@@ -61,6 +61,16 @@ def test_a_compressed_beginning_changes_it_and_ratio_0_does_not(config):
     assert abs(half.run_evaluation()["perplexity"]["mean"] / whole - 1) > 1e-3
 
 
+def test_another_text_under_the_same_name_is_read_anew(config, tmp_path):
+    first = EvaluationRunner(config, quiet=True).run_evaluation()
+    other = tmp_path / "other.txt"
+    other.write_text(words(200, seed=6))
+    second = EvaluationRunner(replace(config, data_path=str(other)), quiet=True).run_evaluation()
+    assert second["perplexity"]["mean"] != first["perplexity"]["mean"]
+    again = EvaluationRunner(config, quiet=True).run_evaluation()
+    assert again["perplexity"]["mean"] == first["perplexity"]["mean"]
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [
