@@ -143,9 +143,12 @@ def load_tokenizer(
     Raises:
         ModelError: if there is none.
     """
+    source = resolve(name)
     shared = {key: value for key, value in (model_kwargs or {}).items() if key in _SHARED}
+    if not Path(source).is_dir() and "local_files_only" not in shared:
+        shared["local_files_only"] = not hub_answers(source)
     try:
-        return AutoTokenizer.from_pretrained(resolve(name), **shared)
+        return AutoTokenizer.from_pretrained(source, **shared)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"could not load the tokenizer of {name!r}: {_first_line(error)}"

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from cachepress.evaluation.samples import Context, Sample
 from cachepress.evaluation.views import metrics_of, predictions_of, score
 from cachepress.presses import BasePress
 
-logger = logging.getLogger(__name__)
 RECORDS, PREDICTIONS, METRICS, CONFIG = (
     "records.jsonl",
     "predictions.csv",
@@ -109,26 +107,22 @@ class Cell:
                 self._records = Records(self.folder / RECORDS)
             yield
 
-    def finished(self) -> dict | None:
-        """The metrics, if a run of this config is done; its data may have changed since.
+    def check_folder(self) -> None:
+        """Refuse to mix the results of two configs.
 
         Raises:
             CachepressError: if the folder has the results of another config.
         """
-        config, metrics = self.folder / CONFIG, self.folder / METRICS
-        if not config.exists() or self.config.overwrite:
-            return None
-        there = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        path = self.folder / CONFIG
+        if not path.exists() or self.config.overwrite:
+            return
+        there = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         for name, value in self.config.identity().items():
             if there.get(name) != value:
                 raise CachepressError(
-                    f"{config} has {name}={there.get(name)!r} but this run has {value!r}: use "
+                    f"{path} has {name}={there.get(name)!r} but this run has {value!r}: use "
                     "another --output-dir, or --overwrite to start over"
                 )
-        if any(there.get(name) != value for name, value in versions().items()):
-            logger.info("%s is of other versions: it is computed again", self.folder)
-            return None
-        return json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else None
 
     def begin(self) -> None:
         """Say what this run is; with ``overwrite``, forget what was there before."""

@@ -46,12 +46,12 @@ class EvaluationRunner:
         """
         find_dataset(self.config.dataset)
         with self.cell.held():
+            self.cell.check_folder()
             table = self._load_and_prepare_dataset()
             contexts = contexts_of(table)
-            metrics = self.cell.finished()
-            if metrics is not None and all(map(self.cell.has, contexts)):
+            if all(map(self.cell.has, contexts)):
                 logger.info("already done: %s (--overwrite to do it again)", self.results_dir)
-                return metrics
+                return self._save_results(table, contexts)
             reader = self._setup_model_pipeline()
             for reason in reader.check([self.cell], contexts).values():
                 raise CachepressError(reason)

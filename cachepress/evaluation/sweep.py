@@ -199,7 +199,7 @@ def run_sweep(
         for group in groups:
             for cell in group.cells:
                 stack.enter_context(cell.held())
-                cell.finished()  # Raises where the folder is of another config.
+                cell.check_folder()
             group.load()
         executor = stack.enter_context(EXECUTORS[config.executor](config.worker_options))
         for group in groups:

@@ -141,7 +141,7 @@ def test_a_context_is_read_once_for_all_that_share(model_dir, data_file, tmp_pat
     monkeypatch.setattr(Survey, "read", spied)
     config = sweep(model_dir, data_file, tmp_path, presses=("knorm", "snapkv", "kvzip"), kl=True)
     run_sweep(config, quiet=True)
-    assert read == [42] * 4
+    assert [n for n in read if n > 8] == [42] * 4  # Presses are tried on a few words before.
 
 
 def test_the_divergence_is_that_of_single_steps(model_dir, data_file, tmp_path):
