@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from cachepress.evaluation.statistics import Estimate
-from cachepress.spec import NO_PRESS
 from cachepress.pages.needle import Needle, needle_of
 from cachepress.pages.panels import QUALITIES, Entry, Panel, finite, quality_of
+from cachepress.spec import NO_PRESS
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Told apart by every kind of eye (Okabe and Ito)."""
