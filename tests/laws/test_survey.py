@@ -8,6 +8,7 @@ import torch
 import cachepress as cp
 from cachepress.cache import stores
 from cachepress.hf.survey import Survey, shares
+from cachepress.stores.tail import SLACK
 from tests.laws.presses import RATIO, UNSUPPORTED, WRAPPERS, every_scorer, name_of
 from tests.tiny import tiny, tokenizer, tokens
 from tests.tiny_cache import forward, kept
@@ -66,7 +67,7 @@ def test_the_shared_cache_stays_whole():
     shared, whole = survey(None), cp.prefill(model(), IDS)
     after = forward(model(), cp.fork(shared.cache), input_ids=IDS[:, :1]).logits
     torch.testing.assert_close(after, forward(model(), whole, input_ids=IDS[:, :1]).logits)
-    assert shared.whole_bytes == 4 * 2 * 2 * 40 * 8 * 4
+    assert shared.whole_bytes == 4 * 2 * 2 * (40 + SLACK) * 8 * 4
 
 
 def test_a_press_that_looks_at_the_question_cannot_share():
