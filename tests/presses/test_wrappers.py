@@ -105,7 +105,8 @@ def test_criticalkv_refuses_a_gated_output(name):
         pressed(tiny(name), cp.CriticalKVPress(SNAPKV), tokens(30))
 
 
-def test_criticalkv_reads_projections_of_other_classes():
+def test_criticalkv_reads_projections_of_other_classes_and_without_head_dim():
+    assert not hasattr(tiny("gpt2").config, "head_dim")
     assert lengths(pressed(tiny("gpt2"), cp.CriticalKVPress(SNAPKV), tokens(30))).unique() == 15
     assert lengths(pressed(tiny("phi3"), cp.CriticalKVPress(SNAPKV), tokens(30))).unique() == 15
 
