@@ -77,17 +77,21 @@ class Worker:
 
     def answer(self, unit: Unit) -> Answered:
         """Answer a unit."""
+        parts = list(self.answers(unit))
+        error = next((part.error for part in parts if part.error is not None), None)
+        return Answered([found for part in parts for found in part.found], error)
+
+    def answers(self, unit: Unit) -> Iterator[Answered]:
+        """Answer a unit, evaluation by evaluation."""
         cells = [Cell(config) for config in unit.configs]
-        found: list[tuple[Path, Found]] = []
         try:
             for cell, answers in self._reader(unit.configs[0]).together(cells, unit.context):
-                found.append((cell.folder, answers))
+                yield Answered([(cell.folder, answers)])
         except CachepressError as error:
-            return Answered(found, str(error))
+            yield Answered([], str(error))
         except torch.OutOfMemoryError as error:
             hint = "give a smaller --batch-size, or a --prefill-chunk-size"
-            return Answered(found, f"{str(error).splitlines()[0]} {hint}")
-        return Answered(found)
+            yield Answered([], f"{str(error).splitlines()[0]} {hint}")
 
     def _reader(self, config: EvaluationConfig) -> Reader:
         device = config.device
@@ -118,7 +122,7 @@ class Executor(Protocol):
         ...
 
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
-        """Units with their answers, as they come."""
+        """Units with their answers as they come; a unit can come in parts."""
         ...
 
 
@@ -141,9 +145,10 @@ class Serial:
         return self._worker.check(configs, contexts)
 
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
-        """One unit after the other."""
+        """One unit after the other, and each in parts, so that little is lost with the process."""
         for unit in units:
-            yield unit, self._worker.answer(unit)
+            for part in self._worker.answers(unit):
+                yield unit, part
 
 
 _WORKER: Worker | None = None

@@ -279,7 +279,7 @@ def _work(groups: Sequence[Group], units: Sequence[Unit], executor: Executor, qu
                 cells[folder].save(unit.context, found)
             if answered.error is not None:
                 raise CachepressError(answered.error)
-            bar.update(len(unit.configs))
+            bar.update(len(answered.found))
 
 
 def _results(group: Group) -> list[Result]:
