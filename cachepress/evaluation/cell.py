@@ -184,9 +184,8 @@ class Cell:
         }
         return predictions_of(table, records, self.config.ratio)
 
-    def write_views(self, table: pd.DataFrame, contexts: list[Context]) -> dict:
+    def write_views(self, predictions: pd.DataFrame) -> dict:
         """Write predictions.csv, metrics.json and config.yaml; the metrics."""
-        predictions = self.predictions(table, contexts)
         metrics = metrics_of(predictions, self.config.query_aware or self.config.sees_question)
         self.save_config()
         texts = predictions[[name for name in predictions if name not in _COSTS]].assign(

@@ -94,4 +94,4 @@ class EvaluationRunner:
                 bar.update()
 
     def _save_results(self, table: pd.DataFrame, contexts: list[Context]) -> dict:
-        return self.cell.write_views(table, contexts)
+        return self.cell.write_views(self.cell.predictions(table, contexts))

@@ -283,13 +283,15 @@ def _work(groups: Sequence[Group], units: Sequence[Unit], executor: Executor, qu
 
 
 def _results(group: Group) -> list[Result]:
-    base = group.cells[0].predictions(group.table, group.contexts)
-    results = []
+    results: list[Result] = []
+    base: pd.DataFrame | None = None
     for cell in group.cells:
-        metrics = cell.write_views(group.table, group.contexts)
+        predictions = cell.predictions(group.table, group.contexts)
+        metrics = cell.write_views(predictions)
+        base = predictions if base is None else base
         compared = None
         if cell.press is not None and base["score"].notna().any():
-            compared = paired(cell.predictions(group.table, group.contexts), base)
+            compared = paired(predictions, base)
         results.append(Result(cell, metrics, compared))
     return results
 
