@@ -33,6 +33,7 @@ from cachepress.hf import cache_argument
 from cachepress.hf.observation import Watched
 from cachepress.hf.repeat import Repeater
 from cachepress.models import load
+from cachepress.ops import wait
 from cachepress.prefill import check_prefill, prefill
 from cachepress.presses import BasePress
 from cachepress.spec import NO_PRESS, parse
@@ -299,7 +300,7 @@ def _prefill(
     with _peak_memory(model.device) as peak, _timed_notes() as spent:
         start = time.perf_counter()
         cache = prefill(model, context, press, **how)
-        _wait(model.device)
+        wait(model.device)
         seconds = time.perf_counter() - start
     cell.prefill.append(seconds)
     cell.scoring.append(sum(spent))
@@ -312,7 +313,7 @@ def timed_step(model: PreTrainedModel, token: Tensor, cache: Cache) -> float:
     """Seconds of one forward of ``token [B, 1]``."""
     start = time.perf_counter()
     model(token, **{cache_argument(model): cache})
-    _wait(model.device)
+    wait(model.device)
     return time.perf_counter() - start
 
 
@@ -364,11 +365,6 @@ def _peak_memory(device: torch.device) -> Iterator[list[int]]:
 def _status_bytes(status: Path, name: str) -> int:
     lines = status.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _model_and_text(options: BenchOptions) -> tuple[PreTrainedModel, Tensor]:

@@ -23,6 +23,7 @@ from cachepress.chat import encode, template
 from cachepress.decode import generate
 from cachepress.errors import CachepressError
 from cachepress.hf import has_only_full_attention
+from cachepress.ops import wait
 from cachepress.prefill import prefill
 from cachepress.presses import BasePress
 from cachepress.stores import Codec
@@ -411,8 +412,7 @@ def read_context(
         question=question,
         tokenizer=tokenizer,
     )
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    wait(model.device)
     return cache, time.perf_counter() - start
 
 

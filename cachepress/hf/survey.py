@@ -20,6 +20,7 @@ from cachepress.hf.capture import Capture, Place
 from cachepress.hf.observation import codec_of, instruct, prepared
 from cachepress.hf.repeat import Read, Repeater, resolved
 from cachepress.hf.wiring import cache_argument, install_stores
+from cachepress.ops import wait
 from cachepress.replay import tokenizer_of
 from cachepress.stores import Codec
 from cachepress.trace import Trace
@@ -44,7 +45,7 @@ class _Layer:
     def note(self, seen: Seen) -> None:
         """Note what every kind of press asked for."""
         survey = self.survey
-        survey.synchronize()
+        wait(survey.model.device)
         start = time.perf_counter()
         forward = survey.capture.forward(seen, self.place, None)
         spent = time.perf_counter() - start
@@ -57,7 +58,7 @@ class _Layer:
                 trace.add(forward)
             if self.last and needs.rotates:
                 forward.find_rotary()
-            survey.synchronize()
+            wait(survey.model.device)
             spent = time.perf_counter() - start
             survey.seconds_of[needs] += spent
             survey.note_seconds += spent
@@ -131,7 +132,7 @@ class Survey:
                 inputs = {cache_argument(decoder): self.cache, "use_cache": True}
                 decoder(input_ids=self._ids[:, begin:end], **inputs)
                 self.capture.clear()
-        self.synchronize()
+        wait(self.model.device)
         self.seconds = time.perf_counter() - start - self.note_seconds
         for store in stores(self.cache):
             READ_WHOLE.discard(store)
@@ -153,7 +154,7 @@ class Survey:
         layers, seconds = self._repeated(acting)
         start = time.perf_counter()
         self._settle(acting, branch, layers)
-        self.synchronize()
+        wait(self.model.device)
         seconds += time.perf_counter() - start + self.common_seconds
         return branch, self.seconds_of[acting.needs] + seconds
 
@@ -182,7 +183,7 @@ class Survey:
         if key not in self._replays:
             start = time.perf_counter()
             repeated = self._repeat(press, layers)
-            self.synchronize()
+            wait(self.model.device)
             self._replays[key] = repeated, time.perf_counter() - start
         repeated, seconds = self._replays[key]
         return [layer._replace(press=press) for layer in repeated], seconds
@@ -209,11 +210,6 @@ class Survey:
                 waiting += [] if pending is None else [pending]
             if waiting:
                 settle_together(press, waiting)
-
-    def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
 
 
 def shares(press: "BasePress") -> bool:

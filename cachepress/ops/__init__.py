@@ -6,6 +6,7 @@ from cachepress.ops.attention import (
     attention_column_sums,
     attention_weights,
 )
+from cachepress.ops.device import wait
 from cachepress.ops.order import gather, valid_last
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "attention_weights",
     "gather",
     "valid_last",
+    "wait",
 ]

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.tasks.base import Task, normalise
-from cachepress.evaluation.tasks.sources import Hub, read_rows
+from cachepress.evaluation.tasks.boxed import last_boxed, read_problems
+from cachepress.evaluation.tasks.sources import Hub
 
 HUB = Hub("math-ai/aime25", "test.jsonl")
 NAMES = ("aime25.jsonl", "test.jsonl")
@@ -29,39 +30,14 @@ def load_aime25(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
     Raises:
         CachepressError: if the file is not to be had, or is in another format.
     """
-    rows = read_rows(config.data_path, NAMES, HUB)
-    try:
-        table = pd.DataFrame(
-            {
-                "context": [PROMPT.format(problem=row["problem"].strip()) for row in rows],
-                "question": "",
-                "answer": [[str(row["answer"])] for row in rows],
-                "max_new_tokens": MAX_NEW_TOKENS,
-                "metric": "boxed_integer",
-            }
-        )
-    except (KeyError, AttributeError) as error:
-        raise CachepressError(f"{NAMES[0]} is not in AIME25's format: {error!r}") from error
+    table = read_problems(config.data_path, NAMES, HUB, PROMPT, "AIME25")
+    table = table.assign(max_new_tokens=MAX_NEW_TOKENS, metric="boxed_integer")
     for number, (answer,) in enumerate(table["answer"]):
         if NUMBER.fullmatch(answer) is None:
             raise CachepressError(
                 f"{NAMES[0]}, row {number}: the answer {answer!r} is not a whole number"
             )
     return normalise(table, task="aime25", origin=NAMES[0])
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What stands inside the last ``\boxed{}``; None if there is none or it has no end."""
-    starts = list(re.finditer(r"boxed\s*\{", text))
-    if not starts:
-        return None
-    start, depth = starts[-1].end(), 1
-    # An escaped brace is a sign on the page and closes nothing.
-    for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if not depth:
-            return text[start : start + brace.start()]
-    return None
 
 
 def boxed_integer(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:

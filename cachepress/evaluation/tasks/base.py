@@ -67,6 +67,25 @@ class Task:
         return self.load(config, tokenizer)
 
 
+@dataclass(frozen=True)
+class Part:
+    """How one part of a benchmark is asked and judged.
+
+    Attributes:
+        introduction: stands before the text.
+        ask: what is asked after it.
+        prefix: how the answer begins.
+        max_new_tokens: most tokens of the answer.
+        metric: name of what judges it.
+    """
+
+    introduction: str
+    ask: str
+    prefix: str
+    max_new_tokens: int
+    metric: str
+
+
 def normalise(table: pd.DataFrame, task: str, origin: str) -> pd.DataFrame:
     """The table with exactly the columns of a data set, answers and choices as lists of texts.
 

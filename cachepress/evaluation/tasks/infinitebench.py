@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 
 import pandas as pd
@@ -11,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import CHINESE_PUNCTUATION, qa_f1, token_f1
-from cachepress.evaluation.tasks.base import Task, normalise
+from cachepress.evaluation.tasks.base import Part, Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 
 REPOSITORY = "xinrongzhang2022/InfiniteBench"
@@ -24,23 +23,12 @@ HIDDEN = (
 BOOK = "Read the following book. A question about it comes after it.\n\n"
 
 
-@dataclass(frozen=True)
-class _Part:
-    """How one task is asked: before the text, after it, the answer's beginning and limit."""
-
-    introduction: str
-    ask: str
-    prefix: str
-    max_new_tokens: int
-    metric: str
-
-
 PARTS = {
-    "passkey": _Part(HIDDEN, "\n\n{input}\n", "The pass key is", 6, "infinitebench_first_number"),
-    "number_string": _Part(
+    "passkey": Part(HIDDEN, "\n\n{input}\n", "The pass key is", 6, "infinitebench_first_number"),
+    "number_string": Part(
         HIDDEN, "\n\n{input}\n", "The sequence of digits is", 12, "infinitebench_first_number"
     ),
-    "kv_retrieval": _Part(
+    "kv_retrieval": Part(
         "The JSON object below maps keys to values. Afterwards you are given one of the keys and "
         "are to return its value.\n\n",
         "\n\n{input}",
@@ -48,14 +36,14 @@ PARTS = {
         50,
         "infinitebench_word",
     ),
-    "longbook_sum_eng": _Part(
+    "longbook_sum_eng": Part(
         "Read the following book. You will be asked to summarize it.\n\n",
         "\n\nWrite a summary of this book.\n",
         "Summary:",
         1200,
         "infinitebench_rouge_lsum",
     ),
-    "longbook_choice_eng": _Part(
+    "longbook_choice_eng": Part(
         BOOK,
         "\n\nQuestion: {input}\n\nExactly one of these options is right. Answer with its letter, "
         "A, B, C or D, and nothing else.\n{options}\n",
@@ -63,21 +51,21 @@ PARTS = {
         40,
         "infinitebench_choice",
     ),
-    "longbook_qa_eng": _Part(
+    "longbook_qa_eng": Part(
         BOOK,
         "\n\nAnswer in as few words as you can and add no explanation.\nQuestion: {input}\n",
         "Answer:",
         40,
         "qa_f1",
     ),
-    "longbook_qa_chn": _Part(
+    "longbook_qa_chn": Part(
         "请先读下面这本书。书后有一个关于它的问题。\n\n",
         "\n\n问题：{input}\n回答越短越好，不要解释。\n",  # noqa: RUF001
         "答案：",  # noqa: RUF001
         40,
         "infinitebench_character_f1",
     ),
-    "longdialogue_qa_eng": _Part(
+    "longdialogue_qa_eng": Part(
         "In the script below the name of one character is hidden in one place: $$MASK$$ stands "
         "there instead. Read it and work out who that is.\n\n",
         "\n\n{input}\nAnswer with the name of that one character, spelt as the script spells it "
@@ -86,7 +74,7 @@ PARTS = {
         40,
         "infinitebench_speaker",
     ),
-    "math_find": _Part(
+    "math_find": Part(
         "Below is a long list of numbers. One of them, or a number that describes the list, is "
         "asked for after it.\n\n",
         "\n\n{input}",
@@ -95,7 +83,7 @@ PARTS = {
         "infinitebench_value",
     ),
     # The labels do not repeat the first number of the expression, so it is asked to be left out.
-    "math_calc": _Part(
+    "math_calc": Part(
         "Expression: ",
         "\n\nWork this expression out from left to right and list the value after each operation, "
         "without the first number itself. For example:\nExpression: 1 + 3 + 4\nValues: [4, 8]\n"
@@ -104,7 +92,7 @@ PARTS = {
         30000,
         "infinitebench_leading_numbers",
     ),
-    "code_run": _Part(
+    "code_run": Part(
         "Read the following Python functions. You will be asked what one of them returns.\n\n",
         "\n\nWhat exactly does {call} return? Be brief, and let the number be the last thing that "
         "you write.\n",
@@ -112,7 +100,7 @@ PARTS = {
         5,
         "infinitebench_last_number",
     ),
-    "code_debug": _Part(
+    "code_debug": Part(
         "In the Python code below exactly one function has an obvious error that was put there on "
         "purpose and makes it crash. Afterwards you choose it from four options.\n\n",
         "\n\nWhich of these functions has the error?\n{options}\nAnswer with the letter of the "

@@ -11,14 +11,13 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
-from cachepress.evaluation.tasks.base import Metric, Task, normalise
+from cachepress.evaluation.tasks.base import Metric, Part, Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 
 REPOSITORY = "bigai-nlco/LooGLE"
@@ -27,23 +26,12 @@ EMPTY = "None"
 RECURSION_LIMIT = 100_000
 
 
-@dataclass(frozen=True)
-class _Part:
-    """How one task is asked: before the text, after it, the answer's beginning and limit."""
-
-    introduction: str
-    ask: str
-    prefix: str
-    max_new_tokens: int
-    metric: str = "loogle_rouge_l_f1"
-
-
 INTRODUCTION = "Read the following text. A question about it comes after it.\n\n"
 ASK = "\n\nAnswer the question from the text.\nQuestion: {question}\n"
 PARTS = {
-    "longdep_qa": _Part(INTRODUCTION, ASK, "Answer:", 500),
-    "shortdep_qa": _Part(INTRODUCTION, ASK, "Answer:", 300),
-    "shortdep_cloze": _Part(
+    "longdep_qa": Part(INTRODUCTION, ASK, "Answer:", 500, "loogle_rouge_l_f1"),
+    "shortdep_qa": Part(INTRODUCTION, ASK, "Answer:", 300, "loogle_rouge_l_f1"),
+    "shortdep_cloze": Part(
         "Read the following text. A passage about it comes after it, in which names are hidden "
         "behind <mask-0>, <mask-1> and so on.\n\n",
         "\n\nEach <mask-n> in the passage below stands for a person, a place or an organization, "
@@ -54,11 +42,12 @@ PARTS = {
         50,
         "loogle_exact_match",
     ),
-    "summarization": _Part(
+    "summarization": Part(
         "Read the following paper. You will be asked to summarize it.\n\n",
         "\n\nWrite a summary of this paper.\n",
         "Summary:",
         500,
+        "loogle_rouge_l_f1",
     ),
 }
 

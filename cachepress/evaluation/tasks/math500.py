@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
-from cachepress.evaluation.tasks.aime25 import last_boxed
 from cachepress.evaluation.tasks.base import Task, normalise
-from cachepress.evaluation.tasks.sources import Hub, read_rows
+from cachepress.evaluation.tasks.boxed import last_boxed, read_problems
+from cachepress.evaluation.tasks.sources import Hub
 
 HUB = Hub("HuggingFaceH4/MATH-500", "test.jsonl")
 NAMES = ("math500.jsonl", "test.jsonl")
@@ -31,20 +31,12 @@ def load_math500(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -
     Raises:
         CachepressError: if the file is not to be had, or is in another format.
     """
-    rows = read_rows(config.data_path, NAMES, HUB)
+    table = read_problems(config.data_path, NAMES, HUB, PROMPT, "MATH-500")
     try:
-        table = pd.DataFrame(
-            {
-                "context": [PROMPT.format(problem=row["problem"].strip()) for row in rows],
-                "question": "",
-                "answer": [[str(row["answer"])] for row in rows],
-                "max_new_tokens": MAX_NEW_TOKENS,
-                "task": [row["subject"] for row in rows],
-                "metric": "math_verify",
-            }
-        )
-    except (KeyError, AttributeError) as error:
+        subjects = [row["subject"] for row in table["row"]]
+    except KeyError as error:
         raise CachepressError(f"{NAMES[0]} is not in MATH-500's format: {error!r}") from error
+    table = table.assign(max_new_tokens=MAX_NEW_TOKENS, task=subjects, metric="math_verify")
     return normalise(table, task="math500", origin=NAMES[0])
 
 

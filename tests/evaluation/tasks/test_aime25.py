@@ -7,7 +7,8 @@ import pytest
 
 import cachepress as cp
 from cachepress.evaluation import EvaluationConfig
-from cachepress.evaluation.tasks.aime25 import AIME25, boxed_integer, last_boxed
+from cachepress.evaluation.tasks.aime25 import AIME25, boxed_integer
+from cachepress.evaluation.tasks.boxed import last_boxed
 
 ROWS = [
     {"problem": "Find $1+1$. ", "answer": "2", "id": "0"},

@@ -1,0 +1,49 @@
+"""Problems of mathematics whose answer stands in a box."""
+
+import re
+from collections.abc import Sequence
+
+import pandas as pd
+
+from cachepress.errors import CachepressError
+from cachepress.evaluation.tasks.sources import Hub, read_rows
+
+
+def read_problems(
+    folder: str | None, names: Sequence[str], hub: Hub, prompt: str, title: str
+) -> pd.DataFrame:
+    """Problems and answers, and what else the file says of them, from the benchmark's own file.
+
+    Args:
+        folder: folder with that file; None for the hub.
+        names: names that it may have.
+        hub: where the hub has it.
+        prompt: what is asked, with ``{problem}``.
+        title: the benchmark, for errors.
+
+    Raises:
+        CachepressError: if the file is not to be had, or is in another format.
+    """
+    rows = read_rows(folder, names, hub)
+    try:
+        asked = {
+            "context": [prompt.format(problem=row["problem"].strip()) for row in rows],
+            "answer": [[str(row["answer"])] for row in rows],
+        }
+    except (KeyError, AttributeError) as error:
+        raise CachepressError(f"{names[0]} is not in {title}'s format: {error!r}") from error
+    return pd.DataFrame({**asked, "question": "", "row": rows})
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What stands inside the last ``\boxed{}``; None if there is none or it has no end."""
+    starts = list(re.finditer(r"boxed\s*\{", text))
+    if not starts:
+        return None
+    start, depth = starts[-1].end(), 1
+    # An escaped brace is a sign on the page and closes nothing.
+    for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if not depth:
+            return text[start : start + brace.start()]
+    return None
