@@ -6,7 +6,7 @@ ever evaluated as code.
 
 import ast
 import difflib
-from dataclasses import fields
+from dataclasses import MISSING, fields
 
 from cachepress.errors import CachepressError
 from cachepress.presses import BasePress
@@ -50,6 +50,27 @@ def parse(text: str) -> BasePress | None:
     return press
 
 
+def brief(press: BasePress, ratio: float) -> str:
+    """The shortest spelling of a press whose ratio is said apart, such as ``adakv(snapkv)``.
+
+    Args:
+        press: the press.
+        ratio: the compression ratio that is left out.
+    """
+    shown = []
+    for field in fields(press):  # type: ignore
+        value = getattr(press, field.name)
+        if field.name == "compression_ratio":
+            plain = value == ratio
+        else:
+            plain = field.default is not MISSING and value == field.default
+        if not plain:
+            text = _brief_value(value, ratio)
+            shown.append(text if field.default is MISSING else f"{field.name}={text}")
+    name = press.alias or type(press).__name__
+    return f"{name}({', '.join(shown)})" if shown else name
+
+
 def aliases() -> dict[str, type[BasePress]]:
     """Every press class that has a short name, by it."""
     return dict(sorted((kind.alias, kind) for kind in all_presses() if kind.alias))
@@ -60,6 +81,15 @@ def known_names() -> list[str]:
     names = {kind.__name__ for kind in all_presses()} - {"ScorerPress", "WrapperPress"}
     classes = sorted(name for name in names if not name.startswith("_"))
     return [NO_PRESS, *aliases(), *classes]
+
+
+def _brief_value(value: object, ratio: float) -> str:
+    if isinstance(value, BasePress):
+        return brief(value, ratio)
+    if isinstance(value, list | tuple):
+        items = [_brief_value(item, ratio) for item in value]
+        return f"[{', '.join(items)}]"
+    return repr(value)
 
 
 def _build(node: ast.expr, text: str) -> object:

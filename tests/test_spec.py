@@ -1,8 +1,9 @@
 import pytest
 
 import cachepress as cp
+from cachepress.catalogue import example
 from cachepress.presses.base import ScorerPress, WrapperPress, all_presses
-from cachepress.spec import aliases, known_names
+from cachepress.spec import aliases, brief, known_names
 
 
 def test_aliases_name_every_press_of_the_package_once():
@@ -52,6 +53,30 @@ def test_what_is_no_press_is_one_clear_line(text, message):
     with pytest.raises(cp.CachepressError, match=message) as caught:
         cp.parse(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("press", "text"),
+    [
+        (cp.SnapKVPress(0.5), "snapkv"),
+        (cp.SnapKVPress(0.5, window_size=8), "snapkv(window_size=8)"),
+        (cp.AdaKVPress(cp.SnapKVPress(0.5)), "adakv(snapkv)"),
+        (cp.AdaKVPress(cp.SnapKVPress(0.25)), "adakv(snapkv(compression_ratio=0.25))"),
+        (cp.DMSPress(cp.KnormPress(0.5), -17), "dms(knorm, -17)"),
+        (
+            cp.ComposedPress([cp.KnormPress(0.5), cp.KnormPress()]),
+            "composed([knorm, knorm(compression_ratio=0.0)])",
+        ),
+    ],
+)
+def test_the_shortest_spelling_of_a_press_at_a_ratio(press, text):
+    assert brief(press, 0.5) == text
+
+
+@pytest.mark.parametrize("kind", aliases().values(), ids=lambda kind: str(kind.alias))
+def test_the_shortest_spelling_reads_back(kind):
+    press = example(kind, 0.5)
+    assert cp.parse(brief(press, 0.125)) == press
 
 
 def test_known_names_are_listed_for_the_user():

@@ -15,8 +15,8 @@ import yaml
 from cachepress.budgets import check_ratio
 from cachepress.errors import CachepressError
 from cachepress.prefill import check_prefill
-from cachepress.presses import BasePress, ScorerPress
-from cachepress.spec import NO_PRESS, parse
+from cachepress.presses import BasePress
+from cachepress.spec import NO_PRESS, brief, parse
 
 FREE_FIELDS = ("output_dir", "log_level", "overwrite", "device", "data_path")
 """Fields that may differ when a run is resumed: they do not change an answer."""
@@ -127,14 +127,9 @@ class EvaluationConfig:
 
     @property
     def press_name(self) -> str:
-        """The press's alias if it has no options but the ratio, else its spelling without it."""
+        """The press's shortest spelling, without its ratio."""
         press = self.make_press()
-        if press is None:
-            return NO_PRESS
-        kind = type(press)
-        if kind.alias and issubclass(kind, ScorerPress) and kind(self.ratio) == press:
-            return kind.alias
-        return re.sub(rf"(?<!\w)compression_ratio={self.ratio!r}(, )?", "", repr(press))
+        return NO_PRESS if press is None else brief(press, self.ratio)
 
     def _further_parts(self) -> list[str]:
         parts = []
