@@ -512,7 +512,3 @@ def _mapping(text: str) -> dict[str, object]:
     if not isinstance(values, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a mapping such as '{{key: value}}'")
     return values
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -36,7 +36,7 @@ def cachepress(*arguments: str) -> tuple[str, float]:
     words = [str(argument) for argument in arguments]
     print(f"$ cachepress {shlex.join(words)}", file=sys.stderr, flush=True)
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "cachepress.cli", *words], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "cachepress", *words], check=True, cwd=ROOT)
     return f"cachepress {shlex.join(words)}", time.perf_counter() - start
 
 

@@ -137,7 +137,7 @@ def test_kill_9_in_the_middle_loses_and_doubles_nothing(arguments, tmp_path):
     ]
     data = tmp_path / "many.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "cachepress.cli", *arguments, f"--dataset={data}"]
+    command = [sys.executable, "-m", "cachepress", *arguments, f"--dataset={data}"]
     folder = tmp_path / "out" / "many__tiny-llama__no_press__0.00"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

@@ -1,6 +1,8 @@
 """Results of several runs as one table."""
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from tabulate import tabulate
 
@@ -74,6 +76,36 @@ def sweep_table(results: Sequence[Result], style: str = "simple") -> str:
     )
 
 
+def ranking_table(results: Sequence[Result], style: str = "simple") -> str | None:
+    """A line for each press that was scored at every ratio, the best one first.
+
+    Args:
+        results: of one group.
+        style: a format of tabulate.
+
+    Returns:
+        None if nothing was scored, or at fewer than two ratios.
+    """
+    rated = [r for r in results if r.cell.config.compression_ratio is not None]
+    ratios = sorted({result.cell.config.ratio for result in rated})
+    presses: dict[str, list[Result]] = {}
+    for result in sorted(rated, key=lambda result: result.cell.config.ratio):
+        presses.setdefault(result.cell.config.press_name, []).append(result)
+    whole = {name: some for name, some in presses.items() if len(some) == len(ratios)}
+    if len(ratios) < 2 or any(result.metrics["score"] is None for result in rated):
+        return None
+    ranked = sorted(whole.items(), key=lambda item: (-_mean_score(item[1]), _mean_kl(item[1])))
+    lines = [_ranking_line(name, some) for name, some in ranked]
+    headers = ("press", *(f"at {ratio}" for ratio in ratios), "mean score", "mean KL")
+    return tabulate(
+        lines,
+        headers=headers,
+        tablefmt=style,
+        colalign=("left", *["right"] * (len(headers) - 1)),
+        disable_numparse=True,
+    )
+
+
 def sweep_text(results: Sequence[Sequence[Result]]) -> str:
     """The results of every group, with a heading each."""
     return "\n\n".join(f"{_heading(group)}\n\n{sweep_table(group)}" for group in results)
@@ -82,9 +114,35 @@ def sweep_text(results: Sequence[Sequence[Result]]) -> str:
 def sweep_page(results: Sequence[Sequence[Result]], command: str) -> str:
     """The results of every group as Markdown, with how to read them and what measured them."""
     top = f"# Results\n\nThis page is made by `{command}`.\n\n{HOW_TO_READ}"
-    parts = [f"## {_heading(group)}\n\n{sweep_table(group, 'github')}\n" for group in results]
+    parts = [_section(group) for group in results]
     machines = sorted({result.metrics["machine"] for group in results for result in group})
     return "\n".join([top, *parts, *(f"Measured on: {machine}\n" for machine in machines)])
+
+
+def _section(group: Sequence[Result]) -> str:
+    """A group's ranking, if it has one, and everything that was measured."""
+    heading, table = f"## {_heading(group)}\n", f"{sweep_table(group, 'github')}\n"
+    ranking = ranking_table(group, "github")
+    if ranking is None:
+        return f"{heading}\n{table}"
+    top = "Score at each ratio that was asked for, with its 95 % interval; the best mean first."
+    return f"{heading}\n{top}\n\n{ranking}\n\nEverything that was measured:\n\n{table}"
+
+
+def _ranking_line(name: str, results: Sequence[Result]) -> list[str]:
+    scores = [" (".join(_scored(result.metrics)) + ")" for result in results]
+    kl = _mean_kl(results)
+    return [name, *scores, f"{_mean_score(results):.3f}", "" if math.isnan(kl) else f"{kl:.4f}"]
+
+
+def _mean_score(results: Sequence[Result]) -> float:
+    return fmean(result.metrics["score"]["mean"] for result in results)
+
+
+def _mean_kl(results: Sequence[Result]) -> float:
+    """Mean divergence over ratios; NaN where it was not measured."""
+    kls = [result.metrics["kl"] for result in results]
+    return math.nan if None in kls else fmean(kl["mean"] for kl in kls)
 
 
 def _heading(group: Sequence[Result]) -> str:

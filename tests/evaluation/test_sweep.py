@@ -311,7 +311,7 @@ def test_sigkill_at_ten_moments_loses_and_doubles_nothing(model_dir, tmp_path):
     config = sweep(model_dir, str(data), tmp_path / "whole", presses=("knorm", "snapkv"))
     run_sweep(config, quiet=True)
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "cachepress.cli", "sweep", "--presses", "knorm", "snapkv"]
+    command = [sys.executable, "-m", "cachepress", "sweep", "--presses", "knorm", "snapkv"]
     command += ["--ratios", "0.5", "0.75", "--datasets", str(data), "--models", model_dir]
     command += ["--batch-size", "8", "--device", "cpu", "--output-dir", str(killed)]
     draw = random.Random(0)

@@ -19,6 +19,9 @@ from cachepress.evaluation.tasks.sources import Hub, read_rows
 
 REPOSITORY = "THUDM/LongBench"
 SUFFIX_E = "_e"
+BUCKETS = {4000: "0-4k", 8000: "4-8k"}
+"""LongBench-E is reported by length: words below which a row belongs to a bucket."""
+LAST_BUCKET = "8k+"
 
 _CUE = re.compile(r"\n([^\n]{1,20}[:：])\s*\Z")
 
@@ -346,9 +349,15 @@ def load_longbench(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase)
     prompt = PROMPTS[task.removesuffix(SUFFIX_E)]
     try:
         table = pd.DataFrame([_row(row, prompt) for row in rows])
+        if task.endswith(SUFFIX_E):
+            table["task"] = [f"{task} {_bucket(length)}" for length in table["length"]]
     except (KeyError, TypeError, ValueError) as error:
         raise CachepressError(f"{name} is not in LongBench's format: {error!r}") from error
     return normalise(table, task=task, origin=name)
+
+
+def _bucket(words: int) -> str:
+    return next((name for most, name in BUCKETS.items() if words < most), LAST_BUCKET)
 
 
 def _row(row: Mapping, prompt: Prompt) -> dict[str, object]:
@@ -379,7 +388,7 @@ LONGBENCH = Task(
 )
 LONGBENCH_E = Task(
     name="longbench-e",
-    about="13 tasks of LongBench with lengths spread evenly (arXiv:2308.14508)",
+    about="13 tasks of LongBench, each scored by length (arXiv:2308.14508)",
     load=load_longbench,
     parts=TASKS_E,
     metrics=METRICS,

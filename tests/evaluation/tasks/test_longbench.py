@@ -81,7 +81,7 @@ def check(row, task):
     assert row["metric"] == metric
     assert row["choices"] == (CLASSES if metric == "longbench_classification" else [])
     assert row["length"] == 7
-    assert row["task"] == task
+    assert row["task"] == (f"{task} 0-4k" if task.endswith("_e") else task)
 
 
 @pytest.mark.parametrize("folder", [".", "data"])
@@ -126,6 +126,14 @@ def test_the_e_set_asks_the_same(tmp_path, task):
     assert table["metric"][0] in LONGBENCH_E.metrics
     with pytest.raises(cp.CachepressError, match="longbench: got data_dir="):
         load(LONGBENCH, task, str(tmp_path))
+
+
+def test_the_e_set_is_scored_by_length(tmp_path):
+    lengths = [3999, 4000, 7999, 8000]
+    rows = [row_of("qasper") | {"length": length} for length in lengths]
+    (tmp_path / "qasper_e.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    tasks = load(LONGBENCH_E, "qasper_e", str(tmp_path))["task"].tolist()
+    assert tasks == ["qasper_e 0-4k", "qasper_e 4-8k", "qasper_e 4-8k", "qasper_e 8k+"]
 
 
 def test_from_the_archive_that_the_hub_serves(tmp_path, monkeypatch):

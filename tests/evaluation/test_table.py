@@ -1,0 +1,73 @@
+"""The tables of a sweep."""
+
+from cachepress.evaluation import EvaluationConfig
+from cachepress.evaluation.cell import Cell
+from cachepress.evaluation.sweep import Result
+from cachepress.evaluation.table import ranking_table, sweep_page
+
+
+def result(press, ratio, score, kl=None):
+    metrics = {
+        "score": {"mean": score, "low": 0.1, "high": 0.9, "samples": 8, "contexts": 2},
+        "kl": None if kl is None else {"mean": kl},
+        "perplexity": None,
+        "compression_ratio": ratio or 0.0,
+        "cache_bytes_before": 2**20,
+        "cache_bytes_after": 2**20,
+        "prefill_seconds": 1.0,
+        "press_seconds": None,
+        "decode_tokens_per_second": 10.0,
+        "machine": "a machine",
+    }
+    config = EvaluationConfig(dataset="builtin", press=press, compression_ratio=ratio)
+    return Result(Cell(config), metrics, None)
+
+
+RESULTS = [
+    result("no_press", None, 1.0, kl=0.0),
+    result("knorm", 0.5, 0.5, kl=0.2),
+    result("knorm", 0.25, 0.75, kl=0.1),
+    result("keydiff", 0.25, 1.0, kl=0.3),
+    result("keydiff", 0.5, 0.25, kl=0.5),
+    result("AdaKVPress(SnapKVPress(0.5))", 0.25, 0.75, kl=0.05),
+    result("AdaKVPress(SnapKVPress(0.5))", 0.5, 0.5, kl=0.05),
+    result("tova", 0.5, 1.0, kl=0.0),
+    result("dms(knorm, -17)", None, 1.0, kl=0.0),
+]
+
+
+def cells(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_the_best_mean_is_first_and_the_divergence_decides_ties():
+    head, _, *rows = cells(ranking_table(RESULTS, "github"))
+    assert head == ["press", "at 0.25", "at 0.5", "mean score", "mean KL"]
+    spread = "(0.10 to 0.90)"
+    assert rows == [
+        ["adakv(snapkv)", f"0.750 {spread}", f"0.500 {spread}", "0.625", "0.0500"],
+        ["knorm", f"0.750 {spread}", f"0.500 {spread}", "0.625", "0.1500"],
+        ["keydiff", f"1.000 {spread}", f"0.250 {spread}", "0.625", "0.4000"],
+    ]
+
+
+def test_a_ranking_without_divergences_has_none():
+    some = [result("knorm", ratio, 0.5) for ratio in (0.25, 0.5)]
+    assert cells(ranking_table(some, "github"))[2][-2:] == ["0.500", ""]
+
+
+def test_one_ratio_or_no_scores_make_no_ranking():
+    assert ranking_table([result("knorm", 0.5, 1.0)]) is None
+    unscored = [result("knorm", ratio, 1.0) for ratio in (0.25, 0.5)]
+    unscored[0].metrics["score"] = None
+    assert ranking_table(unscored) is None
+
+
+def test_the_page_has_the_ranking_before_everything():
+    page = sweep_page([RESULTS, RESULTS[:2]], "cachepress sweep --presses all")
+    first, second = page.split("## ")[1:]
+    assert "This page is made by `cachepress sweep --presses all`." in page
+    assert first.index("mean KL") < first.index("Everything that was measured:")
+    assert "dms(knorm, -17)" in first.split("Everything that was measured:")[1]
+    assert "mean KL" not in second and "| knorm" in second
+    assert page.count("Measured on: a machine") == 1
