@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,6 +33,8 @@ RECORDS, PREDICTIONS, METRICS, CONFIG = (
 )
 SUBMISSION = "submission"
 """Folder for what a benchmark with private answers wants."""
+OTHER_FILES = 256
+"""Files that are open besides the locks: weights, libraries, pipes to workers."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +240,24 @@ def holding(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def allow_open_files(n: int) -> None:
+    """Make room for so many open files, as one is held for each folder of results.
+
+    Raises:
+        CachepressError: if the system allows fewer.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = n + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise CachepressError(
+            f"got {n} evaluations, and each holds a file open, but only {hard} are allowed: sweep "
+            f"in parts, or raise the limit (ulimit -n {wanted})"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cachepress.catalogue import example, own_presses
 from cachepress.errors import CachepressError
-from cachepress.evaluation.cell import Cell
+from cachepress.evaluation.cell import Cell, allow_open_files
 from cachepress.evaluation.config import EvaluationConfig, read_yaml
 from cachepress.evaluation.executors import EXECUTORS, Executor, Unit, WorkerOptions
 from cachepress.evaluation.reader import shares_reading
@@ -195,6 +195,7 @@ def run_sweep(
                 cell.peek()
         print(plan_of(config, groups, [list(group.units(config.kl)) for group in groups]))
         return []
+    allow_open_files(sum(len(group.cells) for group in groups))
     with ExitStack() as stack:
         for group in groups:
             for cell in group.cells:

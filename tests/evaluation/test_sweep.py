@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -17,7 +18,14 @@ import torch
 import cachepress as cp
 from cachepress.decode import generate
 from cachepress.evaluation import EvaluationConfig, EvaluationRunner
-from cachepress.evaluation.cell import METRICS, PREDICTIONS, RECORDS, Cell
+from cachepress.evaluation.cell import (
+    METRICS,
+    OTHER_FILES,
+    PREDICTIONS,
+    RECORDS,
+    Cell,
+    allow_open_files,
+)
 from cachepress.evaluation.reader import Reader
 from cachepress.evaluation.samples import contexts_of, load_table
 from cachepress.evaluation.sweep import SweepConfig, load_sweep, run_sweep
@@ -119,6 +127,28 @@ def test_a_stopped_sweep_goes_on_where_it_was(model_dir, data_file, tmp_path, mo
     whole = sweep(model_dir, data_file, tmp_path / "whole", presses=("knorm", "kvzip"))
     run_sweep(whole, quiet=True)
     assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")
+
+
+def test_there_is_room_for_a_lock_of_each_evaluation():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OTHER_FILES, hard))
+        allow_open_files(10)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (OTHER_FILES + 10, hard)
+        allow_open_files(3)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (OTHER_FILES + 10, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_evaluations_than_files_may_be_open_are_refused(
+    model_dir, data_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (OTHER_FILES, OTHER_FILES + 2))
+    config = sweep(model_dir, data_file, tmp_path / "out", presses=("knorm",))
+    with pytest.raises(cp.CachepressError, match="got 3 evaluations.*ulimit -n 259"):
+        run_sweep(config, quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_what_is_missing_is_computed(model_dir, data_file, tmp_path, monkeypatch):
