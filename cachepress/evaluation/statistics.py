@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -94,8 +94,11 @@ def paired(run: pd.DataFrame, base: pd.DataFrame) -> Paired:
     ids = run.index.intersection(base.index)
     run, base = run.loc[ids], base.loc[ids]
     right, was = run["score"] >= 0.5, base["score"] >= 0.5
+    difference = interval(list(run["score"] - base["score"]), list(run["context_id"]))
+    # Scores are from 0 to 1, which Student's interval does not know.
+    low, high = max(-1.0, difference.low), min(1.0, difference.high)
     return Paired(
-        difference=interval(list(run["score"] - base["score"]), list(run["context_id"])),
+        difference=replace(difference, low=low, high=high),
         flips=float((right != was).mean()),
         same=float((run["predicted_answer"] == base["predicted_answer"]).mean()),
     )

@@ -90,5 +90,6 @@ def test_paired_runs_are_compared_sample_by_sample():
     got = paired(run, base)
     assert got.difference.mean == pytest.approx((0.0 + 0.0 + 0.6) / 3)
     assert (got.difference.samples, got.difference.contexts) == (3, 2)
+    assert (got.difference.low, got.difference.high) == (-1.0, 1.0)
     assert got.flips == pytest.approx(1 / 3)
     assert got.same == pytest.approx(2 / 3)
