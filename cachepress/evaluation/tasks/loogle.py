@@ -66,7 +66,8 @@ def load_loogle(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
     names = [name, f"data/{name}"]
     if task == "summarization":
         names.append(f"longdep_{name}")
-    rows = read_rows(config.data_path, names, Hub(REPOSITORY, f"data/{name}"))
+    zipped = [Hub(REPOSITORY, "data.zip", name) for name in names]
+    rows = read_rows(config.data_path, names, Hub(REPOSITORY, f"data/{name}"), *zipped)
     try:
         asked = [one for row in rows for one in _questions(row)]
         table = pd.DataFrame(

@@ -176,7 +176,7 @@ def _own_rows(folder: str, length: str | None, task: str) -> list[dict[str, obje
     base = f"{length}/" if length else ""
     names = [base + name.format(task=task) for name in LOCAL_FILES]
     rows = []
-    for number, row in enumerate(read_rows(folder, names, None)):
+    for number, row in enumerate(read_rows(folder, names)):
         try:
             rows.append(_own_row(row, task))
         except KeyError as error:

@@ -22,7 +22,7 @@ class Hub:
     Attributes:
         repository: ``owner/name``.
         file: its path there.
-        member: the path inside, if the file is a zip archive.
+        member: the path inside, if the file is a zip archive; in whatever folder it is there.
     """
 
     repository: str
@@ -30,20 +30,23 @@ class Hub:
     member: str | None = None
 
 
-def read_rows(folder: str | None, names: Sequence[str], hub: Hub | None) -> list[dict]:
+def read_rows(folder: str | None, names: Sequence[str], *hubs: Hub) -> list[dict]:
     """The rows of a file of a benchmark, in its own columns.
 
     Args:
         folder: folder with the original files; None for the hub.
         names: paths below the folder that the file may have, the first that exists is read.
-        hub: where the hub has it; None where it does not.
+        hubs: where the hub may have it, as data sets were moved; the first that it gives is read.
 
     Raises:
         CachepressError: if there is no such file, or it is damaged.
     """
-    path = _local(Path(folder), names) if folder is not None else _fetched(names, hub)
+    if folder is not None:
+        path, member = _local(Path(folder), names), None
+    else:
+        path, member = _fetched(names, hubs)
     try:
-        rows = _rows(path, None if folder is not None or hub is None else hub.member)
+        rows = _rows(path, member)
     except OSError as error:
         raise CachepressError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -61,20 +64,38 @@ def _local(folder: Path, names: Sequence[str]) -> Path:
     raise CachepressError(f"{folder} has no file {' or '.join(names)}")
 
 
-def _fetched(names: Sequence[str], hub: Hub | None) -> Path:
-    if hub is None:
+def _fetched(names: Sequence[str], hubs: Sequence[Hub]) -> tuple[Path, str | None]:
+    """The file, and the path of the member if it is an archive."""
+    if not hubs:
         raise CachepressError(
             f"no hub has {' or '.join(names)}: name the folder that has it with --data-path"
         )
     from huggingface_hub import hf_hub_download
 
-    try:
-        return Path(hf_hub_download(hub.repository, hub.file, repo_type="dataset"))
-    except Exception as error:
-        raise CachepressError(
-            f"the hub does not give {hub.file} of {hub.repository} ({type(error).__name__}): get "
-            f"{' or '.join(names)} yourself and name its folder with --data-path"
-        ) from error
+    refused = []
+    for hub in hubs:
+        try:
+            path = Path(hf_hub_download(hub.repository, hub.file, repo_type="dataset"))
+            return path, None if hub.member is None else _member(path, hub.member)
+        except Exception as error:
+            refused.append(error)
+    files = " or ".join(dict.fromkeys(hub.file for hub in hubs))
+    raise CachepressError(
+        f"the hub does not give {files} of {hubs[0].repository} ({type(refused[0]).__name__}): "
+        f"get {' or '.join(names)} yourself and name its folder with --data-path"
+    ) from refused[0]
+
+
+def _member(path: Path, name: str) -> str:
+    """The path of a member of an archive, which may lie in another folder than it should."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.namelist()
+    if name in members:
+        return name
+    for member in members:
+        if Path(member).name == Path(name).name:
+            return member
+    raise FileNotFoundError(name)
 
 
 def _rows(path: Path, member: str | None) -> list[dict]:

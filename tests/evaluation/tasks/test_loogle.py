@@ -2,6 +2,7 @@
 
 import json
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -207,6 +208,31 @@ def test_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert load("longdep_qa", None)["answer"][0] == ["A"]
     assert asked == [("bigai-nlco/LooGLE", "data/longdep_qa.jsonl", "dataset")]
+
+
+@pytest.mark.parametrize(
+    ("task", "member"),
+    [
+        ("longdep_qa", "LooGLE/data/longdep_qa.jsonl"),
+        ("summarization", "longdep_summarization.jsonl"),
+    ],
+)
+def test_from_the_archive_that_the_hub_had_before(tmp_path, monkeypatch, task, member):
+    archive = tmp_path / "data.zip"
+    with zipfile.ZipFile(archive, "w") as files:
+        row = {"context": MILL, "question": "Who?", "answer": "A"}
+        files.writestr(member, f"{json.dumps(row)}\n")
+
+    def download(repository, name, repo_type):
+        if name != "data.zip":
+            raise FileNotFoundError(name)
+        return str(archive)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert load(task, None)["answer"][0] == ["A"]
+    files = r"data/shortdep_qa\.jsonl or data\.zip of bigai-nlco/LooGLE \(FileNotFoundError\)"
+    with pytest.raises(cp.CachepressError, match=files):
+        load("shortdep_qa", None)
 
 
 @pytest.mark.parametrize(
