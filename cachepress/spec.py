@@ -55,12 +55,12 @@ def brief(press: BasePress, ratio: float) -> str:
 
     Args:
         press: the press.
-        ratio: the compression ratio that is left out.
+        ratio: the compression ratio that is left out, wherever it stands.
     """
     shown = []
     for field in fields(press):  # type: ignore
         value = getattr(press, field.name)
-        if field.name == "compression_ratio":
+        if field.name.endswith("compression_ratio"):
             plain = value == ratio
         else:
             plain = field.default is not MISSING and value == field.default

@@ -63,6 +63,8 @@ def test_what_is_no_press_is_one_clear_line(text, message):
         (cp.AdaKVPress(cp.SnapKVPress(0.5)), "adakv(snapkv)"),
         (cp.AdaKVPress(cp.SnapKVPress(0.25)), "adakv(snapkv(compression_ratio=0.25))"),
         (cp.DMSPress(cp.KnormPress(0.5), -17), "dms(knorm, -17)"),
+        (cp.ThinKPress(0.5), "think"),
+        (cp.ThinKPress(0.25), "think(key_channel_compression_ratio=0.25)"),
         (
             cp.ComposedPress([cp.KnormPress(0.5), cp.KnormPress()]),
             "composed([knorm, knorm(compression_ratio=0.0)])",

@@ -95,10 +95,12 @@ def paired(run: pd.DataFrame, base: pd.DataFrame) -> Paired:
     run, base = run.loc[ids], base.loc[ids]
     right, was = run["score"] >= 0.5, base["score"] >= 0.5
     difference = interval(list(run["score"] - base["score"]), list(run["context_id"]))
-    # Scores are from 0 to 1, which Student's interval does not know.
-    low, high = max(-1.0, difference.low), min(1.0, difference.high)
+    if math.isfinite(difference.low):
+        # Scores are from 0 to 1, which Student's interval does not know.
+        low, high = max(-1.0, difference.low), min(1.0, difference.high)
+        difference = replace(difference, low=low, high=high)
     return Paired(
-        difference=replace(difference, low=low, high=high),
+        difference=difference,
         flips=float((right != was).mean()),
         same=float((run["predicted_answer"] == base["predicted_answer"]).mean()),
     )

@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from cachepress.evaluation.sweep import Result
 
+LONGEST_NAME = 72
 HEADERS = (
     "press",
     "ratio",
@@ -32,6 +33,7 @@ SWEEP_HEADERS = (
     "press s",
     "tokens/s",
 )
+RANKING_MEANS = ("mean score", "mean KL", "mean bytes kept")
 HOW_TO_READ = (
     "Ratio: share of key-value pairs dropped, measured. Score: mean, with a 95 % interval "
     "clustered by context. Difference: to no press on the same samples, with its interval. Flips: "
@@ -96,7 +98,7 @@ def ranking_table(results: Sequence[Result], style: str = "simple") -> str | Non
         return None
     ranked = sorted(whole.items(), key=lambda item: (-_mean_score(item[1]), _mean_kl(item[1])))
     lines = [_ranking_line(name, some) for name, some in ranked]
-    headers = ("press", *(f"at {ratio}" for ratio in ratios), "mean score", "mean KL")
+    headers = ("press", *(f"at {ratio}" for ratio in ratios), *RANKING_MEANS)
     return tabulate(
         lines,
         headers=headers,
@@ -125,14 +127,17 @@ def _section(group: Sequence[Result]) -> str:
     ranking = ranking_table(group, "github")
     if ranking is None:
         return f"{heading}\n{table}"
-    top = "Score at each ratio that was asked for, with its 95 % interval; the best mean first."
+    top = (
+        "Score at each ratio that was asked for, with its 95 % interval; the best mean first. What "
+        "a ratio frees depends on the press: compare the bytes."
+    )
     return f"{heading}\n{top}\n\n{ranking}\n\nEverything that was measured:\n\n{table}"
 
 
 def _ranking_line(name: str, results: Sequence[Result]) -> list[str]:
     scores = [" (".join(_scored(result.metrics)) + ")" for result in results]
-    kl = _mean_kl(results)
-    return [name, *scores, f"{_mean_score(results):.3f}", "" if math.isnan(kl) else f"{kl:.4f}"]
+    kl, score = _mean_kl(results), f"{_mean_score(results):.3f}"
+    return [_cut(name), *scores, score, "" if math.isnan(kl) else f"{kl:.4f}", _mean_kept(results)]
 
 
 def _mean_score(results: Sequence[Result]) -> float:
@@ -143,6 +148,12 @@ def _mean_kl(results: Sequence[Result]) -> float:
     """Mean divergence over ratios; NaN where it was not measured."""
     kls = [result.metrics["kl"] for result in results]
     return math.nan if None in kls else fmean(kl["mean"] for kl in kls)
+
+
+def _mean_kept(results: Sequence[Result]) -> str:
+    """Mean share of the bytes that are kept."""
+    every = [result.metrics for result in results]
+    return f"{fmean(m['cache_bytes_after'] / m['cache_bytes_before'] for m in every):.2f}"
 
 
 def _heading(group: Sequence[Result]) -> str:
@@ -171,7 +182,7 @@ def _sweep_line(result: Result) -> list[str]:
 
 def _line(name: str, metrics: Mapping) -> list[str]:
     return [
-        name,
+        _cut(name),
         f"{metrics['compression_ratio']:.3f}",
         *_scored(metrics),
         _mib(metrics["cache_bytes_before"]),
@@ -179,6 +190,11 @@ def _line(name: str, metrics: Mapping) -> list[str]:
         f"{metrics['prefill_seconds']:.2f}",
         f"{speed:.1f}" if (speed := metrics["decode_tokens_per_second"]) else "",
     ]
+
+
+def _cut(name: str) -> str:
+    """A name that does not make every line of a table as long as itself."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
 
 
 def _scored(metrics: Mapping) -> tuple[str, str]:

@@ -23,7 +23,10 @@ const COSTS = {
   speed: { title: "decoded tokens per second", form: "", range: "normal" },
 };
 const NAMES = { score: "score", kl: "KL divergence", perplexity: "perplexity" };
+const SHOWN = { all: "all presses", front: "presses on a Pareto front", none: "no_press alone" };
 const AT_ONCE = 50;
+/* More presses than this are a tangle: only those on a front are shown at first. */
+const MOST_PRESSES = 12;
 
 /* What Plotly shows is a small markup language; texts of results are not. */
 function plain(text) {
@@ -228,6 +231,7 @@ function drawLegend(view) {
   find("legend").replaceChildren(...panel.presses.map((press) => {
     const button = element("button");
     button.type = "button";
+    button.title = press;
     button.append(symbolOf(lookOf(panel, press)), element("bdi", press));
     button.setAttribute("aria-pressed", String(!hidden.has(press)));
     button.addEventListener("click", () => {
@@ -243,6 +247,23 @@ function drawScatters(view) {
   Object.keys(COSTS).forEach((cost) => drawScatter(view, cost));
 }
 
+function isOnFront(panel, press, quality) {
+  return panel.cells.some(
+    (c) => c.press === press && Object.values(c.fronts).some((on) => on.includes(quality)),
+  );
+}
+
+function choosePresses(view) {
+  const { panel, hidden, find } = view;
+  const [which, quality] = [find("shown").value, find("quality").value];
+  hidden.clear();
+  if (which === "all") return;
+  panel.presses
+    .filter((press) => press !== "no_press")
+    .filter((press) => which === "none" || !isOnFront(panel, press, quality))
+    .forEach((press) => hidden.add(press));
+}
+
 function drawPanel(view) {
   drawLegend(view);
   if (Object.keys(view.panel.qualities).length) drawScatters(view);
@@ -253,9 +274,15 @@ function setUpCharts(view) {
   const { panel, root, find } = view;
   const qualities = Object.entries(panel.qualities);
   fill(find("quality"), qualities, qualities.length ? qualities[0][0] : "");
-  find("chart-controls").hidden = qualities.length < 2;
+  fill(find("shown"), Object.entries(SHOWN), panel.presses.length > MOST_PRESSES ? "front" : "all");
+  find("quality-choice").hidden = qualities.length < 2;
   find("charts").hidden = !qualities.length;
-  find("quality").addEventListener("change", () => drawScatters(view));
+  choosePresses(view);
+  ["quality", "shown"].forEach((role) => find(role).addEventListener("change", () => {
+    choosePresses(view);
+    drawLegend(view);
+    drawScatters(view);
+  }));
   setUpMap(view);
   /* A report can have many panels; one is drawn when it comes near. */
   const watch = new IntersectionObserver((entries) => {

@@ -3,7 +3,7 @@
 from cachepress.evaluation import EvaluationConfig
 from cachepress.evaluation.cell import Cell
 from cachepress.evaluation.sweep import Result
-from cachepress.evaluation.table import ranking_table, sweep_page
+from cachepress.evaluation.table import RANKING_MEANS, ranking_table, sweep_page
 
 
 def result(press, ratio, score, kl=None):
@@ -13,7 +13,7 @@ def result(press, ratio, score, kl=None):
         "perplexity": None,
         "compression_ratio": ratio or 0.0,
         "cache_bytes_before": 2**20,
-        "cache_bytes_after": 2**20,
+        "cache_bytes_after": 2**20 * (1 - (ratio or 0)),
         "prefill_seconds": 1.0,
         "press_seconds": None,
         "decode_tokens_per_second": 10.0,
@@ -42,18 +42,18 @@ def cells(table):
 
 def test_the_best_mean_is_first_and_the_divergence_decides_ties():
     head, _, *rows = cells(ranking_table(RESULTS, "github"))
-    assert head == ["press", "at 0.25", "at 0.5", "mean score", "mean KL"]
+    assert head == ["press", "at 0.25", "at 0.5", *RANKING_MEANS]
     spread = "(0.10 to 0.90)"
     assert rows == [
-        ["adakv(snapkv)", f"0.750 {spread}", f"0.500 {spread}", "0.625", "0.0500"],
-        ["knorm", f"0.750 {spread}", f"0.500 {spread}", "0.625", "0.1500"],
-        ["keydiff", f"1.000 {spread}", f"0.250 {spread}", "0.625", "0.4000"],
+        ["adakv(snapkv)", f"0.750 {spread}", f"0.500 {spread}", "0.625", "0.0500", "0.62"],
+        ["knorm", f"0.750 {spread}", f"0.500 {spread}", "0.625", "0.1500", "0.62"],
+        ["keydiff", f"1.000 {spread}", f"0.250 {spread}", "0.625", "0.4000", "0.62"],
     ]
 
 
 def test_a_ranking_without_divergences_has_none():
     some = [result("knorm", ratio, 0.5) for ratio in (0.25, 0.5)]
-    assert cells(ranking_table(some, "github"))[2][-2:] == ["0.500", ""]
+    assert cells(ranking_table(some, "github"))[2][-3:] == ["0.500", "", "0.62"]
 
 
 def test_one_ratio_or_no_scores_make_no_ranking():
