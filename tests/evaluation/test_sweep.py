@@ -412,6 +412,14 @@ def test_damaged_records_are_named(model_dir, data_file, tmp_path):
         run_sweep(config, quiet=True)
 
 
+def test_the_file_that_comes_with_the_project():
+    config = load_sweep("evaluation/sweep_config.yaml", {})
+    groups = config.groups()
+    assert [group.config.query_aware for group in groups] == [False, True]
+    names = [cell.config.press_name for cell in groups[0].cells]
+    assert names == ["no_press", "knorm", "knorm", "snapkv", "snapkv", *["adakv(snapkv)"] * 2]
+
+
 def test_a_file_of_options(tmp_path):
     path = tmp_path / "sweep.yaml"
     path.write_text("presses: [knorm, tova]\nratios: [0.5]\nseed: 3\nkl: true\n")
