@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import yaml
 from tabulate import tabulate
 
 from cachepress.evaluation.records import write_atomically
@@ -112,7 +113,9 @@ def quality() -> Found:
         what = ["--ratios", "0.5", "--datasets", parts[1], "--presses", "knorm", "keydiff"]
         more, _ = cachepress("sweep", *what, *online, "--output-dir", f"{folder}/b")
         for path in sorted(Path(folder).glob("*/*/metrics.json")):
-            found.append({"folder": path.parent.name, **json.loads(path.read_text())})
+            config = yaml.safe_load((path.parent / "config.yaml").read_text())
+            what = {name: config[name] for name in ("data_dir", "press_name", "prefill_mode")}
+            found.append({**what, **json.loads(path.read_text())})
     commands = [text.partition(" --output-dir")[0] for text in (command, more)]
     return {"commands": commands, "results": found}
 
@@ -223,15 +226,22 @@ def _sweep(found: Found) -> str:
 def _quality(found: Found) -> str:
     rows = []
     for one in found["results"]:
-        score, parts = one["score"], one["folder"].split("__")
-        how = ", ".join(p for p in parts[5:] if p != "query_aware")
-        aware = "yes" if one["query_aware"] else "no"
-        spread = f"{score['low']:.2f} to {score['high']:.2f}"
-        ratio = f"{one['compression_ratio']:.2f}"
-        mean, samples = f"{score['mean']:.3f}", str(score["samples"])
-        rows.append([parts[1], aware, parts[3], ratio, how, mean, spread, samples])
-    headers = ["data", "sees the question", "press", "ratio", "read", "score", "95 % interval"]
-    headers.append("answers")
+        score = one["score"]
+        rows.append(
+            [
+                one["data_dir"],
+                one["prefill_mode"],
+                one["press_name"],
+                f"{one['compression_ratio']:.2f}",
+                "yes" if one["query_aware"] else "no",
+                f"{score['mean']:.3f}",
+                f"{score['low']:.2f} to {score['high']:.2f}",
+                str(score["samples"]),
+            ]
+        )
+    headers = ["data", "prefill", "press", "ratio", "sees the question", "score"]
+    headers += ["95 % interval", "answers"]
+    rows.sort()
     commands = " and ".join(f"`{command}`" for command in found["commands"])
     return (
         "## Quality on the built-in data\n\n"
