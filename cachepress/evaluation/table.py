@@ -46,13 +46,7 @@ HOW_TO_READ = (
 
 def results_table(rows: Sequence[tuple[str, Mapping]], style: str = "simple") -> str:
     """A line a run: its name, and its metrics as ``EvaluationRunner`` returns them."""
-    return tabulate(
-        [_line(name, metrics) for name, metrics in rows],
-        headers=HEADERS,
-        tablefmt=style,
-        colalign=("left", *["right"] * (len(HEADERS) - 1)),
-        disable_numparse=True,
-    )
+    return _table([_line(name, metrics) for name, metrics in rows], HEADERS, style)
 
 
 def task_table(metrics: Mapping, style: str = "simple") -> str:
@@ -69,13 +63,7 @@ def task_table(metrics: Mapping, style: str = "simple") -> str:
 
 def sweep_table(results: Sequence[Result], style: str = "simple") -> str:
     """A line for each result of a group, the differences to no press beside it."""
-    return tabulate(
-        [_sweep_line(result) for result in results],
-        headers=SWEEP_HEADERS,
-        tablefmt=style,
-        colalign=("left", *["right"] * (len(SWEEP_HEADERS) - 1)),
-        disable_numparse=True,
-    )
+    return _table([_sweep_line(result) for result in results], SWEEP_HEADERS, style)
 
 
 def ranking_table(results: Sequence[Result], style: str = "simple") -> str | None:
@@ -97,15 +85,8 @@ def ranking_table(results: Sequence[Result], style: str = "simple") -> str | Non
     if len(ratios) < 2 or any(result.metrics["score"] is None for result in rated):
         return None
     ranked = sorted(whole.items(), key=lambda item: (-_mean_score(item[1]), _mean_kl(item[1])))
-    lines = [_ranking_line(name, some) for name, some in ranked]
     headers = ("press", *(f"at {ratio}" for ratio in ratios), *RANKING_MEANS)
-    return tabulate(
-        lines,
-        headers=headers,
-        tablefmt=style,
-        colalign=("left", *["right"] * (len(headers) - 1)),
-        disable_numparse=True,
-    )
+    return _table([_ranking_line(name, some) for name, some in ranked], headers, style)
 
 
 def sweep_text(results: Sequence[Sequence[Result]]) -> str:
@@ -119,6 +100,11 @@ def sweep_page(results: Sequence[Sequence[Result]], command: str) -> str:
     parts = [_section(group) for group in results]
     machines = sorted({result.metrics["machine"] for group in results for result in group})
     return "\n".join([top, *parts, *(f"Measured on: {machine}\n" for machine in machines)])
+
+
+def _table(lines: Sequence[Sequence[str]], headers: Sequence[str], style: str) -> str:
+    align = ("left", *["right"] * (len(headers) - 1))
+    return tabulate(lines, headers, tablefmt=style, colalign=align, disable_numparse=True)
 
 
 def _section(group: Sequence[Result]) -> str:
