@@ -31,7 +31,7 @@ def test_evaluate_prints_tables_and_the_place(arguments, capsys):
     assert main([*arguments, "--press", "snapkv(window_size=8)", "--compression-ratio=0.5"]) == 0
     out = capsys.readouterr().out
     assert "easy" in out and "hard" in out
-    assert "facts__tiny-llama__SnapKVPress-window_size=8-kernel_size=5__0.50" in out
+    assert "facts__tiny-llama__snapkv-window_size=8__0.50" in out
     assert "0.500" in out
 
 
