@@ -16,6 +16,7 @@ from cachepress.errors import CachepressError
 if TYPE_CHECKING:
     from cachepress.presses import BasePress
 
+logger = logging.getLogger(__name__)
 FAILED = 2
 _TRAINABLE = ("query_stats", "q_filters", "kvzap_linear", "kvzap_mlp", "fastkvzip", "lukv")
 
@@ -63,6 +64,7 @@ def _evaluate(options: dict[str, object]) -> None:
 
     config = load_config(options.pop("config", None), options)
     _log(config.log_level)
+    _warn_of_nothing_dropped(config.make_press())
     runner = EvaluationRunner(config)
     metrics = runner.run_evaluation()
     print(task_table(metrics))
@@ -139,6 +141,7 @@ def _inspect(options: dict[str, object]) -> None:
         raise CachepressError("no_press keeps every token: name a press to inspect")
     if options["compression_ratio"] is not None:
         press = press.with_ratio(options["compression_ratio"])
+    _warn_of_nothing_dropped(press)
     try:
         context = Path(options["context"]).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -244,6 +247,16 @@ def _train(options: dict[str, object]) -> None:
         print(f"written: {train(options['kind'], lesson, options['output'])}")
     except KeyboardInterrupt as error:
         raise CachepressError("interrupted: nothing was written, and nothing is lost") from error
+
+
+def _warn_of_nothing_dropped(press: "BasePress | None") -> None:
+    """A press named without a ratio keeps all, which is seldom what was meant."""
+    try:
+        nothing = press is not None and press.with_ratio(0.0) == press
+    except CachepressError:
+        return  # It has no ratio.
+    if nothing:
+        logger.warning("%r drops nothing: give --compression-ratio, such as 0.5", press)
 
 
 def _log(level: str) -> None:

@@ -35,6 +35,22 @@ def test_evaluate_prints_tables_and_the_place(arguments, capsys):
     assert "0.500" in out
 
 
+@pytest.mark.parametrize(
+    ("press", "warns"),
+    [
+        ("knorm", True),
+        ("adakv(knorm)", True),
+        ("knorm(0.5)", False),
+        ("knorm(n_kept=20)", False),
+        ("dms(knorm, -17)", False),
+        ("no_press", False),
+    ],
+)
+def test_a_press_without_a_ratio_is_seldom_what_was_meant(arguments, caplog, press, warns):
+    assert main([*arguments, "--press", press]) == 0
+    assert ("drops nothing: give --compression-ratio" in caplog.text) == warns
+
+
 def test_config_file_and_press_name(arguments, tmp_path, capsys):
     path = tmp_path / "c.yaml"
     path.write_text("press_name: knorm\ncompression_ratio: 0.25\n")
