@@ -158,11 +158,9 @@ def page(data: dict[str, Found]) -> str:
         "step are medians of steps that were taken in turns.\n",
     ]
     writers = {"decode": _decode, "long": _long, "sweep": _sweep, "quality": _quality}
-    for name, write in writers.items():
-        found = data.get(name, {})
-        # A text stands for a measurement by an earlier version; its commands are in it.
-        parts.append(str(found["text"]) if "text" in found else write(found) if found else "")
-    return "\n".join(filter(None, parts))
+    return "\n".join(
+        [*parts, *(write(data[name]) for name, write in writers.items() if name in data)]
+    )
 
 
 def _decode(found: Found) -> str:
