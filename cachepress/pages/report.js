@@ -279,7 +279,8 @@ function setUpCharts(view) {
   find("charts").hidden = !qualities.length;
   choosePresses(view);
   ["quality", "shown"].forEach((role) => find(role).addEventListener("change", () => {
-    choosePresses(view);
+    /* Another quality has another front; what was hidden by hand stays hidden otherwise. */
+    if (role === "shown" || find("shown").value === "front") choosePresses(view);
     drawLegend(view);
     drawScatters(view);
   }));
