@@ -158,7 +158,8 @@ def sizes(model: PreTrainedModel) -> tuple[int, int, int, int, int]:
 def _read(path: str, written: tuple[int, int], kind: str, device: str) -> dict[str, Tensor]:
     try:
         if path.endswith(".npy"):
-            return {kind: torch.from_numpy(np.load(path, allow_pickle=False)).to(device)}
+            # Published curves say which fraction a head drops, ours which it keeps.
+            return {kind: 1 - torch.from_numpy(np.load(path, allow_pickle=False)).to(device)}
         with safe_open(path, framework="pt", device=device) as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -23,7 +23,8 @@ class Turn(NamedTuple):
     Attributes:
         seen: tokens before it.
         new: tokens of it.
-        since: tokens since the layer was last settled, those of this forward included.
+        since: tokens since a press last looked at the layer, those of this forward included, and
+            those of prompts that were left as they are not.
         prompt: whether it reads a text, rather than decoding a token.
     """
 

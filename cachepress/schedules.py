@@ -22,13 +22,11 @@ class Every:
 
     Attributes:
         interval: tokens between two settles.
-        prompts: whether prompts are settled too.
     """
 
     interval: int
-    prompts: bool = True
     decodes: bool = True
 
     def due(self, turn: Turn) -> bool:
         """Whether a forward settles the layer."""
-        return (turn.prompt and self.prompts) or turn.since >= self.interval
+        return turn.prompt or turn.since >= self.interval

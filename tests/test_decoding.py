@@ -150,7 +150,7 @@ def test_several_questions_decode_under_the_bound():
 
     pipe = pipeline("kv-press-text-generation", model=tiny(), tokenizer=tokenizer())
     press = cp.DecodingPress(cp.KnormPress(), 8, 20)
-    questions = [words(3, seed=5), words(3, seed=6)]
+    questions = [words(3, seed=5), words(3, seed=8)]
     options = {"press": press, "max_new_tokens": 30, "eos_token_id": []}
     both = pipe(words(60), questions=questions, **options)["answers"]
     alone = [pipe(words(60), question=q, **options)["answer"] for q in questions]
@@ -218,3 +218,38 @@ def test_what_a_press_for_prompts_stores_and_reads_holds_beside_one_for_decoding
             cp.KIVIPress(cp.KnormPress(0.5)),
             cp.DecodingPress(cp.KIVIPress(cp.KnormPress(), bits=4)),
         )
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_an_interval_counts_decoded_tokens_only(chunk):
+    """A prompt that is left whole, one after other tokens, and one that was read before."""
+    model, press = tiny(), cp.DecodingPress(cp.KnormPress(), 16, 20)
+    whole = cp.PrefillDecodingPress(None, press)
+    cache = cp.prefill(model, tokens(100), whole, chunk_size=chunk)
+
+    def decode(n):
+        for step in range(n):
+            forward(model, cache, input_ids=tokens(1, seed=step))
+        return stores(cache)[0].lengths[0, 0].item()
+
+    with whole(model):
+        assert [decode(n) for n in (1, 9, 5, 1, 1, 14, 1)] == [101, 110, 115, 20, 21, 35, 20]
+        assert decode(10) == 30
+        forward(model, cache, input_ids=tokens(40))
+        assert [decode(n) for n in (5, 1)] == [75, 20]
+    cache = cp.prefill(model, tokens(100))
+    with press(model):
+        assert [decode(n) for n in (15, 1)] == [115, 20]
+
+
+def test_several_tokens_that_are_left_alone_do_not_bring_the_next_compression_closer():
+    model, cache = tiny(), DynamicCache()
+    press = cp.DecodingPress(cp.KnormPress(), 16, 20)
+    with press(model, turns="first"):
+        forward(model, cache, input_ids=tokens(100))
+        forward(model, cache, input_ids=tokens(30))
+        held = []
+        for step in range(16):
+            forward(model, cache, input_ids=tokens(1, seed=step))
+            held.append(stores(cache)[0].lengths[0, 0].item())
+    assert held == [*range(51, 66), 20]

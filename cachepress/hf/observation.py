@@ -129,7 +129,7 @@ class Observation:
         self._stores: list[Store] = []
         self._covered = {m for m in model.modules() if isinstance(m, PreTrainedModel)}
         self._hooks: list[RemovableHandle] = []
-        self._depth = 0
+        self._depth = self._passed = 0
 
     def __enter__(self) -> None:
         attach(self._model)
@@ -210,6 +210,7 @@ class Observation:
         turn = Turn(seen, n, since, prompt=n > 1 or self.chunk is not None)
         press = self._press.acting(turn)
         due = self._due(turn)
+        self._passed = n if turn.prompt and not due else 0
         if press.replay is not None and turn.prompt:
             self._repeater.read(cache, given.get("input_ids"))
         self._prepare(stores)
@@ -250,6 +251,8 @@ class Observation:
             return
         if output is not None:
             with torch.inference_mode(False), torch.no_grad():
+                for store in self._stores:
+                    store.passed(self._passed)
                 for layer in self._repeat():
                     self._settle(layer)
                 for press, layers in self._pending.items():

@@ -150,6 +150,8 @@ class Survey:
         acting = ready.acting(turn)
         instruct(stores(branch), ready, codec_of(ready, storage))
         if not ready.schedule.due(turn):
+            for store in stores(branch):
+                store.passed(turn.new)
             return branch, 0.0
         layers, seconds = self._repeated(acting)
         start = time.perf_counter()

@@ -43,12 +43,13 @@ def far_scores(model: PreTrainedModel, n_sink: int, n_recent: int) -> Scores:
     return _found(model, ("far", n_sink, n_recent), passage, partial(_far, n_sink, n_recent))
 
 
-def read_scores(path: str, name: str) -> Scores:
+def read_scores(path: str, name: str, least: float = 0.0) -> Scores:
     """Scores in a file of tab-separated numbers, a line for each layer, a number for each KV head.
 
     Args:
         path: the file, or the folder with a ``full_attention_heads.tsv``.
         name: what the user calls it.
+        least: see ``checked``.
 
     Raises:
         CachepressError: if there is no such file, or it holds something else.
@@ -65,7 +66,7 @@ def read_scores(path: str, name: str) -> Scores:
             f"{name}: {path!r} is no table of numbers: wanted a line for each layer, with a number "
             f"for each KV head and tabs between them ({error})"
         ) from error
-    return checked(rows, name)
+    return checked(rows, name, least)
 
 
 def pattern_file(path: str) -> Path:
@@ -74,22 +75,27 @@ def pattern_file(path: str) -> Path:
     return found / PATTERN if found.is_dir() else found
 
 
-def checked(scores: object, name: str) -> Scores:
+def checked(scores: object, name: str, least: float = 0.0) -> Scores:
     """Scores as tuples.
 
+    Args:
+        scores: what the user gave.
+        name: what the user calls it.
+        least: the lowest number that is taken; what is below 0 counts as 0.
+
     Raises:
-        CachepressError: unless they are a table of finite numbers, none below 0.
+        CachepressError: unless they are a table of finite numbers, none below ``least``.
     """
     rows = scores if isinstance(scores, list | tuple) else ()
     table = tuple(tuple(row) if isinstance(row, list | tuple) else () for row in rows)
     numbers = [x for row in table for x in row]
-    good = all(isinstance(x, int | float) and isfinite(x) and x >= 0 for x in numbers)
+    good = all(isinstance(x, int | float) and isfinite(x) and x >= least for x in numbers)
     if not good or not all(table) or not table:
         raise CachepressError(
-            f"{name}: wanted a number of at least 0 for each KV head of each layer, such as "
-            "((0.1, 0.9), (0.5, 0.0)), or the path of a file"
+            f"{name}: wanted a number of at least {least:g} for each KV head of each layer, "
+            "such as ((0.1, 0.9), (0.5, 0.0)), or the path of a file"
         )
-    return table
+    return tuple(tuple(max(x, 0.0) for x in row) for row in table)
 
 
 def check_fit(scores: Scores, model: PreTrainedModel, name: str) -> None:

@@ -24,6 +24,8 @@ from cachepress.presses.base import BasePress, check_count
 from cachepress.view import LayerView
 
 _SIZES = {"sink_size": 128, "recent_size": 256}
+_LEAST = -1.0
+"""Trained scores are meant to be from 0 to 1, and end a little below 0 where a head streams."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class DuoAttentionPress(BasePress, alias="duo_attention"):
         head_compression_ratio: fraction of the KV heads that stream, rounded down. This is the
             ratio that ``with_ratio`` sets.
         pattern: a score for each KV head of each full-attention layer, or the path of a
-            ``full_attention_heads.tsv`` or its folder; None to estimate them.
+            ``full_attention_heads.tsv`` or its folder, where what is below 0 counts as 0; None to
+            estimate them.
         sink_size: first rows that a streaming head keeps; None for what the ``config.json`` beside
             the pattern says, or 128.
         recent_size: newest rows that a streaming head keeps; None likewise, or 256.
@@ -60,7 +63,7 @@ class DuoAttentionPress(BasePress, alias="duo_attention"):
             if getattr(self, name) is not None:
                 check_count(self, name, least)
         if self.pattern is not None and not isinstance(self.pattern, str):
-            object.__setattr__(self, "pattern", checked(self.pattern, "pattern"))
+            object.__setattr__(self, "pattern", checked(self.pattern, "pattern", _LEAST))
 
     @property
     def budget(self) -> TopK | Threshold:
@@ -85,7 +88,7 @@ class DuoAttentionPress(BasePress, alias="duo_attention"):
         sizes |= {k: getattr(self, k) for k in sizes if getattr(self, k) is not None}
         pattern = self.pattern
         if isinstance(pattern, str):
-            pattern = read_scores(pattern, "pattern")
+            pattern = read_scores(pattern, "pattern", _LEAST)
         if pattern is not None:
             check_fit(pattern, model, "pattern")
         elif self.head_compression_ratio:

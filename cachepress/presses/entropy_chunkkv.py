@@ -17,9 +17,10 @@ class EntropyGatedChunkKVPress(ChunkKVPress, alias="entropy_gated_chunkkv"):
     Builds on Liu et al. (arXiv:2502.00299). A chunk is cut when its mean score is at least the
     median of the chunks and its entropy is below the median (of an even number the lower one of
     the two in the middle). The entropy is that of the rows' shares in the chunk's score, divided
-    by the entropy of equal shares. Where scores fall below zero, all of the text is first lifted
-    by the same amount, to zero. Rows that the inner press pins do not count. What is freed goes to
-    further chunks, then to the best of the rows that were cut. Needs what the inner press needs.
+    by the entropy of equal shares; that of a chunk of one token is 0. Where scores fall below
+    zero, all of the text is first lifted by the same amount, to zero. Rows that the inner press
+    pins do not count. What is freed goes to further chunks, then to the best of the rows that were
+    cut. Needs what the inner press needs.
     Best for attention scores at small budgets, where single rows outshine their chunk.
 
     Attributes:
@@ -58,7 +59,7 @@ def _spiky(chunks: Chunks) -> Tensor:
 
 
 def _entropy(rows: Tensor) -> Tensor:
-    """Entropy of the shares in each chunk's score, 0 for a single row to 1 for all alike."""
+    """Entropy of the shares in each chunk's score, 0 for a single token to 1 for all alike."""
     there = rows > float("-inf")
     lowest = rows.masked_fill(~there, float("inf")).amin((1, 2), keepdim=True).clamp(max=0)
     lifted = (rows.double() - lowest).masked_fill(~there, 0)
@@ -66,4 +67,4 @@ def _entropy(rows: Tensor) -> Tensor:
     shares = lifted / total.unsqueeze(-1)
     entropy = torch.special.entr(shares).sum(-1) / n.double().log()
     # In floats, so that chunks with the same shares are equal however a sum is ordered.
-    return entropy.masked_fill((total == 0) | (n < 2), 1).float()
+    return entropy.masked_fill(total == 0, 1).masked_fill(n < 2, 0).float()

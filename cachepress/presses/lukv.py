@@ -43,7 +43,8 @@ class LUKVPress(WrapperPress, alias="lukv"):
     Eviction" (arXiv:2602.08585). A curve says which fraction of its rows a head keeps at each
     ratio, so that what is kept in the whole model receives the most attention from the text that
     follows; it is learned beforehand, ``cachepress train lukv --press PRESS``, or read from a
-    published ``.npy`` file ``[99, layers, KV heads]``. Between two ratios fractions are
+    published ``.npy`` file ``[99, layers, KV heads]``, whose numbers are the fractions that are
+    dropped. Between two ratios fractions are
     interpolated; the total is exactly that of equal numbers, and no head has less than one row.
     Needs what the inner press needs. Best for the press that its curve was learned for.
 

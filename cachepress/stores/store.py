@@ -40,7 +40,8 @@ class Store(CacheLayerMixin):
         known: ``[B, S]`` which of the settled text columns are tokens; None if all.
         codec: how kept rows are stored; None for as they are.
         reads: pages of settled rows that a decoded token reads in each head; None for all.
-        looked_at: text columns seen when a press last looked at the rows.
+        looked_at: text columns seen when a press last looked at the rows, and those of prompts that
+            were left as they are since.
         trace: what a press noted since.
     """
 
@@ -70,6 +71,7 @@ class Store(CacheLayerMixin):
         store = cls()
         if keys is not None and values is not None and keys.numel():
             store._append(keys, values)
+            store.looked_at = store._seen
         return store
 
     @property
@@ -177,6 +179,10 @@ class Store(CacheLayerMixin):
     def looked(self) -> None:
         """Note that a press looked at the rows, whether or not it dropped any."""
         self.looked_at, self.trace = self._seen, None
+
+    def passed(self, n: int) -> None:
+        """Note that a press left the ``n`` tokens of a prompt as they are."""
+        self.looked_at += n
 
     def fork(self) -> "Store":
         """A store with the same rows, which it shares; what is appended to one stays with it."""

@@ -72,6 +72,22 @@ def test_a_published_pattern_brings_its_sizes(tmp_path):
             DuoAttentionPress(0.5, str(file)).for_model(model)
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_trained_scores_that_ended_below_0_are_0(tmp_path, written):
+    """Of heads that are 0 then, those of the first layers stream."""
+    rows = ((0.0, -0.02), (0.5, 1.01), (-0.3, 0.2), (-1e-9, 0.4))
+    pattern: object = rows
+    if written:
+        file = tmp_path / "full_attention_heads.tsv"
+        file.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
+        pattern = str(file)
+    for ratio, heads in ((0.25, {(0, 0), (0, 1)}), (0.5, {(0, 0), (0, 1), (2, 0), (3, 0)})):
+        cache = pressed(tiny(), DuoAttentionPress(ratio, pattern, **SIZES), tokens(40))
+        assert_streams(cache, heads, 40, 3, 6)
+    with pytest.raises(cp.CachepressError, match="pattern: wanted a number of at least -1"):
+        DuoAttentionPress(0.5, ((0.5, -1.5),))
+
+
 def test_a_wrong_pattern_is_refused_before_any_work(tmp_path):
     cache = DynamicCache()
     for pattern, message in (
@@ -156,8 +172,8 @@ def test_the_spelling_and_bad_options():
         ({"head_compression_ratio": 1.5}, "head_compression_ratio: got 1.5, wanted a number from"),
         ({"sink_size": -1}, "sink_size: got -1, wanted a whole number of at least 0"),
         ({"recent_size": 0}, "recent_size: got 0, wanted a whole number of at least 1"),
-        ({"pattern": ((0.5, "x"),)}, "pattern: wanted a number of at least 0"),
-        ({"pattern": 3}, "pattern: wanted a number of at least 0"),
+        ({"pattern": ((0.5, "x"),)}, "pattern: wanted a number of at least -1"),
+        ({"pattern": 3}, "pattern: wanted a number of at least -1"),
     ):
         with pytest.raises(cp.CachepressError, match=message):
             DuoAttentionPress(**options)

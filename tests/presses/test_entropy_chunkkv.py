@@ -27,7 +27,9 @@ def plainly(scores, length, few, n_kept, pinned=()):
 
     def entropy(rows):
         lifted = [scores[i] - lift for i in rows]
-        if len(rows) == 1 or sum(lifted) == 0:
+        if len(rows) == 1:
+            return 0.0
+        if sum(lifted) == 0:
             return 1.0
         shares = [x / sum(lifted) for x in lifted if x > 0]
         return -sum(p * log(p) for p in shares) / log(len(rows))

@@ -99,11 +99,20 @@ def test_sinks_and_the_newest_row_are_pinned(curve):
     assert pinned(score)[0].tolist() == [[True] * 4 + [False] * 15 + [True]] * 2
 
 
-def test_a_published_file_is_read(tmp_path, curve):
-    np.save(tmp_path / "curve.npy", SKEWED.double().numpy())
+def test_a_published_file_says_which_fraction_each_head_drops(tmp_path, curve):
+    np.save(tmp_path / "curve.npy", 1 - SKEWED.double().numpy())
     press = LUKVPress(SNAP, curve=str(tmp_path / "curve.npy"))
     found = counts(pressed(tiny(), press, tokens(40)))
     assert found == counts(pressed(tiny(), LUKVPress(SNAP, curve=curve), tokens(40)))
+
+
+def test_the_head_that_a_published_curve_drops_most_of_keeps_least(tmp_path):
+    drop = np.full((99, 4, 2), 0.2)
+    drop[:, 0, 0], drop[:, 3, 1] = 0.36, 0.04
+    np.save(tmp_path / "curve.npy", drop)
+    press = LUKVPress(cp.KnormPress(0.2), curve=str(tmp_path / "curve.npy"))
+    found = counts(pressed(tiny(), press, tokens(100)))
+    assert found == [[64, 80], [80, 80], [80, 80], [80, 96]]
 
 
 def test_a_curve_that_is_written_anew_is_read_anew(tmp_path):
