@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cachepress.errors import CachepressError
+from cachepress.ops import wide
 from cachepress.ops.ragged_attention import PAGE
 from cachepress.view import LayerView
 
@@ -201,7 +202,7 @@ class TopK:
         if self.scope == "head":
             return best(scores, valid, counts)
         safe = best(scores, valid, floor_of(counts, self.floor))
-        everything = scores.float().masked_fill(safe, float("inf")).flatten(1)[:, None]
+        everything = wide(scores).masked_fill(safe, float("inf")).flatten(1)[:, None]
         total = counts.expand(-1, scores.shape[1], -1).sum(1, keepdim=True).round().clamp(min=1)
         return best(everything, valid.flatten(1)[:, None], total).view_as(valid)
 
@@ -242,8 +243,9 @@ def best(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
 
     Of equal scores the newest rows are taken; NaN is the lowest score.
     """
-    worst = torch.finfo(torch.float32).min
-    scores = scores.float().nan_to_num(nan=worst, posinf=None, neginf=worst)
+    scores = wide(scores)
+    worst = torch.finfo(scores.dtype).min
+    scores = scores.nan_to_num(nan=worst, posinf=None, neginf=worst)
     scores = scores.masked_fill(~valid, float("-inf"))
     newest_first = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
     ranked = (torch.arange(scores.shape[-1], device=scores.device) < counts).expand_as(scores)
@@ -318,7 +320,7 @@ def pin_sinks(scores: Tensor, view: LayerView, n: int) -> Tensor:
     sinks first, then the newest rows, however small the budget is.
     """
     pin = _SINK - _STEP * view.index.float()
-    return torch.where(view.index < n, pin, scores.float())
+    return torch.where(view.index < n, pin, wide(scores))
 
 
 def pin_window(scores: Tensor, view: LayerView, n: int | Tensor) -> Tensor:
@@ -328,17 +330,17 @@ def pin_window(scores: Tensor, view: LayerView, n: int | Tensor) -> Tensor:
     cannot keep all of them share what there is.
     """
     recent = view.index >= (view.n_seen - n)[:, None, None]
-    return torch.where(recent, _WINDOW + _STEP * view.index.float(), scores.float())
+    return torch.where(recent, _WINDOW + _STEP * view.index.float(), wide(scores))
 
 
 def pin(scores: Tensor, rows: Tensor) -> Tensor:
     """Scores with the rows ``[B, H, T]`` above every free row; pinned ones stay as they are."""
-    return torch.where(rows & ~pinned(scores), _CHOSEN, scores.float())
+    return torch.where(rows & ~pinned(scores), _CHOSEN, wide(scores))
 
 
 def choose(scores: Tensor, rows: Tensor) -> Tensor:
     """Scores with the rows ``[B, H, T]`` above every other row, pinned or free."""
-    return torch.where(rows, _CHOSEN, scores.float().clamp(max=_FREE))
+    return torch.where(rows, _CHOSEN, wide(scores).clamp(max=_FREE))
 
 
 def pinned(scores: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.forward import Forward, RowBytes, Rows
-from cachepress.ops import gather, valid_last
+from cachepress.ops import gather, valid_last, wide
 from cachepress.replay import Replay, ReplayView
 from cachepress.trace import Trace
 from cachepress.view import LayerView, Needs
@@ -206,7 +206,7 @@ def settle_together(press: Press, layers: list[Pending]) -> None:
     def joined(columns: list[Tensor]) -> Tensor:
         return torch.cat([F.pad(x, (longest - x.shape[-1], 0)) for x in columns], dim=1)
 
-    scores = joined([layer.scores.float() for layer in layers])  # [B, layers * H, T]
+    scores = joined([wide(layer.scores) for layer in layers])  # [B, layers * H, T]
     valid = joined([layer.view.valid for layer in layers])
     h = layers[0].scores.shape[1]
     counts = torch.stack([layer.view.n_kept for layer in layers])  # [layers, B]
@@ -227,7 +227,7 @@ def _drop(press: Press, store: Store, view: LayerView, mask: Tensor, known: Tens
         rank = mask.cumsum(-1)
         rope = view.next_position[:, None, None] - rank[..., -1:] + rank - 1
         keys = view.keys.flatten(0, 1)
-        bare = view.rotary(keys.float(), view.rope.clamp(min=0).flatten(0, 1), inverse=True)
+        bare = view.rotary(wide(keys), view.rope.clamp(min=0).flatten(0, 1), inverse=True)
         turned = view.rotary(bare, rope.clamp(min=0).flatten(0, 1)).to(keys.dtype)
         rows = replace(rows, keys=turned.view_as(view.keys), rope=rope)
     store.keep(rows, mask, known, press.channels(replace(view, keys=rows.keys), mask))

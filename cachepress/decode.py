@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.cache_utils import Cache
 
 from cachepress.hf import cache_argument
+from cachepress.ops import wide
 
 
 def generate(
@@ -69,7 +70,7 @@ def force(model: PreTrainedModel, cache: Cache, texts: Sequence[Forced]) -> list
         texts: one for each sequence.
 
     Returns:
-        For each text, log-probabilities ``[len(answer) + 1, vocabulary]`` in float32.
+        For each text, log-probabilities ``[len(answer) + 1, vocabulary]``, at least float32.
     """
     whole = [
         torch.cat([text.question_ids, torch.tensor([list(text.answer)], dtype=torch.long)], dim=1)
@@ -89,7 +90,7 @@ def force(model: PreTrainedModel, cache: Cache, texts: Sequence[Forced]) -> list
         ).logits
     # A copy of what is wanted, because padded rows would be held with a view.
     return [
-        row[most - len(text.answer) - 1 :].float().log_softmax(-1)
+        wide(row[most - len(text.answer) - 1 :]).log_softmax(-1)
         for row, text in zip(logits, texts, strict=True)
     ]
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.errors import UnsupportedError
+from cachepress.ops import wide
 
 _LOWEST = torch.finfo(torch.float32).min
 
@@ -58,7 +59,7 @@ class TextMask:
 
     @cached_property
     def by_head(self) -> Tensor:
-        """Added to logits, ``[B, 1 or heads, n, S]`` in float32, where there is a mask."""
+        """Added to logits, ``[B, 1 or heads, n, S]`` where there is a mask."""
         mask = self._mask
         assert mask is not None
         if mask.ndim == 4:
@@ -107,7 +108,7 @@ def _hidden(mask: Tensor, end: int) -> Tensor:
 
 
 def _bias(mask: Tensor) -> Tensor:
-    """A mask, bool or added to logits, as one that is added, in float32."""
+    """A mask, bool or added to logits, as one that is added, at least float32."""
     if mask.dtype != torch.bool:
-        return mask.float().clamp(min=_LOWEST)
+        return wide(mask).clamp(min=_LOWEST)
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, _LOWEST)

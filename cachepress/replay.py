@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cachepress.chat import encode, template
 from cachepress.errors import CachepressError
-from cachepress.ops import AttentionRule
+from cachepress.ops import AttentionRule, wide
 
 _BLOCK = 1024
 _LEAD = 8
@@ -79,7 +79,7 @@ class ReplayView:
         assert self.projection is not None
         norms = []
         for values in self.values[:, :, self.chunk].split(_BLOCK, dim=2):
-            added = values.unsqueeze(2).float() @ self.projection.float()  # [1, H, G, block, M]
+            added = wide(values.unsqueeze(2)) @ wide(self.projection)  # [1, H, G, block, M]
             norms.append(added.norm(dim=-1))
         return torch.cat(norms, dim=-1)
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cachepress.ops import wide, wide_dtype
+
 CosSin = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """``(x, positions [B, n]) -> cos, sin [B, n, r]``, as a model's rotary module answers."""
 
@@ -85,11 +87,11 @@ def find_rotary(
         The embedding, or None when no known layout gives that key.
     """
     probe = slice(None, None, max(1, key.shape[2] // 8))
-    target, rope = key[:, :, probe].float(), rope[:, probe]
-    tolerance = 1e-3 if key.dtype == torch.float32 else 3e-2
+    target, rope = wide(key[:, :, probe]), rope[:, probe]
+    tolerance = 1e-3 if key.dtype == wide_dtype(key) else 3e-2
     modules = list(modules)
     for raw in _raw_keys(outputs, query_heads, key):
-        raw_rows = raw[:, :, probe].float()
+        raw_rows = wide(raw[:, :, probe])
         for rotary in _candidates(modules, raw_rows, rope):
             error = (rotary(raw_rows, rope) - target).abs().amax()
             if error <= tolerance * target.abs().amax():

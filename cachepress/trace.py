@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.forward import Forward
-from cachepress.ops import attention_column_peaks, attention_column_sums, gather, valid_last
+from cachepress.ops import (
+    attention_column_peaks,
+    attention_column_sums,
+    gather,
+    valid_last,
+    wide,
+    wide_dtype,
+)
 from cachepress.view import LayerView, Moments, Needs
 
 
@@ -125,14 +132,14 @@ class Trace:
 
     def _add_hidden(self, hidden: Tensor | None, depth: int) -> None:
         if self.needs.hidden is not None and hidden is not None:
-            noted = self.needs.hidden(hidden.detach(), depth).float()
+            noted = wide(self.needs.hidden(hidden.detach(), depth))
             self._noted = _joined(self._noted, noted, 2)
 
     def _noted_rows(self, view: LayerView) -> Tensor:
         """What was noted of each row of the view, ``[B, H, T]``, NaN where nothing was."""
         noted = self._noted
         if noted is None:
-            return torch.full(view.valid.shape, float("nan"), device=view.valid.device)
+            return view.keys.new_full(view.valid.shape, float("nan"), dtype=wide_dtype(view.keys))
         column = view.positions.long() - (self.end - noted.shape[-1])
         picked = noted.gather(-1, column.clamp(min=0))
         return picked.masked_fill(column < 0, float("nan"))
@@ -167,7 +174,7 @@ class Trace:
         own = torch.arange(self.end - n, self.end, device=query.device).expand_as(counted)
         if forward.text_valid is not None:
             own = forward.text_valid.cumsum(-1)[:, -n:] - 1
-        raw = forward.find_rotary()(query.float(), forward.rope, inverse=True)
+        raw = forward.find_rotary()(wide(query), forward.rope, inverse=True)
         counted = counted & (own >= (self.needs.moments_after or 0))
         new = _Running.of(raw, counted)
         self._moments = new if self._moments is None else self._moments.join(new)

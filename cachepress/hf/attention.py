@@ -18,6 +18,7 @@ from cachepress.errors import UnsupportedError
 from cachepress.forward import Rows
 from cachepress.masks import TextMask
 from cachepress.ops import AttentionRule
+from cachepress.ops.ragged_attention.parts import LOWEST
 from cachepress.stores import Held, RowsHandle, Store
 
 _PREFIX = "cachepress|"
@@ -227,7 +228,8 @@ def _mask_of_rows(mask: TextMask, held: Held, rows: Rows, query: Tensor) -> Tens
         bias = torch.zeros(sequences, 1, n, t, device=query.device)
         if tail is not None:
             bias[..., t - (held.seen - held.start) :] = tail.unsqueeze(1)
-    lowest = torch.finfo(query.dtype).min
+    # The bias may be float32 and the query another type: what is lowest must fit into both.
+    lowest = max(LOWEST, torch.finfo(query.dtype).min)
     if not rows.full:
         empty = (positions < 0).repeat_interleave(hq // h, dim=1).unsqueeze(-2)
         bias = bias.masked_fill(empty, lowest)

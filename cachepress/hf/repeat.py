@@ -17,6 +17,7 @@ from cachepress.forward import Forward, Rows
 from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen
 from cachepress.hf.capture import Capture
 from cachepress.hf.wiring import attention_modules, cache_argument, install_stores, last_layer
+from cachepress.ops import wide, wide_dtype
 from cachepress.replay import Chunk, Replay, ReplayView, chunks
 from cachepress.stores import Store
 from cachepress.trace import Trace
@@ -147,7 +148,10 @@ class Repeater:
         assert replay is not None and cache is not None
         b, n = ids.shape
         notes = [
-            torch.zeros(b, layer.store.lengths.shape[1], n, device=ids.device) for layer in layers
+            layer.forward.query.new_zeros(
+                b, layer.store.lengths.shape[1], n, dtype=wide_dtype(layer.forward.query)
+            )
+            for layer in layers
         ]
         for row in range(b):
             branch = fork(cache)
@@ -218,13 +222,13 @@ class Repeater:
                 embeds = self._decoder.get_input_embeddings()(ids.clone())
                 self._decoder(**inputs, inputs_embeds=embeds.detach().requires_grad_())
                 outputs = [added[look.module] for look in looks]
-                gradients = torch.autograd.grad(last[0].float().square().sum(), outputs)
+                gradients = torch.autograd.grad(wide(last[0]).square().sum(), outputs)
         finally:
             for weight in weights:
                 weight.requires_grad_(True)
             for hook in hooks:
                 hook.remove()
-        norms = [gradient.float().norm(dim=-1) for gradient in gradients]
+        norms = [wide(gradient).norm(dim=-1) for gradient in gradients]
         return [replace(look.view, gradient=x) for look, x in zip(looks, norms, strict=True)]
 
 

@@ -8,6 +8,7 @@ from cachepress.ops.attention import (
 )
 from cachepress.ops.device import wait
 from cachepress.ops.order import gather, valid_last
+from cachepress.ops.precision import wide, wide_dtype
 
 __all__ = [
     "AttentionRule",
@@ -17,4 +18,6 @@ __all__ = [
     "gather",
     "valid_last",
     "wait",
+    "wide",
+    "wide_dtype",
 ]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cachepress.ops.precision import wide, wide_dtype
+
 
 @dataclass(frozen=True)
 class AttentionRule:
@@ -45,11 +47,11 @@ def attention_column_sums(
         block: queries per block; the largest intermediate is ``[B, H, G, block, T]``.
 
     Returns:
-        ``[B, H, G, T]`` in float32.
+        ``[B, H, G, T]`` in float32; in float64 of float64.
     """
     b, h, g, q, _ = queries.shape
     t = keys.shape[2]
-    sums = torch.zeros(b, h, g, t, device=keys.device)
+    sums = torch.zeros(b, h, g, t, dtype=wide_dtype(keys), device=keys.device)
     for start in range(0, q, block):
         stop = min(start + block, q)
         end = t - q + stop
@@ -71,7 +73,8 @@ def attention_column_peaks(
     Args and result are those of ``attention_column_sums``.
     """
     b, h, g = queries.shape[:3]
-    peaks = torch.zeros(b, h, g, keys.shape[2], device=keys.device)
+    size = (b, h, g, keys.shape[2])
+    peaks = torch.zeros(size, dtype=wide_dtype(keys), device=keys.device)
     for some, weights in attention_weights(queries, keys, valid, rule, block):
         weights = weights.mul_(counted[:, None, None, some, None])
         part = peaks[..., : weights.shape[-1]]
@@ -126,13 +129,13 @@ def _shares(
 
 
 def _logits(queries: Tensor, keys: Tensor, valid: Tensor, rule: AttentionRule) -> Tensor:
-    """Masked logits ``[B, H, G, Q, T]`` in float32, fresh memory that may be written to."""
+    """Masked logits ``[B, H, G, Q, T]``, at least float32, fresh memory that may be written to."""
     b, h, g, q, d = queries.shape
     scaled = (queries * rule.scaling).reshape(b, h, g * q, d)
-    logits = (scaled @ keys.mT).float().view(b, h, g, q, -1)
+    logits = wide(scaled @ keys.mT).view(b, h, g, q, -1)
     if rule.softcap is not None:
         logits = logits.div_(rule.softcap).tanh_().mul_(rule.softcap)
-    lowest = torch.finfo(torch.float32).min
+    lowest = torch.finfo(logits.dtype).min
     future = torch.ones(q, q, dtype=torch.bool, device=keys.device).triu_(1)
     logits[..., -q:].masked_fill_(future, lowest)
     if not bool(valid.all()):
@@ -142,4 +145,4 @@ def _logits(queries: Tensor, keys: Tensor, valid: Tensor, rule: AttentionRule) -
 
 def _sinks(sinks: Tensor, queries: Tensor) -> Tensor:
     """Sink logits ``[1, H, G, 1, 1]``."""
-    return sinks.float().view(1, *queries.shape[1:3], 1, 1)
+    return wide(sinks).view(1, *queries.shape[1:3], 1, 1)

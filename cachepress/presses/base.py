@@ -22,6 +22,7 @@ from cachepress.budgets import (
 from cachepress.core import Schedule, Turn
 from cachepress.errors import CachepressError
 from cachepress.hf import Observation
+from cachepress.ops import wide_dtype
 from cachepress.replay import Replay, ReplayView
 from cachepress.schedules import AfterPrefill
 from cachepress.stores import Codec
@@ -353,7 +354,7 @@ def unknown_as_average(scores: Tensor, valid: Tensor) -> Tensor:
     """Scores ``[B, H, T]`` in which NaN is the mean of its head's scores of valid rows."""
     known = valid & ~scores.isnan()
     total = scores.masked_fill(~known, 0).double().sum(-1, keepdim=True)
-    average = (total / known.sum(-1, keepdim=True).clamp(min=1)).float()
+    average = (total / known.sum(-1, keepdim=True).clamp(min=1)).to(wide_dtype(scores))
     return torch.where(scores.isnan(), average, scores)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cachepress.budgets import choose
 from cachepress.errors import CachepressError
-from cachepress.ops import valid_last
+from cachepress.ops import valid_last, wide_dtype
 from cachepress.presses.base import WrapperPress, check_count, counted
 from cachepress.view import LayerView
 
@@ -38,7 +38,7 @@ class BlockPress(WrapperPress, alias="block"):
 
     def score(self, view: LayerView) -> Tensor:
         """The last block's scores, those that are left above all other rows, ``[B, H, T]``."""
-        scores = torch.zeros_like(view.valid, dtype=torch.float32)
+        scores = torch.zeros_like(view.valid, dtype=wide_dtype(view.keys))
         left = torch.zeros_like(view.valid)
         for start in range(0, int(view.n_seen.max()), self.block_size):
             stop = start + self.block_size
@@ -52,6 +52,6 @@ class BlockPress(WrapperPress, alias="block"):
             table = replace(table, n_seen=view.n_seen.clamp(max=stop))
             score = self.press.score(table)
             mask = self.press.budget.select(score, table.valid, view.n_kept)
-            scores = scores.scatter(-1, order, score.float())
+            scores = scores.scatter(-1, order, score.to(scores.dtype))
             left = torch.zeros_like(left).scatter(-1, order, mask)
         return choose(scores, left)

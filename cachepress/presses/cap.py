@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cachepress.budgets import pin_sinks
 from cachepress.errors import CachepressError
+from cachepress.ops import wide, wide_dtype
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.view import LayerView, Needs
 
@@ -66,7 +67,7 @@ class CapPress(ScorerPress, alias="cap"):
         weights, identity = (logits - top).exp(), (-top).exp().clamp(min=self.epsilon)
         values = view.values.masked_fill(~free.unsqueeze(-1), 0).unsqueeze(2)
         scores = weights * _leverage(values, weights, identity.unsqueeze(-1))
-        return pin_sinks(scores.mean(2), view, self.n_sink)
+        return pin_sinks(scores.mean(2).to(wide_dtype(view.keys)), view, self.n_sink)
 
     def _alignment(self, view: LayerView) -> Tensor:
         """Cosine of each key with the query to be expected, ``[B, H, G, T]``."""
@@ -74,7 +75,7 @@ class CapPress(ScorerPress, alias="cap"):
             raise TypeError("the view was made without moments of the queries")
         ahead = torch.arange(self.n_future_positions, device=view.keys.device)
         query = view.rotary.mean(view.moments.mean, view.next_position[:, None] + ahead)
-        return F.normalize(query, dim=-1) @ F.normalize(view.keys.float(), dim=-1).mT
+        return F.normalize(query, dim=-1) @ F.normalize(wide(view.keys), dim=-1).mT
 
 
 def _leverage(values: Tensor, weights: Tensor, identity: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import choose
+from cachepress.ops import wide_dtype
 from cachepress.presses.base import WrapperPress, check_by_layer, check_count
 from cachepress.view import EVERY, LayerView, Needs
 
@@ -44,7 +45,7 @@ class ChunkPress(WrapperPress, alias="chunk"):
     def _score_one(self, view: LayerView) -> Tensor:
         """The score of one sequence, ``[1, H, T]``."""
         seen, kept, spent = int(view.n_seen), int(view.n_kept), 0
-        scores = torch.zeros_like(view.valid, dtype=torch.float32)
+        scores = torch.zeros_like(view.valid, dtype=wide_dtype(view.keys))
         winners = torch.zeros_like(view.valid)
         for start in range(0, seen, self.chunk_length):
             stop = min(start + self.chunk_length, seen)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import best, choose, pinned
+from cachepress.ops import wide
 from cachepress.presses.base import WrapperPress, check_by_layer, check_count, counted
 from cachepress.view import LayerView
 
@@ -37,7 +38,7 @@ class ChunkKVPress(WrapperPress, alias="chunkkv"):
 
     def score(self, view: LayerView) -> Tensor:
         """Minus the rank of each row, the rows that stay above all others, ``[B, H, T]``."""
-        scores = self.press.score(view).float()
+        scores = wide(self.press.score(view))
         budgets = counted(self).select(scores, view.valid, view.n_kept).sum(-1, keepdim=True)
         chunks = Chunks.of(scores, view, self.chunk_length)
         ranks = places(_by_group(self.groups(chunks), chunks.rows))  # [B, C * L]
@@ -79,11 +80,12 @@ class Chunks:
             return table.scatter(-1, column, x.double())[..., :-1].unflatten(-1, (-1, length))
 
         totals, counts = placed(scores).sum(1), placed(free).sum(1)
-        return cls(_mean(totals, counts), _mean(totals.sum(-1), counts.sum(-1)))
+        means = _mean(totals, counts), _mean(totals.sum(-1), counts.sum(-1))
+        return cls(*(x.to(scores.dtype) for x in means))
 
 
 def _mean(totals: Tensor, counts: Tensor) -> Tensor:
-    return (totals / counts).masked_fill(counts == 0, float("-inf")).float()
+    return (totals / counts).masked_fill(counts == 0, float("-inf"))
 
 
 def highest_first(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from cachepress.budgets import CHOSEN, Amount, Threshold, TopK, choose
 from cachepress.errors import CachepressError
+from cachepress.ops import wide
 from cachepress.presses.base import BasePress
 from cachepress.replay import Replay, ReplayView
 from cachepress.schedules import AfterPrefill
@@ -133,7 +134,7 @@ class ComposedPress(BasePress, alias="composed"):
         everyone = view.valid
         for i, press in enumerate(self.presses[:-1], start=1):
             view = view.only(self._stage(press, view, i))
-        scores = self.presses[-1].score(view).float()
+        scores = wide(self.presses[-1].score(view))
         if self.budget == CHOSEN:
             return choose(scores, self._stage(self.presses[-1], view, len(self.presses)))
         lowest = torch.finfo(torch.float32).min

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cachepress.budgets import TopK, best, check_fraction, choose, floor_of, pin, pinned
 from cachepress.errors import CachepressError
+from cachepress.ops import wide
 from cachepress.presses.adakv import AdaKVPress
 from cachepress.presses.base import WrapperPress, check_by_layer, counted
 from cachepress.view import LayerView, Needs
@@ -49,7 +50,7 @@ class CriticalKVPress(WrapperPress, alias="critical"):
 
     def score(self, view: LayerView) -> Tensor:
         """The score times the norm of the projected value, winners above all, ``[B, H, T]``."""
-        scores = self.press.score(view).float()
+        scores = wide(self.press.score(view))
         budgets = counted(self).select(scores, view.valid, view.n_kept).sum(-1, keepdim=True)
         free = scores.masked_fill(~view.valid | pinned(scores), 0)
         lifted = free - free.amin(-1, keepdim=True).clamp(max=0)
@@ -107,6 +108,6 @@ def projected_norms(view: LayerView) -> Tensor:
         raise TypeError("the view was made without the output projection")
     norms = []
     for values in view.values.split(_BLOCK, dim=2):
-        projected = values.unsqueeze(2).float() @ view.projection.float()  # [B, H, G, block, M]
+        projected = wide(values.unsqueeze(2)) @ wide(view.projection)  # [B, H, G, block, M]
         norms.append(projected.abs().sum(-1).mean(2))
     return torch.cat(norms, dim=-1)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cachepress.budgets import pin_sinks
 from cachepress.errors import CachepressError
+from cachepress.ops import wide
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.presses.leverage import gaussian
 from cachepress.view import LayerView
@@ -67,7 +68,7 @@ class CURPress(ScorerPress, alias="cur"):
 
     def _leverage(self, view: LayerView, x: Tensor, seed: int) -> Tensor:
         """Squared norms of ``x [B, H, T, D]``, or shares of them in their window, ``[B, H, T]``."""
-        x = x.float()
+        x = wide(x)
         if self.use_random_leverage:
             x = x @ gaussian(view, x.shape[-1], _RANDOM_SIZE, seed)
         size = x.square().sum(-1).masked_fill(~view.valid, 0)
@@ -81,6 +82,6 @@ def _shares(x: Tensor, group: Tensor) -> Tensor:
 
     In doubles, so that the result does not depend on the order of the sum.
     """
-    x, group = x.double(), group.long()
-    sums = x.new_zeros(*x.shape[:2], int(group.max()) + 1).scatter_add(-1, group, x)
-    return (x / sums.gather(-1, group).clamp(min=torch.finfo(torch.float32).tiny)).float()
+    size, group = x.double(), group.long()
+    sums = size.new_zeros(*x.shape[:2], int(group.max()) + 1).scatter_add(-1, group, size)
+    return (size / sums.gather(-1, group).clamp(min=torch.finfo(torch.float32).tiny)).to(x.dtype)

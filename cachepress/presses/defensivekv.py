@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.budgets import pin_window
-from cachepress.ops import attention_column_sums
+from cachepress.ops import attention_column_sums, wide_dtype
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.presses.critical import projected_norms
 from cachepress.presses.snapkv import check_kernel, in_window, pool
@@ -61,7 +61,7 @@ class DefensiveKVPress(ScorerPress, alias="defensivekv"):
         """The most attention that each free row receives from one query, ``[B, H, T]``."""
         queries, t = view.last_queries(self.window_size), view.keys.shape[2]
         voters = view.voters[:, -self.window_size :]  # type: ignore
-        risk = torch.zeros(view.valid.shape, device=view.valid.device)
+        risk = view.keys.new_zeros(view.valid.shape, dtype=wide_dtype(view.keys))
         for i in range(q := queries.shape[-2]):
             # One query at a time, so that no more than a row of weights is held for each head.
             query, voter, end = queries[..., i : i + 1, :], voters[:, i : i + 1], t - q + i + 1

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cachepress.budgets import pin_sinks
 from cachepress.errors import CachepressError
+from cachepress.ops import wide
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.view import LayerView, Moments, Needs
 
@@ -54,7 +55,7 @@ class ExpectedAttentionPress(ScorerPress, alias="expected_attention"):
         lowest = torch.finfo(logits.dtype).min
         scores = logits.masked_fill(~free.unsqueeze(2), lowest).softmax(-1).mean(2)
         if self.use_vnorm:
-            scores = (scores + self.epsilon) * view.values.float().norm(dim=-1)
+            scores = (scores + self.epsilon) * wide(view.values).norm(dim=-1)
         return pin_sinks(scores, view, self.n_sink)
 
     def moments(self, view: LayerView) -> Moments:
@@ -69,7 +70,7 @@ class ExpectedAttentionPress(ScorerPress, alias="expected_attention"):
         moments = self.moments(view)
         ahead = torch.arange(self.n_future_positions, device=view.keys.device)
         future = view.next_position[:, None] + ahead  # [B, n]
-        keys, scaling = view.keys.float(), view.rule.scaling
+        keys, scaling = wide(view.keys), view.rule.scaling
         mean = view.rotary.mean(moments.mean, future)  # [B, H, G, D]
         logits = mean @ keys.mT * scaling
         if self.use_covariance:

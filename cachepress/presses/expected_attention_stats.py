@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedModel
 
 from cachepress.artefacts import check_shapes, find_artefact, load_artefact, sizes
+from cachepress.ops import wide_dtype
 from cachepress.presses.expected_attention import ExpectedAttentionPress
 from cachepress.view import LayerView, Moments, Needs
 
@@ -51,7 +52,7 @@ class ExpectedAttentionStatsPress(ExpectedAttentionPress, alias="expected_attent
             raise TypeError("the press was not made ready for a model")
         learned, b = load_artefact(self.stats, KIND, view.keys.device), len(view.n_seen)
         mean, covariance = (
-            learned[name][view.depth].expand(b, *[-1] * n)
+            learned[name][view.depth].to(wide_dtype(view.keys)).expand(b, *[-1] * n)
             for name, n in (("mean", 3), ("covariance", 4))
         )
         return Moments(mean, covariance)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from cachepress.artefacts import check_shapes, find_artefact, load_artefact, sizes
 from cachepress.budgets import TopK, check_fraction, pin_sinks, pin_window
+from cachepress.ops import wide
 from cachepress.presses._surrogate import _SurrogatePress
 from cachepress.presses.base import check_count
 from cachepress.view import LayerView
@@ -72,7 +73,8 @@ class FastKVzipPress(_SurrogatePress, alias="fastkvzip"):
         if self.gates is None:
             raise TypeError("the press was not made ready for a model")
         learned = load_artefact(self.gates, KIND, hidden.device)
-        return gate(hidden.float(), {name: x[depth].float() for name, x in learned.items()})
+        x = wide(hidden)
+        return gate(x, {name: part[depth].to(x.dtype) for name, part in learned.items()})
 
     def score(self, view: LayerView) -> Tensor:
         """The guess, sinks and newest rows above all others, ``[B, H, T]``."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from cachepress.budgets import PerLayer, Pyramid, TopK, apportion, best, choose, pinned
 from cachepress.errors import CachepressError
+from cachepress.ops import wide
 from cachepress.presses._heads import Scores, check_fit, checked, copying_scores, read_scores
 from cachepress.presses.base import WrapperPress, counted
 from cachepress.view import LayerView
@@ -70,7 +71,7 @@ class HeadKVPress(WrapperPress, alias="headkv"):
 
     def score(self, view: LayerView) -> Tensor:
         """The inner score, the winners of each head above all others, ``[B, H, T]``."""
-        scores = self.press.score(view).float()
+        scores = wide(self.press.score(view))
         counts = self._counts(view, pinned(scores) & view.valid)
         return choose(scores, best(scores, view.valid, counts))
 

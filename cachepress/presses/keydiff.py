@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from cachepress.ops import wide
 from cachepress.presses.base import ScorerPress
 from cachepress.view import LayerView
 
@@ -20,7 +21,7 @@ class KeyDiffPress(ScorerPress, alias="keydiff"):
 
     def score(self, view: LayerView) -> Tensor:
         """Minus the cosine between each key and the mean direction, ``[B, H, T]``."""
-        directions = F.normalize(view.keys.float(), dim=-1)
+        directions = F.normalize(wide(view.keys), dim=-1)
         real = view.valid.unsqueeze(-1)
         anchor = (directions * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)
         return -F.cosine_similarity(directions, anchor, dim=-1)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cachepress.ops import wide
 from cachepress.presses.base import ScorerPress
 from cachepress.view import LayerView
 
@@ -18,4 +19,4 @@ class KnormPress(ScorerPress, alias="knorm"):
 
     def score(self, view: LayerView) -> Tensor:
         """Minus the norm of each key, ``[B, H, T]``."""
-        return -view.keys.float().norm(dim=-1)
+        return -wide(view.keys).norm(dim=-1)

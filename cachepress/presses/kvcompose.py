@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cachepress.budgets import TopK, pin
 from cachepress.errors import CachepressError
+from cachepress.ops import wide
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.presses.chunkkv import highest_first, places
 from cachepress.view import LayerView, Needs
@@ -22,8 +23,8 @@ class _Composites(TopK):
 
     def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
         """Keep mask ``[B, H, T]``; every head of a layer keeps as many rows."""
-        order = highest_first(scores.float().masked_fill(~valid, float("-inf")))
-        ranked, held = scores.float().gather(-1, order), valid.gather(-1, order)
+        order = highest_first(wide(scores).masked_fill(~valid, float("-inf")))
+        ranked, held = wide(scores).gather(-1, order), valid.gather(-1, order)
         # By rank first, so that equal composites are taken whole: their heads stand side by side.
         table = ranked.masked_fill(~held, float("-inf")).mT.flatten(1)
         best = table.argsort(dim=-1, descending=True, stable=True)
@@ -111,7 +112,7 @@ class KVComposePress(ScorerPress, alias="kvcompose"):
             raise TypeError("the view was made without the attention that rows received")
         worth = received.amax(2) if self.agg_group == "max" else received.mean(2)
         if self.add_v_norm:
-            worth = worth * view.values.float().norm(dim=-1)
+            worth = worth * wide(view.values).norm(dim=-1)
         return worth + _mean_of_token(worth, view) if self.add_mean_across_heads else worth
 
 

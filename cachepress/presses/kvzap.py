@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from cachepress.artefacts import check_shapes, find_artefact, load_artefact, sizes
 from cachepress.errors import CachepressError
+from cachepress.ops import wide
 from cachepress.presses._surrogate import _SurrogatePress
 
 TYPES = ("linear", "mlp")
@@ -67,9 +68,9 @@ class KVzapPress(_SurrogatePress, alias="kvzap"):
 
         def linear(x: Tensor, name: str) -> Tensor:
             weight, bias = learned[f"{name}.weight"], learned[f"{name}.bias"]
-            return F.linear(x, weight.float(), bias.float())
+            return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
         if self.model_type == "linear":
-            return linear(hidden.float(), f"layers.{depth}").mT
-        middle = F.gelu(linear(hidden.float(), f"layers.{depth}.0"))
+            return linear(wide(hidden), f"layers.{depth}").mT
+        middle = F.gelu(linear(wide(hidden), f"layers.{depth}.0"))
         return linear(middle, f"layers.{depth}.2").mT

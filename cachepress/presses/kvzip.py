@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from cachepress.ops import wide
 from cachepress.presses.replaying import _ReplayPress
 from cachepress.replay import Replay, ReplayView
 
@@ -40,4 +41,4 @@ class KVzipPress(_ReplayPress, alias="kvzip"):
         """Sizes of the values, and one over those of the hidden states, for KVzip+."""
         if not self.kvzip_plus_normalization or view.hidden is None:
             return super().weights(view)
-        return view.value_norms(), 1 / view.hidden.float().norm(dim=-1).clamp(min=1e-9)
+        return view.value_norms(), 1 / wide(view.hidden).norm(dim=-1).clamp(min=1e-9)

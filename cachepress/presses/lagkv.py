@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cachepress.budgets import pin, pin_sinks
 from cachepress.errors import CachepressError
+from cachepress.ops import wide, wide_dtype
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.view import LayerView
 
@@ -54,7 +55,7 @@ class LagKVPress(ScorerPress, alias="lagkv"):
         n = int(whole.max())
         inside = view.valid & (place >= 0) & (place < whole[:, None, None] * self.lag_size)
         tail = place >= (whole - 1).clamp(min=0)[:, None, None] * self.lag_size
-        scores = torch.zeros_like(place, dtype=torch.float32)
+        scores = torch.zeros_like(place, dtype=wide_dtype(view.keys))
         if n > 1:
             place = place.masked_fill(~inside, n * self.lag_size)
             spread = [_spread(x, place // self.lag_size, n) for x in (view.keys, view.values)]
@@ -79,7 +80,7 @@ def _spread(x: Tensor, part: Tensor, n: int) -> Tensor:
 
     ``part [B, H, T]`` is the part of each row, of ``n``; ``n`` itself for a row in none.
     """
-    x, each = x.float(), part.unsqueeze(-1).expand_as(x)
+    x, each = wide(x), part.unsqueeze(-1).expand_as(x)
     empty = x.new_full((*x.shape[:2], n + 1, x.shape[-1]), float("inf"))
     low = empty.scatter_reduce(2, each, x, "amin")  # [B, H, n + 1, D]
     high = (-empty).scatter_reduce(2, each, x, "amax")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cachepress.ops import wide, wide_dtype
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.presses.noncausal import standardised
 from cachepress.view import LayerView, Needs
@@ -48,10 +49,10 @@ class LeverageScorePress(ScorerPress, alias="leverage"):
         """Standardised leverage, ``[B, H, T]``."""
         if view.rotary is None:
             raise TypeError("the view was made without the rotary embedding")
-        keys, rope = view.keys.float().flatten(0, 1), view.rope.clamp(min=0).flatten(0, 1)
+        keys, rope = wide(view.keys).flatten(0, 1), view.rope.clamp(min=0).flatten(0, 1)
         bare = view.rotary(keys, rope, inverse=True).view(view.keys.shape)
         x = bare @ gaussian(view, bare.shape[-1], self.sketch_dimension, self.seed)
-        return standardised(_leverage(x.double(), view.valid), view.valid)
+        return standardised(_leverage(x.double(), view.valid), view.valid).to(x.dtype)
 
 
 def _leverage(x: Tensor, valid: Tensor) -> Tensor:
@@ -73,4 +74,4 @@ def gaussian(view: LayerView, rows: int, columns: int, seed: int) -> Tensor:
     # Seeds of different layers must not meet, and none may exceed 64 bits.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + view.layer) % (1 << 63))
     drawn = torch.randn(view.keys.shape[1], rows, columns, generator=generator)
-    return (drawn / columns**0.5).to(view.keys.device)
+    return (drawn / columns**0.5).to(view.keys.device, wide_dtype(view.keys))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.budgets import best, check_fraction, floor_of
+from cachepress.ops import wide
 from cachepress.presses.base import WrapperPress
 from cachepress.view import LayerView
 
@@ -65,7 +66,7 @@ class MergingPress(WrapperPress, alias="merging"):
         most = floor_of(count, self.merge_fraction)
         some = best(likeness[None, None], alike[None, None], most)[0, 0]
         lost, target, likeness = lost[some], target[some], likeness[some]
-        own, theirs = values[lost].float(), values[kept].float()
+        own, theirs = wide(values[lost]), wide(values[kept])
         norm = own.norm(dim=-1)
         share = norm / (norm + theirs.norm(dim=-1)[target]).clamp(min=torch.finfo().tiny)
         weight = (likeness.clamp(min=0) * share).unsqueeze(-1)
@@ -76,7 +77,7 @@ class MergingPress(WrapperPress, alias="merging"):
 
 def most_alike(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """For each of ``rows [n, D]`` the highest cosine to one of ``others [m, D]``, and which."""
-    rows, others = F.normalize(rows.float(), dim=-1), F.normalize(others.float(), dim=-1)
+    rows, others = F.normalize(wide(rows), dim=-1), F.normalize(wide(others), dim=-1)
     found = [_most_alike(block, others) for block in rows.split(_BLOCK)]
     likeness, index = zip(*found, strict=True)
     return torch.cat(likeness), torch.cat(index)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cachepress.ops import wide, wide_dtype
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.view import EVERY, LayerView, Needs
 
@@ -52,12 +53,12 @@ class NonCausalAttnPress(ScorerPress, alias="noncausal"):
         new = F.pad(voters, (view.valid.shape[-1] - voters.shape[1], 0))  # [B, T]
         before = (~new[:, None]).float().expand(view.valid.shape)
         if view.carried is not None:
-            before = torch.where(view.carried.isnan(), before, view.carried.float())
+            before = torch.where(view.carried.isnan(), before, wide(view.carried))
         return before + self._received(view, queries, voters)
 
     def score(self, view: LayerView) -> Tensor:
         """Attention times the value's norm, smoothed and standardised, ``[B, H, T]``."""
-        worth = self.carry(view) * view.values.float().norm(dim=-1)
+        worth = self.carry(view) * wide(view.values).norm(dim=-1)
         smooth = F.avg_pool1d(worth.masked_fill(~view.valid, 0), 3, stride=1, padding=1)
         return standardised(smooth, view.valid)
 
@@ -68,14 +69,14 @@ class NonCausalAttnPress(ScorerPress, alias="noncausal"):
         """
         size, (t, q) = self.chunk_size, (view.keys.shape[2], queries.shape[-2])
         chunk = view.index.div(size, rounding_mode="floor")  # [B, H, T]
-        sums = torch.zeros_like(view.valid, dtype=torch.float32)
+        sums = torch.zeros_like(view.valid, dtype=wide_dtype(view.keys))
         for start in range(0, q, size):
             stop = min(start + size, q)
             own = slice(t - q + start, t - q + stop)
             near = slice(max(0, own.start - size + 1), min(t, own.stop + size - 1))
             same = chunk[:, :, own, None] == chunk[:, :, None, near]  # [B, H, n, m]
             same = (same & view.valid[:, :, None, near]).unsqueeze(2)
-            logits = queries[..., start:stop, :].float() @ view.keys[:, :, None, near].float().mT
+            logits = wide(queries[..., start:stop, :]) @ wide(view.keys[:, :, None, near]).mT
             shares = logits.masked_fill(~same, torch.finfo(torch.float32).min).softmax(-1)
             votes = same & voters[:, None, None, start:stop, None]
             sums[..., near] += (shares * votes).sum(-2).mean(2)
@@ -93,4 +94,4 @@ def standardised(scores: Tensor, valid: Tensor) -> Tensor:
     centred = x - x.sum((1, 2), keepdim=True) / count.clamp(min=1)
     centred = centred.masked_fill(~valid, 0)
     variance = centred.square().sum((1, 2), keepdim=True) / (count - 1).clamp(min=1)
-    return (centred / variance.sqrt().clamp(min=1e-6)).float()
+    return (centred / variance.sqrt().clamp(min=1e-6)).to(wide_dtype(scores))

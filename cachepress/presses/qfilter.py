@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachepress.artefacts import check_shapes, find_artefact, load_artefact, sizes
+from cachepress.ops import wide
 from cachepress.presses.base import ScorerPress
 from cachepress.view import LayerView
 
@@ -40,4 +41,5 @@ class QFilterPress(ScorerPress, alias="qfilter"):
         if self.filters is None:
             raise TypeError("the press was not made ready for a model")
         learned = load_artefact(self.filters, KIND, view.keys.device)["filters"][view.depth]
-        return (view.keys.float() @ learned.float().unsqueeze(-1)).squeeze(-1)
+        keys = wide(view.keys)
+        return (keys @ learned.to(keys.dtype).unsqueeze(-1)).squeeze(-1)

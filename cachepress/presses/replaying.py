@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import TopK, pin_sinks
-from cachepress.ops import attention_weights
+from cachepress.ops import attention_weights, wide_dtype
 from cachepress.presses.base import (
     ScorerPress,
     check_count,
@@ -64,7 +64,7 @@ class _ReplayPress(ScorerPress):
     def replayed(self, view: ReplayView) -> Tensor:
         """The most attention, weighed, that each row of the chunk receives, ``[H, chunk]``."""
         of_rows, of_queries = self.weights(view)
-        peaks = torch.zeros((), device=view.keys.device)
+        peaks = view.keys.new_zeros((), dtype=wide_dtype(view.keys))
         for some, weights in attention_weights(view.queries, view.keys, view.valid, view.rule):
             weights = weights[..., view.chunk] * of_queries[:, None, None, some, None]
             peaks = torch.maximum(peaks, weights.amax(-2) * of_rows)  # [1, H, G, chunk]
@@ -84,5 +84,5 @@ class _ReplayPress(ScorerPress):
         """The score of each row, from this turn's replay or from an earlier one."""
         noted = view.noted
         if noted is None:
-            noted = torch.full_like(view.index, float("nan"), dtype=torch.float32)
+            noted = torch.full_like(view.index, float("nan"), dtype=wide_dtype(view.keys))
         return noted_or_carried(view, noted)

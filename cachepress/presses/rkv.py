@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.budgets import check_fraction, pin_window
+from cachepress.ops import wide
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.presses.snapkv import check_kernel, in_window, pool
 from cachepress.view import LayerView, Needs
@@ -71,9 +72,9 @@ class RKVPress(ScorerPress, alias="rkv"):
 
     def _redundancy(self, view: LayerView) -> Tensor:
         """Share of each row in the likeness of all, ``[B, H, T]``."""
-        keys = F.normalize(view.keys.float(), dim=-1) * view.valid.unsqueeze(-1)
+        keys = F.normalize(wide(view.keys), dim=-1) * view.valid.unsqueeze(-1)
         column = torch.arange(keys.shape[2], device=keys.device)
-        total = torch.zeros(view.valid.shape, device=keys.device)
+        total = keys.new_zeros(view.valid.shape)
         for start in range(0, len(column), _BLOCK):
             rows = column[start : start + _BLOCK, None]
             likeness = (keys[:, :, start : start + _BLOCK] @ keys.mT).masked_fill(rows == column, 0)
@@ -86,11 +87,11 @@ class RKVPress(ScorerPress, alias="rkv"):
 def _group_logits(view: LayerView, queries: Tensor, free: Tensor) -> Tensor:
     """The highest logit of a group's heads for each free row, ``[B, H, Q, T]``; then the sinks."""
     rule = view.rule
-    logits = (queries.float() * rule.scaling) @ view.keys.float().unsqueeze(2).mT
+    logits = (wide(queries) * rule.scaling) @ wide(view.keys).unsqueeze(2).mT
     if rule.softcap is not None:
         logits = (logits / rule.softcap).tanh() * rule.softcap
     highest = logits.amax(2).masked_fill(~free, _LOWEST)
     if rule.sinks is None:
         return highest
-    sinks = rule.sinks.float().view(1, *queries.shape[1:3], 1, 1).amax(2)  # [1, H, 1, 1]
+    sinks = wide(rule.sinks).view(1, *queries.shape[1:3], 1, 1).amax(2)  # [1, H, 1, 1]
     return torch.cat([highest, sinks.expand(*highest.shape[:3], 1)], dim=-1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cachepress.budgets import Ratio, TopK, check_fraction
 from cachepress.errors import CachepressError
+from cachepress.ops import wide
 from cachepress.presses.base import BasePress, check_count
 from cachepress.view import LayerView, Needs
 
@@ -81,7 +82,7 @@ class ThinKPress(BasePress, alias="think"):
         removed = floor(d * Fraction(str(self.key_channel_compression_ratio)))
         if not removed:
             return None
-        keys = (view.keys.float().square() * mask.unsqueeze(-1)).sum(2)  # [B, H, D]
+        keys = (wide(view.keys).square() * mask.unsqueeze(-1)).sum(2)  # [B, H, D]
         order = (self._asked(view) * keys).argsort(dim=-1, descending=True, stable=True)
         chosen = torch.zeros_like(keys, dtype=torch.bool)
         return chosen.scatter(-1, order[..., : d - removed], True)
@@ -92,7 +93,7 @@ class ThinKPress(BasePress, alias="think"):
 
     def _asked(self, view: LayerView) -> Tensor:
         """Squared norm of each channel over the window's queries, ``[B, H, D]``."""
-        queries = view.last_queries(self.window_size).float().square()
+        queries = wide(view.last_queries(self.window_size)).square()
         voters = view.voters[:, -self.window_size :]  # type: ignore
         norms = (queries * voters[:, None, None, :, None]).sum(-2).mean(2)
         # A sequence without a query in this turn is asked for all channels alike.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import pin_sinks, pin_window
+from cachepress.ops import wide, wide_dtype
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.view import LayerView, Needs
 
@@ -61,7 +62,7 @@ class TriAttentionPress(ScorerPress, alias="triattention"):
         if view.moments is None:
             raise TypeError("the view was made without moments of the queries")
         turns = _Turns.of(view, self.max_distance)
-        mean, keys = view.moments.mean.float(), view.keys.float()
+        mean, keys = wide(view.moments.mean), wide(view.keys)
         square = mean.square() + view.moments.covariance.diagonal(dim1=-2, dim2=-1)
         size, reach = turns.norms(square), turns.norms(mean.square())  # [B, H, G, D]
         spread = (size - reach) * turns.weight
@@ -90,7 +91,8 @@ class _Turns(NamedTuple):
         if view.rotary is None:
             raise TypeError("the view was made without the rotary embedding")
         d, last = view.keys.shape[-1], (view.next_position - 1).clamp(min=0)
-        unit = torch.eye(d, device=last.device).repeat(2, 1).expand(len(last), -1, -1)
+        unit = torch.eye(d, dtype=wide_dtype(view.keys), device=last.device)
+        unit = unit.repeat(2, 1).expand(len(last), -1, -1)
         # Both in one call: some embeddings depend on the highest position that they are given.
         positions = torch.stack([torch.ones_like(last), last], 1).repeat_interleave(d, 1)
         step, now = view.rotary(unit, positions).chunk(2, dim=1)
@@ -103,7 +105,7 @@ class _Turns(NamedTuple):
             ahead, band = ahead + turn / count, band.maximum((turn != 0).double())
             turn = turn @ turn
         weight = length.squeeze(-1) / band.sum(-1)
-        return cls(now, ahead.float(), band.float(), weight.float())
+        return cls(now, *(x.to(now.dtype) for x in (ahead, band, weight)))
 
     def norms(self, squares: Tensor) -> Tensor:
         """Norm of each channel's band from the channels' squares, ``[B, H, n, D]``."""

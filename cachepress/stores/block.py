@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cachepress.forward import Rows
+from cachepress.ops import wide_dtype
 from cachepress.ops.ragged_attention import PAGE, DensePart, Layout, PagedPart, Part
 from cachepress.ops.ragged_attention.parts import LOWEST, apart, of_channels, together
 from cachepress.stores.codec import Codec, Quantized
@@ -84,7 +85,7 @@ class Block:
             values=values if codec is None else codec.encode_values(values),
             positions=positions,
             rope=None if rows.rope is None else paged(rows.rope.int(), -1),
-            carried=None if rows.carried is None else paged(rows.carried.float()),
+            carried=None if rows.carried is None else paged(rows.carried.to(wide_dtype(rows.keys))),
             channels=None if chosen is None else chosen.flatten(0, 1),
             width=rows.keys.shape[-1],
             bounds=_bounds(keys, positions >= 0) if bounded and codec is None else None,

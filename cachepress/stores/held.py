@@ -9,7 +9,7 @@ from torch import Tensor
 from cachepress.errors import UnsupportedError
 from cachepress.forward import Rows
 from cachepress.masks import TextMask
-from cachepress.ops import AttentionRule
+from cachepress.ops import AttentionRule, wide
 from cachepress.ops.ragged_attention import Part, ragged_attention
 from cachepress.ops.ragged_attention.parts import LOWEST
 from cachepress.stores.block import Block
@@ -92,7 +92,7 @@ class Held:
             left = [
                 n if p.carried is None else p.carried for p, n in zip(parts, nothing, strict=True)
             ]
-            carried = torch.cat([x.float() for x in left], dim=2)
+            carried = torch.cat([wide(x) for x in left], dim=2)
         return Rows(
             keys=torch.cat([part.keys for part in parts], dim=2),
             values=torch.cat([part.values for part in parts], dim=2),
@@ -115,7 +115,7 @@ class Held:
         if self.reads is None or n > 1:
             parts: list[Part] = [block.part(bias) for block in self.blocks]
         else:
-            spans = query.float().reshape(b * self.heads, -1, d)
+            spans = wide(query).reshape(b * self.heads, -1, d)
             parts = self._chosen_parts(spans, bias, self.reads)
         if self.tail is not None:
             parts.append(self.tail.part(mask.of_columns(self.start, self.seen, query.device)))

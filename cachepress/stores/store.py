@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from cachepress.errors import CachepressError, UnsupportedError
 from cachepress.forward import RowBytes, Rows
+from cachepress.ops import wide_dtype
 from cachepress.ops.ragged_attention import PAGE
 from cachepress.stores.block import Block
 from cachepress.stores.codec import Codec
@@ -169,7 +170,8 @@ class Store(CacheLayerMixin):
         key = d * rows.keys.element_size()
         full = key + e * rows.values.element_size()
         full += 0 if self.reads is None else 2 * key / PAGE
-        positions = POSITION_BYTES * (1 + (compacts or rows.rope is not None) + carries)
+        positions = POSITION_BYTES * (1 + (compacts or rows.rope is not None))
+        positions += carries * wide_dtype(rows.keys).itemsize
         if self.codec is None:
             return RowBytes(full + positions, 0)
         # Quantized rows and the residual end with a page each that is not full.

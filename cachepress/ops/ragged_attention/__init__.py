@@ -8,6 +8,7 @@ E value head size.
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from cachepress.ops.attention import AttentionRule
@@ -20,15 +21,15 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 def ragged_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -> Tensor:
-    """Attention of ``query [B, H, G, n, D]`` over all parts, ``[B, H, G, n, E]`` in float32.
+    """Attention of ``query [B, H, G, n, D]`` over all parts, ``[B, H, G, n, E]``.
 
-    The Triton kernel takes few queries on a GPU that see every row of whole keys;
-    batched products all else.
+    The result is float32, or float64 of float64. The Triton kernel takes few queries on a GPU
+    that see every row of whole keys; batched products take all else, and float64.
     """
     b, _, g, n, _ = query.shape
     plain = all(part.bias is None and part.channels is None for part in parts)
     few = b * g * n <= _MOST_QUERIES and plain
-    if query.is_cuda and few and _HAS_TRITON:
+    if query.is_cuda and few and _HAS_TRITON and query.dtype != torch.float64:
         from cachepress.ops.ragged_attention.triton import triton_attention
 
         return triton_attention(query, parts, rule)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cachepress.ops.attention import AttentionRule
+from cachepress.ops.precision import wide
 from cachepress.ops.ragged_attention.parts import Part
 
 LOGITS = 1 << 24
@@ -21,7 +22,7 @@ def joint_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -
         rule: the layer's rule.
 
     Returns:
-        ``[B, H, G, n, E]`` in float32.
+        ``[B, H, G, n, E]`` in float32; in float64 of float64.
     """
     b, h, g, n, d = query.shape
     step = max(1, LOGITS // (b * h * g * max(part.width for part in parts)))
@@ -38,11 +39,11 @@ def joint_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -
             dim=3,
         )
     # Half types are widened first: their products would be rounded.
-    scaled = (query.float() * rule.scaling).reshape(b * h, g * n, d)
+    scaled = (wide(query) * rule.scaling).reshape(b * h, g * n, d)
     logits = [_logits(part, scaled, rule, (b, h, g, n)) for part in parts]
     widths = [x.shape[-1] for x in logits]
     if rule.sinks is not None:
-        sinks = rule.sinks.float().view(1, h, g, 1).expand(b, h, g, n)
+        sinks = wide(rule.sinks).view(1, h, g, 1).expand(b, h, g, n)
         logits.append(sinks.reshape(b * h, g * n, 1))
     weights = torch.cat(logits, dim=-1).softmax(-1) if len(logits) > 1 else logits[0].softmax(-1)
     start, out = 0, None

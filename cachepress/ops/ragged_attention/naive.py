@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from cachepress.ops.attention import AttentionRule
+from cachepress.ops.precision import wide, wide_dtype
 
 
 def naive_attention(
@@ -17,13 +18,14 @@ def naive_attention(
         rule: the layer's rule.
 
     Returns:
-        ``[B, H, G, n, E]`` in float32.
+        ``[B, H, G, n, E]`` in float32; in float64 of float64.
     """
     b, h, g, n, _ = query.shape
-    out = torch.zeros(b, h, g, n, rows[0][0][1].shape[-1])
+    size = (b, h, g, n, rows[0][0][1].shape[-1])
+    out = torch.zeros(size, dtype=wide_dtype(query))
     for i, j, k, q in torch.cartesian_prod(*(torch.arange(size) for size in (b, h, g, n))).tolist():
-        keys, values = (x.float() for x in rows[i][j])
-        logits = keys @ query[i, j, k, q].float() * rule.scaling
+        keys, values = (wide(x) for x in rows[i][j])
+        logits = keys @ wide(query[i, j, k, q]) * rule.scaling
         if rule.softcap is not None:
             logits = rule.softcap * torch.tanh(logits / rule.softcap)
         weights = logits.exp()

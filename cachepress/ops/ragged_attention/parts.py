@@ -152,7 +152,7 @@ class PagedPart:
         pages = queries.index_select(0, layout.span)
         products = torch.bmm(pages, self.keys.to(query.dtype).mT)
         products = _capped(products, softcap)
-        unused = layout.last_bias.expand(-1, products.shape[1], -1)
+        unused = layout.last_bias.to(products.dtype).expand(-1, products.shape[1], -1)
         products.index_add_(0, layout.last_page, unused)  # [P, M, C]
         columns = products.new_full((spans, products.shape[1], layout.most_pages, PAGE), LOWEST)
         columns[layout.span, :, layout.page] = products
