@@ -12,6 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from tests.exact import doubled
+
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -102,11 +104,18 @@ def _class(family: str, *endings: str) -> type:
     raise LookupError(f"{family} with {endings}")
 
 
-def tiny(name: str = "llama") -> PreTrainedModel:
-    """A fresh copy of the tiny model of an architecture; the same weights every time."""
+def tiny(name: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A fresh copy of the tiny model of an architecture; the same weights every time.
+
+    In float64 it computes in float64 throughout, where transformers' own models do not.
+    """
     source = _config_and_weights(name)
-    model = type(source)(type(source.config).from_dict(source.config.to_dict()))
-    model.load_state_dict(source.state_dict())
+    if dtype == torch.float64:
+        model = doubled(source)
+    else:
+        model = type(source)(type(source.config).from_dict(source.config.to_dict()))
+        model.load_state_dict(source.state_dict())
+        model.to(dtype)
     model.config.name_or_path = _tokenizer_folder()
     return model.eval()
 
@@ -120,10 +129,25 @@ def _tokenizer_folder() -> str:
     return folder
 
 
+def exact_tiny(name: str = "llama") -> PreTrainedModel:
+    """The tiny model of an architecture in float64: what is about algebra is checked with it."""
+    return tiny(name, torch.float64)
+
+
 def tokens(n: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     """Random token ids ``[batch, n]`` without special ones."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 96, (batch, n), generator=generator)
+
+
+def distinct(n: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    """Token ids ``[batch, n]`` of which none comes twice in a text, 93 at most.
+
+    A token that comes twice has keys of the same length, which differ in the last bits: whether
+    the one or the other is kept would hang on rounding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([3 + torch.randperm(93, generator=generator)[:n] for _ in range(batch)])
 
 
 SPECIAL = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "abcdef": 96}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cachepress.budgets import pin_sinks, pin_window
 from cachepress.errors import CachepressError
+from cachepress.ops import wide_dtype
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.presses.leverage import LeverageScorePress
 from cachepress.presses.noncausal import NonCausalAttnPress
@@ -74,8 +75,8 @@ class CompactorPress(ScorerPress, alias="compactor"):
         """Attention plus weighted leverage, pinned rows above all others, ``[B, H, T]``."""
         free, weight = self._free(view), self.blending
         if weight is None:
-            removed = 1 - view.n_kept / view.n_seen.clamp(min=1)  # [B]
-            weight = removed.clamp(min=0)[:, None, None].float()
+            removed = 1 - view.n_kept.double() / view.n_seen.clamp(min=1)  # [B]
+            weight = removed.clamp(min=0)[:, None, None].to(wide_dtype(view.keys))
         scores = self._attention.score(free) + weight * self._leverage.score(free)
         scores = pin_window(scores, view, self.sink_size_end)
         return pin_sinks(scores, view, self.sink_size_start)

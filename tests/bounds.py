@@ -1,0 +1,104 @@
+"""How far two results may be apart that are the same but for rounding.
+
+Algebra is checked in float64, where 1e-9 is far above what rounding does and far below what a
+fault does. What is about another type has a bound that follows from the type.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachepress import budgets
+from cachepress.budgets import Threshold
+
+EXACT = 1e-9
+"""The most that two float64 results differ by, relative to their size where that is above 1."""
+
+
+def close(ours: Tensor | np.ndarray, wanted: Tensor | np.ndarray) -> None:
+    """Assert that two float64 results are the same but for the order of their sums."""
+    ours, wanted = torch.as_tensor(ours), torch.as_tensor(wanted)
+    assert (ours.dtype, wanted.dtype) == (torch.float64, torch.float64)
+    torch.testing.assert_close(ours, wanted, atol=EXACT, rtol=EXACT, equal_nan=True)
+
+
+def rounding(dtype: torch.dtype, terms: int, depth: int = 1) -> float:
+    """How far two results of ``dtype`` may be apart, relative to what was summed up for them.
+
+    A sum of n terms errs by n units of roundoff of the sum of their sizes, whatever its order
+    (Higham, Accuracy and Stability of Numerical Algorithms, 2002, 4.2); a unit is half of epsilon,
+    two results err twice, and every one of ``depth`` layers adds what it errs by.
+
+    Args:
+        dtype: the type that is computed in.
+        terms: numbers in the sums of a layer, one after the other.
+        depth: layers.
+    """
+    return torch.finfo(dtype).eps * terms * depth
+
+
+def near(
+    ours: Tensor | np.ndarray,
+    wanted: Tensor | np.ndarray,
+    dtype: torch.dtype,
+    terms: int,
+    depth: int = 1,
+) -> None:
+    """Assert that results are the same but for ``rounding``, by the size of the largest."""
+    ours, wanted = (torch.as_tensor(x).double() for x in (ours, wanted))
+    size = float(wanted[wanted.isfinite()].abs().max())
+    bound = rounding(dtype, terms, depth) * max(1.0, size)
+    torch.testing.assert_close(ours, wanted, atol=bound, rtol=0, equal_nan=True)
+
+
+def margin(scores: Tensor, valid: Tensor, mask: Tensor) -> Tensor:
+    """The lowest score that stays less the highest that does not, by their size, ``[B, H]``.
+
+    Infinite where all rows stay or none; 0 for scores that are equal to the last bit, of which
+    the newest stay.
+    """
+    scores = scores.double()
+    last = scores.masked_fill(~(valid & mask), float("inf")).amin(-1)
+    first = scores.masked_fill(~valid | mask, float("-inf")).amax(-1)
+    size = torch.maximum(last.abs(), first.abs()).clamp(max=torch.finfo(torch.float64).max)
+    return torch.where(last.isinf() | first.isinf(), float("inf"), (last - first) / size)
+
+
+@contextmanager
+def no_near_ties(least: float = EXACT) -> Iterator[None]:
+    """Assert within the block that no choice of rows hangs on rounding.
+
+    Every choice of the highest scores, and every comparison with a threshold, must have a margin,
+    or be between scores that are equal to the last bit.
+    """
+    best, select = budgets.best, Threshold.select
+
+    def checked_best(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
+        mask = best(scores, valid, counts)
+        gap = margin(scores.nan_to_num(nan=float("-inf")), valid, mask)
+        assert bool(((gap == 0) | (gap > least)).all()), f"a choice hangs on {gap.min():.1e}"
+        return mask
+
+    def checked_select(self: Threshold, scores: Tensor, valid: Tensor, n: Tensor) -> Tensor:
+        gap = (scores - self.least)[valid].abs()
+        assert bool((gap > least * max(1.0, abs(self.least))).all()), "a score is at the threshold"
+        return select(self, scores, valid, n)
+
+    places = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("cachepress.") and getattr(module, "best", None) is best
+    ]
+    for module in places:
+        module.best = checked_best
+    Threshold.select = checked_select
+    try:
+        yield
+    finally:
+        for module in places:
+            module.best = best
+        Threshold.select = select
