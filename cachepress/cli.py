@@ -60,7 +60,7 @@ def _fail(message: str) -> int:
 def _evaluate(options: dict[str, object]) -> None:
     from cachepress.evaluation.config import load_config
     from cachepress.evaluation.runner import EvaluationRunner
-    from cachepress.evaluation.table import results_table, task_table
+    from cachepress.evaluation.table import notes_of, results_table, task_table
 
     config = load_config(options.pop("config", None), options)
     _log(config.log_level)
@@ -70,6 +70,8 @@ def _evaluate(options: dict[str, object]) -> None:
     print(task_table(metrics))
     print()
     print(results_table([(config.press, metrics)]))
+    for note in notes_of(config, metrics):
+        print(f"\n{note}")
     print(f"\nresults: {runner.results_dir}")
 
 
@@ -147,7 +149,7 @@ def _inspect(options: dict[str, object]) -> None:
     except UnicodeDecodeError as error:
         raise CachepressError(f"{options['context']} is not a text in UTF-8: {error}") from error
     model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
-    names = ("max_new_tokens", "query_aware", "storage")
+    names = ("max_new_tokens", "query_aware", "storage", "chat")
     path = write_inspection(
         model,
         tokenizer,
@@ -440,6 +442,12 @@ def _inspect_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     p.add_argument("--context", required=True, metavar="FILE", help="the text")
     p.add_argument("--question", required=True, help="what is asked about it")
     p.add_argument("--query-aware", action="store_true", help="let the press see the question")
+    p.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use the model's chat template (yes)",
+    )
     p.add_argument("--storage", default="full", help="full, int8, int4 or int2 (full)")
     p.add_argument("--model", default="smollm2-135m", help="default: smollm2-135m")
     p.add_argument("--output", metavar="FILE", default="inspect.html", help="(inspect.html)")
@@ -467,7 +475,18 @@ def _add_evaluation_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model-kwargs", type=_mapping, help="YAML or JSON mapping for from_pretrained")
     p.add_argument("--log-level", help="DEBUG, INFO, WARNING or ERROR")
     flag = argparse.BooleanOptionalAction
-    p.add_argument("--truncation", action=flag, help="cut longer contexts instead of refusing")
+    p.add_argument(
+        "--chat", action=flag, help="use the model's chat template (default: the data's own rule)"
+    )
+    p.add_argument(
+        "--truncation",
+        nargs="?",
+        const=True,
+        metavar="PLACE",
+        help="cut longer contexts instead of refusing them: middle, end, or nothing for where the "
+        "benchmark itself cuts",
+    )
+    p.add_argument("--no-truncation", dest="truncation", action="store_false")
     p.add_argument(
         "--beyond-trained-length",
         action=flag,

@@ -29,6 +29,8 @@ from cachepress.presses import BasePress
 from cachepress.stores import Codec
 
 TASK = "kv-press-text-generation"
+MIDDLE, END = "middle", "end"
+"""Where a context that is too long is cut."""
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +45,11 @@ class PromptOptions:
             the answer.
         max_new_tokens: most tokens of an answer, one number or one for each question.
         max_context_length: most tokens of a context; None for what the model has room for.
-        truncation: cut the end of a longer context instead of refusing it.
+        truncation: where a longer context is cut instead of being refused: "middle" keeps as many
+            tokens of its beginning as of its end, "end" (or True) those of its beginning.
+        separator: text that stands where the context was cut.
+        suffix: what the context ends with, such as a question that a press is to see; it is
+            tokenised apart, as questions are, and a cut spares it.
         enable_thinking: passed to the chat template.
         chat: whether context and questions are put into the model's chat template, if it has one.
         beyond_trained_length: allow contexts that are longer than the model was trained for; what
@@ -55,7 +61,9 @@ class PromptOptions:
     answer_prefix: str | Sequence[str] = ""
     max_new_tokens: int | Sequence[int] = 50
     max_context_length: int | None = None
-    truncation: bool = False
+    truncation: bool | str = False
+    separator: str = ""
+    suffix: str = ""
     enable_thinking: bool = False
     chat: bool = True
     beyond_trained_length: bool = False
@@ -68,6 +76,11 @@ class PromptOptions:
         for name, given in (("max_new_tokens", self.limits), ("answer_prefix", self.prefixes)):
             if len(given) != len(self.asked):
                 raise CachepressError(f"{name}: got {len(given)} for {len(self.asked)} questions")
+        if self.truncation not in (False, True, MIDDLE, END):
+            raise CachepressError(
+                f"truncation: got {self.truncation!r}, wanted {MIDDLE!r}, {END!r}, True for "
+                f"{END!r}, or False to refuse what is too long"
+            )
         if not all(isinstance(n, int) and n > 0 for n in self.limits):
             raise CachepressError(
                 f"max_new_tokens: got {self.max_new_tokens!r}, wanted whole numbers above 0"
@@ -100,7 +113,7 @@ class Prompt:
     Attributes:
         context_ids: ``[1, T]``.
         question_ids: ``[1, q]`` for each question: all that follows the context.
-        cut: tokens of the context that were cut off its end.
+        cut: tokens of the context that were cut.
     """
 
     context_ids: Tensor
@@ -115,6 +128,7 @@ class Answers:
     Attributes:
         texts: one answer a question.
         context_tokens: tokens of the context, the chat template's part included.
+        cut_tokens: tokens of it that were cut, as it was too long.
         cache: what the cache saw and holds after compression, before the first question; under a
             press that looks at the question, what the last one's cache does.
         prefill_seconds: time of the context's forward, compression included; 0 if it was reused.
@@ -129,6 +143,7 @@ class Answers:
     prefill_seconds: float
     decode_seconds: float
     tokens: list[list[int]]
+    cut_tokens: int = 0
 
     @property
     def decode_tokens(self) -> int:
@@ -211,8 +226,9 @@ class KVPressTextGenerationPipeline(Pipeline):
         prompt = make_prompt(self.tokenizer, self.model, input_, options)
         if prompt.cut:
             n = prompt.context_ids.shape[1]
-            whole = n + prompt.cut
-            logger.warning("context cut from %d to %d tokens: the end is gone", whole, n)
+            place = "the middle" if options.truncation == MIDDLE else "the end"
+            whole = n + prompt.cut - encode(self.tokenizer, options.separator, False).shape[1]
+            logger.warning("context cut from %d to %d tokens: %s is gone", whole, n, place)
         return {"prompt": prompt, "options": options}
 
     def _forward(
@@ -256,6 +272,7 @@ class KVPressTextGenerationPipeline(Pipeline):
             prefill_seconds=prefill_seconds,
             decode_seconds=decode_seconds,
             tokens=tokens,
+            cut_tokens=prompt.cut,
         )
         return {"answers": answers, "one": options.questions is None}
 
@@ -339,26 +356,57 @@ def make_prompt(
     """
     if not isinstance(context, str) or not context.strip():
         raise CachepressError("the context is empty: wanted a text to ask questions about")
+    if not context.endswith(options.suffix):
+        raise CachepressError(f"the context does not end with the suffix {options.suffix!r}")
     plain = not tokenizer.chat_template or not options.chat
     before, after = ("", "") if plain else template(tokenizer, options.enable_thinking)
-    context_ids = encode(tokenizer, before + context, special=plain)
+    context_ids = encode(tokenizer, before + context.removesuffix(options.suffix), special=plain)
+    suffix_ids = encode(tokenizer, options.suffix, special=False)
+    context_ids = torch.cat([context_ids, suffix_ids], dim=1)
     question_ids = [
         encode(tokenizer, asked + after + prefix, special=False)
         for asked, prefix in zip(options.asked, options.prefixes, strict=True)
     ]
-    if not all(ids.shape[1] for ids in question_ids):
-        # An answer needs a token to start from, so the context lends its last one.
+    # An answer needs a token to start from, so a context without questions lends its last one.
+    lent = int(not all(ids.shape[1] for ids in question_ids))
+    room = _room(model, [lent + ids.shape[1] for ids in question_ids], options)
+    n, cut = context_ids.shape[1] - lent, 0
+    if n > room:
+        if not options.truncation:
+            raise CachepressError(
+                f"the context has {n} tokens, but there is room for {room}: shorten it, or ask for "
+                "truncation"
+            )
+        context_ids, cut = _cut(tokenizer, context_ids, before, options, room + lent)
+    if lent:
         last = context_ids[:, -1:]
         context_ids = context_ids[:, :-1]
         question_ids = [torch.cat([last, ids], dim=-1) for ids in question_ids]
-    room = _room(model, question_ids, options)
-    n = context_ids.shape[1]
-    if n > room and not options.truncation:
+    return Prompt(context_ids, question_ids, cut)
+
+
+def _cut(
+    tokenizer: PreTrainedTokenizerBase, ids: Tensor, before: str, options: PromptOptions, room: int
+) -> tuple[Tensor, int]:
+    """Cut a context that is too long, and say how many of its tokens are gone.
+
+    The chat template's part before it and the suffix stay; when the middle is cut, the suffix is
+    part of the half that is kept of the end.
+    """
+    separator = encode(tokenizer, options.separator, special=False)
+    fixed = encode(tokenizer, before, special=False).shape[1] if before else 0
+    n, free = ids.shape[1], room - fixed - separator.shape[1]
+    tail = encode(tokenizer, options.suffix, special=False).shape[1]
+    if options.truncation == MIDDLE:
+        tail = max(tail, free - free // 2)
+    head = free - tail
+    if head < 1:
         raise CachepressError(
-            f"the context has {n} tokens, but there is room for {room}: shorten it, or ask for "
-            "truncation"
+            f"no room for a context: {room} tokens are allowed, and what a cut spares (chat "
+            f"template, separator and question) takes {room - head}: allow more"
         )
-    return Prompt(context_ids[:, :room], question_ids, max(0, n - room))
+    cut = torch.cat([ids[:, : fixed + head], separator, ids[:, n - tail :]], dim=1)
+    return cut, n - fixed - free
 
 
 def read_context(
@@ -416,9 +464,9 @@ def read_context(
     return cache, time.perf_counter() - start
 
 
-def _room(model: PreTrainedModel, question_ids: list[Tensor], options: PromptOptions) -> int:
-    """Most tokens that a context may have."""
-    longest = max(ids.shape[1] + n for ids, n in zip(question_ids, options.limits, strict=True))
+def _room(model: PreTrainedModel, asked: list[int], options: PromptOptions) -> int:
+    """Most tokens that a context may have, besides so many of each question."""
+    longest = max(n + limit for n, limit in zip(asked, options.limits, strict=True))
     positions = getattr(model.get_decoder().config, "max_position_embeddings", None)
     if options.beyond_trained_length:
         positions = None

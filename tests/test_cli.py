@@ -51,6 +51,18 @@ def test_a_press_without_a_ratio_is_seldom_what_was_meant(arguments, caplog, pre
     assert ("drops nothing: give --compression-ratio" in caplog.text) == warns
 
 
+@pytest.mark.parametrize("way", ["--truncation", "--truncation=middle", "--no-truncation"])
+def test_what_was_cut_stands_on_the_screen(arguments, capsys, way):
+    more = ["--no-chat", "--max-context-length=30", way]
+    assert main([*arguments, *more]) == (2 if way == "--no-truncation" else 0)
+    printed = capsys.readouterr()
+    if way == "--no-truncation":
+        assert "the context has 40 tokens, but there is room for 30" in printed.err
+        return
+    assert "4 contexts cut, 40 tokens in all" in printed.out
+    assert "no chat template" in printed.out
+
+
 def test_config_file_and_press_name(arguments, tmp_path, capsys):
     path = tmp_path / "c.yaml"
     path.write_text("press_name: knorm\ncompression_ratio: 0.25\n")
@@ -84,6 +96,8 @@ def _write(path, text):
         (["--config=missing.yaml"], "missing.yaml: No such file or directory"),
         (["--model=no/such-model"], "'no/such-model'"),
         (["--max-context-length=10"], "the context has 42 tokens"),
+        (["--truncation=left"], "truncation: got 'left', wanted one of middle, end, or true"),
+        (["--dataset=perplexity", "--chat"], "in no chat template: leave --chat out"),
         (["--output-dir={file}/out"], "Not a directory"),
         (["--model-kwargs=[1]"], "is not a mapping"),
         (["--dtype=float99"], "float99"),
@@ -217,6 +231,15 @@ def test_sweep_prints_a_table_and_writes_it(swept, tmp_path, capsys):
         assert [name in text for name in ("no_press", "knorm", "tova", "flips", "KL")] == [True] * 5
     assert len(list(folder.glob(f"*/{METRICS}"))) == 3
     assert main([*arguments, *more]) == 0
+
+
+def test_a_sweep_says_on_the_screen_what_was_cut(swept, capsys, caplog):
+    arguments, _ = swept
+    more = ["--presses=knorm", "--ratios=0.5", "--max-context-length=30", "--truncation"]
+    assert main([*arguments, *more]) == 0
+    out = capsys.readouterr().out
+    assert "query-agnostic, 4 contexts, 8 samples, 4 contexts cut, 48 tokens in all" in out
+    assert "4 of 4 contexts are cut, by 48 tokens in all" in caplog.text
 
 
 def test_a_dry_run_does_nothing(swept, capsys):

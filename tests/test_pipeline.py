@@ -163,10 +163,75 @@ def test_too_long_a_context_is_an_error_or_is_cut_and_said(pipe, caplog):
         pipe(words(600), question="w9")
 
 
+IDS = [int(word[1:]) for word in CONTEXT.split()]
+ASKED = "w7 w8 w9"
+SUFFIX = {"context": CONTEXT + ASKED, "suffix": ASKED}
+SEPARATOR = {"separator": " w50 w51"}
+CUTS = [
+    ({"truncation": True}, [3, 4, *IDS[:18]], 22),
+    ({"truncation": "end"}, [3, 4, *IDS[:18]], 22),
+    ({"truncation": "middle"}, [3, 4, *IDS[:9], *IDS[-9:]], 22),
+    ({"truncation": "middle", "chat": False}, [*IDS[:10], *IDS[-10:]], 20),
+    (
+        {"truncation": "middle", "chat": False, "max_context_length": 21},
+        [*IDS[:10], *IDS[-11:]],
+        19,
+    ),
+    ({"truncation": "end", **SEPARATOR}, [3, 4, *IDS[:16], 50, 51], 24),
+    ({"truncation": "middle", **SEPARATOR}, [3, 4, *IDS[:8], 50, 51, *IDS[-8:]], 24),
+    ({"truncation": "end", **SUFFIX}, [3, 4, *IDS[:15], 7, 8, 9], 25),
+    ({"truncation": "end", **SUFFIX, **SEPARATOR}, [3, 4, *IDS[:13], 50, 51, 7, 8, 9], 27),
+    ({"truncation": "middle", **SUFFIX}, [3, 4, *IDS[:9], *IDS[-6:], 7, 8, 9], 25),
+    (
+        {"truncation": "middle", **SUFFIX, "max_context_length": 7},
+        [3, 4, *IDS[:2], 7, 8, 9],
+        38,
+    ),
+    ({"truncation": True, "max_context_length": 42, **SEPARATOR}, [3, 4, *IDS], 0),
+    ({"truncation": False, "max_context_length": 45, **SUFFIX}, [3, 4, *IDS, 7, 8, 9], 0),
+]
+
+
+@pytest.mark.parametrize(("options", "ids", "cut"), CUTS)
+def test_what_is_left_of_a_context_that_is_cut(options, ids, cut):
+    options = {"question": "w9", "max_context_length": 20, **options}
+    context = options.pop("context", CONTEXT)
+    prompt = make_prompt(tokenizer(), tiny(), context, PromptOptions(**options))
+    assert prompt.context_ids.tolist() == [ids]
+    assert prompt.cut == cut
+
+
+def test_a_cut_context_without_a_question_lends_the_last_token_that_is_left():
+    options = PromptOptions(max_context_length=19, truncation="middle", chat=False)
+    prompt = make_prompt(tokenizer(), tiny(), CONTEXT, options)
+    assert prompt.context_ids.tolist() == [[*IDS[:10], *IDS[-10:-1]]]
+    assert [ids.tolist() for ids in prompt.question_ids] == [[[IDS[-1]]]]
+    options = PromptOptions(max_context_length=19, truncation="end", chat=False)
+    prompt = make_prompt(tokenizer(), tiny(), CONTEXT, options)
+    assert prompt.context_ids.tolist() == [IDS[:19]]
+    assert [ids.tolist() for ids in prompt.question_ids] == [[[IDS[19]]]]
+
+
+@pytest.mark.parametrize(("way", "place"), [("middle", "the middle"), ("end", "the end")])
+def test_a_cut_is_said_and_counted(pipe, caplog, way, place):
+    options = {"max_context_length": 20, "truncation": way, "max_new_tokens": 2, **SEPARATOR}
+    with caplog.at_level(logging.WARNING):
+        stats = pipe(CONTEXT, question="w9", return_stats=True, **options)["stats"]
+    assert f"context cut from 42 to 20 tokens: {place} is gone" in caplog.text
+    assert (stats.context_tokens, stats.cut_tokens) == (20, 24)
+
+
 @pytest.mark.parametrize(
     ("context", "options", "message"),
     [
         ("", {}, "the context is empty"),
+        (CONTEXT, {"truncation": "left"}, "truncation: got 'left', wanted 'middle', 'end'"),
+        (CONTEXT, {"suffix": "w1 w2"}, "does not end with the suffix 'w1 w2'"),
+        (
+            CONTEXT + ASKED,
+            {"truncation": "end", "suffix": ASKED, "max_context_length": 5},
+            "no room for a context: 5 tokens are allowed, and what a cut spares .* takes 5",
+        ),
         ("  \n", {}, "the context is empty"),
         (CONTEXT, {"question": "w9", "questions": ["w9"]}, "both question and questions"),
         (CONTEXT, {"questions": []}, "questions: got"),

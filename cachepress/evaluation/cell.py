@@ -45,6 +45,7 @@ class Answer:
         predicted_answer: the text.
         decode_tokens: its tokens.
         context_tokens: tokens of the context, the chat template's part included.
+        cut_tokens: tokens of it that were cut; None in a record that does not say it.
         prefill_seconds: time of reading the context, compression included.
         press_seconds: time of it that the press added; None where it was not measured.
         step_seconds: median time of decoding one token of one sequence after the context; None
@@ -77,6 +78,7 @@ class Answer:
     machine: str
     kl: float | None = None
     nll: float | None = None
+    cut_tokens: int | None = None
 
 
 class Cell:
@@ -144,7 +146,8 @@ class Cell:
         """A hash of everything that can change the answer to a sample."""
         prompt = [context.text, sample.question, sample.answer_prefix, sample.max_new_tokens]
         forced = list(sample.answer) if sample.metric == "perplexity" else None
-        text = json.dumps([self._identity, prompt, forced])
+        departures = context.departures(self.config)
+        text = json.dumps([self._identity, prompt, forced, *([departures] if departures else [])])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def has(self, context: Context, kl: bool = False) -> bool:

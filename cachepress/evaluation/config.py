@@ -14,12 +14,16 @@ import yaml
 
 from cachepress.budgets import check_ratio
 from cachepress.errors import CachepressError
+from cachepress.pipeline import END, MIDDLE
 from cachepress.prefill import check_prefill
 from cachepress.presses import BasePress
 from cachepress.spec import NO_PRESS, brief, parse
 
 FREE_FIELDS = ("output_dir", "log_level", "overwrite", "device", "data_path")
 """Fields that may differ when a run is resumed: they do not change an answer."""
+ADDED_FIELDS = ("chat",)
+"""Fields that came later: results from before them have their defaults."""
+TRUNCATIONS = (MIDDLE, END)
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -41,7 +45,9 @@ class EvaluationConfig:
         query_aware: put the question into the context, so that the press sees it.
         max_new_tokens: instead of the data's own column.
         max_context_length: most tokens of a context; None for what the model has room for.
-        truncation: cut the end of a longer context instead of refusing it.
+        chat: whether prompts are put into the model's chat template; None for the data's own rule.
+        truncation: cut a longer context instead of refusing it: "middle" or "end"; True for where
+            the benchmark itself cuts.
         beyond_trained_length: allow contexts longer than the model was trained for.
         prefill_chunk_size: tokens of a context that are computed at once; None for all.
         prefill_mode: "exact" compresses after the last chunk, "online" after each.
@@ -65,7 +71,8 @@ class EvaluationConfig:
     query_aware: bool = False
     max_new_tokens: int | None = None
     max_context_length: int | None = None
-    truncation: bool = False
+    chat: bool | None = None
+    truncation: bool | str = False
     beyond_trained_length: bool = False
     prefill_chunk_size: int | None = None
     prefill_mode: str = "exact"
@@ -95,6 +102,11 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CachepressError(f"{name}: got {value}, wanted a whole number above 0")
+        if self.truncation not in (True, False, *TRUNCATIONS):
+            raise CachepressError(
+                f"truncation: got {self.truncation!r}, wanted one of {', '.join(TRUNCATIONS)}, or "
+                "true for where the data's benchmark cuts"
+            )
         if self.log_level.upper() not in LOG_LEVELS:
             wanted = ", ".join(LOG_LEVELS)
             raise CachepressError(f"log_level: got {self.log_level!r}, wanted one of {wanted}")
@@ -141,8 +153,12 @@ class EvaluationConfig:
         for name in ("prefill_mode", "storage"):
             if getattr(self, name) != _DEFAULTS[name]:
                 parts.append(getattr(self, name))
+        if self.chat is not None:
+            parts.append("chat" if self.chat else "no-chat")
+        if isinstance(self.truncation, str):
+            parts.append(f"truncation-{self.truncation}")
         flags = ("query_aware", "truncation", "beyond_trained_length")
-        parts += [name for name in flags if getattr(self, name)]
+        parts += [name for name in flags if getattr(self, name) is True]
         if self.model_kwargs:
             parts.append("model_kwargs-" + _digest(self.model_kwargs))
         return parts
@@ -152,6 +168,9 @@ class EvaluationConfig:
         values = {k: v for k, v in asdict(self).items() if k not in FREE_FIELDS}
         values["press"] = repr(press) if (press := self.make_press()) else NO_PRESS
         values["compression_ratio"] = self.ratio
+        for name in ADDED_FIELDS:
+            if values[name] == _DEFAULTS[name]:
+                del values[name]
         return values
 
 

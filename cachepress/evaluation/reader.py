@@ -1,5 +1,6 @@
 """Reads a context and answers its questions: under one press, or under many at once."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from cachepress.hf.survey import Survey, shares
 from cachepress.pipeline import TASK, Answers, Prompt, make_prompt
 from cachepress.presses import BasePress
 
+logger = logging.getLogger(__name__)
 ROOM = 2 << 30
 """Bytes of caches that are decoded from at once; twice the whole cache, if that is more."""
 MOST_TOKENS = 64
@@ -153,12 +155,16 @@ class Reader:
                 tried[cell.config.press_name] = self._misfit(cell, empty)
             if (reason := tried[cell.config.press_name]) is not None:
                 unfit[cell.folder] = reason
+        cuts = []
         for context in contexts:
             try:
-                self._prompt(context, cells[0])
+                cuts.append(self._prompt(context, cells[0]).cut)
             except CachepressError as error:
                 first = context.samples[0].sample_id
                 raise CachepressError(f"sample {first}: {error}") from error
+        if gone := sum(cuts):
+            some = sum(map(bool, cuts))
+            logger.warning("%d of %d contexts are cut, by %d tokens in all", some, len(cuts), gone)
         return unfit
 
     def _misfit(self, cell: Cell, empty: bool) -> str | None:
@@ -196,7 +202,8 @@ class Reader:
         batch = _Batch([left], len(questions))
         kls = self._divergences(batch, questions, reference)[0]
         nlls = self._likelihoods(batch, questions, context)[0]
-        return self._found(left, context, answers.context_tokens, answers.tokens, kls, nlls)
+        size = (answers.context_tokens, answers.cut_tokens)
+        return self._found(left, context, size, answers.tokens, kls, nlls)
 
     def together(self, cells: Sequence[Cell], context: Context) -> Iterator[tuple[Cell, Found]]:
         """Answers of cells that share what can be shared.
@@ -317,11 +324,11 @@ class Reader:
             tokens = self._said(batch, questions, max(limits))
         kls = self._divergences(batch, questions, reference)
         nlls = self._likelihoods(batch, questions, context)
-        n = prompt.context_ids.shape[1]
+        read = (prompt.context_ids.shape[1], prompt.cut)
         for left, rows, kl, nll in zip(batch.forks, tokens, kls, nlls, strict=True):
             said = [row[:limit] for row, limit in zip(rows, limits, strict=True)]
             assert left.cell is not None
-            yield left.cell, self._found(left, context, n, said, kl, nll)
+            yield left.cell, self._found(left, context, read, said, kl, nll)
 
     def _said(self, batch: _Batch, questions: Sequence[Tensor], most: int) -> list[list[list[int]]]:
         """Token ids of the answer of each fork to each question."""
@@ -385,17 +392,19 @@ class Reader:
         self,
         left: _Fork,
         context: Context,
-        context_tokens: int,
+        read: tuple[int, int],
         tokens: Sequence[Sequence[int]],
         kls: Sequence[float | None],
         nlls: Sequence[float | None],
     ) -> Found:
+        """Answers of a context of which so many tokens were read, and so many cut."""
         columns = zip(context.samples, tokens, kls, nlls, strict=True)
         return {
             sample.sample_id: Answer(
                 predicted_answer=self.tokenizer.decode(ids, skip_special_tokens=True),
                 decode_tokens=len(ids),
-                context_tokens=context_tokens,
+                context_tokens=read[0],
+                cut_tokens=read[1],
                 prefill_seconds=left.prefill_seconds,
                 press_seconds=left.press_seconds,
                 step_seconds=left.step_seconds,

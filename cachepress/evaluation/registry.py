@@ -14,7 +14,7 @@ from cachepress.evaluation.tasks.base import Metric, Task
 from cachepress.evaluation.tasks.builtin import BUILTIN
 from cachepress.evaluation.tasks.files import SUFFIXES, load_file
 from cachepress.evaluation.tasks.infinitebench import INFINITEBENCH
-from cachepress.evaluation.tasks.longbench import LONGBENCH, LONGBENCH_E
+from cachepress.evaluation.tasks.longbench import LONGBENCH, LONGBENCH_E, uses_chat
 from cachepress.evaluation.tasks.longbench_v2 import LONGBENCH_V2
 from cachepress.evaluation.tasks.loogle import LOOGLE
 from cachepress.evaluation.tasks.math500 import MATH500
@@ -23,6 +23,7 @@ from cachepress.evaluation.tasks.perplexity import PERPLEXITY
 from cachepress.evaluation.tasks.ruler import RULER
 from cachepress.evaluation.tasks.scbench import SCBENCH
 from cachepress.evaluation.tasks.zero_scrolls import ZERO_SCROLLS
+from cachepress.pipeline import END
 from cachepress.spec import NO_PRESS, aliases
 
 PRESS_REGISTRY: dict[str, str] = {
@@ -75,4 +76,19 @@ def find_dataset(name: str) -> Task:
 
 
 def _load_local(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    return load_file(Path(config.dataset))
+    """The rows of a file; those of a benchmark's tasks are asked as the benchmark asks them."""
+    table = load_file(Path(config.dataset))
+    rules = {name: _asked(str(name)) for name in set(table["task"])}
+    for column, values in (("chat", 0), ("truncation", 1)):
+        own = pd.Series([rules[name][values] for name in table["task"]], dtype=object)
+        table[column] = table[column].where(table[column].notna(), own)
+    return table
+
+
+def _asked(task: str) -> tuple[bool, str]:
+    """Whether a benchmark's task is put into the chat template, and where contexts are cut."""
+    name = task.partition(" ")[0].partition("/")[0]
+    for benchmark in (LONGBENCH, LONGBENCH_E, INFINITEBENCH, LOOGLE, SCBENCH):
+        if name in benchmark.parts:
+            return uses_chat(name), benchmark.truncation
+    return True, END

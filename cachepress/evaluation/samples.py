@@ -10,7 +10,12 @@ from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.registry import METRIC_REGISTRY, find_dataset
 from cachepress.evaluation.tasks.base import PERPLEXITY, UNSCORED
-from cachepress.pipeline import PromptOptions
+from cachepress.pipeline import END, PromptOptions
+
+_OF_CONTEXT = ("context", "chat", "truncation", "separator", "suffix")
+"""What the rows of one context have in common."""
+PROMPTING = ("chat", "truncation", "separator", "suffix")
+"""Columns that say how a row is asked, which is no result."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,19 @@ class Context:
         number: its place in the data set.
         text: the text.
         samples: the questions.
+        chat: whether they are put into the model's chat template.
+        truncation: where the text is cut if it is too long, unless a config says it.
+        separator: what then stands there.
+        suffix: the question that the text ends with, which a cut spares.
     """
 
     number: int
     text: str
     samples: tuple[Sample, ...]
+    chat: bool = True
+    truncation: str = END
+    separator: str = ""
+    suffix: str = ""
 
     def prompt_options(self, config: EvaluationConfig) -> PromptOptions:
         """How the text and its questions become token ids."""
@@ -57,10 +70,27 @@ class Context:
             answer_prefix=[sample.answer_prefix for sample in self.samples],
             max_new_tokens=[sample.max_new_tokens for sample in self.samples],
             max_context_length=config.max_context_length,
-            truncation=config.truncation,
+            truncation=self.truncation if config.truncation is True else config.truncation,
+            separator=self.separator,
+            suffix=self.suffix,
             beyond_trained_length=config.beyond_trained_length,
-            chat=all(sample.metric != PERPLEXITY for sample in self.samples),
+            chat=self.chat,
         )
+
+    def departures(self, config: EvaluationConfig) -> dict[str, object]:
+        """How the text becomes a prompt, where that is not what it became before it was asked.
+
+        A record's key has only these, so that answers from before are still found.
+        """
+        options = self.prompt_options(config)
+        found: dict[str, object] = {}
+        if options.chat == any(sample.metric == PERPLEXITY for sample in self.samples):
+            found["chat"] = options.chat
+        if options.truncation:
+            found |= {"truncation": options.truncation} if options.truncation != END else {}
+            names = ("separator", "suffix")
+            found |= {name: text for name in names if (text := getattr(options, name))}
+        return found
 
     def one_by_one(self) -> list["Context"]:
         """The text with each question alone."""
@@ -79,9 +109,6 @@ def load_table(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> 
             f"{config.dataset}: unknown metric {metric!r}: wanted one of "
             f"{', '.join(sorted(METRIC_REGISTRY))}"
         )
-    if config.query_aware:
-        table["context"] = table["context"] + "\n" + table["question"]
-        table["question"] = ""
     if config.max_new_tokens is not None:
         table["max_new_tokens"] = config.max_new_tokens
     if config.fraction < 1:
@@ -89,13 +116,39 @@ def load_table(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> 
         count = max(1, round(len(contexts) * config.fraction))
         chosen = set(contexts.sample(count, random_state=config.seed))
         table = table[table["context"].isin(chosen)]
-    return table.assign(context_id=pd.factorize(table["context"])[0])
+    table = table.assign(suffix="", chat=_chat(table, config))
+    if config.query_aware:
+        moved = {"context": table["context"] + table["question"], "suffix": table["question"]}
+        table = table.assign(**moved, question="")
+    same = table.groupby(list(_OF_CONTEXT), sort=False, dropna=False)
+    return table.assign(context_id=same.ngroup())
+
+
+def _chat(table: pd.DataFrame, config: EvaluationConfig) -> list[bool]:
+    """Whether each row is put into the chat template."""
+    going_on = [metric == PERPLEXITY for metric in table["metric"]]
+    if config.chat is None:
+        return [
+            own is not False and not other
+            for own, other in zip(table["chat"], going_on, strict=True)
+        ]
+    if config.chat and any(going_on):
+        raise CachepressError(
+            f"{config.dataset}: a text that goes on is in no chat template: leave --chat out"
+        )
+    return [config.chat] * len(table)
 
 
 def contexts_of(table: pd.DataFrame) -> list[Context]:
     """The contexts of a table, in its order."""
     return [
-        Context(int(number), str(group["context"].iloc[0]), tuple(_samples(group)))
+        Context(
+            int(number),
+            str(group["context"].iloc[0]),
+            tuple(_samples(group)),
+            bool(group["chat"].iloc[0]),
+            *(str(group[name].iloc[0]) for name in ("truncation", "separator", "suffix")),
+        )
         for number, group in table.groupby("context_id", sort=False)
     ]
 

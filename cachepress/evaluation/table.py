@@ -6,6 +6,7 @@ from statistics import fmean
 
 from tabulate import tabulate
 
+from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.sweep import Result
 
 LONGEST_NAME = 72
@@ -59,6 +60,14 @@ def task_table(metrics: Mapping, style: str = "simple") -> str:
     return tabulate(
         rows, headers=headers, tablefmt=style, disable_numparse=True, colalign=("left",)
     )
+
+
+def cut_text(metrics: Mapping) -> str:
+    """How many contexts were cut, and by how much; nothing where none was."""
+    if not metrics.get("cut_contexts"):
+        return ""
+    contexts, tokens = metrics["cut_contexts"], metrics["cut_tokens"]
+    return f"{contexts} contexts cut, {tokens:,} tokens in all"
 
 
 def sweep_table(results: Sequence[Result], style: str = "simple") -> str:
@@ -142,12 +151,19 @@ def _mean_kept(results: Sequence[Result]) -> str:
     return f"{fmean(m['cache_bytes_after'] / m['cache_bytes_before'] for m in every):.2f}"
 
 
+def notes_of(config: EvaluationConfig, metrics: Mapping) -> list[str]:
+    """What is out of the ordinary in how samples were asked."""
+    chat = {None: "", True: "all in the chat template", False: "no chat template"}[config.chat]
+    return [note for note in (chat, cut_text(metrics)) if note]
+
+
 def _heading(group: Sequence[Result]) -> str:
     config, score = group[0].cell.config, group[0].metrics["score"]
     part = f" {config.data_dir}" if config.data_dir else ""
     aware = "query-aware" if config.query_aware else "query-agnostic"
     counts = "" if score is None else f", {score['contexts']} contexts, {score['samples']} samples"
-    return f"{config.model} on {config.dataset}{part}, {aware}{counts}"
+    notes = "".join(f", {note}" for note in notes_of(config, group[0].metrics))
+    return f"{config.model} on {config.dataset}{part}, {aware}{counts}{notes}"
 
 
 def _sweep_line(result: Result) -> list[str]:

@@ -8,14 +8,17 @@ from dataclasses import asdict, replace
 import pandas as pd
 
 from cachepress.evaluation.registry import METRIC_REGISTRY
+from cachepress.evaluation.samples import PROMPTING
 from cachepress.evaluation.statistics import Estimate, estimate, interval
 from cachepress.evaluation.tasks.base import PERPLEXITY, UNSCORED
 
 _NUMBERS = (
     *("context_tokens", "prefill_seconds", "press_seconds", "step_seconds", "bytes_before"),
-    *("bytes_after", "rows_seen", "rows_held", "peak_memory_bytes"),
+    *("bytes_after", "rows_seen", "rows_held", "peak_memory_bytes", "cut_tokens"),
 )
 """Costs of a context; where each question has a reading of its own, of one reading."""
+RECORDED_LATER = ("cut_tokens",)
+"""Fields that the oldest records do not have."""
 
 
 def predictions_of(
@@ -29,8 +32,12 @@ def predictions_of(
         ratio: the nominal ratio.
     """
     recorded = pd.DataFrame.from_dict(dict(records), orient="index")
+    for name in RECORDED_LATER:
+        if name not in recorded:
+            recorded[name] = None
     names = [name for name in recorded if name not in ("sample_id", "context_id")]
-    joined = table.drop(columns="context").join(recorded[names])
+    about = table.drop(columns=["context", *PROMPTING], errors="ignore")
+    joined = about.join(recorded[names])
     columns = zip(
         joined["predicted_answer"],
         joined["answer"],
@@ -102,6 +109,13 @@ def _finite(found: Estimate) -> dict:
     return {k: None if v in (math.inf, -math.inf) else v for k, v in asdict(found).items()}
 
 
+def _cuts(tokens: pd.Series) -> dict[str, int | None]:
+    """How many contexts were cut, and by how many tokens in all; None where it is not recorded."""
+    if tokens.isna().any():
+        return {"cut_contexts": None, "cut_tokens": None}
+    return {"cut_contexts": int((tokens > 0).sum()), "cut_tokens": round(tokens.sum())}
+
+
 def _costs(predictions: pd.DataFrame) -> dict[str, object]:
     """Measured bytes and seconds of all contexts; medians, since a machine is never quiet."""
     numbers = predictions[list(_NUMBERS)].astype(float)
@@ -117,6 +131,7 @@ def _costs(predictions: pd.DataFrame) -> dict[str, object]:
         "cache_bytes_before": float(contexts["bytes_before"].mean()),
         "cache_bytes_after": float(contexts["bytes_after"].mean()),
         "context_tokens": float(contexts["context_tokens"].mean()),
+        **_cuts(contexts["cut_tokens"]),
         "prefill_seconds": median("prefill_seconds"),
         "press_seconds": median("press_seconds"),
         "decode_tokens_per_second": None if not step else 1 / step,

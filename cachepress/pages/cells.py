@@ -39,6 +39,8 @@ class Run:
         bytes_before: bytes of the cache before compression.
         bytes_after: bytes of the cache after it.
         context_tokens: tokens of a context.
+        cut_contexts: contexts that were cut, as they were too long; None if that is not known.
+        cut_tokens: tokens of them that are gone.
         prefill_seconds: seconds of reading a context, compression included.
         press_seconds: the part of it that the press added; None if not measured.
         speed: decoded tokens per second; None if not measured.
@@ -62,6 +64,8 @@ class Run:
     bytes_before: float
     bytes_after: float
     context_tokens: float
+    cut_contexts: float | None
+    cut_tokens: float | None
     prefill_seconds: float
     press_seconds: float | None
     speed: float | None
@@ -115,6 +119,8 @@ def read_cell(folder: Path) -> Run:
         bytes_before=metrics.number("cache_bytes_before"),
         bytes_after=metrics.number("cache_bytes_after"),
         context_tokens=metrics.number("context_tokens"),
+        cut_contexts=metrics.number_or_none("cut_contexts"),
+        cut_tokens=metrics.number_or_none("cut_tokens"),
         prefill_seconds=metrics.number("prefill_seconds"),
         press_seconds=metrics.number_or_none("press_seconds"),
         speed=metrics.number_or_none("decode_tokens_per_second"),

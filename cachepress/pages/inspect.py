@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
 from transformers.cache_utils import Cache, DynamicCache
 
 import cachepress
-from cachepress.chat import template
+from cachepress.chat import encode, template
 from cachepress.errors import CachepressError
 from cachepress.evaluation.records import write_atomically
 from cachepress.pages.html import render
@@ -53,6 +53,7 @@ def write_inspection(
     query_aware: bool = False,
     storage: str = "full",
     truncation: bool = False,
+    chat: bool = True,
 ) -> Path:
     """Write a page that shows which tokens of a context a press kept, and both answers.
 
@@ -68,6 +69,7 @@ def write_inspection(
         query_aware: put the question into the context, so that any press sees it.
         storage: how kept rows are stored: "full", "int8", "int4" or "int2".
         truncation: cut the end of a context that is too long instead of refusing it.
+        chat: put context and question into the model's chat template, if it has one.
 
     Returns:
         ``output``.
@@ -81,12 +83,14 @@ def write_inspection(
             f"query_aware moves the question into the context, and {press!r} looks for it where "
             "it is: leave query_aware out"
         )
-    text = f"{context}\n{question}" if query_aware else context
+    text = context + question if query_aware else context
     options = PromptOptions(
         question="" if query_aware else question,
         answer_prefix=answer_prefix,
         max_new_tokens=max_new_tokens,
         truncation=truncation,
+        suffix=question if query_aware else "",
+        chat=chat,
     )
     seen = inspect(model, tokenizer, press, text, options, storage)
     about = {
@@ -96,6 +100,8 @@ def write_inspection(
         "answer_prefix": answer_prefix,
         "storage": storage,
         "query_aware": query_aware or press.needs.question,
+        "chat": chat,
+        "cut": seen.pressed.cut_tokens,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, _page(seen, about))
@@ -144,24 +150,38 @@ def _pieces(
     prompt: Prompt,
     with_question: bool,
 ) -> tuple[list[Piece], str]:
-    """What was read under the press: the context, and the question if the press looks at it."""
-    before, after = template(tokenizer, options.enable_thinking)
-    text = before + context
+    """What was read under the press: the context, and the question if the press saw it."""
+    plain = not tokenizer.chat_template or not options.chat
+    before, after = ("", "") if plain else template(tokenizer, options.enable_thinking)
+    text = before + context.removesuffix(options.suffix)
     parts = [Part(len(before), TEMPLATE), Part(len(text), CONTEXT)]
-    ids, plain = prompt.context_ids[0].tolist(), not tokenizer.chat_template
-    pieces, rest = pieces_of(tokenizer, text, ids, parts, special=plain)
-    rest = "" if prompt.cut else rest
-    if not with_question:
-        return pieces, rest
     (asked,), (prefix,) = options.asked, options.prefixes
-    whole = asked + after + prefix
-    parts = [Part(len(asked), QUESTION), Part(len(whole), TEMPLATE)]
-    # The last token is not read with the others: the answer starts from it.
-    ids = prompt.question_ids[0][0, :-1].tolist()
-    more, end = pieces_of(tokenizer, whole, ids, parts, special=False)
-    if more:
-        more[0] = Piece(rest + more[0].gap, more[0].text, more[0].zone)
-    return pieces + more, end if more else rest + end
+    ids, further = prompt.context_ids[0].tolist(), asked + after + prefix
+    moved = encode(tokenizer, options.suffix, special=False).shape[1]
+    # Where nothing follows, the last token is not read with the others: the answer starts from it.
+    own = len(ids) - max(0, moved - (not further))
+    read = pieces_of(tokenizer, text, ids[:own], parts, special=plain)
+    if prompt.cut:
+        read = read[0], ""
+    if options.suffix:
+        parts = [Part(len(options.suffix), QUESTION)]
+        read = _joined(read, pieces_of(tokenizer, options.suffix, ids[own:], parts, special=False))
+    if with_question:
+        parts = [Part(len(asked), QUESTION), Part(len(further), TEMPLATE)]
+        ids = prompt.question_ids[0][0, :-1].tolist()
+        read = _joined(read, pieces_of(tokenizer, further, ids, parts, special=False))
+    return read
+
+
+def _joined(
+    first: tuple[list[Piece], str], second: tuple[list[Piece], str]
+) -> tuple[list[Piece], str]:
+    """The pieces of two texts that follow each other, and what comes after them."""
+    (pieces, rest), (more, end) = first, second
+    if not more:
+        return pieces, rest + end
+    more[0] = Piece(rest + more[0].gap, more[0].text, more[0].zone)
+    return pieces + more, end
 
 
 def _page(seen: Inspection, about: dict[str, object]) -> str:

@@ -17,6 +17,8 @@ PLACES = ("device", "data_path", "output_dir", "log_level", "overwrite")
 OF_PRESS = ("press", "press_name", "compression_ratio")
 OF_STORAGE = ("storage", "prefill_mode", "prefill_chunk_size")
 """Settings that a run without a press cannot have, so that it is compared with across them."""
+PROMPTING = ("chat", "prompts")
+"""Settings that stand in a result only where they are not the data's own."""
 TITLE = ("model", "dataset", "data_dir", "query_aware")
 QUALITIES = {"score": "score", "kl": "KL divergence", "perplexity": "perplexity"}
 """What a quality is called; of all but the score, less is better."""
@@ -133,7 +135,8 @@ def _panel(cells: list[Run], bases: Mapping[str, Run], varying: list[str]) -> Pa
     aware = "query-aware: the press sees the question"
     agnostic = "query-agnostic: the press does not see the question"
     notes = [aware if cells[0].query_aware else agnostic]
-    notes += [f"{name}: {first.get(name)}" for name in varying if name not in TITLE]
+    notes += [f"{name}: {first.get(name, 'default')}" for name in varying if name not in TITLE]
+    notes += _asked(cells, [name for name in varying if name not in TITLE])
     entries = _entries(cells, bases)
     if any(entry.base is None and entry.cell.press != NO_PRESS for entry in entries):
         notes.append("no run without a press to compare with: kept bytes are of a run's own")
@@ -142,6 +145,19 @@ def _panel(cells: list[Run], bases: Mapping[str, Run], varying: list[str]) -> Pa
     data = [first.get(name, "default") for name in ("dataset", "data_dir")]
     title = " ".join(_place(text) for text in data if text != "default")
     return Panel(f"{_place(first.get('model', ''))} on {title}", notes, shared, entries)
+
+
+def _asked(cells: Sequence[Run], said: Sequence[str]) -> list[str]:
+    """What is out of the ordinary in how samples were asked, where it is not said already."""
+    first = _settings(cells[0])
+    notes = [f"{name}: {first[name]}" for name in PROMPTING if name in first and name not in said]
+    contexts, tokens = (
+        max((getattr(cell, name) or 0 for cell in cells), default=0)
+        for name in ("cut_contexts", "cut_tokens")
+    )
+    if contexts:
+        notes.append(f"{contexts:.0f} contexts cut, {tokens:,.0f} tokens in all")
+    return notes
 
 
 def _place(text: str) -> str:

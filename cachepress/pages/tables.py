@@ -152,6 +152,7 @@ _MEASURED = (
     _number("tokens/s", "Decoding speed, median.", lambda e: e.cell.speed, ".1f", True),
     _number("peak MiB", "Most memory in use.", lambda e: _mib(e.cell.peak_bytes), ",.0f"),
     _number("tokens", "Tokens of a context, mean.", lambda e: e.cell.context_tokens, ",.0f"),
+    _number("cut tokens", "Tokens of contexts that were cut.", lambda e: e.cell.cut_tokens, ",.0f"),
     _number("samples", "Number of samples.", _size(lambda estimate: estimate.samples), ".0f"),
     _number("contexts", "Number of contexts.", _size(lambda estimate: estimate.contexts), ".0f"),
     _text("Pareto front", "By score: no other is better in both.", _fronts),

@@ -31,6 +31,9 @@ def test_the_folder_names_what_was_evaluated():
         ({"press": "KnormPress(0.1)"}, "__knorm__0.10"),
         ({"press": "knorm", "compression_ratio": 0.5, "seed": 3}, "__knorm__0.50__seed3"),
         ({"fraction": 0.25, "query_aware": True}, "__0.00__fraction0.25__query_aware"),
+        ({"chat": True}, "__0.00__chat"),
+        ({"chat": False, "truncation": True}, "__0.00__no-chat__truncation"),
+        ({"truncation": "end"}, "__0.00__truncation-end"),
         ({"dataset": "/data/my facts.csv"}, "results/my-facts__smollm2-135m__no_press__0.00"),
         ({"model": "/models/tiny/"}, "builtin__tiny__no_press__0.00"),
         (

@@ -194,3 +194,40 @@ def test_a_longer_context_is_cut_when_asked(config, caplog):
         _, metrics = run(config, max_context_length=30, truncation=True)
     assert metrics["context_tokens"] == 30
     assert caplog.text.count("context cut from 42 to 30") == 4
+    assert "4 of 4 contexts are cut, by 48 tokens in all" in caplog.text
+    assert (metrics["cut_contexts"], metrics["cut_tokens"]) == (4, 48)
+
+
+def test_every_record_says_how_many_tokens_were_cut(config):
+    runner, metrics = run(config)
+    assert (metrics["cut_contexts"], metrics["cut_tokens"]) == (0, 0)
+    lines = (runner.results_dir / RECORDS).read_text().splitlines()
+    assert [json.loads(line)["cut_tokens"] for line in lines] == [0] * 8
+    runner, metrics = run(config, max_context_length=30, truncation="middle")
+    assert runner.results_dir.name.endswith("__max_context_length30__truncation-middle")
+    lines = (runner.results_dir / RECORDS).read_text().splitlines()
+    assert [json.loads(line)["cut_tokens"] for line in lines] == [12] * 8
+    assert (metrics["cut_contexts"], metrics["cut_tokens"]) == (4, 48)
+
+
+def test_where_a_context_is_cut_changes_the_answer(config):
+    options = {"max_context_length": 20, "press": "no_press", "compression_ratio": None}
+    found = [
+        run(config, truncation=way, **options)[0].results_dir / PREDICTIONS
+        for way in ("end", "middle")
+    ]
+    assert found[0].read_bytes() != found[1].read_bytes()
+    plain, _ = run(config, **{**options, "max_context_length": None}, chat=False)
+    assert plain.results_dir.name.endswith("__0.00__no-chat")
+    assert yaml.safe_load((plain.results_dir / CONFIG).read_text())["chat"] is False
+
+
+def test_records_that_do_not_say_what_was_cut_are_read(config):
+    runner, metrics = run(config)
+    path = runner.results_dir / RECORDS
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        del line["cut_tokens"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, again = run(config)
+    assert again == {**metrics, "cut_contexts": None, "cut_tokens": None}

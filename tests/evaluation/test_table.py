@@ -3,7 +3,7 @@
 from cachepress.evaluation import EvaluationConfig
 from cachepress.evaluation.cell import Cell
 from cachepress.evaluation.sweep import Result
-from cachepress.evaluation.table import RANKING_MEANS, ranking_table, sweep_page
+from cachepress.evaluation.table import RANKING_MEANS, ranking_table, sweep_page, sweep_text
 
 
 def result(press, ratio, score, kl=None):
@@ -34,6 +34,17 @@ RESULTS = [
     result("tova", 0.5, 1.0, kl=0.0),
     result("dms(knorm, -17)", None, 1.0, kl=0.0),
 ]
+
+
+def test_a_heading_says_what_is_out_of_the_ordinary_in_how_samples_were_asked():
+    one = result("no_press", None, 1.0)
+    assert sweep_text([[one]]).startswith("smollm2-135m on builtin, query-agnostic, 2 contexts, ")
+    assert "cut" not in sweep_text([[one]])
+    one.metrics.update(cut_contexts=3, cut_tokens=12345)
+    assert "8 samples, 3 contexts cut, 12,345 tokens in all\n" in sweep_text([[one]])
+    plain = Result(Cell(EvaluationConfig(chat=False)), one.metrics, None)
+    heading = "8 samples, no chat template, 3 contexts cut, 12,345 tokens in all\n"
+    assert heading in sweep_text([[plain]]) and heading in sweep_page([[plain]], "a command")
 
 
 def cells(table):

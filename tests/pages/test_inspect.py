@@ -109,7 +109,10 @@ def test_a_press_that_looks_at_the_question_shows_it(tmp_path):
 
 def test_query_aware_moves_the_question(tmp_path):
     page = page_of(tmp_path, cp.KnormPress(0.5), query_aware=True)
-    assert whole(page.data["data"][0]) == f"w3 w4 {CONTEXT}\n{QUESTION}"
+    (data,) = page.data["data"]
+    assert whole(data) == f"w3 w4 {CONTEXT}{QUESTION}"
+    asked = [t for t, zone in zip(data["texts"], data["zones"], strict=True) if zone == "question"]
+    assert asked == ["w5", "w6", "<", "i", ">", "w7", "</", "i", ">"]
     assert "query-aware: the press saw the question" in page.texts
     with pytest.raises(cp.CachepressError, match="leave query_aware out"):
         page_of(tmp_path, cp.FinchPress(0.5), query_aware=True)

@@ -108,6 +108,20 @@ def test_query_awareness_and_storage_make_panels_of_their_own(tmp_path):
     assert panels[1]["cells"][1]["difference"]["mean"] == 0.0
 
 
+def test_the_page_says_what_was_cut_and_how_samples_were_asked(tmp_path):
+    write_cell(tmp_path, "no_press", 0.0, ONES)
+    place = write_cell(tmp_path, "knorm", 0.5, ONES) / "metrics.json"
+    assert "contexts cut" not in " ".join(report(tmp_path).texts)
+    told = {"cut_contexts": 3, "cut_tokens": 12345}
+    place.write_text(json.dumps(json.loads(place.read_text()) | told))
+    page = report(tmp_path)
+    assert "3 contexts cut, 12,345 tokens in all" in page.texts
+    assert "cut tokens" in page.texts and "12,345" in page.texts
+    write_cell(tmp_path, "knorm", 0.5, ONES, chat=False)
+    texts = report(tmp_path).texts
+    assert "chat: no" in texts and "chat: default" in texts
+
+
 def test_settings_that_differ_have_a_column_and_the_others_are_listed_once(tmp_path):
     write_cell(tmp_path, "no_press", 0.0, ONES)
     write_cell(tmp_path, "knorm", 0.5, ONES, storage="int4")

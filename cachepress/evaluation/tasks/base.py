@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
+from cachepress.pipeline import END, MIDDLE
 
 Metric = Callable[[str, Sequence[str], Sequence[str]], float]
 """``(prediction, answers, choices)`` -> score from 0 to 1; choices are all classes, where there
@@ -29,6 +30,9 @@ OPTIONAL = {
     "choices": None,
     "length": None,
     "depth": None,
+    "chat": None,
+    "truncation": None,
+    "separator": "",
 }
 COLUMNS = (*REQUIRED, *OPTIONAL)
 
@@ -43,6 +47,7 @@ class Task:
         load: gives the rows, as ``normalise`` does.
         parts: what ``--data-dir`` may be; empty where anything or nothing goes.
         metrics: what judges its rows, by the name in their column "metric".
+        truncation: where its contexts are cut if they are too long: "middle" or "end".
         submit: writes a table of predictions into a folder, as whoever judges them wants it.
     """
 
@@ -51,6 +56,7 @@ class Task:
     load: Loader
     parts: Sequence[str] = ()
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+    truncation: str = END
     submit: Callable[[pd.DataFrame, Path], object] | None = None
 
     def table(self, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
@@ -64,7 +70,9 @@ class Task:
                 f"{self.name}: got data_dir={config.data_dir!r}, wanted one of "
                 f"{', '.join(self.parts)}"
             )
-        return self.load(config, tokenizer)
+        table = self.load(config, tokenizer)
+        ways = [self.truncation if way is None else way for way in table["truncation"]]
+        return table.assign(truncation=ways)
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,28 @@ def normalise(table: pd.DataFrame, task: str, origin: str) -> pd.DataFrame:
     table["answer"] = pd.Series(answers, dtype=object)
     table["choices"] = pd.Series([_texts(value) for value in table["choices"]], dtype=object)
     table["max_new_tokens"] = table["max_new_tokens"].astype(int)
+    table["chat"] = _choices(table["chat"], _CHAT, f"{origin}: chat")
+    table["truncation"] = _choices(table["truncation"], _TRUNCATION, f"{origin}: truncation")
+    table["separator"] = table["separator"].fillna("").astype(str)
     return table[list(COLUMNS)]
+
+
+_CHAT = {"true": True, "yes": True, "false": False, "no": False}
+_TRUNCATION = {MIDDLE: MIDDLE, END: END}
+
+
+def _choices(column: pd.Series, known: Mapping[str, object], origin: str) -> pd.Series:
+    """A column of choices; None where a cell is empty."""
+    found = []
+    for number, value in enumerate(column):
+        empty = value is None or value != value or value == ""
+        name = str(value).lower()
+        if not empty and name not in known:
+            raise CachepressError(
+                f"{origin} of row {number} is {value!r}, wanted one of {', '.join(known)}"
+            )
+        found.append(None if empty else known[name])
+    return pd.Series(found, dtype=object, index=column.index)
 
 
 def _limit(value: object) -> object:

@@ -12,6 +12,7 @@ from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import CHINESE_PUNCTUATION, qa_f1, token_f1
 from cachepress.evaluation.tasks.base import Part, Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
+from cachepress.pipeline import MIDDLE
 
 REPOSITORY = "xinrongzhang2022/InfiniteBench"
 LETTERS = "ABCD"
@@ -277,6 +278,7 @@ INFINITEBENCH = Task(
     name="infinitebench",
     about="retrieval, books, dialogue, code and sums beyond 100k tokens (arXiv:2402.13718)",
     load=load_infinitebench,
+    truncation=MIDDLE,
     parts=tuple(PARTS),
     metrics={
         "qa_f1": qa_f1,

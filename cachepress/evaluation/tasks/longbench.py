@@ -16,6 +16,7 @@ from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import CHINESE_PUNCTUATION, qa_f1, token_f1
 from cachepress.evaluation.tasks.base import Metric, Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
+from cachepress.pipeline import MIDDLE
 
 REPOSITORY = "THUDM/LongBench"
 SUFFIX_E = "_e"
@@ -23,6 +24,8 @@ BUCKETS = {4000: "0-4k", 8000: "4-8k"}
 """LongBench-E is reported by length: words below which a row belongs to a bucket."""
 LAST_BUCKET = "8k+"
 
+WITHOUT_CHAT = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
+"""Tasks whose prompts the benchmark gives to chat models as they are: examples, or code."""
 _CUE = re.compile(r"\n([^\n]{1,20}[:：])\s*\Z")
 
 
@@ -348,12 +351,17 @@ def load_longbench(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase)
     rows = read_rows(config.data_path, [name, f"data/{name}"], hub)
     prompt = PROMPTS[task.removesuffix(SUFFIX_E)]
     try:
-        table = pd.DataFrame([_row(row, prompt) for row in rows])
+        table = pd.DataFrame([_row(row, prompt) for row in rows]).assign(chat=uses_chat(task))
         if task.endswith(SUFFIX_E):
             table["task"] = [f"{task} {_bucket(length)}" for length in table["length"]]
     except (KeyError, TypeError, ValueError) as error:
         raise CachepressError(f"{name} is not in LongBench's format: {error!r}") from error
     return normalise(table, task=task, origin=name)
+
+
+def uses_chat(task: str) -> bool:
+    """Whether the benchmark puts a task, of LongBench or LongBench-E, into the chat template."""
+    return task.partition(" ")[0].removesuffix(SUFFIX_E) not in WITHOUT_CHAT
 
 
 def _bucket(words: int) -> str:
@@ -383,6 +391,7 @@ LONGBENCH = Task(
     name="longbench",
     about="21 tasks on long texts in English, Chinese and code (arXiv:2308.14508)",
     load=load_longbench,
+    truncation=MIDDLE,
     parts=TASKS,
     metrics=METRICS,
 )
@@ -390,6 +399,7 @@ LONGBENCH_E = Task(
     name="longbench-e",
     about="13 tasks of LongBench, each scored by length (arXiv:2308.14508)",
     load=load_longbench,
+    truncation=MIDDLE,
     parts=TASKS_E,
     metrics=METRICS,
 )

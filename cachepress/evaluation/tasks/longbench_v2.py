@@ -10,6 +10,7 @@ from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.tasks.base import Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
+from cachepress.pipeline import MIDDLE
 
 FILE = "data.json"
 HUB = Hub("THUDM/LongBench-v2", FILE)
@@ -87,5 +88,6 @@ LONGBENCH_V2 = Task(
     name="longbench-v2",
     about="multiple choice on long texts, by difficulty and length (arXiv:2412.15204)",
     load=load_longbench_v2,
+    truncation=MIDDLE,
     metrics={"longbench_v2_choice": longbench_v2_choice},
 )

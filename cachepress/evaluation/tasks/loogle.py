@@ -19,6 +19,7 @@ from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.tasks.base import Metric, Part, Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
+from cachepress.pipeline import MIDDLE
 
 REPOSITORY = "bigai-nlco/LooGLE"
 EMPTY = "None"
@@ -203,6 +204,7 @@ LOOGLE = Task(
     name="loogle",
     about="questions, gaps and summaries of long documents (arXiv:2311.04939)",
     load=load_loogle,
+    truncation=MIDDLE,
     parts=tuple(PARTS),
     metrics={
         "loogle_rouge_l_f1": _rouge("rouge-l", "f"),

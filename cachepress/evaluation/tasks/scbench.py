@@ -22,6 +22,7 @@ from cachepress.evaluation.tasks.infinitebench import (
     rouge_lsum,
 )
 from cachepress.evaluation.tasks.sources import Hub, read_rows
+from cachepress.pipeline import MIDDLE
 
 if TYPE_CHECKING:
     from tree_sitter import Node, Parser
@@ -152,7 +153,7 @@ def load_scbench(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -
     sessions = read_rows(
         config.data_path, [name, f"data/{name}", *parquet], Hub(REPOSITORY, f"data/{name}")
     )
-    seams = _seams(tokenizer)
+    seams = _seams(tokenizer, config.chat is not False)
     try:
         functions = _functions(part, sessions)
         rows = [row for session in sessions for row in _turns(part, session, functions, seams)]
@@ -161,9 +162,9 @@ def load_scbench(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -
     return normalise(pd.DataFrame(rows), task=part, origin=name)
 
 
-def _seams(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _seams(tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[str, str]:
     """What stands between a question and its answer, and between that and the next question."""
-    if not tokenizer.chat_template:
+    if not chat or not tokenizer.chat_template:
         return "", "\n\n"
     text = tokenizer.apply_chat_template(
         [{"role": role, "content": content} for role, content in TURNS],
@@ -367,6 +368,7 @@ SCBENCH = Task(
     name="scbench",
     about="several turns on one compressed context (arXiv:2412.10319)",
     load=load_scbench,
+    truncation=MIDDLE,
     parts=(*PARTS, *MIXED),
     metrics=METRICS,
 )

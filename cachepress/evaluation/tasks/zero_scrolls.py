@@ -44,7 +44,7 @@ def load_zero_scrolls(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBa
     task = str(config.data_dir)
     name = f"{task}/test.jsonl"
     rows = read_rows(config.data_path, [name], Hub(REPOSITORY, f"{task}.zip", name))
-    samples: dict[str, tuple[str, str, str]] = {}
+    samples: dict[str, tuple[str, str, str, str]] = {}
     try:
         for row in rows:
             # A sample with several references stands there once for each.
@@ -53,20 +53,22 @@ def load_zero_scrolls(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBa
         raise CachepressError(f"{name} is not in ZeroSCROLLS' format: {error!r}") from error
     table = pd.DataFrame(
         [(*parts, [key]) for key, parts in samples.items()],
-        columns=["context", "question", "answer_prefix", "answer"],
+        columns=["context", "question", "answer_prefix", "separator", "answer"],
     )
     table = table.assign(max_new_tokens=MAX_NEW_TOKENS[task], metric=UNSCORED)
     return normalise(table, task=task, origin=name)
 
 
-def _parts(row: Mapping) -> tuple[str, str, str]:
-    """Context, question and answer's beginning."""
+def _parts(row: Mapping) -> tuple[str, str, str, str]:
+    """Context, question and answer's beginning, and what stands where the context was cut."""
     text, document, query = row["input"], row["document_end_index"], row["query_end_index"]
     if not 0 < document <= len(text):
         raise ValueError(f"the document ends at {document}")
     begin = max(query, document)
     begin += len(text[begin:]) - len(text[begin:].lstrip())
-    return text[:document], text[document:begin], text[begin:].rstrip()
+    gap = text[document : row.get("query_start_index", document)]
+    separator = row.get("truncation_seperator", "").removesuffix(gap)  # The benchmark's spelling.
+    return text[:document], text[document:begin], text[begin:].rstrip(), separator
 
 
 def write_submission(predictions: pd.DataFrame, folder: Path) -> list[Path]:
