@@ -319,8 +319,12 @@ def pin_sinks(scores: Tensor, view: LayerView, n: int) -> Tensor:
     Pins are plain numbers above every sensible score (1e38), so that any budget honours them:
     sinks first, then the newest rows, however small the budget is.
     """
-    pin = _SINK - _STEP * view.index.float()
-    return torch.where(view.index < n, pin, wide(scores))
+    return pin_first(scores, view, view.index < n)
+
+
+def pin_first(scores: Tensor, view: LayerView, rows: Tensor) -> Tensor:
+    """Scores with the rows ``[B, H, T]`` above all others, as sinks are, the earliest highest."""
+    return torch.where(rows, _SINK - _STEP * view.index.float(), wide(scores))
 
 
 def pin_window(scores: Tensor, view: LayerView, n: int | Tensor) -> Tensor:

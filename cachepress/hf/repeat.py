@@ -1,6 +1,6 @@
 """Lets a model repeat what it read, and shows a press which rows each layer read for that."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, NoReturn, TypeVar
 
@@ -18,11 +18,12 @@ from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen
 from cachepress.hf.capture import Capture
 from cachepress.hf.wiring import attention_modules, cache_argument, install_stores, last_layer
 from cachepress.ops import wide, wide_dtype
-from cachepress.replay import Chunk, Replay, ReplayView, chunks
+from cachepress.replay import Chunk, Replay, ReplayView, chunks, opening_of
 from cachepress.stores import Store
 from cachepress.trace import Trace
 
 _T = TypeVar("_T")
+_MOST = torch.finfo(torch.float32).max
 
 
 class Read(NamedTuple):
@@ -47,51 +48,97 @@ class _Text(NamedTuple):
     n: int
     valid: Tensor | None
 
+    def valid_after(self, repeated: int) -> Tensor | None:
+        """Which text columns are tokens when so many of a replay came behind them."""
+        return None if self.valid is None else F.pad(self.valid, (0, repeated), value=True)
+
 
 @dataclass
 class _Look:
     """One layer of a forward that repeats a chunk.
 
     Attributes:
-        replay: what is looked at.
+        press: who looks.
         capture: what hooks keep of that forward.
+        text: what was read.
         sinks: rows of the table that stand for the beginning of the text.
         chunk: the chunk's rows, counted back from the first row of the replay.
+        repeated: tokens of the replay that came in forwards before.
+        before: what the press made of these.
+        last: whether no chunk follows.
         view: what was seen.
+        found: what the press made of it; with gradients, when those are known.
         module: the attention module.
     """
 
-    replay: Replay
+    press: Press
     capture: Capture
+    text: _Text
     sinks: Tensor
     chunk: Tensor
+    repeated: int
+    before: Tensor | None
+    last: bool
     view: ReplayView = field(init=False)
+    found: Tensor = field(init=False)
     module: nn.Module = field(init=False)
 
     @property
     def differentiates(self) -> bool:
         """Whether gradients must flow through the rows of the forward."""
-        return self.replay.gradient
+        return self._replay.gradient
 
     def note(self, seen: Seen) -> None:
         """Look at the rows and queries of a layer."""
-        rows, query = seen.rows, seen.query
-        _, h, t, _ = rows.keys.shape
-        n = query.shape[2]
-        own = torch.arange(t - n, t, device=query.device)
-        index = torch.cat([self.sinks.to(own), self.chunk.to(own) + t - n, own])
-        weighs = self.replay.weighs
-        self.module = seen.module
-        self.view = ReplayView(
+        query, weighs = seen.query, self._replay.weighs
+        h, n = seen.rows.keys.shape[1], query.shape[2]
+        keys, values, valid, chunk = (
+            self._whole(seen, n) if self._replay.whole else self._part(seen, n)
+        )
+        view = ReplayView(
             queries=query.detach().view(1, h, -1, n, query.shape[-1]),
-            keys=rows.keys[:, :, index].detach(),
-            values=rows.values[:, :, index].detach(),
-            valid=rows.text_positions()[:, :, index] >= 0,
-            chunk=slice(len(self.sinks), len(self.sinks) + len(self.chunk)),
+            keys=keys,
+            values=values,
+            valid=valid,
+            chunk=chunk,
             rule=seen.rule,
             projection=self.capture.projection(seen) if weighs else None,
             hidden=self.capture.hidden(seen) if weighs else None,
+            before=self.before,
+            last=self.last,
         )
+        self.module = seen.module
+        if self._replay.gradient:
+            self.view = view
+        else:
+            # At once, so that the rows of one layer only are held.
+            self.found = self.press.replayed(view)
+
+    @property
+    def _replay(self) -> Replay:
+        replay = self.press.replay
+        assert replay is not None
+        return replay
+
+    def _part(self, seen: Seen, n: int) -> tuple[Tensor, Tensor, Tensor, slice]:
+        """Keys, values and validity of the sinks, the chunk and the replay; where the chunk is."""
+        rows, t = seen.rows, seen.rows.keys.shape[2]
+        own = torch.arange(t - n, t, device=seen.query.device)
+        index = torch.cat([self.sinks.to(own), self.chunk.to(own) + t - n, own])
+        keys, values = (x[:, :, index].detach() for x in (rows.keys, rows.values))
+        chunk = slice(len(self.sinks), len(self.sinks) + len(self.chunk))
+        return keys, values, rows.text_positions()[:, :, index] >= 0, chunk
+
+    def _whole(self, seen: Seen, n: int) -> tuple[Tensor, Tensor, Tensor, slice]:
+        """Those of all rows; where the text is."""
+        rows, positions = seen.rows, seen.rows.text_positions()
+        valid, text = positions >= 0, self.text.valid_after(self.repeated + n)
+        if text is not None:
+            column = positions.clamp(min=0).long().flatten(1)
+            valid = valid & text.gather(1, column).view_as(valid)
+        stop = positions.shape[-1] - n - self.repeated
+        chunk = slice(stop - self.text.n, stop)
+        return rows.keys.detach(), rows.values.detach(), valid, chunk
 
 
 class Repeater:
@@ -160,14 +207,10 @@ class Repeater:
             columns = torch.arange(n, device=ids.device)
             if valid is not None:
                 columns = valid[row, -n:].nonzero()[:, 0]
-            if not len(columns):
-                continue
-            text = _Text(columns, n, None if valid is None else valid[row : row + 1])
-            for chunk in chunks(replay, ids[row : row + 1, columns], self._tokenizer):
-                views = self._repeated(replay, branch, chunk, text)
-                some = columns[chunk.start : chunk.stop]
-                for layer, note, view in zip(layers, notes, views, strict=True):
-                    note[row][:, some] = layer.press.replayed(view)
+            if len(columns):
+                text = _Text(columns, n, None if valid is None else valid[row : row + 1])
+                own = ids[row : row + 1, columns]
+                self._repeat_one(branch, own, text, [note[row] for note in notes])
         for layer, note in zip(layers, notes, strict=True):
             layer.trace.note(note)
         return [
@@ -175,33 +218,80 @@ class Repeater:
             for layer in layers
         ]
 
+    def _repeat_one(self, branch: Cache, ids: Tensor, text: _Text, notes: list[Tensor]) -> None:
+        """Let the model repeat one sequence ``ids [1, T]``, and note ``[H, n]`` in each layer."""
+        press = self._layers[0].press
+        replay = press.replay
+        assert replay is not None
+        opening = 0
+        if replay.speaks and branch.get_seq_length() == text.n:
+            opening = opening_of(ids, self._tokenizer)
+        for note in notes:
+            # Every question comes after the template's tokens, which no repetition asks for.
+            note[:, text.columns[:opening]] = float("inf")
+        repeated = 0
+        before: Sequence[Tensor | None] = [None] * len(notes)
+        whole = fork(branch) if replay.whole else None
+        for chunk in chunks(replay, ids, self._tokenizer, opening):
+            cache = fork(branch) if whole is None else whole
+            found = self._repeated(press, cache, chunk, text, before, repeated)
+            if replay.whole:
+                repeated, before = repeated + chunk.ids.shape[1], found
+                continue
+            for note, one in zip(notes, found, strict=True):
+                # Infinity stands for the template's tokens alone.
+                note[:, text.columns[chunk.start : chunk.stop]] = one.clamp(max=_MOST)
+        if replay.whole:
+            for note, one in zip(notes, before, strict=True):
+                assert one is not None
+                note[:] = one
+
     def _repeated(
-        self, replay: Replay, branch: Cache, chunk: Chunk, text: _Text
-    ) -> list[ReplayView]:
-        """One forward that repeats a chunk, on a fork of a cache of one sequence."""
+        self,
+        press: Press,
+        cache: Cache,
+        chunk: Chunk,
+        text: _Text,
+        before: Sequence[Tensor | None],
+        repeated: int,
+    ) -> list[Tensor]:
+        """What a press makes of one forward that repeats a chunk behind a cache of one sequence.
+
+        Args:
+            press: who looks.
+            cache: the cache, which is continued.
+            chunk: what is repeated.
+            text: what was read.
+            before: what the press made of chunks before that this one goes on from, by layer.
+            repeated: tokens of these.
+        """
         self._capture.clear()
-        cache, length = fork(branch), chunk.ids.shape[1]
-        before = branch.get_seq_length() - text.n
-        device = text.columns.device
-        sinks = text.columns[: min(replay.n_sink, chunk.start)] + before
-        if before:
+        replay, length, device = press.replay, chunk.ids.shape[1], text.columns.device
+        assert replay is not None
+        seen = cache.get_seq_length() - repeated - text.n
+        n_sink = max(replay.n_sink, chunk.opening)
+        sinks = text.columns[: min(n_sink, chunk.start)] + seen
+        if seen:
             sinks = torch.arange(replay.n_sink, device=device)
+        own = text.columns[chunk.start : chunk.stop] - text.n
+        last = chunk.stop == len(text.columns)
         looks = []
-        for store in install_stores(cache, self._model).values():
-            own = text.columns[chunk.start : chunk.stop] - text.n
-            look = _Look(replay, self._capture, sinks, own)
+        for store, made in zip(install_stores(cache, self._model).values(), before, strict=True):
+            look = _Look(press, self._capture, text, sinks, own, repeated, made, last)
             WATCHED[store] = look
             READ_WHOLE.add(store)
             looks.append(look)
         inputs = {"input_ids": chunk.ids, cache_argument(self._decoder): cache, "use_cache": True}
-        if text.valid is not None:
-            inputs["attention_mask"] = F.pad(text.valid, (0, length), value=True).long()
-            start = int(text.valid.sum())
+        valid = text.valid_after(repeated + length)
+        if text.valid is not None and valid is not None:
+            inputs["attention_mask"] = valid.long()
+            start = int(text.valid.sum()) + repeated
             inputs["position_ids"] = torch.arange(start, start + length, device=device)[None]
         if replay.gradient:
-            return self._differentiated(inputs, looks)
+            views = self._differentiated(inputs, looks)
+            return [press.replayed(view) for view in views]
         self._decoder(**inputs)
-        return [look.view for look in looks]
+        return [look.found for look in looks]
 
     def _differentiated(self, inputs: dict[str, object], looks: list[_Look]) -> list[ReplayView]:
         """A forward that repeats, and the gradient of its last hidden states."""

@@ -1,7 +1,7 @@
 """What a press is: a frozen set of answers to the engine's questions."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Self
 
@@ -351,11 +351,34 @@ def noted_or_carried(view: LayerView, noted: Tensor) -> Tensor:
 
 
 def unknown_as_average(scores: Tensor, valid: Tensor) -> Tensor:
-    """Scores ``[B, H, T]`` in which NaN is the mean of its head's scores of valid rows."""
-    known = valid & ~scores.isnan()
+    """Scores ``[B, H, T]`` in which NaN is the mean of its head's finite scores of valid rows."""
+    known = valid & scores.isfinite()
     total = scores.masked_fill(~known, 0).double().sum(-1, keepdim=True)
     average = (total / known.sum(-1, keepdim=True).clamp(min=1)).to(wide_dtype(scores))
     return torch.where(scores.isnan(), average, scores)
+
+
+def mean_of_token(x: Tensor, view: LayerView) -> Tensor:
+    """Mean of ``x [B, H, T]`` over the heads that hold the same token, ``[B, H, T]``.
+
+    Heads that dropped rows in an earlier turn have different tokens in the same place.
+    """
+    b, h, _ = x.shape
+    size = int(view.n_seen.max())
+    column = view.index.long().masked_fill(~view.valid, size)
+
+    def by_token(y: Tensor) -> Tensor:
+        return y.new_zeros(b, h, size + 1).scatter(-1, column, y).sum(1, keepdim=True)
+
+    mean = by_token(x) / by_token(view.valid.to(x.dtype)).clamp(min=1)
+    return mean.expand(-1, h, -1).gather(-1, column)
+
+
+def replays(press: BasePress) -> bool:
+    """Whether a press lets prompts be repeated, at its own ratio or at one that drops something."""
+    with suppress(CachepressError):
+        press = press.with_ratio(0.5)
+    return press.replay is not None
 
 
 def check_count(press: BasePress, name: str, least: int = 1) -> None:

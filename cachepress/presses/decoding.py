@@ -6,7 +6,7 @@ from typing import NoReturn
 from cachepress.budgets import Fixed, Ratio, TopK, check_ratio
 from cachepress.core import Schedule
 from cachepress.errors import CachepressError
-from cachepress.presses.base import WrapperPress, check_count, counted
+from cachepress.presses.base import WrapperPress, check_count, counted, replays
 from cachepress.schedules import AfterPrefill, Every
 
 
@@ -27,7 +27,7 @@ class _WhileDecodingPress(WrapperPress):
                 "already: give it the press that scores"
             )
 
-        if self.press.replay is not None:
+        if replays(self.press):
             raise CachepressError(
                 f"{type(self).__name__} scores decoded rows, and {self.press!r} replays prompts: "
                 "use PrefillDecodingPress with one press for each"

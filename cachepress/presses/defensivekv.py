@@ -6,26 +6,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachepress.budgets import pin_window
+from cachepress.budgets import best, pin, pin_window
 from cachepress.ops import attention_column_sums, wide_dtype
-from cachepress.presses.base import ScorerPress, check_count
+from cachepress.presses.base import ScorerPress, check_count, mean_of_token
 from cachepress.presses.critical import projected_norms
 from cachepress.presses.snapkv import check_kernel, in_window, pool
 from cachepress.view import LayerView, Needs
+
+_MASS = 0.9
+"""Attention that the first stage keeps, of all that a head gives."""
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class DefensiveKVPress(ScorerPress, alias="defensivekv"):
     """Keeps the rows that mattered most to any one of the last queries.
 
-    Feng et al., "Taming the Fragility of KV Cache Eviction in LLM Inference" (arXiv:2510.13334).
-    A row's risk is the most attention, averaged along the text, that it receives from a query of
-    the window and a query head of its group; a risk below the mean risk of the head is raised to
-    that mean, as a short window proves little. It is multiplied by the size of what the value adds
-    to the layer's output, |v W_O|_1. The paper divides by the sum of these sizes where layers
-    compete; here that is always done, which changes nothing within a layer, so that
-    ``AdaKVPress(DefensiveKVPress(...), scope="model")`` is its Layer-DefensiveKV. Risk and mean
-    leave out the rows of the window, which stay. Needs the last ``window_size`` queries and the
+    Feng et al., "Taming the Fragility of KV Cache Eviction in LLM Inference" (arXiv:2510.13334),
+    as in the code that they released. A row's risk is the most attention, averaged along the text,
+    that it receives from a query of the window and a query head of its group; a risk below the mean
+    risk of the head is raised to that mean, as a short window proves little. It is multiplied by
+    the size of what the value adds to the layer's output, |v W_O|_1, as a share of what all heads
+    add for that token. Before all others, as in CriticalKV, stay the rows with the most mean
+    attention until these have 90 % of it, less the mean share of the ``window_size`` rows before
+    the window, and no more than the budget leaves beside the window. Risk and mean leave out the
+    rows of the window, which stay. ``AdaKVPress(DefensiveKVPress(...))`` is the paper's method, and
+    with ``scope="model"`` its Layer-DefensiveKV. Needs the last ``window_size`` queries and the
     output projection.
     Best for one prompt that must serve questions that are not yet known, with AdaKVPress around.
 
@@ -48,14 +54,26 @@ class DefensiveKVPress(ScorerPress, alias="defensivekv"):
         return Needs(queries=self.window_size, projection=True)
 
     def score(self, view: LayerView) -> Tensor:
-        """Risk times the share of the layer's output, ``[B, H, T]``."""
+        """Risk times the share of what all heads add, sure rows above all, ``[B, H, T]``."""
         free = view.valid & ~in_window(view, self.window_size)
         risk = self._risk(view, free)
         prior = (risk * free).sum(-1, keepdim=True) / free.sum(-1, keepdim=True).clamp(min=1)
         sizes = projected_norms(view)
-        total = (sizes * free).sum((1, 2), keepdim=True)
-        shares = sizes / total.clamp(min=torch.finfo(torch.float32).tiny)
-        return pin_window(torch.maximum(risk, prior) * shares * free, view, self.window_size)
+        shares = sizes / (sizes.shape[1] * mean_of_token(sizes, view)).clamp(min=_TINY)
+        scores = pin(torch.maximum(risk, prior) * shares * free, self._sure(view, free))
+        return pin_window(scores, view, self.window_size)
+
+    def _sure(self, view: LayerView, free: Tensor) -> Tensor:
+        """The rows of the first stage, ``[B, H, T]``."""
+        attention = view.window_attention(self.window_size) * free.unsqueeze(2)  # [B, H, G, T]
+        age = free.flip(-1).cumsum(-1).flip(-1)  # 1 for the last row before the window
+        near = (attention * (age <= self.window_size).unsqueeze(2)).sum(-1).mean((1, 2))  # [B]
+        mean = attention.mean(2)
+        mass = (mean / mean.sum(-1, keepdim=True).clamp(min=_TINY)).sort(-1, descending=True)
+        reached = mass.values.cumsum(-1) >= (_MASS - near)[:, None, None]
+        window = (view.valid & ~free).sum(-1, keepdim=True)  # [B, H, 1]
+        room = view.n_kept[:, None, None].floor() - window
+        return best(mean, free, torch.minimum((~reached).sum(-1, keepdim=True), room))
 
     def _risk(self, view: LayerView, free: Tensor) -> Tensor:
         """The most attention that each free row receives from one query, ``[B, H, T]``."""
@@ -68,5 +86,8 @@ class DefensiveKVPress(ScorerPress, alias="defensivekv"):
             table = (view.keys[:, :, :end], view.valid[:, :, :end], voter)
             weights = attention_column_sums(query, *table, view.rule)  # [B, H, G, end]
             weights = F.pad(weights, (0, t - end)) * free.unsqueeze(2)
-            risk = torch.maximum(risk, pool(weights, self.kernel_size, "avg").amax(2))
+            smooth = pool(weights, self.kernel_size, "avg") * free.unsqueeze(2)
+            # What was smoothed beyond the ends of the text is given back.
+            lost = weights.sum(-1, keepdim=True) / smooth.sum(-1, keepdim=True).clamp(min=_TINY)
+            risk = torch.maximum(risk, (smooth * lost).amax(2))
         return risk

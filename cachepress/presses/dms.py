@@ -8,8 +8,7 @@ from torch import Tensor
 from cachepress.budgets import Threshold, pin_window
 from cachepress.core import Schedule
 from cachepress.errors import CachepressError
-from cachepress.presses.base import WrapperPress, check_count
-from cachepress.presses.replaying import _ReplayPress
+from cachepress.presses.base import WrapperPress, check_count, replays
 from cachepress.schedules import AfterPrefill, Every
 from cachepress.view import LayerView
 
@@ -51,7 +50,7 @@ class DMSPress(WrapperPress, alias="dms"):
                 f"DMSPress decides when rows are dropped, and {self.press!r} does so already: give "
                 "it the press that scores"
             )
-        if isinstance(self.press, _ReplayPress) and self.press.replay is None:
+        if replays(self.press) and self.press.replay is None:
             raise CachepressError(
                 f"{self.press!r} replays nothing at ratio 0: give it a ratio above 0, which then "
                 "does not count"

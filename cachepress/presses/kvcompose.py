@@ -1,15 +1,22 @@
 """KVCompose: each head takes its own best rows, and layers compete for how many."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cachepress.budgets import TopK, pin
 from cachepress.errors import CachepressError
-from cachepress.ops import wide
-from cachepress.presses.base import ScorerPress, check_count
+from cachepress.ops import attention_weights, wide, wide_dtype
+from cachepress.presses.base import (
+    ScorerPress,
+    check_count,
+    mean_of_token,
+    unknown_as_average,
+)
 from cachepress.presses.chunkkv import highest_first, places
+from cachepress.presses.replaying import replayed_or_carried
+from cachepress.replay import Replay, ReplayView
 from cachepress.view import LayerView, Needs
 
 
@@ -40,20 +47,19 @@ class KVComposePress(ScorerPress, alias="kvcompose"):
     """Lets layers compete with composite tokens: the best rows of all heads, the second best, ...
 
     Akulov et al., "KVCompose: Efficient Structured KV Cache Compression with Composite Tokens"
-    (arXiv:2509.05165). A row is worth the attention that it receives. Each head ranks its own rows;
-    the i-th composite is worth what the heads' i-th rows are, and the best composites of the whole
-    model stay, so that all heads of a layer keep the same number of rows. The paper takes attention
-    from prompts of the task; here it is that of the turn's own queries, which need no second pass:
-    a question at the end of the prompt counts, and a later turn judges all rows by its own queries.
-    Composites compete before any row is dropped, when the forward is done. Needs the attention
-    peaks or sums, which cost about one more attention pass.
+    (arXiv:2509.05165). The prompt is read once more behind itself, and a row is worth the attention
+    that it receives from that second reading; what the first one shows of it is how near it stood
+    to others. Each head ranks its own rows; the i-th composite is worth what the heads' i-th rows
+    are, and the best composites of the whole model stay, so that all heads of a layer keep the same
+    number of rows. Rows of an earlier turn keep their worth, decoded ones count as average. Costs a
+    further prefill and twice its keys and values for as long.
     Best for servers that need the same number of rows in all heads of a layer.
 
     Attributes:
         structured: whether rows compete as composites; if not, every row for itself in the whole
             model, so that each head keeps its own number.
-        agg_task: over the queries, "max" for the most attention from one of them, or "mean" over
-            those that can see the row.
+        agg_task: over the queries of the second reading, "max" for the most attention from one of
+            them, or "mean".
         agg_group: over the query heads of a KV head, "mean" or "max".
         agg_head: over the KV heads of a composite, "mean" or "max".
         add_v_norm: whether a row's worth is multiplied by the norm of its value.
@@ -61,6 +67,8 @@ class KVComposePress(ScorerPress, alias="kvcompose"):
             added.
         keep_token_lower_bound: rows that every head keeps while the budget holds them; one in any
             case where rows compete as composites.
+        chunk_size: tokens that are read a second time in one forward; it bounds memory, and does
+            not change what is kept.
     """
 
     structured: bool = True
@@ -70,6 +78,7 @@ class KVComposePress(ScorerPress, alias="kvcompose"):
     add_v_norm: bool = False
     add_mean_across_heads: bool = True
     keep_token_lower_bound: int = 0
+    chunk_size: int = field(default=2048, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,12 +88,45 @@ class KVComposePress(ScorerPress, alias="kvcompose"):
                     f'{name}: got {getattr(self, name)!r}, wanted "max" or "mean"'
                 )
         check_count(self, "keep_token_lower_bound", least=0)
+        check_count(self, "chunk_size")
 
     @property
     def needs(self) -> Needs:
-        """The most attention that rows received, or the sum."""
-        most = self.agg_task == "max"
-        return Needs(attention_peaks=most, attention_sums=not most)
+        """Nothing of the prompt's own forward."""
+        return Needs()
+
+    @property
+    def carries(self) -> bool:
+        """Whether rows can be dropped, so that the others must keep what they are worth."""
+        return self.with_ratio(0.0) != self
+
+    @property
+    def replay(self) -> Replay | None:
+        """The whole prompt behind itself, unless nothing will be dropped."""
+        return Replay(self.chunk_size, 0, "", "", whole=True) if self.carries else None
+
+    def replayed(self, view: ReplayView) -> Tensor:
+        """Attention that each row received so far by query head; at last by head, ``[H, T]``."""
+        shape = *view.queries.shape[1:3], view.chunk.stop - view.chunk.start
+        received = view.keys.new_zeros(shape, dtype=wide_dtype(view.keys))  # [H, G, T]
+        if view.before is not None:
+            received = view.before
+        for _, weights in attention_weights(view.queries, view.keys, view.valid, view.rule):
+            new = weights[0, ..., view.chunk]  # [H, G, q, T]
+            if self.agg_task == "max":
+                received = torch.maximum(received, new.amax(-2))
+            else:
+                received = received + new.sum(-2)
+        if not view.last:
+            return received
+        if self.agg_task == "mean":
+            # Each token of the text was a query once.
+            received = received / view.valid[0, :, None, view.chunk].sum(-1, keepdim=True)
+        return received.amax(1) if self.agg_group == "max" else received.mean(1)
+
+    def carry(self, view: LayerView) -> Tensor:
+        """Attention that each row received in the second reading of its turn, ``[B, H, T]``."""
+        return replayed_or_carried(view)
 
     @property
     def budget(self) -> TopK:
@@ -105,15 +147,10 @@ class KVComposePress(ScorerPress, alias="kvcompose"):
 
     def _worth(self, view: LayerView) -> Tensor:
         """What each row is worth to its own head, ``[B, H, T]``."""
-        received = view.attention_peaks
-        if self.agg_task == "mean" and view.attention_sums is not None:
-            received = view.attention_sums / view.attention_counts.clamp(min=1).unsqueeze(2)  # type: ignore
-        if received is None:
-            raise TypeError("the view was made without the attention that rows received")
-        worth = received.amax(2) if self.agg_group == "max" else received.mean(2)
+        worth = unknown_as_average(self.carry(view), view.valid)
         if self.add_v_norm:
             worth = worth * wide(view.values).norm(dim=-1)
-        return worth + _mean_of_token(worth, view) if self.add_mean_across_heads else worth
+        return worth + mean_of_token(worth, view) if self.add_mean_across_heads else worth
 
 
 def _over_heads(x: Tensor, held: Tensor, how: str) -> Tensor:
@@ -121,19 +158,3 @@ def _over_heads(x: Tensor, held: Tensor, how: str) -> Tensor:
     if how == "max":
         return x.masked_fill(~held, 0.0).amax(1, keepdim=True)
     return (x * held).sum(1, keepdim=True) / held.sum(1, keepdim=True).clamp(min=1)
-
-
-def _mean_of_token(x: Tensor, view: LayerView) -> Tensor:
-    """Mean of ``x [B, H, T]`` over the heads that hold the same token, ``[B, H, T]``.
-
-    Heads that dropped rows in an earlier turn have different tokens in the same place.
-    """
-    b, h, _ = x.shape
-    size = int(view.n_seen.max())
-    column = view.index.long().masked_fill(~view.valid, size)
-
-    def by_token(y: Tensor) -> Tensor:
-        return y.new_zeros(b, h, size + 1).scatter(-1, column, y).sum(1, keepdim=True)
-
-    mean = by_token(x) / by_token(view.valid.float()).clamp(min=1)
-    return mean.expand(-1, h, -1).gather(-1, column)

@@ -22,7 +22,7 @@ class KVgradPress(_ReplayPress, alias="kvgrad"):
 
     Attributes:
         layerwise: whether every layer gets the same share, so that only its heads compete.
-        n_sink: first rows, which always stay.
+        n_sink: first rows, which always stay, as do those of the chat template before the context.
         chunk_size: tokens that are repeated in one forward.
     """
 

@@ -16,7 +16,9 @@ class KVzipPress(_ReplayPress, alias="kvzip"):
     Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction"
     (arXiv:2505.23416). When the prompt is read, each chunk of it is fed once more after a request
     to repeat it; a row's score is the most attention that any of those queries gives it, among the
-    chunk, the sinks and the replay itself. KVzip+ (Jegou and Jeblick, arXiv:2601.07891) weighs
+    chunk, the sinks and the replay itself. As in the paper, what the chat template puts before the
+    context (with its system prompt) is not repeated and never dropped; it stands for the sinks.
+    KVzip+ (Jegou and Jeblick, arXiv:2601.07891) weighs
     each attention by the size of what the value adds to the output over that of the query's hidden
     state, here the one that attention reads. Heads and layers compete, each with its own number of
     rows. Costs one to two further prefills. Rows of an earlier turn keep their scores. Best for
@@ -24,7 +26,7 @@ class KVzipPress(_ReplayPress, alias="kvzip"):
 
     Attributes:
         layerwise: whether every layer gets the same share, so that only its heads compete.
-        n_sink: first rows, which always stay.
+        n_sink: first rows, which always stay, as do those of the chat template before the context.
         chunk_size: tokens that are repeated in one forward.
         kvzip_plus_normalization: whether attentions are weighed; needs the output projection.
     """

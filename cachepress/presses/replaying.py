@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cachepress.budgets import TopK, pin_sinks
+from cachepress.budgets import TopK, pin_first, pin_sinks
 from cachepress.ops import attention_weights, wide_dtype
 from cachepress.presses.base import (
     ScorerPress,
@@ -24,7 +24,8 @@ LATER = "\n\nRepeat the text above, word for word, from where it says:"
 class _ReplayPress(ScorerPress):
     """A press whose scores are what the model reads while it repeats the prompt.
 
-    Rows that were never repeated, such as decoded tokens, count as average.
+    Rows that were never repeated, such as decoded tokens, count as average. What the chat template
+    puts before the context always stays, and is what the repeating queries see as sinks.
 
     Attributes:
         layerwise: whether every layer gets the same share, so that only its heads compete.
@@ -77,12 +78,18 @@ class _ReplayPress(ScorerPress):
 
     def score(self, view: LayerView) -> Tensor:
         """What the replay showed, ``[B, H, T]``."""
-        scores = unknown_as_average(self.carry(view), view.valid)
-        return pin_sinks(scores, view, self.n_sink)
+        carried = self.carry(view)
+        scores = unknown_as_average(carried, view.valid)
+        return pin_sinks(pin_first(scores, view, carried.isposinf()), view, self.n_sink)
 
     def carry(self, view: LayerView) -> Tensor:
         """The score of each row, from this turn's replay or from an earlier one."""
-        noted = view.noted
-        if noted is None:
-            noted = torch.full_like(view.index, float("nan"), dtype=wide_dtype(view.keys))
-        return noted_or_carried(view, noted)
+        return replayed_or_carried(view)
+
+
+def replayed_or_carried(view: LayerView) -> Tensor:
+    """What a replay showed of each row, ``[B, H, T]``, else what an earlier one left; or NaN."""
+    noted = view.noted
+    if noted is None:
+        noted = torch.full_like(view.index, float("nan"), dtype=wide_dtype(view.keys))
+    return noted_or_carried(view, noted)

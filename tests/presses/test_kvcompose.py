@@ -32,9 +32,10 @@ def aggregated(numbers, how):
 
 
 def worth_of(name, ids, press):
-    """Worth of each row by layer and KV head, from attention weights and values."""
+    """Worth of each row by layer and KV head, from values and the weights of a second reading."""
     model, cache = tiny(name), DynamicCache()
     model.set_attn_implementation("eager")
+    forward(model, cache, input_ids=ids)
     weights = forward(model, cache, input_ids=ids, output_attentions=True).attentions
     t, worth = ids.shape[1], []
     for layer, values in zip(weights, (x.values for x in cache.layers), strict=True):
@@ -43,7 +44,7 @@ def worth_of(name, ids, press):
         rows = [[0.0] * t for _ in range(h)]
         for j, c in product(range(h), range(t)):
             each = [
-                aggregated([float(layer[0, k, q, c]) for q in range(c, t)], press.agg_task)
+                aggregated([float(layer[0, k, q, c]) for q in range(t)], press.agg_task)
                 for k in range(j * g, (j + 1) * g)
             ]
             rows[j][c] = aggregated(each, press.agg_group)
@@ -155,8 +156,11 @@ def test_the_mean_over_heads_is_that_of_the_same_token_in_a_later_turn():
         forward(model, cache, input_ids=ids[:, :25])
         forward(model, cache, input_ids=ids[:, 25:])
     apart = 0
-    for _, (view, _) in seen.values():
-        alone = view.attention_peaks.mean(2)[0]
+    for (first, _), (view, _) in seen.values():
+        alone = press.carry(view)[0]
+        for j in range(2):
+            old = view.index[0, j] < 25
+            torch.testing.assert_close(alone[j, old], first.noted[0, j, view.index[0, j, old]])
         worth = press._worth(view)[0]
         for j in range(2):
             for t, token in enumerate(view.index[0, j].tolist()):
@@ -166,6 +170,33 @@ def test_the_mean_over_heads_is_that_of_the_same_token_in_a_later_turn():
                 wanted = alone[j, t] + sum(each) / len(each)
                 torch.testing.assert_close(worth[j, t], wanted, atol=1e-6, rtol=1e-5)
     assert apart > 0
+
+
+@pytest.mark.parametrize("task", ["max", "mean"])
+def test_the_second_reading_in_parts_is_that_in_one_go(task):
+    """In a first turn and in one that follows, with heads that hold different rows."""
+    worth = []
+    for size in (2048, 7):
+        press, seen = noting(KVComposePress(0.5, agg_task=task, chunk_size=size))
+        model, cache = tiny(), DynamicCache()
+        with press(model):
+            forward(model, cache, input_ids=tokens(33))
+            forward(model, cache, input_ids=tokens(20, seed=1))
+        worth.append([view.noted for views in seen.values() for view, _ in views])
+    for whole, parts in zip(*worth, strict=True):
+        torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5, equal_nan=True)
+        assert whole.isfinite().any()
+
+
+def test_the_second_reading_is_given_no_words_and_leaves_nothing_behind():
+    model, calls = tiny(), []
+    model.config.name_or_path = ""
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    cache = pressed(model, KVComposePress(0.5, chunk_size=16), tokens(40))
+    assert len(calls) == 1 + 3
+    assert cache.get_seq_length() == 40
+    pressed(model, KVComposePress(), tokens(40))
+    assert len(calls) == 1 + 3 + 1
 
 
 def test_exact_chunks_equal_one_go():
@@ -180,12 +211,17 @@ def test_other_budgets_and_a_running_generation():
     cache = pressed(tiny(), KVComposePress(n_kept=7), tokens(40))
     assert cp.size_of(cache).rows_held == 4 * 2 * 7
     model, cache = tiny(), DynamicCache()
-    with cp.DecodingPress(KVComposePress(), 4, 10)(model):
+    around = cp.PrefillDecodingPress(KVComposePress(0.5), cp.DecodingPress(cp.KnormPress(), 4, 10))
+    with around(model):
         forward(model, cache, input_ids=tokens(30))
+        lengths = torch.stack([store.lengths[0] for store in stores(cache)])
+        assert int(lengths.sum()) == 4 * 2 * 15 and torch.equal(lengths[:, 0], lengths[:, 1])
         for step in range(8):
             forward(model, cache, input_ids=tokens(1, seed=step))
-    lengths = torch.stack([store.lengths[0] for store in stores(cache)])
-    assert int(lengths.sum()) == 4 * 2 * 10 and torch.equal(lengths[:, 0], lengths[:, 1])
+    assert [store.lengths.tolist() for store in stores(cache)] == [[[10, 10]]] * 4
+    for ratio in (0.0, 0.5):
+        with pytest.raises(cp.CachepressError, match="use PrefillDecodingPress"):
+            cp.DecodingPress(KVComposePress(ratio))
 
 
 def test_bf16_is_scored_in_float32():
@@ -202,6 +238,7 @@ def test_the_spelling_and_bad_options():
         ({"agg_task": "sum"}, 'agg_task: got \'sum\', wanted "max" or "mean"'),
         ({"agg_group": None}, "agg_group: got None, wanted"),
         ({"agg_head": 1}, "agg_head: got 1, wanted"),
+        ({"chunk_size": 0}, "chunk_size: got 0, wanted a whole number"),
         ({"keep_token_lower_bound": -1}, "keep_token_lower_bound: got -1, wanted a whole number"),
     ):
         with pytest.raises(cp.CachepressError, match=message):

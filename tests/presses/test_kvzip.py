@@ -8,6 +8,7 @@ import cachepress as cp
 from cachepress.cache import stores
 from cachepress.presses.kvzip import KVzipPress
 from cachepress.presses.replaying import FIRST, LATER
+from cachepress.replay import opening_of
 from tests.tiny import tiny, tokenizer, tokens, words
 from tests.tiny_cache import forward, kept
 
@@ -29,24 +30,25 @@ def scores(press, ids, model=None, **options):
     return [SEEN[depth] for depth in range(4)]
 
 
-def asked(ids, start):
+def asked(ids, start, opening=0):
     """What the model is fed before it repeats a chunk, written out."""
     make = tokenizer()
-    text = FIRST if start == 0 else LATER
+    text = FIRST if start == opening else LATER
     said = make(text, add_special_tokens=False).input_ids
-    lead = ids[0, max(0, start - 8) : start].tolist()
+    lead = ids[0, max(0, start - 8) : start].tolist() if start > opening else []
     after = make(" w5 w6 ", add_special_tokens=False).input_ids
     return torch.tensor([[*said, *lead, *after]])
 
 
-def reference(model, ids, chunk_size, n_sink, plus=False):
+def reference(model, ids, chunk_size, n_sink, plus=False, opening=0):
     """Whole attention matrices of context and replay, one chunk after the other."""
     model.set_attn_implementation("eager")
-    n = ids.shape[1]
+    n, n_sink = ids.shape[1], max(n_sink, opening)
     found = torch.zeros(4, 2, n)
-    for start in range(0, n, chunk_size):
+    found[..., :opening] = float("inf")
+    for start in range(opening, n, chunk_size):
         stop = min(start + chunk_size, n)
-        text = torch.cat([ids, asked(ids, start), ids[:, start:stop]], dim=1)
+        text = torch.cat([ids, asked(ids, start, opening), ids[:, start:stop]], dim=1)
         hidden = {}
         hooks = [
             layer.self_attn.register_forward_pre_hook(
@@ -86,6 +88,65 @@ def test_scores_are_those_of_whole_attention_matrices(chunk_size, plus):
     wanted = reference(tiny(), ids, chunk_size, 4, plus)
     ours = torch.cat(scores(press, ids))
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
+
+
+def in_template(n, seed=0):
+    """Tokens that stand where the chat template of the tests puts a context, template first."""
+    return torch.cat([torch.tensor([[3, 4]]), tokens(n - 2, seed=seed)], dim=1)
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize(("chunk_size", "n_sink"), [(64, 0), (16, 1), (16, 4)])
+def test_the_template_before_the_context_is_not_repeated_and_stands_for_sinks(
+    chunk_size, n_sink, plus
+):
+    ids = in_template(40)
+    options = {"chunk_size": chunk_size, "n_sink": n_sink, "kvzip_plus_normalization": plus}
+    wanted = reference(tiny(), ids, chunk_size, n_sink, plus, opening=2)
+    ours = torch.cat(scores(_Watching(0.5, **options), ids))
+    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [KVzipPress, cp.KVgradPress])
+def test_the_template_before_the_context_is_never_dropped(kind):
+    """In a further turn neither, nor in a padded batch; the budget is what it was."""
+    model, press = tiny(), kind(0.9, n_sink=0)
+    ids, other = in_template(40), in_template(30, seed=5)
+    batch = torch.cat([ids, torch.cat([torch.zeros(1, 10, dtype=torch.long), other], dim=1)])
+    cache = cp.prefill(model, batch, press, attention_mask=(batch > 0).long())
+    for layer in kept(cache):
+        assert all(head[:2] == [0, 1] for head in layer[0])
+        assert all(head[:2] == [10, 11] for head in layer[1])
+    lengths = torch.stack([store.lengths for store in stores(cache)])
+    assert lengths.sum((0, 2)).tolist() == [4 * 2 * 4, 4 * 2 * 3]
+    cache = DynamicCache()
+    with press(model):
+        forward(model, cache, input_ids=ids)
+        forward(model, cache, input_ids=in_template(20, seed=7))
+    held = [head for layer in kept(cache) for head in layer[0]]
+    assert all(head[:2] == [0, 1] for head in held)
+    assert not all({40, 41} <= set(head) for head in held)
+
+
+def test_a_text_of_the_template_alone_keeps_its_first_rows():
+    cache = cp.prefill(tiny(), torch.tensor([[3, 4]]), KVzipPress(0.5, n_sink=0))
+    assert kept(cache) == [[[[0]] * 2]] * 4
+
+
+def test_what_the_template_put_before_a_context_is_found_in_its_tokens():
+    make = tokenizer()
+
+    def opening(*ids, bos=None):
+        make.bos_token = bos
+        return opening_of(torch.tensor([ids]), make)
+
+    assert opening(3, 4, 7, 8) == opening(3, 4) == 2
+    assert opening(3, 9, 7, 8) == 1  # Its last token went on into the context.
+    assert opening(7, 3, 4, 8) == opening(4, 3, 4) == 0
+    assert opening(1, 3, 4, 7, bos="<bos>") == 3
+    assert opening(1, 3, 4, 7) == 0
+    assert opening_of(torch.tensor([[3, 4, 7]]), tokenizer(chat=False)) == 0
+    assert opening_of(torch.tensor([[3, 4, 7]]), None) == 0
 
 
 def test_the_best_rows_of_the_whole_model_stay():
