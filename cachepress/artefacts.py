@@ -1,9 +1,11 @@
 """What was learned about a model: found, checked and read.
 
-An artefact is one safetensors file. ``cachepress train`` makes it, here or on another machine.
+An artefact is one safetensors file. ``cachepress train`` makes it, here or on another machine;
+files that the authors of a method publish are read as they are. No code in a file ever runs.
 """
 
 import hashlib
+import pickle
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,11 +21,22 @@ from transformers import PreTrainedModel
 
 from cachepress.errors import CachepressError
 from cachepress.hf import compressed_layers
+from cachepress.hf.wiring import full_attention
 from cachepress.models import BUILTIN_MODELS, cache_home, hub_answers
+from cachepress.published import converted, n_layers, of_layers
 
 _FORMAT = "cachepress-artefact"
 _REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
-_HUB_NAMES = ("{kind}.safetensors", "model.safetensors")
+_NAMES = ("{kind}.safetensors", "model.safetensors", "{kind}.npy", "pytorch_model.bin")
+_SUFFIXES = (".safetensors", ".npy", ".pt", ".pth", ".bin")
+_PUBLISHED = {
+    "q_filters": "nthngdy/{name}_qfilt",
+    "query_stats": "alessiodevoto/exp_att_stats_{owner}_{name}_kmfoda_booksum_100_1000_4",
+    "fastkvzip": "Jang-Hyun/Fast-KVzip",
+    "kvzap_linear": "nvidia/KVzap-linear-{name}",
+    "kvzap_mlp": "nvidia/KVzap-mlp-{name}",
+}
+"""Where the authors of a method keep what they learned of a model, if they learned it."""
 
 
 def default_path(kind: str, model: PreTrainedModel) -> Path:
@@ -108,19 +121,77 @@ def _found(kind: str, source: str | None, model: PreTrainedModel, hint: str) -> 
         path = default_path(kind, model)
         if path.is_file():
             return str(path)
-        raise CachepressError(f"nothing was learned of {model_name(model)} for {kind} yet: {hint}")
-    given = Path(source).expanduser()
-    names = tuple(text.format(kind=kind) for text in _HUB_NAMES)
+        raise CachepressError(
+            f"nothing was learned of {model_name(model)} for {kind} yet: "
+            f"{hint}{_or_published(kind, model)}"
+        )
+    given, names = Path(source).expanduser(), _names(kind, model)
     for path in (given, *(given / name for name in names)):
         if path.is_file():
             return str(path)
+    files = sorted(path for path in given.glob("*") if path.suffix in _SUFFIXES)
+    if len(files) == 1:
+        return str(files[0])
+    if files:
+        raise CachepressError(
+            f"{source} has several files that may be the {kind}: name one, such as {files[0]}"
+        )
     if given.exists() or given.is_absolute() or not re.fullmatch(_REPOSITORY, source):
         raise CachepressError(f"{source} has no {names[0]}: {hint}")
     return _from_hub(source, names, hint)
 
 
-def load_artefact(path: str, kind: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The tensors of an artefact, read once; of a ``.npy`` file the one that it is, by its kind.
+def _names(kind: str, model: PreTrainedModel) -> tuple[str, ...]:
+    """What the file may be called in a folder or a repository."""
+    names = [text.format(kind=kind) for text in _NAMES]
+    if kind == "fastkvzip":
+        # The published repository holds the gates of all models.
+        name = f"q{sizes(model)[2]}_dim16_sink16.pt"
+        names += [f"{Path(model_name(model)).name.lower()}/{name}", name]
+    return tuple(names)
+
+
+def _or_published(kind: str, model: PreTrainedModel) -> str:
+    owner, _, name = model_name(model).partition("/")
+    if not name or "/" in name or not owner or kind not in _PUBLISHED:
+        return ""
+    return f"; or name a published one, such as {_PUBLISHED[kind].format(owner=owner, name=name)}"
+
+
+def fitted_layers(path: str, kind: str, model: PreTrainedModel) -> tuple[int, ...] | None:
+    """Which layers of an artefact are those of a model that are compressed.
+
+    Published files are about every layer of a model, also where some of them keep a window only.
+
+    Returns:
+        Their indices; None where the artefact is about these layers and no others.
+
+    Raises:
+        CachepressError: if the artefact is about another number of layers, or no artefact.
+    """
+    n, full = n_layers(load_artefact(path, kind), kind), full_attention(model.get_decoder().config)
+    if n == sum(full):
+        return None
+    if n == len(full):
+        return tuple(layer for layer, is_full in enumerate(full) if is_full)
+    raise CachepressError(
+        f"{path} does not fit the model: it is about {n} layers, wanted {sum(full)}"
+    )
+
+
+def load_artefact(
+    path: str,
+    kind: str,
+    device: torch.device | str = "cpu",
+    layers: tuple[int, ...] | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of an artefact, as ``cachepress train`` names them, read once.
+
+    Args:
+        path: the file: our own, or one that was published.
+        kind: what it is.
+        device: where the tensors are wanted.
+        layers: which of its layers; None for all.
 
     Raises:
         CachepressError: if the file is missing, damaged or of another kind.
@@ -130,7 +201,7 @@ def load_artefact(path: str, kind: str, device: torch.device | str = "cpu") -> d
     except OSError as error:
         raise CachepressError(f"{path}: {error.strerror}") from error
     # A clock may stand still between two writes, so the time alone does not tell them apart.
-    return _read(path, (found.st_mtime_ns, found.st_ino), kind, str(device))
+    return _read(path, (found.st_mtime_ns, found.st_ino), kind, str(device), layers)
 
 
 def check_shapes(
@@ -154,24 +225,84 @@ def sizes(model: PreTrainedModel) -> tuple[int, int, int, int, int]:
     return compressed_layers(model), keys, queries // keys, head, config.hidden_size
 
 
-@lru_cache(maxsize=8)
-def _read(path: str, written: tuple[int, int], kind: str, device: str) -> dict[str, Tensor]:
+@lru_cache(maxsize=16)
+def _read(
+    path: str,
+    written: tuple[int, int],
+    kind: str,
+    device: str,
+    layers: tuple[int, ...] | None,
+) -> dict[str, Tensor]:
+    if layers is not None:
+        return of_layers(_read(path, written, kind, device, None), kind, layers)
     try:
-        if path.endswith(".npy"):
-            # Published curves say which fraction a head drops, ours which it keeps.
-            return {kind: 1 - torch.from_numpy(np.load(path, allow_pickle=False)).to(device)}
-        with safe_open(path, framework="pt", device=device) as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, EOFError, TypeError, ValueError, SafetensorError) as error:
-        raise CachepressError(f"{path} is damaged or not a safetensors file: {error}") from error
-    # Files of others say nothing of their kind; what transformers writes says "pt".
-    found = metadata.get("kind", kind) if metadata.get("format") == _FORMAT else kind
-    if found != kind:
-        raise CachepressError(f"{path} holds {found}, wanted {kind}")
-    if not all(bool(x.isfinite().all()) for x in tensors.values()):
-        raise CachepressError(f"{path} is damaged: it holds numbers that are not finite")
-    return tensors
+        content, metadata = _contents(path)
+        # Files of others say nothing of their kind; what transformers writes says "pt".
+        found = metadata.get("kind", kind) if metadata.get("format") == _FORMAT else kind
+        if found != kind:
+            raise CachepressError(f"{path} holds {found}, wanted {kind}")
+        tensors = converted(content, kind, path)
+        # Copied, as safetensors maps the file, and what is mapped is lost when others write it.
+        return {name: x.to(device, copy=True) for name, x in tensors.items()}
+    except CachepressError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CachepressError(_refusal(path, error)) from error
+    except Exception as error:  # What is damaged fails in any way.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CachepressError(
+            f"{path} is damaged, or no file of tensors (safetensors, .npy, or .pt): {reason}"
+        ) from error
+
+
+def _contents(path: str) -> tuple[object, dict[str, str]]:
+    """What a file holds, and what a safetensors file says of itself; its name does not count."""
+    with Path(path).open("rb") as file:
+        start = file.read(9)
+    if start.startswith(b"\x93NUMPY"):
+        array = np.load(path, allow_pickle=False)
+        if array.dtype.kind not in "fiu":
+            raise CachepressError(f"{path} is damaged: it holds {array.dtype}, wanted numbers")
+        return torch.from_numpy(np.asarray(array, dtype=np.float64)), {}
+    if start.startswith((b"PK", b"\x80")) and start[8:] != b"{":
+        # Given open, since torch would go by the name of a path.
+        with Path(path).open("rb") as file, torch.serialization.safe_globals(_PLACEHOLDERS):
+            return torch.load(file, map_location="cpu", weights_only=True), {}
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+class _Ignored:
+    """Stands for what a published file holds beside its tensors, such as the curve of a loss."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+_PLACEHOLDERS = [
+    (_Ignored, f"numpy.{name}")
+    for name in (
+        "dtype",
+        "ndarray",
+        "_core.multiarray._reconstruct",
+        "_core.multiarray.scalar",
+        "core.multiarray._reconstruct",
+        "core.multiarray.scalar",
+    )
+]
+"""Read in place of numpy's own, which would be built by code that the file chooses."""
+
+
+def _refusal(path: str, error: pickle.UnpicklingError) -> str:
+    """One line about a file that would run code, or is damaged."""
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if named is None:
+        return f"{path} is damaged, or holds more than tensors: get the file anew"
+    return (
+        f"{path} is refused: reading it would run {named[1]}, and no code in a file ever runs: "
+        "wanted a file that holds tensors only"
+    )
 
 
 def _metadata(path: str) -> dict[str, str]:
@@ -195,9 +326,10 @@ def _from_hub(repository: str, names: tuple[str, ...], hint: str) -> str:
             f"{repository} is not on this machine, and the hub does not answer: {hint}"
         )
     try:
-        with suppress(EntryNotFoundError):
-            return hf_hub_download(repository, names[0])
-        return hf_hub_download(repository, names[1])
+        for name in names[:-1]:
+            with suppress(EntryNotFoundError):
+                return hf_hub_download(repository, name)
+        return hf_hub_download(repository, names[-1])
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CachepressError(

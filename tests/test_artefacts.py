@@ -144,10 +144,18 @@ def test_another_kind_is_refused(saved):
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_files_of_others_are_taken_at_their_shapes(tmp_path, metadata):
+def test_files_of_others_are_known_by_what_they_hold(tmp_path, metadata):
     path = tmp_path / "model.safetensors"
+    linear = {"layers.0.weight": drawn(2, 3), "layers.0.bias": drawn(2)}
+    save_file(linear, path, metadata)
+    found = load_artefact(str(path), "kvzap_linear")
+    assert found.keys() == linear.keys()
+    assert all(torch.equal(found[name], linear[name]) for name in linear)
     save_file({"x": drawn(2)}, path, metadata)
-    assert torch.equal(load_artefact(str(path), "kvzap_mlp")["x"], drawn(2))
+    with pytest.raises(cp.CachepressError) as error:
+        load_artefact(str(path), "kvzap_linear")
+    message = f"{path} is no kvzap_linear artefact: it holds x (an array of float32, (2,)); wanted"
+    assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.npy"])
@@ -159,7 +167,7 @@ def test_damage_is_named(saved, tmp_path, name, content):
         np.save(path, np.ones((3, 4)))
         half = path.read_bytes()[:-9]
     path.write_bytes({"empty": b"", "text": b"no tensors at all", "half": half}[content])
-    with pytest.raises(cp.CachepressError, match="a[.].* is damaged or not a safetensors file"):
+    with pytest.raises(cp.CachepressError, match="a[.].* is damaged, or no file of tensors"):
         load_artefact(str(path), "q_filters")
 
 
@@ -178,12 +186,15 @@ def test_a_missing_file_is_named(tmp_path):
         load_artefact(str(tmp_path / "gone.safetensors"), "lukv")
 
 
-def test_a_npy_file_is_the_tensor_of_its_kind(tmp_path):
+@pytest.mark.parametrize("rises", [True, False])
+def test_an_array_is_a_curve_and_read_as_what_heads_keep(tmp_path, rises):
+    """What heads drop grows with the ratio, what they keep falls."""
     path = tmp_path / "curve.npy"
-    np.save(path, drawn(99, 4, 2).double().numpy())
+    kept = 1 - torch.arange(1, 100)[:, None, None] / 100 * drawn(1, 4, 2).sigmoid().double()
+    np.save(path, (1 - kept if rises else kept).numpy())
     found = load_artefact(str(path), "lukv")
     assert list(found) == ["lukv"]
-    assert torch.equal(found["lukv"], drawn(99, 4, 2).double())
+    torch.testing.assert_close(found["lukv"], kept, atol=1e-12, rtol=0)
 
 
 def test_shapes_are_checked(saved):

@@ -4,7 +4,13 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel
 
-from cachepress.artefacts import check_shapes, find_artefact, load_artefact, sizes
+from cachepress.artefacts import (
+    check_shapes,
+    find_artefact,
+    fitted_layers,
+    load_artefact,
+    sizes,
+)
 from cachepress.ops import wide_dtype
 from cachepress.presses.expected_attention import ExpectedAttentionPress
 from cachepress.view import LayerView, Moments, Needs
@@ -28,10 +34,13 @@ class ExpectedAttentionStatsPress(ExpectedAttentionPress, alias="expected_attent
         use_covariance: whether the covariance of the queries enters.
         use_vnorm: whether the score is multiplied by the norm of the value.
         epsilon: added to the score before that multiplication.
-        stats: the file, its folder or a hub repository with it; None for what was learned here.
+        stats: the file, its folder or a hub repository with it, as ``cachepress train`` or the
+            authors wrote it; None for what was learned here.
+        layers: which layers of the file are the model's full-attention layers; None to find out.
     """
 
     stats: str | None = field(default=None, kw_only=True)
+    layers: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     @property
     def needs(self) -> Needs:
@@ -41,18 +50,22 @@ class ExpectedAttentionStatsPress(ExpectedAttentionPress, alias="expected_attent
     def for_model(self, model: PreTrainedModel) -> "ExpectedAttentionStatsPress":
         """The same press with the file found and checked."""
         path = find_artefact(KIND, self.stats, model)
-        layers, h, g, d, _ = sizes(model)
-        wanted = {"mean": (layers, h, g, d), "covariance": (layers, h, g, d, d)}
-        check_shapes(load_artefact(path, KIND), wanted, path)
-        return replace(self, stats=path)
+        layers, (n, h, g, d, _) = fitted_layers(path, KIND, model), sizes(model)
+        learned = load_artefact(path, KIND, layers=layers)
+        # Published statistics are by query head, ours by KV head as well.
+        heads = (h * g,) if learned["mean"].ndim == 3 else (h, g)
+        wanted = {"mean": (n, *heads, d), "covariance": (n, *heads, d, d)}
+        check_shapes(learned, wanted, path)
+        return replace(self, stats=path, layers=layers)
 
     def moments(self, view: LayerView) -> Moments:
         """The moments that were learned, the same for every sequence."""
         if self.stats is None:
             raise TypeError("the press was not made ready for a model")
-        learned, b = load_artefact(self.stats, KIND, view.keys.device), len(view.n_seen)
+        learned = load_artefact(self.stats, KIND, view.keys.device, self.layers)
+        b, h, _, d = view.keys.shape
         mean, covariance = (
-            learned[name][view.depth].to(wide_dtype(view.keys)).expand(b, *[-1] * n)
-            for name, n in (("mean", 3), ("covariance", 4))
+            learned[name][view.depth].to(wide_dtype(view.keys)) for name in ("mean", "covariance")
         )
-        return Moments(mean, covariance)
+        mean = mean.view(h, -1, d).expand(b, -1, -1, -1)
+        return Moments(mean, covariance.view(h, -1, d, d).expand(b, -1, -1, -1, -1))

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachepress.artefacts import check_shapes, find_artefact, load_artefact, sizes
+from cachepress.artefacts import (
+    check_shapes,
+    find_artefact,
+    fitted_layers,
+    load_artefact,
+    sizes,
+)
 from cachepress.budgets import TopK, check_fraction, pin_sinks, pin_window
 from cachepress.ops import wide
 from cachepress.presses._surrogate import _SurrogatePress
@@ -35,7 +41,9 @@ class FastKVzipPress(_SurrogatePress, alias="fastkvzip"):
         n_sink: first rows, which always stay.
         window_size: newest rows that always stay in a text of 32,000 tokens or more.
         window_ratio: fraction of a shorter text that these are, at least one row.
-        gates: the file, its folder or a hub repository with it; None for what was learned here.
+        gates: the file, its folder or a hub repository with it, as ``cachepress train`` or the
+            authors wrote it; None for what was learned here.
+        layers: which layers of the file are the model's full-attention layers; None to find out.
     """
 
     layerwise: bool = False
@@ -43,6 +51,7 @@ class FastKVzipPress(_SurrogatePress, alias="fastkvzip"):
     window_size: int = 4096
     window_ratio: float = 0.02
     gates: str | None = field(default=None, kw_only=True)
+    layers: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,21 +67,21 @@ class FastKVzipPress(_SurrogatePress, alias="fastkvzip"):
     def for_model(self, model: PreTrainedModel) -> "FastKVzipPress":
         """The same press with the file found and checked."""
         path = find_artefact(KIND, self.gates, model)
-        layers, h, g, _, m = sizes(model)
-        learned = load_artefact(path, KIND)
-        d = max(1, learned["q_norm"].numel() // layers) if "q_norm" in learned else 1
-        s = learned["base"].numel() // (layers * h * d) if "base" in learned else 1
-        wanted = {"q_norm": (layers, d), "k_norm": (layers, d), "bias": (layers, h, g)}
-        wanted |= {"q_weight": (layers, h * g * d, m), "q_bias": (layers, h * g * d)}
-        wanted |= {"k_weight": (layers, h * d, m), "base": (layers, h, s, d)}
+        layers, (n, h, g, _, m) = fitted_layers(path, KIND, model), sizes(model)
+        learned = load_artefact(path, KIND, layers=layers)
+        d = max(1, learned["q_norm"].numel() // n)
+        s = max(1, learned["base"].numel() // (n * h * d))
+        wanted = {"q_norm": (n, d), "k_norm": (n, d), "bias": (n, h, g)}
+        wanted |= {"q_weight": (n, h * g * d, m), "q_bias": (n, h * g * d)}
+        wanted |= {"k_weight": (n, h * d, m), "base": (n, h, s, d)}
         check_shapes(learned, wanted, path)
-        return replace(self, gates=path)
+        return replace(self, gates=path, layers=layers)
 
     def guess(self, hidden: Tensor, depth: int) -> Tensor:
         """The score of each row, from 0 to 1, ``[B, H, n]``."""
         if self.gates is None:
             raise TypeError("the press was not made ready for a model")
-        learned = load_artefact(self.gates, KIND, hidden.device)
+        learned = load_artefact(self.gates, KIND, hidden.device, self.layers)
         x = wide(hidden)
         return gate(x, {name: part[depth].to(x.dtype) for name, part in learned.items()})
 

@@ -6,7 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachepress.artefacts import check_shapes, find_artefact, load_artefact, sizes
+from cachepress.artefacts import (
+    check_shapes,
+    find_artefact,
+    fitted_layers,
+    load_artefact,
+    sizes,
+)
 from cachepress.errors import CachepressError
 from cachepress.ops import wide
 from cachepress.presses._surrogate import _SurrogatePress
@@ -28,10 +34,12 @@ class KVzapPress(_SurrogatePress, alias="kvzap"):
     Attributes:
         model_type: "mlp" or "linear".
         surrogate: the file, its folder or a hub repository; None for what was learned here.
+        layers: which layers of the file are the model's full-attention layers; None to find out.
     """
 
     model_type: str = "mlp"
     surrogate: str | None = field(default=None, kw_only=True)
+    layers: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,10 +54,10 @@ class KVzapPress(_SurrogatePress, alias="kvzap"):
     def for_model(self, model: PreTrainedModel) -> "KVzapPress":
         """The same press with the file found and checked."""
         path = find_artefact(self.kind, self.surrogate, model)
-        layers, h, _, _, m = sizes(model)
-        learned = load_artefact(path, self.kind)
+        layers, (depths, h, _, _, m) = fitted_layers(path, self.kind, model), sizes(model)
+        learned = load_artefact(path, self.kind, layers=layers)
         wanted: dict[str, tuple[int, ...]] = {}
-        for i in range(layers):
+        for i in range(depths):
             if self.model_type == "linear":
                 wanted |= {f"layers.{i}.weight": (h, m), f"layers.{i}.bias": (h,)}
             else:
@@ -58,13 +66,13 @@ class KVzapPress(_SurrogatePress, alias="kvzap"):
                 wanted |= {f"{first}.bias": (n,), f"{first}.weight": (n, m)}
                 wanted |= {f"{second}.weight": (h, n), f"{second}.bias": (h,)}
         check_shapes(learned, wanted, path)
-        return replace(self, surrogate=path)
+        return replace(self, surrogate=path, layers=layers)
 
     def guess(self, hidden: Tensor, depth: int) -> Tensor:
         """The logarithm of the score of each row, ``[B, H, n]``."""
         if self.surrogate is None:
             raise TypeError("the press was not made ready for a model")
-        learned = load_artefact(self.surrogate, self.kind, hidden.device)
+        learned = load_artefact(self.surrogate, self.kind, hidden.device, self.layers)
 
         def linear(x: Tensor, name: str) -> Tensor:
             weight, bias = learned[f"{name}.weight"], learned[f"{name}.bias"]

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachepress.artefacts import check_shapes, find_artefact, load_artefact, sizes
+from cachepress.artefacts import (
+    check_shapes,
+    find_artefact,
+    fitted_layers,
+    load_artefact,
+    sizes,
+)
 from cachepress.budgets import PerLayer, Pyramid, TopK, apportion, pin_sinks, pin_window
 from cachepress.errors import CachepressError
 from cachepress.presses.base import WrapperPress, check_by_layer, check_count, counted
@@ -22,14 +28,16 @@ class _Shares(TopK):
 
     Attributes:
         curve: the file of the curve.
+        layers: which of its layers; None for all.
     """
 
     curve: str = ""
+    layers: tuple[int, ...] | None = None
 
     def count(self, view: LayerView) -> Tensor:
         """Rows of each head, ``[B, H]``."""
         average = TopK(self.amount, scope="model").count(view)
-        curve = load_artefact(self.curve, KIND)[KIND]
+        curve = load_artefact(self.curve, KIND, layers=self.layers)[KIND]
         pairs = zip(average.tolist(), view.n_seen.tolist(), strict=True)
         rows = [_counts(curve, int(n), int(seen))[view.depth] for n, seen in pairs]
         return torch.stack(rows).to(view.n_seen.device)
@@ -53,11 +61,13 @@ class LUKVPress(WrapperPress, alias="lukv"):
         sink: first rows, which always stay.
         window: newest rows, which always stay.
         curve: the file, its folder or a hub repository; None for what was learned here.
+        layers: which layers of the file are the model's full-attention layers; None to find out.
     """
 
     sink: int = 4
     window: int = 1
     curve: str | None = field(default=None, kw_only=True)
+    layers: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,14 +86,14 @@ class LUKVPress(WrapperPress, alias="lukv"):
         inner = counted(self)
         if self.curve is None:
             return inner
-        return _Shares(inner.amount, curve=self.curve)
+        return _Shares(inner.amount, curve=self.curve, layers=self.layers)
 
     def for_model(self, model: PreTrainedModel) -> "LUKVPress":
         """The same press with the file found and checked."""
         path = find_artefact(KIND, self.curve, model)
-        layers, h = sizes(model)[:2]
-        check_shapes(load_artefact(path, KIND), {KIND: (99, layers, h)}, path)
-        return replace(self, press=self.press.for_model(model), curve=path)
+        layers, (n, h, *_) = fitted_layers(path, KIND, model), sizes(model)
+        check_shapes(load_artefact(path, KIND, layers=layers), {KIND: (99, n, h)}, path)
+        return replace(self, press=self.press.for_model(model), curve=path, layers=layers)
 
     def score(self, view: LayerView) -> Tensor:
         """The inner score, sinks and newest rows above all, ``[B, H, T]``."""

@@ -5,7 +5,13 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachepress.artefacts import check_shapes, find_artefact, load_artefact, sizes
+from cachepress.artefacts import (
+    check_shapes,
+    find_artefact,
+    fitted_layers,
+    load_artefact,
+    sizes,
+)
 from cachepress.ops import wide
 from cachepress.presses.base import ScorerPress
 from cachepress.view import LayerView
@@ -24,22 +30,25 @@ class QFilterPress(ScorerPress, alias="qfilter"):
     Needs nothing but keys. Best for decoding and fused attention, as no attention is looked at.
 
     Attributes:
-        filters: the file, its folder or a hub repository with it; None for what was learned here.
+        filters: the file, its folder or a hub repository with it, as ``cachepress train`` or the
+            authors wrote it; None for what was learned here.
+        layers: which layers of the file are the model's full-attention layers; None to find out.
     """
 
     filters: str | None = field(default=None, kw_only=True)
+    layers: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def for_model(self, model: PreTrainedModel) -> "QFilterPress":
         """The same press with the file found and checked."""
         path = find_artefact(KIND, self.filters, model)
-        layers, h, _, d, _ = sizes(model)
-        check_shapes(load_artefact(path, KIND), {"filters": (layers, h, d)}, path)
-        return replace(self, filters=path)
+        layers, (n, h, _, d, _) = fitted_layers(path, KIND, model), sizes(model)
+        check_shapes(load_artefact(path, KIND, layers=layers), {"filters": (n, h, d)}, path)
+        return replace(self, filters=path, layers=layers)
 
     def score(self, view: LayerView) -> Tensor:
         """The product of each key and the filter of its head, ``[B, H, T]``."""
         if self.filters is None:
             raise TypeError("the press was not made ready for a model")
-        learned = load_artefact(self.filters, KIND, view.keys.device)["filters"][view.depth]
-        keys = wide(view.keys)
-        return (keys @ learned.to(keys.dtype).unsqueeze(-1)).squeeze(-1)
+        learned = load_artefact(self.filters, KIND, view.keys.device, self.layers)
+        keys, own = wide(view.keys), learned["filters"][view.depth]
+        return (keys @ own.to(keys.dtype).unsqueeze(-1)).squeeze(-1)

@@ -170,8 +170,8 @@ def without(name, model_type="mlp"):
         ("mlp", without("layers.1.0.bias"), "layers.1.0.bias is missing"),
         ("mlp", without("layers.1.2.bias"), "layers.1.2.bias is missing, wanted [(]2,"),
         ("linear", without("layers.0.bias", "linear"), "layers.0.bias is missing, wanted [(]2,"),
-        ("linear", learned("mlp"), "layers.0.weight is missing, wanted [(]2, 32"),
-        ("mlp", learned("linear"), "layers.0.0.bias is missing"),
+        ("linear", learned("mlp"), "holds kvzap_mlp, wanted kvzap_linear.*model_type 'linear'"),
+        ("mlp", learned("linear"), "holds kvzap_linear, wanted kvzap_mlp.*model_type 'mlp'"),
         ("mlp", learned("mlp") | {"layers.2.2.weight": torch.zeros(2, 6)}, "is [(]2, 6[)], wanted"),
     ],
 )

@@ -1,0 +1,201 @@
+"""Artefacts as their authors publish them: known by what a file holds, and made ours.
+
+Nothing is taken from a file's name. What is inside says which artefact it is and which way round it
+is written; what is none of them is refused with what it holds and what was wanted.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cachepress.errors import CachepressError
+
+Tensors = dict[str, Tensor]
+
+LAYOUTS = {
+    "q_filters": "filters, or q_filters as published, [layers, KV heads, head size]",
+    "query_stats": "mean and covariance, or query_mean and query_cov as published, of each query "
+    "head of each layer",
+    "fastkvzip": "the stacked gates of cachepress train fastkvzip, or as published a list of gates "
+    "(q_proj, k_proj, q_norm, k_norm, k_base, b), one for each layer, under module",
+    "kvzap_linear": "layers.N.weight and layers.N.bias for each layer, as model_type 'linear' has "
+    "them",
+    "kvzap_mlp": "layers.N.0 and layers.N.2, weight and bias, for each layer, as model_type 'mlp' "
+    "has them",
+    "lukv": "lukv, or one array as published, [99, layers, KV heads]",
+}
+"""What the file of each kind of artefact holds."""
+
+_ROUNDING = 1e-3
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_GATES = {
+    "q_proj.weight": "q_weight",
+    "q_proj.bias": "q_bias",
+    "k_proj.weight": "k_weight",
+    "q_norm.weight": "q_norm",
+    "k_norm.weight": "k_norm",
+    "k_base": "base",
+    "b": "bias",
+}
+_OWN = {
+    "q_filters": {"filters"},
+    "query_stats": {"mean", "covariance"},
+    "fastkvzip": set(_GATES.values()),
+    "lukv": {"lukv"},
+}
+_KVZAP = {
+    "kvzap_linear": r"layers\.(\d+)\.(weight|bias)",
+    "kvzap_mlp": r"layers\.(\d+)\.[02]\.(weight|bias)",
+}
+
+
+def converted(found: object, kind: str, path: str) -> Tensors:
+    """The tensors of an artefact of a kind, from whatever a file without our mark held.
+
+    Args:
+        found: a tensor, or named tensors, or what ``torch.save`` wrote around them.
+        kind: what is wanted.
+        path: the file, for messages.
+
+    Raises:
+        CachepressError: if it is another artefact or none, or damaged.
+    """
+    known = _recognised(found)
+    if known is None:
+        own, names = _OWN.get(kind, set()), set(found) if isinstance(found, Mapping) else set()
+        if names & own and (missing := sorted(own - names)):
+            raise CachepressError(f"{path} is no whole {kind} artefact: {missing[0]} is missing")
+        raise CachepressError(
+            f"{path} is no {kind} artefact: it holds {_outline(found)}; wanted {LAYOUTS[kind]}"
+        )
+    if known[0] != kind:
+        raise CachepressError(f"{path} holds {known[0]}, wanted {kind}: {LAYOUTS[kind]}")
+    tensors = _checked(known[1], path)
+    if kind == "lukv":
+        low, high = (float(x) for x in tensors[kind].aminmax()) if tensors[kind].numel() else (0, 0)
+        if low < -_ROUNDING or high > 1 + _ROUNDING:
+            raise CachepressError(
+                f"{path} holds numbers from {low:g} to {high:g}, wanted fractions from 0 to 1"
+            )
+    return tensors
+
+
+def _checked(tensors: Tensors, path: str) -> Tensors:
+    """The tensors of an artefact.
+
+    Raises:
+        CachepressError: unless they are ordinary arrays of finite numbers.
+    """
+    for name, x in tensors.items():
+        if not _is_array(x):
+            raise CachepressError(f"{path}: {name} is {_outline(x)}, wanted an array of floats")
+        if not bool(x.isfinite().all()):
+            raise CachepressError(
+                f"{path} is damaged: {name} holds numbers that are not finite: get the file anew"
+            )
+    return tensors
+
+
+def n_layers(tensors: Tensors, kind: str) -> int:
+    """How many layers an artefact is about."""
+    if kind in _KVZAP:
+        found = (re.fullmatch(_KVZAP[kind], name) for name in tensors)
+        return len({match[1] for match in found if match})
+    sizes = [x.shape[1 if kind == "lukv" else 0] for x in tensors.values() if x.ndim > 1]
+    return min(sizes, default=0)
+
+
+def of_layers(tensors: Tensors, kind: str, layers: Sequence[int]) -> Tensors:
+    """An artefact of some of its layers only."""
+    if kind in _KVZAP:
+        names = {f"layers.{layer}.": f"layers.{depth}." for depth, layer in enumerate(layers)}
+        heads = {name: re.match(r"layers\.\d+\.", name) for name in tensors}
+        return {
+            names[head[0]] + name[head.end() :]: tensors[name]
+            for name, head in heads.items()
+            if head and head[0] in names
+        }
+    some = torch.tensor(layers)
+    dim = 1 if kind == "lukv" else 0
+    return {name: x.index_select(dim, some.to(x.device)) for name, x in tensors.items()}
+
+
+def _recognised(found: object) -> tuple[str, Tensors] | None:
+    """What a file is, and its tensors as ours are written."""
+    if isinstance(found, Tensor):
+        return "lukv", {"lukv": _kept(found)}
+    if isinstance(found, Mapping) and isinstance(found.get("module"), list):
+        found = found["module"]
+    if isinstance(found, list):
+        return _gates(found)
+    if not isinstance(found, Mapping) or not all(map(_is_array, found.values())):
+        return None
+    tensors = {str(name): x.detach() for name, x in found.items()}
+    names = set(tensors)
+    if names == {"q_filters"}:
+        # Published filters point away from the queries.
+        return "q_filters", {"filters": -tensors["q_filters"]}
+    if names == {"query_mean", "query_cov"}:
+        return "query_stats", {"mean": tensors["query_mean"], "covariance": tensors["query_cov"]}
+    for kind, own in _OWN.items():
+        if names == own:
+            return kind, tensors
+    for kind, pattern in _KVZAP.items():
+        if names and all(re.fullmatch(pattern, name) for name in names):
+            return kind, tensors
+    return None
+
+
+def _gates(layers: list[object]) -> tuple[str, Tensors] | None:
+    """The gates of all layers, stacked; None if these are others."""
+    for gate in layers:
+        if not isinstance(gate, Mapping) or set(gate) != set(_GATES):
+            return None
+        if not all(map(_is_array, gate.values())):
+            return None
+    if not layers:
+        return None
+    gates = [{ours: gate[name].detach() for name, ours in _GATES.items()} for gate in layers]  # type: ignore
+    if any({k: x.shape for k, x in gate.items()} != _shapes(gates[0]) for gate in gates):
+        return None
+    stacked = {name: torch.stack([gate[name] for gate in gates]) for name in gates[0]}
+    for name in ("base", "bias"):  # [L, H, 1, ...]
+        if stacked[name].ndim > 2 and stacked[name].shape[2] == 1:
+            stacked[name] = stacked[name].squeeze(2)
+    return "fastkvzip", stacked
+
+
+def _shapes(tensors: Tensors) -> dict[str, torch.Size]:
+    return {name: x.shape for name, x in tensors.items()}
+
+
+def _kept(curve: Tensor) -> Tensor:
+    """A curve of the fractions that heads keep.
+
+    Published curves hold what heads drop, which grows with the ratio; what they keep falls.
+    """
+    if not _is_array(curve) or curve.ndim != 3 or len(curve) < 2:
+        return curve
+    means = curve.double().flatten(1).mean(1)
+    return curve if bool(means[-1] < means[0]) else 1 - curve
+
+
+def _is_array(x: object) -> bool:
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        return False
+    return x.dtype in _FLOATS and not x.is_meta
+
+
+def _outline(found: object) -> str:
+    """What was found, in a few words."""
+    if isinstance(found, Tensor):
+        return f"an array of {str(found.dtype).removeprefix('torch.')}, {tuple(found.shape)}"
+    if isinstance(found, Mapping):
+        parts = [f"{str(name)[:40]} ({_outline(x)})" for name, x in list(found.items())[:3]]
+        return ", ".join([*parts, "..."] if len(found) > 3 else parts) or "nothing"
+    if isinstance(found, list | tuple):
+        first = f" of {_outline(found[0])}" if found else ""
+        return f"a list of {len(found)}{first}"[:200]
+    return f"a {type(found).__name__}"
