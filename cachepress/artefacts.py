@@ -7,7 +7,7 @@ files that the authors of a method publish are read as they are. No code in a fi
 import hashlib
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -280,7 +280,7 @@ class _Ignored:
     def __setstate__(self, _: object) -> None: ...
 
 
-_PLACEHOLDERS = [
+_PLACEHOLDERS: list[Callable[..., object] | tuple[Callable[..., object], str]] = [
     (_Ignored, f"numpy.{name}")
     for name in (
         "dtype",

@@ -1,17 +1,21 @@
 """Retrieval heads: those that look far back into a text, found on the model itself or read."""
 
+import io
+import json
+import re
 from collections.abc import Callable
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cachepress.errors import CachepressError
 from cachepress.hf import check_model
+from cachepress.hf.wiring import full_attention
 from cachepress.ops.attention import attention_weights
 from cachepress.presses._looking import _LookingPress
 from cachepress.view import EVERY, LayerView, Needs
@@ -21,6 +25,7 @@ Scores = tuple[tuple[float, ...], ...]
 
 PATTERN = "full_attention_heads.tsv"
 _PASSAGE = 256
+_MOST = 1e30
 _FOUND: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Scores]] = WeakKeyDictionary()
 
 
@@ -44,7 +49,10 @@ def far_scores(model: PreTrainedModel, n_sink: int, n_recent: int) -> Scores:
 
 
 def read_scores(path: str, name: str, least: float = 0.0) -> Scores:
-    """Scores in a file of tab-separated numbers, a line for each layer, a number for each KV head.
+    """Scores in a file: a row for each layer, a number for each of its heads.
+
+    Either numbers with tabs between them, a line for each layer; or a JSON list of lists; or a JSON
+    object of a number or a list of samples by "layer-head", as HeadKV publishes it; or a ``.npy``.
 
     Args:
         path: the file, or the folder with a ``full_attention_heads.tsv``.
@@ -55,18 +63,47 @@ def read_scores(path: str, name: str, least: float = 0.0) -> Scores:
         CachepressError: if there is no such file, or it holds something else.
     """
     try:
-        text = pattern_file(path).read_text()
-        rows = [[float(x) for x in line.split("\t")] for line in text.splitlines() if line.strip()]
+        rows = _rows(pattern_file(path).read_bytes())
     except OSError as error:
         raise CachepressError(
             f"{name}: got {path!r}, wanted a file like {PATTERN} or its folder: {error.strerror}"
         ) from error
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError, EOFError, RecursionError, MemoryError) as error:
         raise CachepressError(
             f"{name}: {path!r} is no table of numbers: wanted a line for each layer, with a number "
-            f"for each KV head and tabs between them ({error})"
+            f"for each KV head and tabs between them ({' '.join(str(error).split())[:200]})"
         ) from error
     return checked(rows, name, least)
+
+
+def _rows(data: bytes) -> object:
+    """What should be rows of numbers, of a file of any of the known layouts."""
+    if data.startswith(b"\x93NUMPY"):
+        return np.load(io.BytesIO(data), allow_pickle=False).tolist()
+    text = data.decode()
+    if text.lstrip()[:1] in ("[", "{"):
+        found = json.loads(text)
+        return _by_name(found) if isinstance(found, dict) else found
+    return [[float(x) for x in line.split("\t")] for line in text.splitlines() if line.strip()]
+
+
+def _by_name(found: dict[str, object]) -> list[list[float]]:
+    """Rows of scores that are named "layer-head"; of several samples of a head, their mean."""
+    table: dict[int, dict[int, float]] = {}
+    for name, value in found.items():
+        match = re.fullmatch(r"(\d{1,6})-(\d{1,6})", name)
+        samples = value if isinstance(value, list) else [value]
+        numbers = [float(x) for x in samples if isinstance(x, int | float)]
+        if match is None or not numbers or len(numbers) < len(samples):
+            raise ValueError(f"{name!r} is no layer-head with a number")
+        layer, head = int(match[1]), int(match[2])
+        table.setdefault(layer, {})[head] = sum(numbers) / len(numbers)
+    rows = [[x for _, x in sorted(row.items())] for _, row in sorted(table.items())]
+    if sorted(table) != list(range(len(table))) or any(
+        sorted(row) != list(range(len(row))) for row in table.values()
+    ):
+        raise ValueError("some layers or heads are missing")
+    return rows
 
 
 def pattern_file(path: str) -> Path:
@@ -89,7 +126,7 @@ def checked(scores: object, name: str, least: float = 0.0) -> Scores:
     rows = scores if isinstance(scores, list | tuple) else ()
     table = tuple(tuple(row) if isinstance(row, list | tuple) else () for row in rows)
     numbers = [x for row in table for x in row]
-    good = all(isinstance(x, int | float) and isfinite(x) and x >= least for x in numbers)
+    good = all(isinstance(x, int | float) and least <= x <= _MOST for x in numbers)
     if not good or not all(table) or not table:
         raise CachepressError(
             f"{name}: wanted a number of at least {least:g} for each KV head of each layer, "
@@ -98,15 +135,39 @@ def checked(scores: object, name: str, least: float = 0.0) -> Scores:
     return tuple(tuple(max(x, 0.0) for x in row) for row in table)
 
 
-def check_fit(scores: Scores, model: PreTrainedModel, name: str) -> None:
-    """Raise unless there is a score for each KV head of each full-attention layer of the model."""
+def fitted(scores: Scores, model: PreTrainedModel, name: str, by_query: bool = False) -> Scores:
+    """Scores of the KV heads of the full-attention layers of a model.
+
+    Args:
+        scores: for these layers, or for all layers of the model.
+        model: the model.
+        name: what the user calls them.
+        by_query: whether they may be those of query heads, which are then averaged.
+
+    Raises:
+        CachepressError: unless there is a score for each head of each layer.
+    """
     wanted = [len(row) for row in _found(model, ("heads",), 1, _nothing)]
+    config = model.get_decoder().config
+    full, queries = full_attention(config), config.num_attention_heads
+    if len(scores) == len(full):
+        scores = tuple(row for row, is_full in zip(scores, full, strict=True) if is_full)
     got = [len(row) for row in scores]
+    if by_query and got == [queries] * len(wanted) != wanted:
+        scores = tuple(_averaged_rows(row, n) for row, n in zip(scores, wanted, strict=True))
+        got = wanted
     if got != wanted:
         raise CachepressError(
             f"{name}: got scores of {_size(got)}, and {type(model).__name__} has {_size(wanted)} "
             "with full attention"
         )
+    return scores
+
+
+def _averaged_rows(row: tuple[float, ...], n: int) -> tuple[float, ...]:
+    """A score for each of ``n`` KV heads, of those of their query heads."""
+    size = len(row) // n
+    return tuple(sum(row[i * size : (i + 1) * size]) / size for i in range(n))
 
 
 def _size(heads: list[int]) -> str:

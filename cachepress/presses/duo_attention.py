@@ -14,9 +14,9 @@ from cachepress.budgets import CHOSEN, Ratio, Threshold, TopK, check_fraction, c
 from cachepress.errors import CachepressError
 from cachepress.presses._heads import (
     Scores,
-    check_fit,
     checked,
     far_scores,
+    fitted,
     pattern_file,
     read_scores,
 )
@@ -90,7 +90,7 @@ class DuoAttentionPress(BasePress, alias="duo_attention"):
         if isinstance(pattern, str):
             pattern = read_scores(pattern, "pattern", _LEAST)
         if pattern is not None:
-            check_fit(pattern, model, "pattern")
+            pattern = fitted(pattern, model, "pattern")
         elif self.head_compression_ratio:
             pattern = far_scores(model, sizes["sink_size"], sizes["recent_size"])
         return replace(self, pattern=pattern, **sizes)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from cachepress.budgets import PerLayer, Pyramid, TopK, apportion, best, choose, pinned
 from cachepress.errors import CachepressError
 from cachepress.ops import wide
-from cachepress.presses._heads import Scores, check_fit, checked, copying_scores, read_scores
+from cachepress.presses._heads import Scores, checked, copying_scores, fitted, read_scores
 from cachepress.presses.base import WrapperPress, counted
 from cachepress.view import LayerView
 
@@ -44,8 +44,9 @@ class HeadKVPress(WrapperPress, alias="headkv"):
     Attributes:
         press: the press that scores; each layer must have the same budget. Who competes under it
             does not count.
-        scores: a number for each KV head of each full-attention layer, or the path of a file with
-            tabs between them and a line for each layer; None to find them.
+        scores: a number for each KV head of each full-attention layer, or for each query head, or
+            the path of a file with them: with tabs between them and a line for each layer, or JSON
+            as the authors publish it; None to find them.
         beta: the smaller, the larger the pool: it is 1 / ``beta`` of the budget, ``beta`` >= 1.
     """
 
@@ -82,7 +83,7 @@ class HeadKVPress(WrapperPress, alias="headkv"):
             scores = copying_scores(model)
         elif isinstance(scores, str):
             scores = read_scores(scores, "scores")
-        check_fit(scores, model, "scores")
+        scores = fitted(scores, model, "scores", by_query=True)
         return replace(self, press=self.press.for_model(model), scores=scores)
 
     def _counts(self, view: LayerView, pins: Tensor) -> Tensor:

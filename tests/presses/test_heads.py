@@ -1,17 +1,19 @@
 """Scores of heads against transformers' own attention weights."""
 
 import gc
+import json
 
+import numpy as np
 import pytest
 import torch
 
 import cachepress as cp
 from cachepress.presses import _heads
 from cachepress.presses._heads import (
-    check_fit,
     checked,
     copying_scores,
     far_scores,
+    fitted,
     read_scores,
 )
 from tests.tiny import tiny, tokens
@@ -125,17 +127,93 @@ def test_tables_of_another_shape_are_refused():
     for bad in ((), ((),), ((0.5, "x"),), 7, ((0.5, float("inf")),), (0.5, 0.5)):
         with pytest.raises(cp.CachepressError, match="scores: wanted a number"):
             checked(bad, "scores")
-    check_fit(((1, 2),) * 4, tiny(), "scores")
-    check_fit(((1, 2),) * 2, tiny("gpt_oss"), "scores")
+    fitted(((1, 2),) * 4, tiny(), "scores")
+    fitted(((1, 2),) * 2, tiny("gpt_oss"), "scores")
     with pytest.raises(
         cp.CachepressError,
         match="scores: got scores of 3 layers of 8 KV heads, and Llama.* has 4 layers of 2",
     ):
-        check_fit(((1,) * 8,) * 3, tiny(), "scores")
+        fitted(((1,) * 8,) * 3, tiny(), "scores")
     with pytest.raises(cp.CachepressError, match="4 layers of 1 to 2 KV heads"):
-        check_fit(((1,), (1, 2), (1, 2), (1, 2)), tiny(), "scores")
+        fitted(((1,), (1, 2), (1, 2), (1, 2)), tiny(), "scores")
 
 
 def test_a_model_that_cannot_be_compressed_is_refused():
     with pytest.raises(cp.UnsupportedError):
         copying_scores(torch.nn.Linear(2, 2))
+
+
+ROWS = [[0.5, 0.25], [1.0, 0.0], [0.75, 2.0], [0.125, 3.0]]
+SAMPLES = {
+    f"{i}-{j}": [x - 0.125, x + 0.125] for i, row in enumerate(ROWS) for j, x in enumerate(row)
+}
+
+
+@pytest.mark.parametrize("layout", ["tsv", "json", "named", "npy"])
+def test_the_layouts_of_a_file_of_scores(tmp_path, layout):
+    path = tmp_path / "scores"
+    if layout == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.array(ROWS))
+    elif layout == "tsv":
+        path.write_text("".join("\t".join(map(str, row)) + "\n" for row in ROWS))
+    else:
+        path.write_text(json.dumps(ROWS if layout == "json" else SAMPLES))
+    assert read_scores(str(path), "scores") == tuple(map(tuple, ROWS))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"0-0": [1], "2-0": [1]}',
+        b'{"0-0": [1], "0-2": [1]}',
+        b'{"0-0": []}',
+        b'{"0-0": {"a": 1}}',
+        b'{"0": 1}',
+        b"{}",
+        b"[]",
+        b"[[]]",
+        b"[[NaN]]",
+        b"[[1e999]]",
+        b'[["0.5"]]',
+        b"[[1" + b"0" * 500 + b"]]",
+        b'{"0-0": 1' + b"0" * 500 + b"}",
+        b"a: 1\n",
+        b"- [0.5, 0.5]\n",
+        b"\x93NUMPY\x01\x00",
+        b"\xff\xfe",
+        b"",
+        b"0.5,0.5\n",
+    ],
+)
+def test_a_file_that_is_no_table_of_scores_is_one_line(tmp_path, content):
+    path = tmp_path / "scores"
+    path.write_bytes(content)
+    for press in (
+        cp.HeadKVPress(cp.SnapKVPress(0.5), str(path)),
+        cp.DuoAttentionPress(0.5, str(path)),
+    ):
+        with pytest.raises(cp.CachepressError, match="^(scores|pattern): ") as error:
+            press.for_model(tiny())
+        assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_an_array_of_objects_is_never_unpickled(tmp_path):
+    with (tmp_path / "scores").open("wb") as file:
+        np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(cp.CachepressError, match="is no table of numbers"):
+        read_scores(str(tmp_path / "scores"), "scores")
+
+
+def test_scores_of_query_heads_are_averaged_and_layers_that_slide_left_out():
+    rows = tuple((float(i), i + 1.0, i + 2.0, i + 4.0) for i in range(4))
+    wanted = tuple((i + 0.5, i + 3.0) for i in range(4))
+    assert fitted(rows, tiny(), "scores", by_query=True) == wanted
+    assert fitted(rows, tiny("gpt_oss"), "scores", by_query=True) == (wanted[1], wanted[3])
+    assert fitted(rows[:2], tiny("gpt_oss"), "scores", by_query=True) == wanted[:2]
+    assert fitted(wanted, tiny("gpt_oss"), "pattern") == (wanted[1], wanted[3])
+    with pytest.raises(cp.CachepressError, match="got scores of 2 layers of 4 KV heads"):
+        fitted(rows[:2], tiny(), "scores", by_query=True)
+    with pytest.raises(cp.CachepressError, match="got scores of 4 layers of 4 KV heads"):
+        fitted(rows, tiny(), "pattern")
