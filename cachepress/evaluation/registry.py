@@ -57,6 +57,7 @@ def _metrics(tasks: Iterable[Task]) -> dict[str, Metric]:
 
 
 METRIC_REGISTRY: dict[str, Metric] = _metrics(TASKS)
+REPORTS = {metric: reports for task in TASKS for metric, reports in task.reports.items()}
 
 
 def find_dataset(name: str) -> Task:

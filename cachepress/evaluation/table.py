@@ -51,11 +51,14 @@ def results_table(rows: Sequence[tuple[str, Mapping]], style: str = "simple") ->
 
 
 def task_table(metrics: Mapping, style: str = "simple") -> str:
-    """A line a task: score, interval and number of samples."""
-    rows = [
-        (task, f"{e['mean']:.3f}", _interval(e), e["samples"], e["contexts"])
-        for task, e in metrics["tasks"].items()
-    ]
+    """A line a task: score, interval and number of samples; and what else is reported of it."""
+    rows = []
+    for task, score in metrics["tasks"].items():
+        reported = metrics.get("reported", {}).get(task, {})
+        rows += [
+            (name, f"{e['mean']:.3f}", _spread(e), e["samples"], e["contexts"])
+            for name, e in [(task, score), *((f"{task}: {n}", e) for n, e in reported.items())]
+        ]
     headers = ("task", "score", "95 % interval", "samples", "contexts")
     return tabulate(
         rows, headers=headers, tablefmt=style, disable_numparse=True, colalign=("left",)
@@ -207,8 +210,12 @@ def _scored(metrics: Mapping) -> tuple[str, str]:
     perplexity = metrics["perplexity"]
     if perplexity is None:
         return "", ""
-    spread = "" if perplexity["low"] is None else _interval(perplexity)
-    return f"ppl {perplexity['mean']:.2f}", spread
+    return f"ppl {perplexity['mean']:.2f}", _spread(perplexity)
+
+
+def _spread(estimate: Mapping) -> str:
+    """The interval, if one is known."""
+    return "" if estimate["low"] is None else _interval(estimate)
 
 
 def _interval(score: Mapping) -> str:

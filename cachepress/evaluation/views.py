@@ -1,5 +1,6 @@
 """Tables and numbers as views of records."""
 
+import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -7,11 +8,13 @@ from dataclasses import asdict, replace
 
 import pandas as pd
 
-from cachepress.evaluation.registry import METRIC_REGISTRY
+from cachepress.errors import CachepressError
+from cachepress.evaluation.registry import METRIC_REGISTRY, REPORTS
 from cachepress.evaluation.samples import PROMPTING
 from cachepress.evaluation.statistics import Estimate, estimate, interval
-from cachepress.evaluation.tasks.base import PERPLEXITY, UNSCORED
+from cachepress.evaluation.tasks.base import PERPLEXITY, UNSCORED, Report
 
+logger = logging.getLogger(__name__)
 _NUMBERS = (
     *("context_tokens", "prefill_seconds", "press_seconds", "step_seconds", "bytes_before"),
     *("bytes_after", "rows_seen", "rows_held", "peak_memory_bytes", "cut_tokens"),
@@ -78,11 +81,39 @@ def scores_of(predictions: pd.DataFrame) -> dict[str, object]:
     """What judged, and mean scores with intervals: of everything, and of each task."""
     by_task = predictions.groupby("task", sort=False)
     tasks = {str(task): _estimated(rows, "score") for task, rows in by_task}
+    reported = {str(task): found for task, rows in by_task if (found := _reported(rows))}
     return {
         "metrics": sorted(set(predictions["metric"])),
         "score": _estimated(predictions, "score"),
         "tasks": {task: found for task, found in tasks.items() if found is not None},
+        "reported": reported,
     }
+
+
+def _reported(rows: pd.DataFrame) -> dict[str, dict]:
+    """What the benchmark reports of the answers to a task beside their score."""
+    metrics = set(rows["metric"])
+    reports = REPORTS.get(metrics.pop(), {}) if len(metrics) == 1 else {}
+    found = {}
+    for name, report in reports.items():
+        try:
+            found[name] = _finite(_weighted(rows, report))
+        except CachepressError as error:
+            logger.info("%s is not reported: %s", name, error)
+    return found
+
+
+def _weighted(rows: pd.DataFrame, report: Report) -> Estimate:
+    """The weighted mean of a report with the interval of such a ratio, to first order."""
+    columns = zip(rows["predicted_answer"], rows["answer"], rows["choices"], strict=True)
+    scores = [report.metric(*row) for row in columns]
+    weights = [report.weight(answer) if report.weight else 1 for answer in rows["answer"]]
+    mean = statistics.fmean(scores, weights)
+    # The mean of these is that mean, and their variance that of the ratio of two sums.
+    share = [weight * len(weights) / sum(weights) for weight in weights]
+    linear = [mean + w * (score - mean) for w, score in zip(share, scores, strict=True)]
+    found = interval(linear, list(rows["context_id"]))
+    return replace(found, mean=mean, low=max(0.0, found.low), high=min(1.0, found.high))
 
 
 def _estimated(rows: pd.DataFrame, column: str) -> dict | None:

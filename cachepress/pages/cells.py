@@ -33,6 +33,7 @@ class Run:
         metrics: names of the metrics.
         score: mean score; None if nothing was scored.
         tasks: the same for each task.
+        reported: for each task, what its benchmark reports beside the score, by name.
         kl: divergence from the answers without a press; None if not measured.
         perplexity: of the wanted answers; None if not measured.
         achieved: fraction of pairs that are gone, measured.
@@ -58,6 +59,7 @@ class Run:
     metrics: list[str]
     score: Estimate | None
     tasks: Mapping[str, Estimate | None]
+    reported: Mapping[str, Mapping[str, Estimate | None]]
     kl: Estimate | None
     perplexity: Estimate | None
     achieved: float
@@ -113,6 +115,7 @@ def read_cell(folder: Path) -> Run:
         metrics=metrics.names("metrics"),
         score=metrics.estimate("score"),
         tasks={name: tasks.estimate(name) for name in tasks.values},
+        reported=_reported(metrics),
         kl=metrics.estimate("kl"),
         perplexity=metrics.estimate("perplexity"),
         achieved=metrics.number("compression_ratio"),
@@ -128,6 +131,15 @@ def read_cell(folder: Path) -> Run:
         machine=metrics.text("machine", ""),
         predictions=_predictions(folder / PREDICTIONS),
     )
+
+
+def _reported(metrics: "_Fields") -> dict[str, dict[str, Estimate | None]]:
+    """What is reported beside the scores; the oldest results do not have it."""
+    if "reported" not in metrics.values:
+        return {}
+    tasks = metrics.mapping("reported")
+    parts = {task: tasks.mapping(task) for task in tasks.values}
+    return {task: {n: part.estimate(n) for n in part.values} for task, part in parts.items()}
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ def columns(panel: Panel) -> list[Column]:
         _text("press", "Name of the press.", lambda e: e.name, printed=True),
         *_MEASURED,
         *_tasks(panel),
+        *_reported(panel),
         *_settings(panel),
         _text("spelling", "The press as it is written.", lambda e: e.cell.spelling),
         _text("folder", "Name of the result folder.", lambda e: e.cell.folder),
@@ -168,6 +169,18 @@ def _tasks(panel: Panel) -> list[Column]:
 
 def _task(name: str) -> Callable[[Entry], Estimate | None]:
     return lambda entry: entry.cell.tasks.get(name)
+
+
+def _reported(panel: Panel) -> list[Column]:
+    """What benchmarks report of tasks beside the score."""
+    every = [entry.cell.reported for entry in panel.entries]
+    names = dict.fromkeys((t, name) for one in every for t in one for name in one[t])
+    hint = "What the benchmark reports of this task beside the score, 95 % interval."
+    return [_estimate(f"{task}: {name}", hint, _report(task, name)) for task, name in names]
+
+
+def _report(task: str, name: str) -> Callable[[Entry], Estimate | None]:
+    return lambda entry: entry.cell.reported.get(task, {}).get(name)
 
 
 def _settings(panel: Panel) -> list[Column]:

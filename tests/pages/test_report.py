@@ -122,6 +122,19 @@ def test_the_page_says_what_was_cut_and_how_samples_were_asked(tmp_path):
     assert "chat: no" in texts and "chat: default" in texts
 
 
+def test_what_a_benchmark_reports_beside_the_score_has_a_column(tmp_path):
+    place = write_cell(tmp_path, "no_press", 0.0, ONES) / "metrics.json"
+    told = {"mean": 0.625, "low": 0.5, "high": 0.75, "samples": 4, "contexts": 4}
+    metrics = json.loads(place.read_text()) | {"reported": {"longdep_qa": {"rouge_l": told}}}
+    place.write_text(json.dumps(metrics))
+    page = report(tmp_path)
+    assert "longdep_qa: rouge_l" in page.texts
+    assert "0.625 (0.50 to 0.75)" in page.texts
+    place.write_text(json.dumps(metrics | {"reported": {"longdep_qa": 3}}))
+    with pytest.raises(CachepressError, match="longdep_qa is 3, wanted a mapping"):
+        report(tmp_path)
+
+
 def test_settings_that_differ_have_a_column_and_the_others_are_listed_once(tmp_path):
     write_cell(tmp_path, "no_press", 0.0, ONES)
     write_cell(tmp_path, "knorm", 0.5, ONES, storage="int4")

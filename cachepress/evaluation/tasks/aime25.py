@@ -10,6 +10,7 @@ from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.tasks.base import Task, normalise
 from cachepress.evaluation.tasks.boxed import last_boxed, read_problems
+from cachepress.evaluation.tasks.math500 import math_verify
 from cachepress.evaluation.tasks.sources import Hub
 
 HUB = Hub("math-ai/aime25", "test.jsonl")
@@ -41,10 +42,13 @@ def load_aime25(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def boxed_integer(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """1 if the last box holds the same whole number as an answer, else 0."""
+    r"""1 if the last box holds the same whole number as an answer, else 0.
+
+    It may be written in any way that MATH-500 accepts, such as ``\text{70}`` or ``n = 70``.
+    """
     found = NUMBER.fullmatch(last_boxed(prediction) or "")
     if found is None:
-        return 0.0
+        return math_verify(prediction, answers)
     wanted = [NUMBER.fullmatch(answer) for answer in answers]
     digits = [match[1].lstrip("0") for match in wanted if match is not None]
     return float(found[1].lstrip("0") in digits)

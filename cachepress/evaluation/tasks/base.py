@@ -38,6 +38,19 @@ COLUMNS = (*REQUIRED, *OPTIONAL)
 
 
 @dataclass(frozen=True)
+class Report:
+    """A number that a benchmark reports of answers beside their score.
+
+    Attributes:
+        metric: scores each answer.
+        weight: what an answer counts in the mean, by its accepted texts; None for the same for all.
+    """
+
+    metric: Metric
+    weight: Callable[[Sequence[str]], float] | None = None
+
+
+@dataclass(frozen=True)
 class Task:
     """A benchmark.
 
@@ -47,6 +60,7 @@ class Task:
         load: gives the rows, as ``normalise`` does.
         parts: what ``--data-dir`` may be; empty where anything or nothing goes.
         metrics: what judges its rows, by the name in their column "metric".
+        reports: by the name of such a metric, what else is reported of the rows that it judges.
         truncation: where its contexts are cut if they are too long: "middle" or "end".
         submit: writes a table of predictions into a folder, as whoever judges them wants it.
     """
@@ -56,6 +70,7 @@ class Task:
     load: Loader
     parts: Sequence[str] = ()
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+    reports: Mapping[str, Mapping[str, Report]] = field(default_factory=dict)
     truncation: str = END
     submit: Callable[[pd.DataFrame, Path], object] | None = None
 

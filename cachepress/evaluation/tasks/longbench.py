@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import CHINESE_PUNCTUATION, qa_f1, token_f1
+from cachepress.evaluation.rouge import rouge_l
 from cachepress.evaluation.tasks.base import Metric, Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 from cachepress.pipeline import MIDDLE
@@ -274,14 +275,7 @@ def _plain(words: Sequence[str]) -> list[str]:
 
 
 def _rouge_l(prediction: str, answer: str) -> float:
-    from rouge import Rouge
-
-    try:
-        scores = Rouge(metrics=["rouge-l"]).get_scores(prediction, answer, avg=True)
-    except (ValueError, RecursionError):
-        # An empty text, or a sentence that is too long for the library, scores nothing.
-        return 0.0
-    return scores["rouge-l"]["f"]
+    return rouge_l(prediction, answer).f
 
 
 def _chinese_rouge_l(prediction: str, answer: str) -> float:

@@ -1,14 +1,13 @@
 """LooGLE, questions, gaps and summaries of documents after 2022 (Li et al., arXiv:2311.04939).
 
 Its documents have many questions each; rows of one document have the same context. The official
-evaluation reports several scores of an answer. A row names the main one, the others stand in the
-task's metrics too, so that saved answers can be scored again. BERTScore, which needs a model, is
-left out.
+evaluation reports several scores of an answer. A row names the main one, and the official ones are
+reported beside it; METEOR only where WordNet is there, and BERTScore, which needs a model, not at
+all.
 """
 
 import ast
 import json
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -17,16 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
-from cachepress.evaluation.tasks.base import Metric, Part, Task, normalise
+from cachepress.evaluation.rouge import rouge_l
+from cachepress.evaluation.tasks.base import Metric, Part, Report, Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 from cachepress.pipeline import MIDDLE
 
 REPOSITORY = "bigai-nlco/LooGLE"
 EMPTY = "None"
 """What the official evaluation reads in place of an empty answer."""
-RECURSION_LIMIT = 100_000
-
-
 INTRODUCTION = "Read the following text. A question about it comes after it.\n\n"
 ASK = "\n\nAnswer the question from the text.\nQuestion: {question}\n"
 PARTS = {
@@ -109,11 +106,7 @@ def _answers(task: str, answer: object) -> list[str]:
 
 
 def exact_match(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Share of the masks that are filled with the very name.
-
-    The official evaluation divides by the masks of all samples together; the mean over rows
-    weighs each sample the same.
-    """
+    """Share of the masks that are filled with the very name."""
     found, wanted = _mapping(prediction), json.loads(answers[0])
     return sum(found.get(mask) == name for mask, name in wanted.items()) / len(wanted)
 
@@ -140,24 +133,29 @@ def _mapping(prediction: str) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _rouge(kind: str, statistic: str) -> Metric:
-    """One number of ROUGE: "r" is the recall that the official evaluation reports, "f" the F1."""
+def rouge_l_f1(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """F1 of ROUGE-L."""
+    return rouge_l(prediction or EMPTY, answers[0]).f
+
+
+def rouge_l_recall(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Recall of ROUGE-L, which the official evaluation reports."""
+    return rouge_l(prediction or EMPTY, answers[0]).r
+
+
+def _rouge(kind: str) -> Metric:
+    """The recall of word sequences of one size."""
 
     def metric(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-        """Words shared with the answer; a sentence is what stands between full stops."""
+        """Share of the answer's word sequences that the prediction has."""
         from rouge import Rouge
 
-        limit = sys.getrecursionlimit()
-        # The library walks back through both texts with a call for every word.
-        sys.setrecursionlimit(RECURSION_LIMIT)
         try:
             scores = Rouge(metrics=[kind]).get_scores(prediction or EMPTY, answers[0])
         except ValueError:
             # A text of full stops only has no sentence.
             return 0.0
-        finally:
-            sys.setrecursionlimit(limit)
-        return scores[0][kind][statistic]
+        return scores[0][kind]["r"]
 
     return metric
 
@@ -200,22 +198,40 @@ def _words(prediction: str) -> list[str]:
     return (prediction or EMPTY).split()
 
 
+def masks(answers: Sequence[str]) -> int:
+    """How many masks an answer fills."""
+    return len(json.loads(answers[0]))
+
+
+METRICS: dict[str, Metric] = {
+    "loogle_rouge_l_f1": rouge_l_f1,
+    "loogle_rouge_1": _rouge("rouge-1"),
+    "loogle_rouge_2": _rouge("rouge-2"),
+    "loogle_rouge_4": _rouge("rouge-4"),
+    "loogle_rouge_l": rouge_l_recall,
+    "loogle_bleu_1": _bleu(1),
+    "loogle_bleu_4": _bleu(4),
+    "loogle_meteor": meteor,
+    "loogle_exact_match": exact_match,
+    "loogle_partial_match": partial_match,
+}
+OFFICIAL = ("rouge_1", "rouge_2", "rouge_l", "bleu_1", "bleu_4", "meteor")
+REPORTS: dict[str, dict[str, Report]] = {
+    "loogle_rouge_l_f1": {name: Report(METRICS[f"loogle_{name}"]) for name in OFFICIAL},
+    # The official evaluation divides by the masks of all samples together.
+    "loogle_exact_match": {
+        "exact_match_of_all_masks": Report(exact_match, masks),
+        "partial_match_of_all_masks": Report(partial_match, masks),
+    },
+}
+
+
 LOOGLE = Task(
     name="loogle",
     about="questions, gaps and summaries of long documents (arXiv:2311.04939)",
     load=load_loogle,
     truncation=MIDDLE,
     parts=tuple(PARTS),
-    metrics={
-        "loogle_rouge_l_f1": _rouge("rouge-l", "f"),
-        "loogle_rouge_1": _rouge("rouge-1", "r"),
-        "loogle_rouge_2": _rouge("rouge-2", "r"),
-        "loogle_rouge_4": _rouge("rouge-4", "r"),
-        "loogle_rouge_l": _rouge("rouge-l", "r"),
-        "loogle_bleu_1": _bleu(1),
-        "loogle_bleu_4": _bleu(4),
-        "loogle_meteor": meteor,
-        "loogle_exact_match": exact_match,
-        "loogle_partial_match": partial_match,
-    },
+    metrics=METRICS,
+    reports=REPORTS,
 )

@@ -21,7 +21,7 @@ from cachepress.evaluation.tasks.sources import Hub, read_rows
 REPOSITORY = "simonjegou/ruler"
 HUB_FILE = "{length}/test-00000-of-00001.parquet"
 HUB_COLUMNS = ("context", "question", "answer_prefix", "answer", "max_new_tokens", "task")
-LOCAL_FILES = ("{task}/validation.jsonl", "data/{task}/validation.jsonl")
+LOCAL_FILES = ("{task}/validation.jsonl", "data/{task}/validation.jsonl", "{task}.jsonl")
 _CONTROL = re.compile(r"[\x00-\x1f]")
 
 

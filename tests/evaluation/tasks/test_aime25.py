@@ -88,7 +88,23 @@ def test_the_last_box(text, inside):
         ("\\boxed{71}, no: \\boxed{70}", "70", 1),
         ("\\boxed{70}, no: \\boxed{71}", "70", 0),
         ("\\boxed{ 070 }", "70", 1),
-        ("\\boxed{70.0}", "70", 0),
+        ("\\boxed{70.0}", "70", 1),
+        ("\\boxed{70.5}", "70", 0),
+        ("\\boxed{\\text{70}}", "70", 1),
+        ("\\boxed{\\text{70}^\\circ}", "70^\\circ", 1),
+        ("\\boxed{n = 70}", "70", 1),
+        ("\\boxed{m+n=70}", "70", 1),
+        ("\\boxed{n = 71}", "70", 0),
+        ("\\boxed{\\frac{140}{2}}", "70", 1),
+        ("\\boxed{\\frac{141}{2}}", "70", 0),
+        ("\\boxed{7 \\cdot 10}", "70", 1),
+        ("\\boxed{\\$70}", "70", 1),
+        ("\\boxed{70\\%}", "70", 1),
+        ("\\boxed{70 \\text{ cm}}", "70", 1),
+        ("\\boxed{\\mathbf{70}}", "070", 1),
+        ("\\boxed{70 or 71}", "70", 0),
+        ("\\boxed{70\u00b0}", "70", 1),
+        ("\\text{70} is \\boxed{x}", "70", 0),
         ("\\boxed{-70}", "70", 0),
         ("\\boxed{0}", "000", 1),
         ("\\boxed{}", "0", 0),
@@ -98,5 +114,5 @@ def test_the_last_box(text, inside):
         ("", "70", 0),
     ],
 )
-def test_only_the_same_whole_number_counts(prediction, answer, score):
+def test_only_the_same_number_counts(prediction, answer, score):
     assert boxed_integer(prediction, [answer]) == score

@@ -1,19 +1,24 @@
 """LooGLE in both of its formats; scores are those of the official evaluation."""
 
+import inspect
 import json
 import sys
 import zipfile
+from statistics import fmean
 from types import SimpleNamespace
 
 import huggingface_hub
 import nltk.corpus
+import pandas as pd
 import pytest
 from nltk.corpus.reader import WordNetCorpusReader
 from nltk.corpus.util import LazyCorpusLoader
 
 import cachepress as cp
 from cachepress.evaluation import EvaluationConfig
+from cachepress.evaluation.table import task_table
 from cachepress.evaluation.tasks.loogle import LOOGLE
+from cachepress.evaluation.views import scores_of
 
 TINY = sys.float_info.min
 MILL = "The old mill stands by the river. Ada built it in 1901."
@@ -84,11 +89,25 @@ def test_rouge_4_is_the_recall_of_four_words():
     assert score("rouge_4", "Ada drives a red car home today", HOME) == pytest.approx(1 / 3)
 
 
-def test_rouge_of_texts_that_the_library_cannot_read():
-    assert score("rouge_l_f1", "...", MILL) == 0
-    many = " ".join(f"w{number}" for number in range(600))
-    assert score("rouge_l", many, many) == 1
-    assert sys.getrecursionlimit() < 100_000
+def test_a_text_of_full_stops_only_has_no_sentence():
+    assert [score(name, "...", MILL) for name in ("rouge_1", "rouge_l", "rouge_l_f1")] == [0, 0, 0]
+
+
+def deeper(calls, function):
+    return function() if not calls else deeper(calls - 1, function)
+
+
+def test_rouge_is_the_same_for_long_texts_and_from_deep_in_the_stack():
+    limit = sys.getrecursionlimit()
+    many = [f"w{number}" for number in range(3000)]
+    whole, half = " ".join(many), " ".join(many[::2])
+    assert score("rouge_l", whole, whole) == 1
+    assert score("rouge_l", half, whole) == 0.5
+    deep = limit - len(inspect.stack()) - 100
+    for name in ("rouge_l", "rouge_l_f1", "rouge_1", "rouge_2", "bleu_1"):
+        far = deeper(deep, lambda name=name: score(name, half, whole))
+        assert far == score(name, half, whole)
+    assert sys.getrecursionlimit() == limit
 
 
 class WordNet:
@@ -141,6 +160,59 @@ def test_what_is_not_a_mapping_of_texts_fills_nothing(prediction, capsys):
     assert score("exact_match", prediction, json.dumps(MASKS)) == 0
     assert score("partial_match", prediction, json.dumps(MASKS)) == 0
     assert capsys.readouterr().out == ""
+
+
+def predictions(task, rows):
+    """A table of answers and predictions, each of a context of its own."""
+    metric = {"shortdep_cloze": "loogle_exact_match"}.get(task, "loogle_rouge_l_f1")
+    table = pd.DataFrame(rows, columns=["predicted_answer", "answer"])
+    table = table.assign(task=task, metric=metric, context_id=range(len(rows)))
+    table["answer"] = [[answer] for answer in table["answer"]]
+    table["choices"] = [[] for _ in rows]
+    columns = zip(table["predicted_answer"], table["answer"], strict=True)
+    return table.assign(
+        score=[LOOGLE.metrics[metric](said, answer, []) for said, answer in columns]
+    )
+
+
+def test_the_official_numbers_stand_beside_the_f1(monkeypatch, caplog):
+    rows = [(prediction, answer) for answer, prediction, *_ in SIMILAR]
+    monkeypatch.setattr(nltk.corpus, "wordnet", WordNet())
+    found = scores_of(predictions("longdep_qa", rows))
+    reported = found["reported"]["longdep_qa"]
+    assert list(reported) == ["rouge_1", "rouge_2", "rouge_l", "bleu_1", "bleu_4", "meteor"]
+    for place, name in enumerate(NAMES, start=2):
+        mean = found["score"] if name == "rouge_l_f1" else reported[name]
+        assert mean["mean"] == pytest.approx(fmean(case[place] for case in SIMILAR))
+    assert reported["rouge_l"]["low"] < reported["rouge_l"]["mean"] < reported["rouge_l"]["high"]
+    absent = LazyCorpusLoader("no-such-corpus", WordNetCorpusReader)
+    monkeypatch.setattr(nltk.corpus, "wordnet", absent)
+    with caplog.at_level("INFO"):
+        found = scores_of(predictions("longdep_qa", rows))
+    assert list(found["reported"]["longdep_qa"]) == list(reported)[:-1]
+    assert "meteor is not reported: METEOR needs WordNet" in caplog.text
+
+
+def test_the_cloze_is_divided_over_all_masks():
+    three = {f"<mask-{n}>": f"name {n}" for n in range(3)}
+    rows = [
+        ("{'<mask-0>': 'Ada Byron'}", json.dumps({"<mask-0>": "Ada Byron"})),
+        ("{'<mask-0>': 'name 7'}", json.dumps(three)),
+        ("", json.dumps(MASKS)),
+    ]
+    found = scores_of(predictions("shortdep_cloze", rows))
+    assert found["score"]["mean"] == pytest.approx(1 / 3)
+    assert found["tasks"]["shortdep_cloze"]["mean"] == pytest.approx(1 / 3)
+    reported = found["reported"]["shortdep_cloze"]
+    assert reported["exact_match_of_all_masks"]["mean"] == pytest.approx(1 / 6)
+    assert reported["partial_match_of_all_masks"]["mean"] == pytest.approx(2 / 6)
+    assert reported["exact_match_of_all_masks"]["samples"] == 3
+    # Weights that are all the same are none.
+    alike = scores_of(predictions("shortdep_cloze", [rows[2], (rows[0][0], json.dumps(MASKS))]))
+    assert alike["reported"]["shortdep_cloze"]["exact_match_of_all_masks"]["mean"] == 0.25
+    table = task_table(found)
+    assert "shortdep_cloze: exact_match_of_all_masks    0.167" in table
+    assert "shortdep_cloze                              0.333" in table
 
 
 @pytest.mark.parametrize("task", ["longdep_qa", "shortdep_qa"])

@@ -101,13 +101,20 @@ def test_a_text_without_the_beginning_of_an_answer_has_none(tmp_path):
     assert row["answer_prefix"] == ""
 
 
-@pytest.mark.parametrize("folder", ["4096", "4096/data"])
-def test_a_length_is_a_folder_and_alone_means_all_tasks(tmp_path, folder):
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [
+        ("4096", "{}/validation.jsonl"),
+        ("4096/data", "{}/validation.jsonl"),
+        ("4096", "{}.jsonl"),
+    ],
+)
+def test_a_length_is_a_folder_and_alone_means_all_tasks(tmp_path, folder, file):
     for task, kind in KINDS.items():
         name = task if task in TEXTS else "qa_1" if task == "qa_2" else "niah_single_1"
         context, question, prefix = TEXTS[name]
         row = {**OWN, "input": f"{context}{question} {prefix}"}
-        write(tmp_path / folder / task / "validation.jsonl", row)
+        write(tmp_path / folder / file.format(task), row)
         assert load(f"4096/{task}", tmp_path)["max_new_tokens"][0] == kind.max_new_tokens
     table = load("4096", tmp_path)
     assert list(table["task"]) == list(KINDS)
