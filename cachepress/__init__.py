@@ -1,34 +1,86 @@
-"""KV-cache compression for transformers language models: press, answer, measure."""
+"""KV-cache compression for transformers language models: press, answer, measure.
 
-from cachepress.cache import CacheSize, fork, size_of
-from cachepress.errors import CachepressError, ForeignAttentionError, UnsupportedError
-from cachepress.hf import detach
-from cachepress.persist import load_cache, save_cache
-from cachepress.pipeline import KVPressTextGenerationPipeline
-from cachepress.prefill import prefill
-from cachepress.presses import *  # noqa: F403
-from cachepress.presses import __all__ as _presses
-from cachepress.spec import SpecError, parse
-from cachepress.stores import Codec
-from cachepress.view import LayerView, Needs
+Names are loaded when they are first used, so that what needs no model answers at once.
+"""
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from cachepress._pipelines import register_when_loaded
+
+if TYPE_CHECKING:
+    from cachepress.cache import CacheSize as CacheSize
+    from cachepress.cache import fork as fork
+    from cachepress.cache import size_of as size_of
+    from cachepress.errors import CachepressError as CachepressError
+    from cachepress.errors import ForeignAttentionError as ForeignAttentionError
+    from cachepress.errors import UnsupportedError as UnsupportedError
+    from cachepress.generation.prefill import prefill as prefill
+    from cachepress.hf import detach as detach
+    from cachepress.persist import load_cache as load_cache
+    from cachepress.persist import save_cache as save_cache
+    from cachepress.pipeline import KVPressTextGenerationPipeline as KVPressTextGenerationPipeline
+    from cachepress.presses import *  # noqa: F403
+    from cachepress.spec import SpecError as SpecError
+    from cachepress.spec import parse as parse
+    from cachepress.stores import Codec as Codec
+    from cachepress.view import LayerView as LayerView
+    from cachepress.view import Needs as Needs
 
 __version__ = "0.1.0"
-__all__ = [
-    "CacheSize",
-    "CachepressError",
-    "Codec",
-    "ForeignAttentionError",
-    "KVPressTextGenerationPipeline",
-    "LayerView",
-    "Needs",
-    "SpecError",
-    "UnsupportedError",
-    "detach",
-    "fork",
-    "load_cache",
-    "parse",
-    "prefill",
-    "save_cache",
-    "size_of",
-    *_presses,
-]
+_HOMES = {
+    "CacheSize": "cache",
+    "CachepressError": "errors",
+    "Codec": "stores",
+    "ForeignAttentionError": "errors",
+    "KVPressTextGenerationPipeline": "pipeline",
+    "LayerView": "view",
+    "Needs": "view",
+    "SpecError": "spec",
+    "UnsupportedError": "errors",
+    "detach": "hf",
+    "fork": "cache",
+    "load_cache": "persist",
+    "parse": "spec",
+    "prefill": "generation.prefill",
+    "save_cache": "persist",
+    "size_of": "cache",
+}
+"""The module of each public name that is no press; no name may be that of a module itself."""
+
+
+def _load(name: str) -> object:
+    """A name of the package, which is looked up but once."""
+    if name == "__all__":
+        value: object = [*_HOMES, *import_module("cachepress.presses").__all__]
+    elif name in _HOMES:
+        value = getattr(import_module(f"cachepress.{_HOMES[name]}"), name)
+    elif name.endswith("Press") and hasattr(presses := import_module("cachepress.presses"), name):
+        value = getattr(presses, name)
+    else:
+        value = _module(name)
+    setattr(sys.modules[__name__], name, value)
+    return value
+
+
+def _module(name: str) -> object:
+    """A module of the package, which counts as an attribute without having been imported."""
+    missing = f"module {__name__!r} has no attribute {name!r}"
+    if name.startswith("_"):
+        raise AttributeError(missing)
+    try:
+        return import_module(f"cachepress.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"cachepress.{name}":
+            raise
+        raise AttributeError(missing) from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *sys.modules[__name__].__all__})
+
+
+if not TYPE_CHECKING:  # Else no misspelt name could be told from a right one.
+    __getattr__ = _load
+register_when_loaded()

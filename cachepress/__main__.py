@@ -1,8 +1,20 @@
 """``python -m cachepress`` is the command line."""
 
+import signal
 import sys
+from typing import NoReturn
 
-from cachepress.cli import main
+
+def run() -> NoReturn:
+    """Run the command line as a process of its own."""
+    # Before and after the command, whose main says it in words, an interrupt ends the process
+    # as it ends others: with no traceback of what happened to be imported or cleaned up.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from cachepress.cli import main
+
+    sys.exit(main())
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

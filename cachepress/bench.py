@@ -29,12 +29,12 @@ from transformers.cache_utils import Cache
 import cachepress
 from cachepress.cache import fork, size_of
 from cachepress.errors import CachepressError
+from cachepress.generation.prefill import check_prefill, prefill
 from cachepress.hf import cache_argument
 from cachepress.hf.observation import Watched
 from cachepress.hf.repeat import Repeater
 from cachepress.models import load
 from cachepress.ops import wait
-from cachepress.prefill import check_prefill, prefill
 from cachepress.presses import BasePress
 from cachepress.spec import NO_PRESS, parse
 

@@ -3,21 +3,26 @@
 import argparse
 import logging
 import os
+import select
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from cachepress import __version__
 from cachepress.errors import CachepressError
+from cachepress.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from cachepress.presses import BasePress
 
 logger = logging.getLogger(__name__)
-FAILED = 2
+FAILED, CLOSED_PIPE = 2, 128 + signal.SIGPIPE
+Command = Callable[[dict[str, object]], None]
 _TRAINABLE = ("query_stats", "q_filters", "kvzap_linear", "kvzap_mlp", "fastkvzip", "lukv")
 
 
@@ -32,29 +37,80 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0, or 2 after one line on stderr for anything that the user can mend.
+        0; 2 after one line on stderr for anything that the user can mend; 130 or 143 after SIGINT
+        or SIGTERM, and 141 where nobody reads the output any more.
     """
-    options = vars(_parser().parse_args(arguments))
-    command = options.pop("command")
-    try:
-        command(options)
-    except CachepressError as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        goes_on = command in (_evaluate, _sweep, _demo)
-        hint = ": every finished context is on disk, the same command goes on" if goes_on else ""
-        return _fail(f"interrupted{hint}")
-    except OSError as error:
+    command: Command | None = None
+    with Interrupts() as interrupts:
+        try:
+            options = vars(_parser().parse_args(arguments))
+            command = options.pop("command")
+            command(options)
+            code = 0
+        except BaseException as error:
+            code = _ended(error, interrupts, command)
+        return code if _flushed() or code else CLOSED_PIPE
+
+
+def _ended(error: BaseException, interrupts: Interrupts, command: Command | None) -> int:
+    """Say in one line why a command ended early.
+
+    Raises:
+        BaseException: the error itself, if it is no fault of the user's.
+    """
+    if interrupts.number is not None or isinstance(error, KeyboardInterrupt):
+        number = interrupts.number or signal.SIGINT
+        word = "terminated" if number == signal.SIGTERM else "interrupted"
+        hint = f": {_KEPT[command]}" if command in _KEPT else ""
+        _fail(f"{word}{hint}")
+        return 128 + number
+    # argparse, whose way out is SystemExit, says nothing of a broken pipe.
+    ends_quietly = isinstance(error, BrokenPipeError | SystemExit)
+    if ends_quietly and (not _flushed() or _nobody_reads()):
+        return CLOSED_PIPE
+    message = _explanation(error)
+    if message is None:
+        raise error
+    return _fail(message)
+
+
+def _explanation(error: BaseException) -> str | None:
+    if isinstance(error, CachepressError):
+        return str(error)
+    if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{place}{error.strerror or error}; nothing that was computed is lost")
-    except ImportError as error:
-        return _fail(f'{error}: install it with pip install "cachepress[eval]"')
-    return 0
+        return f"{place}{error.strerror or error}; nothing that was computed is lost"
+    if isinstance(error, ImportError):
+        return f'{error}: install it with pip install "cachepress[eval]"'
+    return None
 
 
 def _fail(message: str) -> int:
-    print(f"cachepress: error: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(BrokenPipeError):
+        print(f"cachepress: error: {' '.join(message.split())}", file=sys.stderr)
     return FAILED
+
+
+def _flushed() -> bool:
+    """Whether all that was printed got out; what did not is forgotten."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it exits, and would say that it could not.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of what is printed is gone; a pipe to a worker can break as well."""
+    gone = select.POLLERR | select.POLLHUP
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, AttributeError):  # It is none of the system's.
+            poll.register(stream.fileno(), gone)
+    return any(event & gone for _, event in poll.poll(0))
 
 
 def _evaluate(options: dict[str, object]) -> None:
@@ -245,10 +301,15 @@ def _train(options: dict[str, object]) -> None:
     press = None if options["press"] is None else parse(options["press"])
     how = {name: options[name] for name in ("seed", "steps")}
     lesson = Lesson(model, windows, tokenizer, press, **how)
-    try:
-        print(f"written: {train(options['kind'], lesson, options['output'])}")
-    except KeyboardInterrupt as error:
-        raise CachepressError("interrupted: nothing was written, and nothing is lost") from error
+    print(f"written: {train(options['kind'], lesson, options['output'])}")
+
+
+_GOES_ON = "every finished context is on disk, the same command goes on"
+_KEPT = {
+    **dict.fromkeys((_evaluate, _sweep, _demo), _GOES_ON),
+    _train: "nothing was written, and nothing is lost",
+}
+"""What is left of the commands that take long, when they are interrupted."""
 
 
 def _warn_of_nothing_dropped(press: "BasePress | None") -> None:

@@ -22,9 +22,9 @@ from cachepress.cache import CacheSize, fork, size_of
 from cachepress.chat import encode, template
 from cachepress.decode import generate
 from cachepress.errors import CachepressError
+from cachepress.generation.prefill import prefill
 from cachepress.hf import has_only_full_attention
 from cachepress.ops import wait
-from cachepress.prefill import prefill
 from cachepress.presses import BasePress
 from cachepress.stores import Codec
 

@@ -19,7 +19,7 @@ from cachepress.artefacts import class_of, default_path, model_name, save_artefa
 from cachepress.budgets import Ratio, TopK
 from cachepress.chat import encode
 from cachepress.errors import CachepressError
-from cachepress.prefill import prefill
+from cachepress.generation.prefill import prefill
 from cachepress.presses import fastkvzip, kvzap, lukv
 from cachepress.presses._looking import _LookingPress
 from cachepress.presses.base import BasePress, WrapperPress

@@ -25,8 +25,8 @@ def command(model_dir, tmp_path, *options):
     return ["train", "q_filters", f"--model={model_dir}", f"--text={text}", "--window=20", *options]
 
 
-def error_of(arguments, capsys):
-    assert main(arguments) == 2
+def error_of(arguments, capsys, code=2):
+    assert main(arguments) == code
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith("cachepress: error: ")
     return err
@@ -75,7 +75,9 @@ def test_ctrl_c_loses_nothing(model_dir, tmp_path, monkeypatch, capsys):
     for name in ("prefill", "save_artefact"):
         with monkeypatch.context() as patch:
             patch.setattr(training, name, interrupt)
-            err = error_of(command(model_dir, tmp_path, f"--output={path}", "--seed=1"), capsys)
+            err = error_of(
+                command(model_dir, tmp_path, f"--output={path}", "--seed=1"), capsys, 130
+            )
         assert "interrupted: nothing was written" in err
         assert path.read_bytes() == before
         assert sorted(x.name for x in tmp_path.iterdir()) == [path.name, "text.txt"]

@@ -148,7 +148,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(arguments, capsys, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Reader, "alone", interrupt)
-    assert main(arguments) == 2
+    assert main(arguments) == 130
     assert "interrupted: every finished context is on disk" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(arguments) == 0
@@ -254,7 +254,7 @@ def test_ctrl_c_in_a_sweep_is_one_line(swept, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Reader, "together", interrupt)
-    assert main([*swept[0], "--presses", "knorm", "--ratios", "0.5"]) == 2
+    assert main([*swept[0], "--presses", "knorm", "--ratios", "0.5"]) == 130
     err = capsys.readouterr().err.strip().splitlines()
     assert err[-1].startswith("cachepress: error: interrupted: every finished context is on disk")
 

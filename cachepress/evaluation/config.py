@@ -14,8 +14,8 @@ import yaml
 
 from cachepress.budgets import check_ratio
 from cachepress.errors import CachepressError
+from cachepress.generation.prefill import check_prefill
 from cachepress.pipeline import END, MIDDLE
-from cachepress.prefill import check_prefill
 from cachepress.presses import BasePress
 from cachepress.spec import NO_PRESS, brief, parse
 

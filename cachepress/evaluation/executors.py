@@ -3,24 +3,28 @@
 import math
 import multiprocessing
 import os
-import signal
+import pickle
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 import torch
+import transformers
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.cell import Cell
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.reader import Found, Reader
 from cachepress.evaluation.samples import Context
+from cachepress.interrupts import deaf_children, start_worker
 from cachepress.models import load
 
+T = TypeVar("T")
 MOST_LOSSES = 3
 """Times that work is given out anew without any result in between."""
 
@@ -156,7 +160,9 @@ _WORKER: Worker | None = None
 
 def _start(options: WorkerOptions, rank: "multiprocessing.sharedctypes.Synchronized") -> None:
     global _WORKER
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The command itself ends the workers.
+    # Bars of several processes would overwrite each other; the command has its own.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     with rank.get_lock():
         own = rank.value
         rank.value += 1
@@ -198,9 +204,8 @@ class Processes:
         self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]
     ) -> dict[Path, str]:
         """What a worker says."""
-        assert self._pool is not None
         try:
-            return self._pool.submit(_check, configs, contexts).result()
+            return self._submit(_check, configs, contexts).result()
         except BrokenProcessPool as error:
             raise _lost(1) from error
 
@@ -209,10 +214,9 @@ class Processes:
         left, losses = deque(units), 0
         at: dict[Future, Unit] = {}
         while left or at:
-            assert self._pool is not None
             try:
                 while left and len(at) < self._options.workers:
-                    at[self._pool.submit(_answer, left[0])] = left[0]
+                    at[self._submit(_answer, left[0])] = left[0]
                     left.popleft()
                 done, _ = wait(at, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -226,12 +230,18 @@ class Processes:
                 at.clear()
                 self._open()
 
+    def _submit(self, work: Callable[..., T], *args: object) -> Future[T]:
+        assert self._pool is not None
+        with deaf_children():  # The pool starts its processes when there is work for them.
+            return self._pool.submit(work, *args)
+
     def _open(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         context = multiprocessing.get_context("spawn")
+        start = pickle.dumps(partial(_start, self._options))
         self._pool = ProcessPoolExecutor(
-            self._options.workers, context, _start, (self._options, context.Value("i", 0))
+            self._options.workers, context, start_worker, (start, context.Value("i", 0))
         )
 
 

@@ -1,0 +1,1 @@
+"""Generation: from a context to a compressed cache."""
