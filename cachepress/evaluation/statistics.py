@@ -1,14 +1,13 @@
 """How sure a mean is, and how two runs on the same samples differ."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t
 
-Z_95 = 1.959963984540054
+from cachepress.evaluation import intervals
+from cachepress.evaluation.intervals import Bounds, Clusters
 
 
 @dataclass(frozen=True)
@@ -30,41 +29,35 @@ class Estimate:
     contexts: int
 
 
-def estimate(scores: Sequence[float], contexts: Sequence[object]) -> Estimate:
-    """Mean and 95 % interval, clustered by context.
+def estimate(scores: Sequence[float], contexts: Sequence[Hashable]) -> Estimate:
+    """Mean of scores from 0 to 1 and its 95 % interval, clustered by context.
 
-    The interval is Wilson's, with the number of samples replaced by the effective one: the number
-    of independent samples that would give the cluster-robust variance of the mean. Where that
-    variance is 0 (all samples alike) it is the number of contexts, so that ten right answers on
-    two contexts do not look like certainty.
+    Zeros and ones, fractions and anything between: see ``cachepress.evaluation.intervals.scores``.
+    A single context is one sample, however many questions it has.
 
     Args:
         scores: one score from 0 to 1 a sample.
         contexts: which context each sample belongs to.
     """
-    values = np.asarray(scores, dtype=float)
-    mean, clusters = float(values.mean()), len(set(contexts))
-    variance = _variance(values - mean, contexts)
-    spread = mean * (1 - mean)
-    # Sums of residuals that cancel out leave a trace of rounding.
-    sure = clusters == 1 or variance < 1e-12 or spread <= 0
-    effective = clusters if sure else spread / variance
-    low, high = _wilson(mean, min(effective, len(values)))
-    return Estimate(mean, low, high, len(values), clusters)
+    return _one(intervals.scores, scores, contexts)
 
 
-def interval(values: Sequence[float], contexts: Sequence[object]) -> Estimate:
+def interval(values: Sequence[float], contexts: Sequence[Hashable]) -> Estimate:
     """Mean of any numbers and its 95 % interval, clustered by context.
 
     The interval is Student's, with one degree of freedom less than there are contexts. A single
     context says nothing about others: its interval is infinite.
     """
-    numbers = np.asarray(values, dtype=float)
-    mean, clusters = float(numbers.mean()), len(set(contexts))
-    half = math.inf
-    if clusters > 1:
-        half = t.ppf(0.975, clusters - 1) * math.sqrt(_variance(numbers - mean, contexts))
-    return Estimate(mean, mean - half, mean + half, len(numbers), clusters)
+    return _one(intervals.student, values, contexts)
+
+
+def positive_interval(values: Sequence[float], contexts: Sequence[Hashable]) -> Estimate:
+    """Mean of numbers from 0 upwards, such as divergences, and its 95 % interval by context.
+
+    The interval is never below 0, and longer upwards: see
+    ``cachepress.evaluation.intervals.positive``. That of a single context is infinite.
+    """
+    return _one(intervals.positive, values, contexts)
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,8 @@ class Paired:
     """How a run differs from another one on the same samples.
 
     Attributes:
-        difference: of the scores, the other's subtracted.
+        difference: of the scores, the other's subtracted; see
+            ``cachepress.evaluation.intervals.differences``.
         flips: share of samples that are right in one and wrong in the other; right is a score of
             at least a half.
         same: share of samples with the very same answer.
@@ -94,11 +88,9 @@ def paired(run: pd.DataFrame, base: pd.DataFrame) -> Paired:
     ids = run.index.intersection(base.index)
     run, base = run.loc[ids], base.loc[ids]
     right, was = run["score"] >= 0.5, base["score"] >= 0.5
-    difference = interval(list(run["score"] - base["score"]), list(run["context_id"]))
-    if math.isfinite(difference.low):
-        # Scores are from 0 to 1, which Student's interval does not know.
-        low, high = max(-1.0, difference.low), min(1.0, difference.high)
-        difference = replace(difference, low=low, high=high)
+    difference = _one(
+        intervals.differences, list(run["score"] - base["score"]), list(run["context_id"])
+    )
     return Paired(
         difference=difference,
         flips=float((right != was).mean()),
@@ -106,18 +98,12 @@ def paired(run: pd.DataFrame, base: pd.DataFrame) -> Paired:
     )
 
 
-def _variance(residuals: np.ndarray, contexts: Sequence[object]) -> float:
-    """Cluster-robust variance of a mean."""
-    sums: dict[object, float] = {}
-    for value, name in zip(residuals.tolist(), contexts, strict=True):
-        sums[name] = sums.get(name, 0.0) + value
-    clusters = len(sums)
-    variance = sum(x * x for x in sums.values()) / len(residuals) ** 2
-    return variance * clusters / max(clusters - 1, 1)
-
-
-def _wilson(mean: float, n: float) -> tuple[float, float]:
-    factor = Z_95**2 / n
-    centre = (mean + factor / 2) / (1 + factor)
-    half = Z_95 * math.sqrt(mean * (1 - mean) / n + factor / (4 * n)) / (1 + factor)
-    return max(0.0, round(centre - half, 12)), min(1.0, round(centre + half, 12))
+def _one(
+    method: Callable[[np.ndarray, Clusters], Bounds],
+    values: Sequence[float],
+    contexts: Sequence[Hashable],
+) -> Estimate:
+    """What a method for many data sets says of one."""
+    clusters = Clusters.of(contexts)
+    mean, low, high = (float(x[0]) for x in method(np.asarray([values], dtype=float), clusters))
+    return Estimate(mean, low, high, len(values), len(clusters.sizes))

@@ -11,7 +11,7 @@ import pandas as pd
 from cachepress.errors import CachepressError
 from cachepress.evaluation.registry import METRIC_REGISTRY, REPORTS
 from cachepress.evaluation.samples import PROMPTING
-from cachepress.evaluation.statistics import Estimate, estimate, interval
+from cachepress.evaluation.statistics import Estimate, estimate, interval, positive_interval
 from cachepress.evaluation.tasks.base import PERPLEXITY, UNSCORED, Report
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def metrics_of(predictions: pd.DataFrame, query_aware: bool) -> dict[str, object
     return {
         **scores_of(predictions),
         "query_aware": query_aware,
-        "kl": _interval(predictions, "kl"),
+        "kl": _positive(predictions, "kl"),
         "perplexity": _perplexity(predictions),
         **_costs(predictions),
     }
@@ -121,9 +121,11 @@ def _estimated(rows: pd.DataFrame, column: str) -> dict | None:
     return asdict(estimate(list(rows[column]), list(rows["context_id"]))) if len(rows) else None
 
 
-def _interval(rows: pd.DataFrame, column: str) -> dict | None:
+def _positive(rows: pd.DataFrame, column: str) -> dict | None:
     rows = rows[rows[column].notna()]
-    return _finite(interval(list(rows[column]), list(rows["context_id"]))) if len(rows) else None
+    if not len(rows):
+        return None
+    return _finite(positive_interval(list(rows[column]), list(rows["context_id"])))
 
 
 def _perplexity(rows: pd.DataFrame) -> dict | None:

@@ -160,8 +160,9 @@ def test_one_context_says_nothing_of_others(tmp_path):
     assert "Infinity" in (cell / "metrics.json").read_text()
     page = report(tmp_path)
     knorm = page.data["data"][0][0]["cells"][1]
-    assert knorm["difference"]["low"] is None and knorm["qualities"]["kl"]["high"] is None
-    assert "+0.000 ±?" in page.texts and "0.500 ±?" in page.texts
+    assert (knorm["difference"]["low"], knorm["difference"]["high"]) == (-1.0, 1.0)
+    assert knorm["qualities"]["kl"]["high"] is None
+    assert "+0.000 (-1.00 to 1.00)" in page.texts and "0.500 ±?" in page.texts
     assert "nan" not in " ".join(page.texts).lower().split()
 
 
