@@ -112,8 +112,7 @@ def _weighted(rows: pd.DataFrame, report: Report) -> Estimate:
     # The mean of these is that mean, and their variance that of the ratio of two sums.
     share = [weight * len(weights) / sum(weights) for weight in weights]
     linear = [mean + w * (score - mean) for w, score in zip(share, scores, strict=True)]
-    found = interval(linear, list(rows["context_id"]))
-    return replace(found, mean=mean, low=max(0.0, found.low), high=min(1.0, found.high))
+    return replace(estimate(linear, list(rows["context_id"])), mean=mean)
 
 
 def _estimated(rows: pd.DataFrame, column: str) -> dict | None:
