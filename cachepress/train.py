@@ -193,7 +193,7 @@ class _LabelPress(KVzipPress):
 
     def score(self, view: LayerView) -> Tensor:
         """What the replay showed, ``[B, H, T]``."""
-        self.scores[view.depth] = self.carry(view)[0].mT.cpu()
+        self.scores[view.depth] = self.carry(view)[0].mT.float().cpu()
         return super().score(view)
 
     def _note(self, hidden: Tensor, depth: int) -> Tensor:
@@ -387,7 +387,7 @@ def _lukv(lesson: Lesson) -> Tensors:
 
     def look(view: LayerView) -> None:
         assert view.attention_sums is not None
-        received = view.attention_sums[0].mean(1).cpu()
+        received = view.attention_sums[0].mean(1).float().cpu()
         order = spy.scores[view.depth].argsort(dim=-1, descending=True, stable=True)
         worth = received[:, : order.shape[-1]].gather(-1, order)
         share = torch.arange(order.shape[-1]) * _SHARES // order.shape[-1]

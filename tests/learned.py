@@ -5,19 +5,21 @@ import shutil
 from functools import cache
 from tempfile import mkdtemp
 
+import torch
+
 import cachepress as cp
 from cachepress.train import KINDS, Lesson, train
 from tests.tiny import tiny, tokenizer, tokens
 
 
 @cache
-def learned(name: str = "llama") -> str:
+def learned(name: str = "llama", dtype: torch.dtype = torch.float64) -> str:
     """A folder with every artefact for the tiny model of an architecture."""
     folder = mkdtemp()
     atexit.register(shutil.rmtree, folder)
     windows = [tokens(40, seed=seed) for seed in range(4)]
     press = cp.SnapKVPress(window_size=6)
-    lesson = Lesson(tiny(name), windows, tokenizer(), press, steps=5, quiet=True)
+    lesson = Lesson(tiny(name, dtype), windows, tokenizer(), press, steps=5, quiet=True)
     for kind in KINDS:
         train(kind, lesson, f"{folder}/{kind}.safetensors")
     return folder

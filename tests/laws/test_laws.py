@@ -12,8 +12,9 @@ from transformers import DynamicCache
 
 import cachepress as cp
 from cachepress.cache import size_of, stores
+from tests.bounds import close
 from tests.laws.presses import every_press, name_of
-from tests.tiny import ARCHITECTURES, FULL_ONLY, tiny, tokens
+from tests.tiny import ARCHITECTURES, FULL_ONLY, distinct, exact_tiny
 from tests.tiny_cache import forward, kept, pressed
 
 PRESSES = every_press(0.5)
@@ -32,7 +33,7 @@ def greedy(model, ids, n=8, **options):
 
 @by_architecture
 def test_ratio_0_equals_no_press(name):
-    model, ids = tiny(name), tokens(40)
+    model, ids = exact_tiny(name), distinct(40)
     plain_cache, cache = DynamicCache(config=model.config), DynamicCache()
     plain = forward(model, plain_cache, input_ids=ids).logits
     plain_tokens = greedy(model, ids)
@@ -41,10 +42,10 @@ def test_ratio_0_equals_no_press(name):
         assert torch.equal(greedy(model, ids), plain_tokens)
     assert torch.equal(ours, plain)
     for n in (1, 3):
-        step = tokens(n, seed=n)
+        step = distinct(n, seed=n)
         decoded = forward(model, cache, input_ids=step).logits
         wanted = forward(model, plain_cache, input_ids=step).logits
-        torch.testing.assert_close(decoded, wanted, atol=1e-5, rtol=1e-5)
+        close(decoded, wanted)
 
 
 @by_architecture
@@ -52,9 +53,9 @@ def test_ratio_0_equals_no_press(name):
 def test_keeps_the_exact_count_in_order(name, press):
     if press.needs.projection and name in GATED:
         with pytest.raises(cp.UnsupportedError, match="output projection"):
-            pressed(tiny(name), press, tokens(41))
+            pressed(exact_tiny(name), press, distinct(41))
         return
-    cache = pressed(tiny(name), press, tokens(41, batch=2))
+    cache = pressed(exact_tiny(name), press, distinct(41, batch=2))
     for layer in kept(cache):
         for row in layer:
             for head in row:
@@ -64,15 +65,16 @@ def test_keeps_the_exact_count_in_order(name, press):
 
 
 @by_name
+@pytest.mark.counts
 @settings(max_examples=15, deadline=None)
 @given(n=st.integers(2, 40), percent=st.integers(0, 99))
 def test_counts_are_exact_decimals(press, n, percent):
-    cache = pressed(MODEL, press.with_ratio(percent / 100), tokens(n))
+    cache = pressed(MODEL, press.with_ratio(percent / 100), distinct(n))
     wanted = max(1, floor(n * (1 - Fraction(percent, 100))))
     assert stores(cache)[0].lengths.tolist() == [[wanted, wanted]]
 
 
-MODEL = tiny()
+MODEL = exact_tiny()
 
 
 def test_named_counts():
@@ -91,15 +93,15 @@ def test_named_counts():
 def test_a_row_of_a_padded_batch_equals_that_row_alone(name, press):
     if name == "qwen3_moe" and press != PRESSES[0]:
         pytest.skip("one press is enough for an architecture whose attention is Qwen3's")
-    model = tiny(name)
-    texts = [tokens(n, seed=n) for n in (31, 17, 4)]
+    model = exact_tiny(name)
+    texts = [distinct(n, seed=n) for n in (31, 17, 4)]
     ids = torch.zeros(3, 31, dtype=torch.long)
     for row, text in zip(ids, texts, strict=True):
         row[31 - text.shape[1] :] = text[0]
     mask = (ids > 0).long()
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     batch = pressed(model, press, ids, attention_mask=mask, position_ids=position_ids)
-    step = tokens(1, batch=3, seed=9)
+    step = distinct(1, batch=3, seed=9)
     longer = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=-1)
     logits = forward(
         model, batch, input_ids=step, attention_mask=longer, position_ids=mask.sum(-1)[:, None]
@@ -111,12 +113,12 @@ def test_a_row_of_a_padded_batch_equals_that_row_alone(name, press):
             heads = [[p - pad for p in head[:-1]] for head in layer[i]]
             assert heads == layer_alone[0]
         ours = forward(model, alone, input_ids=step[i : i + 1]).logits
-        torch.testing.assert_close(logits[i], ours[0], atol=2e-5, rtol=1e-4)
+        close(logits[i], ours[0])
 
 
 @by_name
 def test_right_padding_is_dropped_too(press):
-    text, other = tokens(12, seed=3), tokens(20, seed=4)
+    text, other = distinct(12, seed=3), distinct(20, seed=4)
     ids = torch.cat([torch.cat([text, torch.zeros(1, 8, dtype=torch.long)], -1), other])
     batch = pressed(MODEL, press, ids, attention_mask=(ids > 0).long())
     alone = pressed(MODEL, press, text)
@@ -125,7 +127,7 @@ def test_right_padding_is_dropped_too(press):
 
 @by_name
 def test_a_second_turn_is_settled_to_the_same_count(press):
-    model, ids = tiny(), tokens(40)
+    model, ids = exact_tiny(), distinct(40)
     cache = DynamicCache()
     with press(model):
         forward(model, cache, input_ids=ids[:, :23])
@@ -142,17 +144,17 @@ def test_a_second_turn_is_settled_to_the_same_count(press):
 def test_the_first_turn_only_when_asked():
     cache = DynamicCache()
     with cp.KnormPress(0.5)(MODEL, turns="first"):
-        forward(MODEL, cache, input_ids=tokens(20))
-        forward(MODEL, cache, input_ids=tokens(10))
+        forward(MODEL, cache, input_ids=distinct(20))
+        forward(MODEL, cache, input_ids=distinct(10))
     assert stores(cache)[0].lengths.tolist() == [[20, 20]]
 
 
 @by_name
 def test_seen_never_shrinks_and_decoding_is_not_scored(press):
-    cache = pressed(MODEL, press, tokens(30))
+    cache = pressed(MODEL, press, distinct(30))
     with press(MODEL):
         for step in range(5):
-            forward(MODEL, cache, input_ids=tokens(1, seed=step))
+            forward(MODEL, cache, input_ids=distinct(1, seed=step))
             assert cache.get_seq_length() == 31 + step
     assert stores(cache)[0].lengths.tolist() == [[20, 20]]
     assert kept(cache)[0][0][0][-5:] == [30, 31, 32, 33, 34]
@@ -161,7 +163,7 @@ def test_seen_never_shrinks_and_decoding_is_not_scored(press):
 @by_architecture
 def test_decoding_attends_like_a_masked_full_cache(name):
     """The compressed cache against the whole one with the dropped rows masked by hand."""
-    model, ids, step = tiny(name), tokens(40), tokens(3, seed=5)
+    model, ids, step = exact_tiny(name), distinct(40), distinct(3, seed=5)
     press = cp.StreamingLLMPress(0.5, n_sink=3)
     logits = forward(model, pressed(model, press, ids), input_ids=step).logits
     whole = DynamicCache()
@@ -177,7 +179,7 @@ def test_decoding_attends_like_a_masked_full_cache(name):
             attention_mask=dropped,
             position_ids=torch.arange(40, 43)[None],
         ).logits
-        torch.testing.assert_close(logits, masked, atol=2e-5, rtol=1e-4)
+        close(logits, masked)
     assert stores(pressed(model, press, ids))[0].positions[0, 0].tolist() == [
         *range(3),
         *range(23, 40),
@@ -192,7 +194,7 @@ def test_repr_is_the_spelling(press):
 
 @by_name
 def test_bytes_reported_are_bytes_allocated(press):
-    cache = pressed(MODEL, press, tokens(200))
+    cache = pressed(MODEL, press, distinct(90))
     storage = sum(
         tensor.untyped_storage().nbytes()
         for store in stores(cache)
@@ -201,9 +203,9 @@ def test_bytes_reported_are_bytes_allocated(press):
     )
     size = size_of(cache)
     assert size.bytes_after == storage
-    row = 2 * 8 * 4 + 4 + 4 * press.carries
-    assert size.bytes_after == 4 * 2 * 128 * row
-    assert (size.rows_seen, size.rows_held, size.ratio) == (1600, 800, 0.5)
+    row = 2 * 8 * 8 + 4 + 8 * press.carries
+    assert size.bytes_after == 4 * 2 * 64 * row
+    assert (size.rows_seen, size.rows_held, size.ratio) == (720, 360, 0.5)
 
 
 @by_name
