@@ -485,6 +485,7 @@ def _data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     p.add_argument("dataset", help="name of a benchmark")
     p.add_argument("--data-dir", help="part of it")
     p.add_argument("--data-path", help="folder with its original files (default: the hub)")
+    p.add_argument("--prompts", metavar="FILE", help="prompts instead of ours, as for evaluate")
     p.add_argument("--model", default="smollm2-135m", help="whose tokenizer counts (smollm2-135m)")
     p.add_argument("--seed", type=int, default=0, help="seed of what is generated (0)")
     p.add_argument("--output", required=True, metavar="FILE", help="the Parquet file")
@@ -536,6 +537,11 @@ def _add_evaluation_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model-kwargs", type=_mapping, help="YAML or JSON mapping for from_pretrained")
     p.add_argument("--log-level", help="DEBUG, INFO, WARNING or ERROR")
     flag = argparse.BooleanOptionalAction
+    p.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="prompts in the benchmark's published format, or those of a table, instead of ours",
+    )
     p.add_argument(
         "--chat", action=flag, help="use the model's chat template (default: the data's own rule)"
     )

@@ -45,6 +45,7 @@ class Answer:
         predicted_answer: the text.
         decode_tokens: its tokens.
         context_tokens: tokens of the context, the chat template's part included.
+        prompts: name and hash of the user's prompts; None for those here.
         cut_tokens: tokens of it that were cut; None in a record that does not say it.
         prefill_seconds: time of reading the context, compression included.
         press_seconds: time of it that the press added; None where it was not measured.
@@ -79,6 +80,7 @@ class Answer:
     kl: float | None = None
     nll: float | None = None
     cut_tokens: int | None = None
+    prompts: str | None = None
 
 
 class Cell:

@@ -14,6 +14,7 @@ import yaml
 
 from cachepress.budgets import check_ratio
 from cachepress.errors import CachepressError
+from cachepress.evaluation.prompts import read_prompts
 from cachepress.generation.prefill import check_prefill
 from cachepress.pipeline import END, MIDDLE
 from cachepress.presses import BasePress
@@ -21,7 +22,7 @@ from cachepress.spec import NO_PRESS, brief, parse
 
 FREE_FIELDS = ("output_dir", "log_level", "overwrite", "device", "data_path")
 """Fields that may differ when a run is resumed: they do not change an answer."""
-ADDED_FIELDS = ("chat",)
+ADDED_FIELDS = ("chat", "prompts")
 """Fields that came later: results from before them have their defaults."""
 TRUNCATIONS = (MIDDLE, END)
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -46,6 +47,7 @@ class EvaluationConfig:
         max_new_tokens: instead of the data's own column.
         max_context_length: most tokens of a context; None for what the model has room for.
         chat: whether prompts are put into the model's chat template; None for the data's own rule.
+        prompts: file with prompts instead of those here; see ``read_prompts``.
         truncation: cut a longer context instead of refusing it: "middle" or "end"; True for where
             the benchmark itself cuts.
         beyond_trained_length: allow contexts longer than the model was trained for.
@@ -72,6 +74,7 @@ class EvaluationConfig:
     max_new_tokens: int | None = None
     max_context_length: int | None = None
     chat: bool | None = None
+    prompts: str | None = None
     truncation: bool | str = False
     beyond_trained_length: bool = False
     prefill_chunk_size: int | None = None
@@ -153,6 +156,9 @@ class EvaluationConfig:
         for name in ("prefill_mode", "storage"):
             if getattr(self, name) != _DEFAULTS[name]:
                 parts.append(getattr(self, name))
+        if self.prompts is not None:
+            read = read_prompts(self.prompts)
+            parts.append(f"prompts-{Path(read.name).stem}-{read.digest[:8]}")
         if self.chat is not None:
             parts.append("chat" if self.chat else "no-chat")
         if isinstance(self.truncation, str):
@@ -163,11 +169,17 @@ class EvaluationConfig:
             parts.append("model_kwargs-" + _digest(self.model_kwargs))
         return parts
 
+    @property
+    def prompts_label(self) -> str | None:
+        """Name and hash of the user's prompts."""
+        return None if self.prompts is None else read_prompts(self.prompts).label
+
     def identity(self) -> dict[str, object]:
         """Every field that can change an answer, the press by its full spelling."""
         values = {k: v for k, v in asdict(self).items() if k not in FREE_FIELDS}
         values["press"] = repr(press) if (press := self.make_press()) else NO_PRESS
         values["compression_ratio"] = self.ratio
+        values["prompts"] = self.prompts_label
         for name in ADDED_FIELDS:
             if values[name] == _DEFAULTS[name]:
                 del values[name]

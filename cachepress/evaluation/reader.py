@@ -405,6 +405,7 @@ class Reader:
                 decode_tokens=len(ids),
                 context_tokens=read[0],
                 cut_tokens=read[1],
+                prompts=left.cell.config.prompts_label if left.cell else None,
                 prefill_seconds=left.prefill_seconds,
                 press_seconds=left.press_seconds,
                 step_seconds=left.step_seconds,

@@ -9,12 +9,13 @@ from transformers import PreTrainedTokenizerBase
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import string_match
+from cachepress.evaluation.prompts import Prompts, read_prompts
 from cachepress.evaluation.tasks.aime25 import AIME25
 from cachepress.evaluation.tasks.base import Metric, Task
 from cachepress.evaluation.tasks.builtin import BUILTIN
 from cachepress.evaluation.tasks.files import SUFFIXES, load_file
 from cachepress.evaluation.tasks.infinitebench import INFINITEBENCH
-from cachepress.evaluation.tasks.longbench import LONGBENCH, LONGBENCH_E, uses_chat
+from cachepress.evaluation.tasks.longbench import LONGBENCH, LONGBENCH_E, SUFFIX_E, uses_chat
 from cachepress.evaluation.tasks.longbench_v2 import LONGBENCH_V2
 from cachepress.evaluation.tasks.loogle import LOOGLE
 from cachepress.evaluation.tasks.math500 import MATH500
@@ -69,7 +70,7 @@ def find_dataset(name: str) -> Task:
     if name in DATASET_REGISTRY:
         return DATASET_REGISTRY[name]
     if Path(name).suffix in SUFFIXES:
-        return Task(name, "a local file", _load_local)
+        return Task(name, "a local file", _load_local, takes_prompts=True)
     raise CachepressError(
         f"unknown dataset {name!r}: wanted {', '.join(DATASET_REGISTRY)}, or a file ending in "
         f"{', '.join(SUFFIXES)}"
@@ -79,11 +80,35 @@ def find_dataset(name: str) -> Task:
 def _load_local(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
     """The rows of a file; those of a benchmark's tasks are asked as the benchmark asks them."""
     table = load_file(Path(config.dataset))
+    if config.prompts is not None:
+        table = _in_templates(table, read_prompts(config.prompts))
     rules = {name: _asked(str(name)) for name in set(table["task"])}
     for column, values in (("chat", 0), ("truncation", 1)):
         own = pd.Series([rules[name][values] for name in table["task"]], dtype=object)
         table[column] = table[column].where(table[column].notna(), own)
     return table
+
+
+def _in_templates(table: pd.DataFrame, prompts: Prompts) -> pd.DataFrame:
+    """The rows of a file in the templates of their tasks."""
+    if prompts.rows:
+        return table
+    needs = [("question", "input")] if any(table["question"]) else []
+    templates = {
+        name: prompts.template((name, _bare(str(name))), needs=needs) for name in set(table["task"])
+    }
+    columns = zip(table["task"], table["context"], table["question"], strict=True)
+    asked = [
+        templates[task].around(context, {"question": question, "input": question})
+        for task, context, question in columns
+    ]
+    texts = pd.DataFrame(asked, columns=["context", "question"], index=table.index)
+    return table.assign(**texts, answer_prefix="")
+
+
+def _bare(task: str) -> str:
+    """A task of LongBench-E by the name that it has in LongBench."""
+    return task.partition(" ")[0].removesuffix(SUFFIX_E)
 
 
 def _asked(task: str) -> tuple[bool, str]:

@@ -7,6 +7,7 @@ from statistics import fmean
 from tabulate import tabulate
 
 from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.prompts import shortened
 from cachepress.evaluation.sweep import Result
 
 LONGEST_NAME = 72
@@ -157,7 +158,9 @@ def _mean_kept(results: Sequence[Result]) -> str:
 def notes_of(config: EvaluationConfig, metrics: Mapping) -> list[str]:
     """What is out of the ordinary in how samples were asked."""
     chat = {None: "", True: "all in the chat template", False: "no chat template"}[config.chat]
-    return [note for note in (chat, cut_text(metrics)) if note]
+    label = config.prompts_label
+    prompts = "" if label is None else f"prompts of {shortened(label)}"
+    return [note for note in (prompts, chat, cut_text(metrics)) if note]
 
 
 def _heading(group: Sequence[Result]) -> str:

@@ -20,7 +20,7 @@ _NUMBERS = (
     *("bytes_after", "rows_seen", "rows_held", "peak_memory_bytes", "cut_tokens"),
 )
 """Costs of a context; where each question has a reading of its own, of one reading."""
-RECORDED_LATER = ("cut_tokens",)
+RECORDED_LATER = ("cut_tokens", "prompts")
 """Fields that the oldest records do not have."""
 
 

@@ -31,7 +31,7 @@ def load_aime25(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
     Raises:
         CachepressError: if the file is not to be had, or is in another format.
     """
-    table = read_problems(config.data_path, NAMES, HUB, PROMPT, "AIME25")
+    table = read_problems(config, NAMES, HUB, PROMPT, "AIME25")
     table = table.assign(max_new_tokens=MAX_NEW_TOKENS, metric="boxed_integer")
     for number, (answer,) in enumerate(table["answer"]):
         if NUMBER.fullmatch(answer) is None:
@@ -58,5 +58,6 @@ AIME25 = Task(
     name="aime25",
     about="problems of the American Invitational Mathematics Examination of 2025",
     load=load_aime25,
+    takes_prompts=True,
     metrics={"boxed_integer": boxed_integer},
 )

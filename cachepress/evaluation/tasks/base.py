@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.prompts import read_prompts
 from cachepress.pipeline import END, MIDDLE
 
 Metric = Callable[[str, Sequence[str], Sequence[str]], float]
@@ -62,6 +63,7 @@ class Task:
         metrics: what judges its rows, by the name in their column "metric".
         reports: by the name of such a metric, what else is reported of the rows that it judges.
         truncation: where its contexts are cut if they are too long: "middle" or "end".
+        takes_prompts: whether its prompts can be the user's own; not where they stand in its data.
         submit: writes a table of predictions into a folder, as whoever judges them wants it.
     """
 
@@ -72,6 +74,7 @@ class Task:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     reports: Mapping[str, Mapping[str, Report]] = field(default_factory=dict)
     truncation: str = END
+    takes_prompts: bool = False
     submit: Callable[[pd.DataFrame, Path], object] | None = None
 
     def table(self, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
@@ -85,7 +88,13 @@ class Task:
                 f"{self.name}: got data_dir={config.data_dir!r}, wanted one of "
                 f"{', '.join(self.parts)}"
             )
+        if config.prompts is not None and not self.takes_prompts:
+            raise CachepressError(
+                f"{self.name} has its prompts in its data: leave --prompts {config.prompts} out"
+            )
         table = self.load(config, tokenizer)
+        if config.prompts is not None:
+            table = read_prompts(config.prompts).put_into(table)
         ways = [self.truncation if way is None else way for way in table["truncation"]]
         return table.assign(truncation=ways)
 

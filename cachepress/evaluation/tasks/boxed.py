@@ -6,16 +6,18 @@ from collections.abc import Sequence
 import pandas as pd
 
 from cachepress.errors import CachepressError
+from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.prompts import read_prompts
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 
 
 def read_problems(
-    folder: str | None, names: Sequence[str], hub: Hub, prompt: str, title: str
+    config: EvaluationConfig, names: Sequence[str], hub: Hub, prompt: str, title: str
 ) -> pd.DataFrame:
     """Problems and answers, and what else the file says of them, from the benchmark's own file.
 
     Args:
-        folder: folder with that file; None for the hub.
+        config: says which folder has that file, and the prompts if they are the user's.
         names: names that it may have.
         hub: where the hub has it.
         prompt: what is asked, with ``{problem}``.
@@ -24,10 +26,21 @@ def read_problems(
     Raises:
         CachepressError: if the file is not to be had, or is in another format.
     """
-    rows = read_rows(folder, names, hub)
+    rows, template = read_rows(config.data_path, names, hub), None
+    if config.prompts is not None:
+        tasks = (config.dataset, title)
+        template = read_prompts(config.prompts).template(tasks, ("problem", "question", "context"))
+
+    def asked_of(problem: str) -> str:
+        return (
+            prompt.format(problem=problem)
+            if not template
+            else "".join(template.around(problem, {}))
+        )
+
     try:
         asked = {
-            "context": [prompt.format(problem=row["problem"].strip()) for row in rows],
+            "context": [asked_of(row["problem"].strip()) for row in rows],
             "answer": [[str(row["answer"])] for row in rows],
         }
     except (KeyError, AttributeError) as error:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import CHINESE_PUNCTUATION, qa_f1, token_f1
+from cachepress.evaluation.prompts import Template, read_prompts
 from cachepress.evaluation.tasks.base import Part, Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 from cachepress.pipeline import MIDDLE
@@ -17,6 +18,21 @@ from cachepress.pipeline import MIDDLE
 REPOSITORY = "xinrongzhang2022/InfiniteBench"
 LETTERS = "ABCD"
 CALL = re.compile(r"func_[0-9]+\(-?[0-9]+\)")
+TARGET = re.compile(r"The \w+ number")
+_OPTIONS = tuple((f"OPTION_{letter}",) for letter in LETTERS)
+_INPUT = ("input", "question")
+NEEDS: dict[str, Sequence[Sequence[str]]] = {
+    "passkey": [_INPUT],
+    "number_string": [_INPUT],
+    "kv_retrieval": [_INPUT],
+    "math_find": [_INPUT],
+    "longbook_qa_eng": [_INPUT],
+    "longbook_qa_chn": [_INPUT],
+    "longbook_choice_eng": [_INPUT, *_OPTIONS],
+    "code_run": [(*_INPUT, "func_call")],
+    "code_debug": _OPTIONS,
+}
+"""What a template of a task has to name, besides its text."""
 HIDDEN = (
     "Somewhere in the text below one piece of information is hidden among sentences that do not "
     "matter. Find it and keep it in mind: a question about it comes after the text.\n\n"
@@ -122,23 +138,49 @@ def load_infinitebench(
         CachepressError: if its file is not to be had, or is in another format.
     """
     task = str(config.data_dir)
-    name, part = f"{task}.jsonl", PARTS[task]
+    name, part, template = f"{task}.jsonl", PARTS[task], None
+    if config.prompts is not None:
+        template = read_prompts(config.prompts).template((task,), needs=NEEDS.get(task, ()))
     rows = read_rows(config.data_path, [name], Hub(REPOSITORY, name))
     try:
-        fields = [_fields(task, row) for row in rows]
+        asked = [_asked(task, row, template) for row in rows]
         table = pd.DataFrame(
             {
-                "context": [part.introduction + row["context"] for row in rows],
-                "question": [part.ask.format(**field) for field in fields],
+                "context": [context for context, _, _ in asked],
+                "question": [question for _, question, _ in asked],
                 "answer": [_answers(task, row) for row in rows],
-                "answer_prefix": [part.prefix.format(**field) for field in fields],
+                "answer_prefix": [prefix for _, _, prefix in asked],
                 "max_new_tokens": part.max_new_tokens,
                 "metric": part.metric,
             }
         )
+    except CachepressError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CachepressError(f"{name} is not in InfiniteBench's format: {error!r}") from error
     return normalise(table, task=task, origin=name)
+
+
+def _asked(task: str, row: Mapping, template: Template | None) -> tuple[str, str, str]:
+    """Context, question and answer's beginning of a row."""
+    part, fields = PARTS[task], _fields(task, row)
+    if template is None:
+        context = part.introduction + row["context"]
+        return context, part.ask.format(**fields), part.prefix.format(**fields)
+    return *template.around(row["context"], _template_fields(row, fields)), ""
+
+
+def _template_fields(row: Mapping, fields: Mapping[str, str]) -> dict[str, str]:
+    """What the benchmark's own templates are filled with."""
+    asked, call = str(row.get("input", "")), fields["call"]
+    found = {"input": asked, "question": asked}
+    if call:
+        found |= {"func_call": call, "func": call.partition("(")[0]}
+    if target := TARGET.search(asked):
+        found["target"] = target.group().lower()
+    options = row.get("options")
+    named = zip(LETTERS, () if options is None else options, strict=False)
+    return found | {f"OPTION_{letter}": text for letter, text in named}
 
 
 def _fields(task: str, row: Mapping) -> dict[str, str]:
@@ -279,6 +321,7 @@ INFINITEBENCH = Task(
     about="retrieval, books, dialogue, code and sums beyond 100k tokens (arXiv:2402.13718)",
     load=load_infinitebench,
     truncation=MIDDLE,
+    takes_prompts=True,
     parts=tuple(PARTS),
     metrics={
         "qa_f1": qa_f1,

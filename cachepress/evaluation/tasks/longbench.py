@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import CHINESE_PUNCTUATION, qa_f1, token_f1
+from cachepress.evaluation.prompts import Template, read_prompts
 from cachepress.evaluation.rouge import rouge_l
 from cachepress.evaluation.tasks.base import Metric, Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
@@ -343,11 +344,18 @@ def load_longbench(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase)
     name = f"{task}.jsonl"
     hub = Hub(REPOSITORY, "data.zip", f"data/{name}")
     rows = read_rows(config.data_path, [name, f"data/{name}"], hub)
-    prompt = PROMPTS[task.removesuffix(SUFFIX_E)]
+    name_e = task.removesuffix(SUFFIX_E)
+    prompt, template = PROMPTS[name_e], None
+    if config.prompts is not None:
+        needs = [("input",)] if "{input}" in prompt.ask else []
+        template = read_prompts(config.prompts).template((task, name_e), needs=needs)
     try:
-        table = pd.DataFrame([_row(row, prompt) for row in rows]).assign(chat=uses_chat(task))
+        made = [_row(row, prompt, template) for row in rows]
+        table = pd.DataFrame(made).assign(chat=uses_chat(task))
         if task.endswith(SUFFIX_E):
             table["task"] = [f"{task} {_bucket(length)}" for length in table["length"]]
+    except CachepressError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise CachepressError(f"{name} is not in LongBench's format: {error!r}") from error
     return normalise(table, task=task, origin=name)
@@ -362,15 +370,14 @@ def _bucket(words: int) -> str:
     return next((name for most, name in BUCKETS.items() if words < most), LAST_BUCKET)
 
 
-def _row(row: Mapping, prompt: Prompt) -> dict[str, object]:
+def _row(row: Mapping, prompt: Prompt, template: Template | None) -> dict[str, object]:
     if prompt.metric == "longbench_classification" and not row["all_classes"]:
         raise ValueError("a row has no classes")
-    question, prefix = prompt.ask.format(input=row["input"]), prompt.prefix
-    if prefix is None:
-        cue = _CUE.search(question)
-        question, prefix = (question[: cue.start(1)], cue[1]) if cue else (question, "")
+    context, question, prefix = _asked(row, prompt)
+    if template is not None:
+        (context, question), prefix = template.around(row["context"], row), ""
     return {
-        "context": prompt.before + row["context"],
+        "context": context,
         "question": question,
         "answer": row["answers"],
         "answer_prefix": prefix,
@@ -381,11 +388,21 @@ def _row(row: Mapping, prompt: Prompt) -> dict[str, object]:
     }
 
 
+def _asked(row: Mapping, prompt: Prompt) -> tuple[str, str, str]:
+    """Context, question and answer's beginning in our words."""
+    question, prefix = prompt.ask.format(input=row["input"]), prompt.prefix
+    if prefix is None:
+        cue = _CUE.search(question)
+        question, prefix = (question[: cue.start(1)], cue[1]) if cue else (question, "")
+    return prompt.before + row["context"], question, prefix
+
+
 LONGBENCH = Task(
     name="longbench",
     about="21 tasks on long texts in English, Chinese and code (arXiv:2308.14508)",
     load=load_longbench,
     truncation=MIDDLE,
+    takes_prompts=True,
     parts=TASKS,
     metrics=METRICS,
 )
@@ -394,6 +411,7 @@ LONGBENCH_E = Task(
     about="13 tasks of LongBench, each scored by length (arXiv:2308.14508)",
     load=load_longbench,
     truncation=MIDDLE,
+    takes_prompts=True,
     parts=TASKS_E,
     metrics=METRICS,
 )

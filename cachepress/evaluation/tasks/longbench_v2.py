@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.prompts import Template, read_prompts
 from cachepress.evaluation.tasks.base import Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 from cachepress.pipeline import MIDDLE
@@ -59,8 +60,17 @@ def load_longbench_v2(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBa
             f"{', '.join((*DIFFICULTIES, *LENGTHS))}"
         )
     rows = read_rows(config.data_path, [FILE], HUB)
+    template = None
+    if config.prompts is not None:
+        needs = [("Q", "question", "input"), *((f"C_{c}", f"choice_{c}", c) for c in LETTERS)]
+        read = read_prompts(config.prompts)
+        template = read.template(("longbench-v2",), ("DOC", "context"), needs)
     try:
-        made = [_row(row) for row in rows if part in (None, row["difficulty"], row["length"])]
+        made = [
+            _row(row, template) for row in rows if part in (None, row["difficulty"], row["length"])
+        ]
+    except CachepressError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CachepressError(f"{FILE} is not in LongBench v2's format: {error!r}") from error
     if not made:
@@ -68,14 +78,20 @@ def load_longbench_v2(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBa
     return normalise(pd.DataFrame(made), task="longbench-v2", origin=FILE)
 
 
-def _row(row: Mapping) -> dict[str, object]:
+def _row(row: Mapping, template: Template | None) -> dict[str, object]:
     for name, known in (("answer", LETTERS), ("difficulty", DIFFICULTIES), ("length", LENGTHS)):
         if row[name] not in known:
             raise ValueError(f"{name} is {row[name]!r}")
     asked = {f"choice_{letter}": row[f"choice_{letter}"].strip() for letter in LETTERS}
+    text, question = row["context"].strip(), row["question"].strip()
+    context, ask = CONTEXT.format(text=text), ASK.format(question=question, **asked)
+    if template is not None:
+        choices = {key: asked[f"choice_{c}"] for c in LETTERS for key in (f"C_{c}", c)}
+        fields = {"Q": question, "question": question, "input": question, **choices, **asked}
+        context, ask = template.around(text, fields)
     return {
-        "context": CONTEXT.format(text=row["context"].strip()),
-        "question": ASK.format(question=row["question"].strip(), **asked),
+        "context": context,
+        "question": ask,
         "answer": row["answer"],
         "max_new_tokens": MAX_NEW_TOKENS,
         "task": f"{row['difficulty']}-{row['length']}",
@@ -89,5 +105,6 @@ LONGBENCH_V2 = Task(
     about="multiple choice on long texts, by difficulty and length (arXiv:2412.15204)",
     load=load_longbench_v2,
     truncation=MIDDLE,
+    takes_prompts=True,
     metrics={"longbench_v2_choice": longbench_v2_choice},
 )

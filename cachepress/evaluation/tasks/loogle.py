@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.prompts import Template, read_prompts
 from cachepress.evaluation.rouge import rouge_l
 from cachepress.evaluation.tasks.base import Metric, Part, Report, Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
@@ -60,7 +61,11 @@ def load_loogle(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
         CachepressError: if its file is not to be had, or is in another format.
     """
     task = str(config.data_dir)
-    name, part = f"{task}.jsonl", PARTS[task]
+    name, part, template = f"{task}.jsonl", PARTS[task], None
+    if config.prompts is not None:
+        needs = [] if task == "summarization" else [("Q", "question")]
+        read = read_prompts(config.prompts)
+        template = read.template((task, f"longdep_{task}"), ("input", "context"), needs)
     names = [name, f"data/{name}"]
     if task == "summarization":
         names.append(f"longdep_{name}")
@@ -68,19 +73,29 @@ def load_loogle(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
     rows = read_rows(config.data_path, names, Hub(REPOSITORY, f"data/{name}"), *zipped)
     try:
         asked = [one for row in rows for one in _questions(row)]
+        texts = [_asked(part, template, *one[:2]) for one in asked]
         table = pd.DataFrame(
             {
-                "context": [part.introduction + context for context, _, _ in asked],
-                "question": [part.ask.format(question=question) for _, question, _ in asked],
+                "context": [context for context, _ in texts],
+                "question": [question for _, question in texts],
                 "answer": [_answers(task, answer) for _, _, answer in asked],
-                "answer_prefix": part.prefix,
+                "answer_prefix": part.prefix if template is None else "",
                 "max_new_tokens": part.max_new_tokens,
                 "metric": part.metric,
             }
         )
+    except CachepressError:
+        raise
     except (KeyError, TypeError, ValueError, SyntaxError) as error:
         raise CachepressError(f"{name} is not in LooGLE's format: {error!r}") from error
     return normalise(table, task=task, origin=name)
+
+
+def _asked(part: Part, template: Template | None, document: str, question: str) -> tuple[str, str]:
+    """Context and question in our words, or in a template's."""
+    if template is not None:
+        return template.around(document, {"Q": question, "question": question})
+    return part.introduction + document, part.ask.format(question=question)
 
 
 def _questions(row: Mapping) -> list[tuple[str, str, object]]:
@@ -231,6 +246,7 @@ LOOGLE = Task(
     about="questions, gaps and summaries of long documents (arXiv:2311.04939)",
     load=load_loogle,
     truncation=MIDDLE,
+    takes_prompts=True,
     parts=tuple(PARTS),
     metrics=METRICS,
     reports=REPORTS,

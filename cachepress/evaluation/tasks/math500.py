@@ -31,7 +31,7 @@ def load_math500(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -
     Raises:
         CachepressError: if the file is not to be had, or is in another format.
     """
-    table = read_problems(config.data_path, NAMES, HUB, PROMPT, "MATH-500")
+    table = read_problems(config, NAMES, HUB, PROMPT, "MATH-500")
     try:
         subjects = [row["subject"] for row in table["row"]]
     except KeyError as error:
@@ -64,5 +64,6 @@ MATH500 = Task(
     name="math500",
     about="problems of mathematics contests, 500 of MATH (arXiv:2103.03874)",
     load=load_math500,
+    takes_prompts=True,
     metrics={"math_verify": math_verify},
 )

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.prompts import Template, read_prompts
 from cachepress.evaluation.tasks.base import Metric, Task, normalise
 from cachepress.evaluation.tasks.infinitebench import (
     character_f1,
@@ -153,10 +154,24 @@ def load_scbench(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -
     sessions = read_rows(
         config.data_path, [name, f"data/{name}", *parquet], Hub(REPOSITORY, f"data/{name}")
     )
+    template = None
+    if config.prompts is not None:
+        choices = [(f"OPTION_{letter}",) for letter in LETTERS] * (part == "scbench_choice_eng")
+        read = read_prompts(config.prompts)
+        if read.rows:
+            raise CachepressError(
+                f"scbench: got the table {read.name}, and a turn holds those before it: wanted "
+                "templates"
+            )
+        template = read.template((part,), needs=[("input", "question"), *choices])
     seams = _seams(tokenizer, config.chat is not False)
     try:
         functions = _functions(part, sessions)
-        rows = [row for session in sessions for row in _turns(part, session, functions, seams)]
+        rows = [
+            row for session in sessions for row in _turns(part, session, functions, seams, template)
+        ]
+    except CachepressError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CachepressError(f"{name} is not in SCBench's format: {error!r}") from error
     return normalise(pd.DataFrame(rows), task=part, origin=name)
@@ -184,6 +199,7 @@ def _turns(
     session: Mapping,
     functions: Mapping[str, Mapping[str, str]],
     seams: tuple[str, str],
+    template: Template | None,
 ) -> list[dict[str, object]]:
     context = session["context"] if "context" in session else session["input"]
     if not isinstance(context, str):
@@ -194,12 +210,17 @@ def _turns(
         task, how = part, PARTS.get(part)
         if how is None:
             task, how = f"{part}/{turn['task']}", MIXED[part][turn["task"]]
-        asked = before + how.ask.format(input=turn["input"], options=_options(turn))
+        text, asked, prefix = _asked(how, template, context, turn)
+        if template is None:
+            asked = before + asked
+        elif rows:
+            # A template says itself what stands between the context and the first turn only.
+            asked = before + asked.lstrip("\n")
         row = {
-            "context": how.introduction + context,
+            "context": text,
             "question": asked,
             "answer": _answers(part, turn),
-            "answer_prefix": how.prefix,
+            "answer_prefix": prefix,
             "max_new_tokens": how.max_new_tokens,
             "task": task,
             "metric": how.metric,
@@ -208,9 +229,22 @@ def _turns(
         if how.metric == "scbench_function":
             row |= _function_row(turn, str(session["lang"]), functions[session["repo"]])
         rows.append(row)
-        space = " " if how.prefix else ""
-        before = f"{asked}{to_answer}{how.prefix}{space}{_reference(turn)}{to_question}"
+        space = " " if prefix else ""
+        before = f"{asked}{to_answer}{prefix}{space}{_reference(turn)}{to_question}"
     return rows
+
+
+def _asked(
+    how: _Part, template: Template | None, context: str, turn: Mapping
+) -> tuple[str, str, str]:
+    """Context, question and answer's beginning of a turn, in our words or in a template's."""
+    if template is None:
+        question = how.ask.format(input=turn["input"], options=_options(turn))
+        return how.introduction + context, question, how.prefix
+    options = zip(LETTERS, turn.get("options") or (), strict=False)
+    fields = {"input": turn["input"], "question": turn["input"]}
+    fields |= {f"OPTION_{letter}": option for letter, option in options}
+    return *template.around(context, fields), ""
 
 
 def _options(turn: Mapping) -> str:
@@ -369,6 +403,7 @@ SCBENCH = Task(
     about="several turns on one compressed context (arXiv:2412.10319)",
     load=load_scbench,
     truncation=MIDDLE,
+    takes_prompts=True,
     parts=(*PARTS, *MIXED),
     metrics=METRICS,
 )
