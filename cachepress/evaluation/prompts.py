@@ -228,6 +228,8 @@ def _templates(path: Path, raw: bytes, name: str) -> dict[str, str]:
             found = json.loads(text)
         else:
             raise CachepressError(f"prompts: got {path}: {wanted}")
+    except CachepressError:
+        raise
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         reason = " ".join(str(error).split())
         kind = "Python" if path.suffix == ".py" else "JSON"

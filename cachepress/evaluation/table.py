@@ -71,7 +71,7 @@ def cut_text(metrics: Mapping) -> str:
     if not metrics.get("cut_contexts"):
         return ""
     contexts, tokens = metrics["cut_contexts"], metrics["cut_tokens"]
-    return f"{contexts} contexts cut, {tokens:,} tokens in all"
+    return f"{contexts} context{'s' * (contexts != 1)} cut, {tokens:,} tokens in all"
 
 
 def sweep_table(results: Sequence[Result], style: str = "simple") -> str:

@@ -156,7 +156,8 @@ def _asked(cells: Sequence[Run], said: Sequence[str]) -> list[str]:
         for name in ("cut_contexts", "cut_tokens")
     )
     if contexts:
-        notes.append(f"{contexts:.0f} contexts cut, {tokens:,.0f} tokens in all")
+        plural = "s" * (contexts != 1)
+        notes.append(f"{contexts:.0f} context{plural} cut, {tokens:,.0f} tokens in all")
     return notes
 
 

@@ -236,8 +236,16 @@ BAD = [
     ("own.json", "{broken", "own.json is not JSON"),
     ("own.json", "[" * 100_000, "own.json is not JSON"),
     ("own.py", "a = {", "own.py is not Python"),
-    ("own.py", "a = 3", r"own.py has the templates nothing: say which, such as own.py:NAME"),
-    ("own.yaml", "qasper: x", r"wanted \{task: template\} in .json or .py, a template in .txt"),
+    (
+        "own.py",
+        "a = 3",
+        r"^prompts: \S+own.py has the templates nothing: say which, such as own.py:",
+    ),
+    (
+        "own.yaml",
+        "qasper: x",
+        r"^prompts: got \S+own.yaml: wanted \{task: template\} in .json or .py, a template in .txt",
+    ),
     ("own.csv", "a,b\n1,2\n", "has no column 'prompt' or 'context': it has a, b"),
     ("own.csv", "prompt\nx By {Ada}. y\nz\n", "own.csv has 2 rows, and the data set has 1"),
     ("own.csv", "context\nanother\n", "own.csv, row 0: context does not hold the text"),

@@ -42,6 +42,9 @@ def test_a_heading_says_what_is_out_of_the_ordinary_in_how_samples_were_asked():
     assert "cut" not in sweep_text([[one]])
     one.metrics.update(cut_contexts=3, cut_tokens=12345)
     assert "8 samples, 3 contexts cut, 12,345 tokens in all\n" in sweep_text([[one]])
+    one.metrics.update(cut_contexts=1)
+    assert "8 samples, 1 context cut, 12,345 tokens in all\n" in sweep_text([[one]])
+    one.metrics.update(cut_contexts=3)
     plain = Result(Cell(EvaluationConfig(chat=False)), one.metrics, None)
     heading = "8 samples, no chat template, 3 contexts cut, 12,345 tokens in all\n"
     assert heading in sweep_text([[plain]]) and heading in sweep_page([[plain]], "a command")
