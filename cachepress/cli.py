@@ -162,6 +162,7 @@ def _data(options: dict[str, object]) -> None:
     from cachepress.evaluation.config import EvaluationConfig
     from cachepress.evaluation.registry import DATASET_REGISTRY
     from cachepress.evaluation.samples import load_table
+    from cachepress.evaluation.tasks.base import COLUMNS
     from cachepress.models import load_tokenizer
 
     _log("INFO")
@@ -175,7 +176,7 @@ def _data(options: dict[str, object]) -> None:
     if output is None or Path(output).suffix != ".parquet":
         raise CachepressError(f"--output: got {output!r}, wanted a file that ends in .parquet")
     table = load_table(EvaluationConfig(**options), load_tokenizer(options["model"]))
-    table.drop(columns="context_id").to_parquet(output)
+    table[list(COLUMNS)].to_parquet(output)
     print(f"written: {output}, {len(table)} samples of {table['context'].nunique()} contexts")
 
 
@@ -524,6 +525,7 @@ def _add_evaluation_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--data-path", help="folder with a benchmark's original files")
     p.add_argument("--device", help="torch device (default: a GPU if there is one)")
     p.add_argument("--dtype", help="torch dtype (default: float32 on CPU)")
+    p.add_argument("--metric", help="what judges all answers (default: each sample's own)")
     p.add_argument("--fraction", type=float, help="fraction of the contexts to evaluate")
     p.add_argument("--seed", type=int, help="seed of data and sampling")
     p.add_argument("--max-new-tokens", type=int, help="instead of the data's own column")

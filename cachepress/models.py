@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -153,6 +154,23 @@ def load_tokenizer(
         raise ModelError(
             f"could not load the tokenizer of {name!r}: {_first_line(error)}"
         ) from error
+
+
+def positions_of(name: str, model_kwargs: Mapping[str, object] | None = None) -> int | None:
+    """Most positions of a model, without loading its weights.
+
+    None where it has no such limit, or cannot be had; loading it says why.
+    """
+    source = resolve(name)
+    shared = {key: value for key, value in (model_kwargs or {}).items() if key in _SHARED}
+    if not Path(source).is_dir() and "local_files_only" not in shared:
+        shared["local_files_only"] = not hub_answers(source)
+    try:
+        config = AutoConfig.from_pretrained(source, **{"trust_remote_code": False, **shared})
+    except (OSError, ValueError, TypeError):
+        return None
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else None
 
 
 def resolve(name: str) -> str:

@@ -97,7 +97,10 @@ def _write(path, text):
         (["--model=no/such-model"], "'no/such-model'"),
         (["--max-context-length=10"], "the context has 42 tokens"),
         (["--truncation=left"], "truncation: got 'left', wanted one of middle, end, or true"),
-        (["--dataset=perplexity", "--chat"], "in no chat template: leave --chat out"),
+        (
+            ["--dataset=perplexity", "--data-dir=90-5x2", "--chat"],
+            "in no chat template: leave --chat out",
+        ),
         (["--output-dir={file}/out"], "Not a directory"),
         (["--model-kwargs=[1]"], "is not a mapping"),
         (["--dtype=float99"], "float99"),

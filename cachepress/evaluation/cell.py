@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 import cachepress
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.predictions import write_predictions
 from cachepress.evaluation.records import Records, write_atomically
 from cachepress.evaluation.registry import find_dataset
 from cachepress.evaluation.samples import Context, Sample
@@ -199,9 +200,7 @@ class Cell:
         texts = predictions[[name for name in predictions if name not in _COSTS]].assign(
             **{name: predictions[name].map(as_json) for name in ("answer", "choices")}
         )
-        write_atomically(
-            self.folder / PREDICTIONS, texts.to_csv(index_label="sample_id", lineterminator="\n")
-        )
+        write_predictions(self.folder / PREDICTIONS, texts.reset_index(names="sample_id"))
         submit = find_dataset(self.config.dataset).submit
         if submit is not None:
             submit(predictions, self.folder / SUBMISSION)
@@ -210,7 +209,7 @@ class Cell:
 
     def save_config(self) -> None:
         """Write what this run is, with the versions that computed it."""
-        place = {name: getattr(self.config, name) for name in ("device", "data_path")}
+        place = {name: getattr(self.config, name) for name in ("device", "data_path", "metric")}
         name = {"press_name": self.config.press_name}
         values = {**self.config.identity(), **name, **place, **versions()}
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

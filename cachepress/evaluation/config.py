@@ -20,7 +20,7 @@ from cachepress.pipeline import END, MIDDLE
 from cachepress.presses import BasePress
 from cachepress.spec import NO_PRESS, brief, parse
 
-FREE_FIELDS = ("output_dir", "log_level", "overwrite", "device", "data_path")
+FREE_FIELDS = ("output_dir", "log_level", "overwrite", "device", "data_path", "metric")
 """Fields that may differ when a run is resumed: they do not change an answer."""
 ADDED_FIELDS = ("chat", "prompts")
 """Fields that came later: results from before them have their defaults."""
@@ -43,6 +43,7 @@ class EvaluationConfig:
         compression_ratio: fraction of pairs removed; None for what the press's spelling says.
         fraction: fraction of the contexts to evaluate.
         seed: seed of the data and of the sampling.
+        metric: what judges all answers, instead of each sample's own.
         query_aware: put the question into the context, so that the press sees it.
         max_new_tokens: instead of the data's own column.
         max_context_length: most tokens of a context; None for what the model has room for.
@@ -70,6 +71,7 @@ class EvaluationConfig:
     compression_ratio: float | None = None
     fraction: float = 1.0
     seed: int = 0
+    metric: str | None = None
     query_aware: bool = False
     max_new_tokens: int | None = None
     max_context_length: int | None = None

@@ -17,9 +17,12 @@ CHINESE_PUNCTUATION = frozenset(string.punctuation) | {
 
 
 def string_match(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Share of the expected strings that the prediction contains, case ignored."""
-    found = [answer.lower() in prediction.lower() for answer in answers]
-    return sum(found) / len(found)
+    """Share of the expected strings that the prediction contains, case ignored.
+
+    Every text contains the empty one, which therefore only an empty prediction matches.
+    """
+    found = [answer.lower() in prediction.lower() for answer in answers if answer or not prediction]
+    return sum(found) / len(answers)
 
 
 def qa_f1(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:

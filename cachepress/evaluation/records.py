@@ -34,7 +34,8 @@ class Records:
         start = self._path.stat().st_size if self._path.exists() else 0
         try:
             with self._path.open("ab") as file:
-                file.write("".join(f"{line}\n" for line in lines).encode())
+                # In JSON, half of a surrogate pair can only stand as an escape.
+                file.write("".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError:

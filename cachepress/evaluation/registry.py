@@ -1,6 +1,6 @@
 """Names that an evaluation knows: presses, data sets and metrics."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -11,9 +11,11 @@ from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import string_match
 from cachepress.evaluation.prompts import Prompts, read_prompts
 from cachepress.evaluation.tasks.aime25 import AIME25
-from cachepress.evaluation.tasks.base import Metric, Task
+from cachepress.evaluation.tasks.base import PERPLEXITY as FORCED
+from cachepress.evaluation.tasks.base import UNSCORED, Metric, Task
 from cachepress.evaluation.tasks.builtin import BUILTIN
 from cachepress.evaluation.tasks.files import SUFFIXES, load_file
+from cachepress.evaluation.tasks.fits import Fits, some_answer
 from cachepress.evaluation.tasks.infinitebench import INFINITEBENCH
 from cachepress.evaluation.tasks.longbench import LONGBENCH, LONGBENCH_E, SUFFIX_E, uses_chat
 from cachepress.evaluation.tasks.longbench_v2 import LONGBENCH_V2
@@ -23,7 +25,7 @@ from cachepress.evaluation.tasks.needle import NEEDLE
 from cachepress.evaluation.tasks.perplexity import PERPLEXITY
 from cachepress.evaluation.tasks.ruler import RULER
 from cachepress.evaluation.tasks.scbench import SCBENCH
-from cachepress.evaluation.tasks.zero_scrolls import ZERO_SCROLLS
+from cachepress.evaluation.tasks.zero_scrolls import ZERO_SCROLLS, submit_if_ours
 from cachepress.pipeline import END
 from cachepress.spec import NO_PRESS, aliases
 
@@ -46,6 +48,7 @@ TASKS: tuple[Task, ...] = (
     AIME25,
     MATH500,
 )
+_SHOWN = 80
 DATASET_REGISTRY: dict[str, Task] = {task.name: task for task in TASKS}
 
 
@@ -59,6 +62,51 @@ def _metrics(tasks: Iterable[Task]) -> dict[str, Metric]:
 
 METRIC_REGISTRY: dict[str, Metric] = _metrics(TASKS)
 REPORTS = {metric: reports for task in TASKS for metric, reports in task.reports.items()}
+METRIC_FITS: dict[str, Fits] = {name: fits for t in TASKS for name, fits in t.fits.items()}
+UNJUDGED = (UNSCORED, FORCED)
+"""What stands in the place of a metric where none judges."""
+
+
+def find_metric(name: str) -> Metric:
+    """A registered metric.
+
+    Raises:
+        CachepressError: if there is no such name.
+    """
+    if name not in METRIC_REGISTRY:
+        raise CachepressError(
+            f"unknown metric {name!r}: wanted one of {', '.join(sorted(METRIC_REGISTRY))}"
+        )
+    return METRIC_REGISTRY[name]
+
+
+def check_metric(
+    name: str, answers: Sequence[str], choices: Sequence[str], trial: bool = True
+) -> None:
+    """Refuse a metric that cannot judge by these answers.
+
+    Args:
+        name: name of the metric.
+        answers: accepted texts.
+        choices: all classes.
+        trial: whether to score an empty prediction too, which takes a moment with some metrics.
+
+    Raises:
+        CachepressError: if there is no such metric, or it does not fit.
+    """
+    metric = find_metric(name)
+    wanted = METRIC_FITS.get(name, some_answer)(answers, choices)
+    if wanted is None and trial:
+        try:
+            metric("", answers, choices)
+        except (ValueError, TypeError, IndexError, KeyError, ArithmeticError) as error:
+            wanted = f"answers that it can read ({error})"
+    if wanted is not None:
+        got = f"{list(answers)!r}"[:_SHOWN]
+        raise CachepressError(
+            f"metric {name!r} does not fit the answer {got}: wanted {wanted}; choose another with "
+            "--metric"
+        )
 
 
 def find_dataset(name: str) -> Task:
@@ -70,7 +118,7 @@ def find_dataset(name: str) -> Task:
     if name in DATASET_REGISTRY:
         return DATASET_REGISTRY[name]
     if Path(name).suffix in SUFFIXES:
-        return Task(name, "a local file", _load_local, takes_prompts=True)
+        return Task(name, "a local file", _load_local, takes_prompts=True, submit=submit_if_ours)
     raise CachepressError(
         f"unknown dataset {name!r}: wanted {', '.join(DATASET_REGISTRY)}, or a file ending in "
         f"{', '.join(SUFFIXES)}"

@@ -8,16 +8,21 @@ import pandas as pd
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.cell import METRICS, PREDICTIONS, as_json, holding
+from cachepress.evaluation.predictions import read_predictions, write_predictions
 from cachepress.evaluation.records import write_atomically
-from cachepress.evaluation.registry import METRIC_REGISTRY
-from cachepress.evaluation.tasks.base import PERPLEXITY, UNSCORED
+from cachepress.evaluation.registry import find_metric
+from cachepress.evaluation.samples import check_metrics, judged_by
 from cachepress.evaluation.views import score, scores_of
 
 LISTS = ("answer", "choices")
+COLUMNS = (*LISTS, "context_id", "task", "metric", "predicted_answer")
+"""What a score is made of."""
 
 
 def score_again(folder: Path, metric: str | None = None) -> list[tuple[Path, dict]]:
     """Score the answers of every run below a folder again, and write them back.
+
+    Whatever metric a run was scored by, each of its samples keeps its own.
 
     Args:
         folder: results of one run, or a folder of such.
@@ -27,15 +32,16 @@ def score_again(folder: Path, metric: str | None = None) -> list[tuple[Path, dic
         The folder and the metrics of each run.
 
     Raises:
-        CachepressError: if there is no run, the metric is unknown, or a file is damaged.
+        CachepressError: if there is no run, the metric is unknown or does not fit, or a file is
+            damaged.
     """
-    if metric is not None and metric not in METRIC_REGISTRY:
-        raise CachepressError(
-            f"unknown metric {metric!r}: wanted one of {', '.join(sorted(METRIC_REGISTRY))}"
-        )
+    if metric is not None:
+        find_metric(metric)
     found = list(_runs(folder))
     if not found:
         raise CachepressError(f"{folder} has no results: wanted a folder that evaluate wrote")
+    for run in found:
+        _judged(run, metric)
     return [(run, _held(run, metric)) for run in found]
 
 
@@ -51,31 +57,46 @@ def _runs(folder: Path) -> Iterator[Path]:
 
 
 def _scored(run: Path, metric: str | None) -> dict:
-    rows, metrics = _read(run)
-    if metric is not None:
-        judged = ~rows["metric"].isin([UNSCORED, PERPLEXITY])
-        rows.loc[judged, "metric"] = metric
+    rows, metrics = _judged(run, metric)
     columns = zip(rows["predicted_answer"], *(rows[n] for n in (*LISTS, "metric")), strict=True)
-    try:
-        rows["score"] = [score(*row) for row in columns]
-    except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
-        raise CachepressError(f"{run}: {metric} does not fit these answers: {error}") from error
+    rows["score"] = [score(*row) for row in columns]
     metrics |= scores_of(rows)
     texts = rows.assign(**{name: rows[name].map(as_json) for name in LISTS})
-    write_atomically(run / PREDICTIONS, texts.to_csv(index=False, lineterminator="\n"))
+    write_predictions(run / PREDICTIONS, texts)
     write_atomically(run / METRICS, json.dumps(metrics, indent=2) + "\n")
     return metrics
+
+
+def _judged(run: Path, metric: str | None) -> tuple[pd.DataFrame, dict]:
+    """The rows of a run with what is to judge them, which fits, and its metrics so far."""
+    rows, metrics = _read(run)
+    rows = judged_by(rows, metric)
+    check_metrics(rows, str(run))
+    return rows, metrics
 
 
 def _read(run: Path) -> tuple[pd.DataFrame, dict]:
     path = run / PREDICTIONS
     try:
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+        rows = read_predictions(path)
+        for name in COLUMNS:
+            if name not in rows:
+                raise ValueError(f"no column {name!r}")
         for name in LISTS:
-            rows[name] = [json.loads(text) for text in rows[name]]
+            rows[name] = [_texts(cell) for cell in rows[name]]
         rows["context_id"] = rows["context_id"].astype(int)
         path = run / METRICS
-        return rows, json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, KeyError) as error:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(metrics, dict):
+            raise ValueError("wanted a mapping")
+        return rows, metrics
+    except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise CachepressError(f"{path} is damaged: {reason}; run evaluate again") from error
+
+
+def _texts(cell: str) -> list[str]:
+    texts = json.loads(cell)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{cell[:40]!r} is no list of texts")
+    return texts

@@ -12,7 +12,7 @@ from cachepress.errors import CachepressError
 from cachepress.evaluation.cell import Cell
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.reader import Reader
-from cachepress.evaluation.registry import find_dataset
+from cachepress.evaluation.registry import find_dataset, find_metric
 from cachepress.evaluation.samples import Context, contexts_of, load_table
 from cachepress.models import load, load_tokenizer
 
@@ -45,6 +45,8 @@ class EvaluationRunner:
             CachepressError: for every input that cannot work; nothing computed is lost.
         """
         find_dataset(self.config.dataset)
+        if self.config.metric is not None:
+            find_metric(self.config.metric)
         with self.cell.held():
             self.cell.check_folder()
             table = self._load_and_prepare_dataset()

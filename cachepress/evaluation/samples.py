@@ -8,8 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
-from cachepress.evaluation.registry import METRIC_REGISTRY, find_dataset
-from cachepress.evaluation.tasks.base import PERPLEXITY, UNSCORED
+from cachepress.evaluation.predictions import OWN_METRIC
+from cachepress.evaluation.registry import UNJUDGED, check_metric, find_dataset
+from cachepress.evaluation.room import check_size
+from cachepress.evaluation.tasks.base import PERPLEXITY
 from cachepress.pipeline import END, PromptOptions
 
 _OF_CONTEXT = ("context", "chat", "truncation", "separator", "suffix")
@@ -101,14 +103,14 @@ def load_table(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> 
     """The rows that a config evaluates, by sample id, with the number of their context.
 
     Raises:
-        CachepressError: if there is no such data set, or it is damaged.
+        CachepressError: if there is no such data set, it is damaged, it cannot fit, or a metric
+            does not fit its answers.
     """
-    table = find_dataset(config.dataset).table(config, tokenizer)
-    for metric in set(table["metric"]) - {*METRIC_REGISTRY, UNSCORED, PERPLEXITY}:
-        raise CachepressError(
-            f"{config.dataset}: unknown metric {metric!r}: wanted one of "
-            f"{', '.join(sorted(METRIC_REGISTRY))}"
-        )
+    task = find_dataset(config.dataset)
+    check_size(task, config)
+    table = task.table(config, tokenizer)
+    table = judged_by(table.assign(**{OWN_METRIC: table["metric"]}), config.metric)
+    check_metrics(table, config.dataset)
     if config.max_new_tokens is not None:
         table["max_new_tokens"] = config.max_new_tokens
     if config.fraction < 1:
@@ -137,6 +139,30 @@ def _chat(table: pd.DataFrame, config: EvaluationConfig) -> list[bool]:
             f"{config.dataset}: a text that goes on is in no chat template: leave --chat out"
         )
     return [config.chat] * len(table)
+
+
+def judged_by(table: pd.DataFrame, metric: str | None) -> pd.DataFrame:
+    """The table with a metric for all samples that any judges; None for each sample's own."""
+    own = table[OWN_METRIC]
+    chosen = own if metric is None else own.where(own.isin(UNJUDGED), metric)
+    return table.assign(metric=chosen)
+
+
+def check_metrics(table: pd.DataFrame, origin: str) -> None:
+    """Refuse a metric that does not fit the answers of a sample.
+
+    Raises:
+        CachepressError: if there is one, naming the sample.
+    """
+    judged = table[~table["metric"].isin(UNJUDGED)]
+    tried: set[str] = set()
+    for row in judged[["metric", "answer", "choices"]].itertuples():
+        try:
+            trial = row.metric not in tried
+            check_metric(str(row.metric), row.answer, row.choices, trial)  # type: ignore
+            tried.add(str(row.metric))
+        except CachepressError as error:
+            raise CachepressError(f"{origin}, sample {row.Index}: {error}") from error
 
 
 def contexts_of(table: pd.DataFrame) -> list[Context]:

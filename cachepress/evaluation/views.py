@@ -34,7 +34,8 @@ def predictions_of(
         records: a record for each sample id.
         ratio: the nominal ratio.
     """
-    recorded = pd.DataFrame.from_dict(dict(records), orient="index")
+    # A column of texts of its own kind would not take half of a surrogate pair.
+    recorded = pd.DataFrame.from_dict(dict(records), orient="index", dtype=object)
     for name in RECORDED_LATER:
         if name not in recorded:
             recorded[name] = None

@@ -11,6 +11,7 @@ import yaml
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.cell import CONFIG, METRICS, PREDICTIONS
+from cachepress.evaluation.predictions import read_predictions
 from cachepress.evaluation.statistics import Estimate
 
 COLUMNS = ("sample_id", "question", "answer", "context_id", "predicted_answer")
@@ -217,7 +218,7 @@ def _mapping(path: Path, parse: Callable[[str], object]) -> Mapping[str, object]
 def _predictions(path: Path) -> pd.DataFrame:
     """A row for each sample: texts, lists, and numbers with NaN where there is none."""
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+        table = read_predictions(path)
     except OSError as error:
         raise CachepressError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:

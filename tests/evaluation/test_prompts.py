@@ -115,7 +115,7 @@ def test_longbench_v2_s_text(tmp_path, braces):
     ],
 )
 def test_infinitebench_s_templates(tmp_path, task, row, template, wanted):
-    save(tmp_path / f"{task}.jsonl", {"context": "T", "input": "W", "answer": "x", **row})
+    save(tmp_path / f"{task}.jsonl", {"context": "T", "input": "W", "answer": "1", **row})
     own = templates(tmp_path, {task: template})
     assert rows_of(tmp_path, "infinitebench", task, own) == [(*wanted, "")]
 

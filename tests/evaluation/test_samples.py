@@ -69,12 +69,13 @@ def test_the_others_are_asked_in_the_chat_template(tmp_path):
 )
 def test_a_local_table_is_asked_as_the_benchmark_of_its_task_asks(tmp_path, task, chat, way):
     path = tmp_path / "table.jsonl"
-    save(path, {"context": "w6", "question": "w5", "answer": "w8", "task": task})
+    row = {"context": "w6", "question": "w5", "answer": "w8", "metric": "string_match"}
+    save(path, {**row, "task": task})
     options = options_of(str(path), truncation=True)
     assert (options.chat, options.truncation) == (chat, way)
     # What the table itself says comes first, and what the user says before that.
     own = {"chat": not chat, "truncation": "end", "separator": "..."}
-    save(path, {"context": "w6", "question": "w5", "answer": "w8", "task": task, **own})
+    save(path, {**row, "task": task, **own})
     options = options_of(str(path), truncation=True)
     assert (options.chat, options.truncation, options.separator) == (not chat, "end", "...")
     options = options_of(str(path), truncation="middle", chat=chat)

@@ -10,6 +10,7 @@ from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.tasks.base import Task, normalise
 from cachepress.evaluation.tasks.boxed import last_boxed, read_problems
+from cachepress.evaluation.tasks.fits import matching
 from cachepress.evaluation.tasks.math500 import math_verify
 from cachepress.evaluation.tasks.sources import Hub
 
@@ -60,4 +61,6 @@ AIME25 = Task(
     load=load_aime25,
     takes_prompts=True,
     metrics={"boxed_integer": boxed_integer},
+    fits={"boxed_integer": matching(NUMBER.pattern, "a whole number")},
+    official={"aime25": "boxed_integer"},
 )

@@ -1,6 +1,5 @@
 """What a benchmark is: its rows, and what judges an answer."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.prompts import read_prompts
+from cachepress.evaluation.tasks.fits import Fits
 from cachepress.pipeline import END, MIDDLE
 
 Metric = Callable[[str, Sequence[str], Sequence[str]], float]
@@ -22,10 +22,14 @@ UNSCORED = "unscored"
 """The metric of rows whose answers are not public."""
 PERPLEXITY = "perplexity"
 """The metric of rows whose answer is a text that the model is made to say."""
+DEFAULT_LIMIT = 50
+"""Tokens of an answer, where the data do not say."""
+MOST_TOKENS = 10**8
+"""Most tokens of all contexts of a generated data set."""
 REQUIRED = ("context", "question", "answer")
 OPTIONAL = {
     "answer_prefix": "",
-    "max_new_tokens": 50,
+    "max_new_tokens": DEFAULT_LIMIT,
     "task": None,
     "metric": "string_match",
     "choices": None,
@@ -36,6 +40,22 @@ OPTIONAL = {
     "separator": "",
 }
 COLUMNS = (*REQUIRED, *OPTIONAL)
+DIGITS = 12
+MOST = 10**DIGITS
+"""More tokens than this are not told apart."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a data set will hold, known before it is generated.
+
+    Attributes:
+        longest: tokens that the longest context has at least.
+        total: tokens of all contexts together.
+    """
+
+    longest: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -64,6 +84,9 @@ class Task:
         reports: by the name of such a metric, what else is reported of the rows that it judges.
         truncation: where its contexts are cut if they are too long: "middle" or "end".
         takes_prompts: whether its prompts can be the user's own; not where they stand in its data.
+        fits: what those of them need that do not take any answer.
+        official: the metric of each of its tasks, by the task's name.
+        size: how much it will generate, for data that is not there yet.
         submit: writes a table of predictions into a folder, as whoever judges them wants it.
     """
 
@@ -75,6 +98,9 @@ class Task:
     reports: Mapping[str, Mapping[str, Report]] = field(default_factory=dict)
     truncation: str = END
     takes_prompts: bool = False
+    fits: Mapping[str, Fits] = field(default_factory=dict)
+    official: Mapping[str, str] = field(default_factory=dict)
+    size: Callable[[EvaluationConfig], Size] | None = None
     submit: Callable[[pd.DataFrame, Path], object] | None = None
 
     def table(self, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
@@ -146,7 +172,8 @@ def normalise(table: pd.DataFrame, task: str, origin: str) -> pd.DataFrame:
     for number, (answer, limit, metric) in enumerate(rows):
         if not answer and metric != UNSCORED:
             raise CachepressError(f"{origin}, row {number}: the answer is empty")
-        if not str(limit).isdigit() or int(limit) < 1:
+        digits = str(limit)
+        if not digits.isdecimal() or not 1 <= whole_number(digits) < MOST:
             raise CachepressError(f"{origin}, row {number}: max_new_tokens is {limit!r}")
     table["answer"] = pd.Series(answers, dtype=object)
     table["choices"] = pd.Series([_texts(value) for value in table["choices"]], dtype=object)
@@ -175,6 +202,12 @@ def _choices(column: pd.Series, known: Mapping[str, object], origin: str) -> pd.
     return pd.Series(found, dtype=object, index=column.index)
 
 
+def whole_number(digits: str) -> int:
+    """The number that decimal digits spell, or ``MOST`` for one that is larger."""
+    digits = digits.lstrip("0") or "0"
+    return int(digits) if len(digits) <= DIGITS else MOST
+
+
 def _limit(value: object) -> object:
     """A number of tokens; an empty cell means the default, and makes its column one of floats."""
     if value in ("", None) or value != value:
@@ -183,13 +216,8 @@ def _limit(value: object) -> object:
 
 
 def _texts(value: object) -> list[str]:
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return [str(value)]
-    if isinstance(value, float) and value != value:
+    if value is None or (isinstance(value, float) and value != value):
         return []
     if isinstance(value, str | int | float):
         return [str(value)] if str(value) else []
-    return [str(item) for item in value] if value is not None else []  # type: ignore
+    return [str(item) for item in value]  # type: ignore

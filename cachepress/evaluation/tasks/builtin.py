@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.tasks import builtin_drafts as drafts
-from cachepress.evaluation.tasks.base import Task, normalise
+from cachepress.evaluation.tasks.base import MOST_TOKENS, Size, Task, normalise, whole_number
 from cachepress.evaluation.tasks.builtin_drafts import Draft
 from cachepress.evaluation.tasks.builtin_text import NOUNS
 
@@ -32,6 +32,8 @@ COLUMNS = (
 MOST_QUESTIONS = len(NOUNS)
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 FULL_ENOUGH = 0.99
+LEAST_FULL = 0.95
+CONTEXTS = 10
 Count = Callable[[str], int]
 
 
@@ -72,7 +74,7 @@ def generate(
     *,
     tasks: Sequence[str] = DEFAULT_TASKS,
     length: int = 1000,
-    contexts: int = 10,
+    contexts: int = CONTEXTS,
     questions: int = 4,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -97,6 +99,11 @@ def generate(
         CachepressError: if a task is unknown, or a number is out of range.
     """
     _check(tasks, contexts, questions)
+    if len(tasks) * contexts * length > MOST_TOKENS:
+        raise CachepressError(
+            f"length: got {length}, wanted at most {MOST_TOKENS // (len(tasks) * contexts)} for "
+            f"{contexts} contexts of {len(tasks)} tasks"
+        )
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
@@ -183,15 +190,20 @@ def _load(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.Da
 
 def _part(data_dir: str | None) -> tuple[Sequence[str], int]:
     """Tasks and length of "1000", "multi_key", "multi_key-1000" or nothing."""
-    task, _, length = (data_dir or "").rpartition("-")
-    if not length.isdigit():
+    task, dash, length = (data_dir or "").rpartition("-")
+    if not (length.isascii() and length.isdecimal()):
         task, length = data_dir or "", str(DEFAULT_LENGTH)
-    if task and task not in TASKS:
+    if (task or dash) and task not in TASKS:
         raise CachepressError(
             f"builtin: got data_dir={data_dir!r}, wanted a length, a task or task-length, such as "
             f"1000 or multi_key-1000; tasks are {', '.join(TASKS)}"
         )
-    return [task] if task else DEFAULT_TASKS, int(length)
+    return [task] if task else DEFAULT_TASKS, whole_number(length)
 
 
-BUILTIN = Task("builtin", "generated retrieval and counting tasks", _load)
+def _size(config: EvaluationConfig) -> Size:
+    tasks, length = _part(config.data_dir)
+    return Size(int(LEAST_FULL * length), len(tasks) * CONTEXTS * length)
+
+
+BUILTIN = Task("builtin", "generated retrieval and counting tasks", _load, size=_size)

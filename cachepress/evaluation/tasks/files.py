@@ -1,45 +1,363 @@
-"""A local table as a data set."""
+"""A local table as a data set.
 
+A text stays the text that it is: nothing in a CSV file is taken for a number, and only what the
+file declares as a list is one, which is an array in JSON, a column of lists in Parquet, and in CSV
+a cell of the columns ``LISTS``, written as an array in JSON.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from cachepress.errors import CachepressError
-from cachepress.evaluation.tasks.base import REQUIRED, normalise
+from cachepress.evaluation.delimited import read_delimited
+from cachepress.evaluation.tasks.base import (
+    COLUMNS,
+    DEFAULT_LIMIT,
+    MOST,
+    REQUIRED,
+    UNSCORED,
+    normalise,
+    whole_number,
+)
+from cachepress.evaluation.tasks.converted import LAYOUT_COLUMNS, Row, as_official
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+logger = logging.getLogger(__name__)
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+ALIASES = {"answers": "answer", "all_classes": "choices"}
+"""Other names of columns."""
+LISTS = ("answers", "choices", "all_classes")
+"""Columns whose cells are arrays of texts in a CSV file too."""
+SHOWN = 60
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """What a file holds.
+
+    Attributes:
+        columns: the cells of each column, as the file's own type has them.
+        places: where each row is.
+    """
+
+    columns: Mapping[str, list[object]]
+    places: list[str]
+
+
+class _Decimal(float):
+    """A number with a fraction or an exponent, as it is spelt."""
+
+    spelling: str
+
+    def __new__(cls, spelling: str) -> "_Decimal":
+        """Read a number, and keep its spelling."""
+        made = super().__new__(cls, spelling)
+        made.spelling = spelling
+        return made
 
 
 def load_file(path: Path) -> pd.DataFrame:
-    """Read a .csv, .jsonl or .parquet file with the columns of a data set.
+    """Read a .csv, .jsonl, .json or .parquet file with the columns of a data set.
 
-    Needed are context, question and answer; the other columns have defaults. An answer is a text,
-    or a list of texts (in CSV written as JSON).
+    Needed are "context", "question" and "answer", or "answers" for lists of texts; the other
+    columns have defaults. Rows of a benchmark's task have its official metric.
 
     Raises:
-        CachepressError: if the file is missing, empty or unreadable, or lacks a column.
+        CachepressError: if the file is missing, empty or unreadable, or lacks a column, or a cell
+            is not what its column wants; the line says which row and column.
     """
     if not path.is_file():
         raise CachepressError(f"data file {path} does not exist")
+    origin = f"data file {path}"
     try:
-        table = _read(path)
-    except (ValueError, OSError) as error:
+        raw = _read(path)
+    except (ValueError, OSError, RecursionError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
-        raise CachepressError(f"data file {path} cannot be read: {reason}") from error
-    missing = [name for name in REQUIRED if name not in table.columns]
-    if missing:
-        raise CachepressError(
-            f"data file {path} has no column {missing[0]!r}: it has "
-            f"{', '.join(map(str, table.columns)) or 'none'}, wanted {', '.join(REQUIRED)}"
-        )
-    if table.empty:
-        raise CachepressError(f"data file {path} has no rows")
-    return normalise(table, task=path.stem, origin=f"data file {path}")
+        raise CachepressError(f"{origin} cannot be read: {reason}") from error
+    names = _names(raw, origin)
+    if not raw.places:
+        raise CachepressError(f"{origin} has no rows")
+    rows = as_official([_row(raw, names, i, origin) for i in range(len(raw.places))], path)
+    for place, row in zip(raw.places, rows, strict=False):
+        if not row["answer"] and row["metric"] != UNSCORED:
+            raise CachepressError(f"{origin}, {place}: the answer is empty, wanted a text")
+    if path.suffix == ".csv" and "answer" in names:
+        _warn_of_lists(rows, origin)
+    for row in rows:  # Of lengths, only numbers can be told apart on a page.
+        row |= {name: None for name in ("length", "depth") if isinstance(row[name], str)}
+    return normalise(pd.DataFrame(rows, dtype=object), task=path.stem, origin=origin)
 
 
-def _read(path: Path) -> pd.DataFrame:
-    if path.suffix == ".csv":
-        return pd.read_csv(path, keep_default_na=False)
+def _read(path: Path) -> _Raw:
     if path.suffix == ".parquet":
-        return pd.read_parquet(path)
-    return pd.read_json(path, lines=path.suffix == ".jsonl", dtype=False)
+        return _read_parquet(path)
+    text = path.read_bytes().decode("utf-8-sig")
+    if path.suffix == ".csv":
+        return _read_csv(text)
+    return _read_json_lines(text) if path.suffix == ".jsonl" else _read_json(text)
+
+
+def _read_csv(text: str) -> _Raw:
+    table = read_delimited(text)
+    cells = {name: [row[i] for row in table.rows] for i, name in enumerate(table.header) if name}
+    for name in LISTS:
+        if name in cells:
+            cells[name] = [_array(cell, name, i) for i, cell in enumerate(cells[name])]
+    places = [f"line {line}, row {i}" for i, line in enumerate(table.lines)]
+    return _Raw(cells, places)
+
+
+def _array(cell: str, name: str, row: int) -> object:
+    """The array that a cell of CSV is; None for an empty cell."""
+    if not cell.strip():
+        return None
+    try:
+        value = _parse(cell)
+    except ValueError:
+        value = cell
+    if not isinstance(value, list):
+        raise ValueError(
+            f"row {row}: the {name} is {_shown(cell)}, wanted an array in JSON such as "
+            '["one", "two"], as that column holds lists'
+        )
+    return value
+
+
+def _read_json_lines(text: str) -> _Raw:
+    rows, places = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_parse(line))
+        except ValueError as error:
+            raise ValueError(f"line {number}, row {len(rows)}: {error}") from error
+        places.append(f"line {number}, row {len(places)}")
+    return _columns(rows, places)
+
+
+def _read_json(text: str) -> _Raw:
+    value = _parse(text)
+    if isinstance(value, dict) and value:
+        columns = [cells if isinstance(cells, dict) else None for cells in value.values()]
+        if any(cells is None or [*cells] != [*(columns[0] or {})] for cells in columns):
+            raise ValueError("wanted an array of rows, or an object of columns with the same rows")
+        cells = {name: [*column.values()] for name, column in value.items()}
+        return _Raw(cells, [f"row {i}" for i in range(len(columns[0] or {}))])
+    if not isinstance(value, list):
+        raise ValueError("wanted an array of rows, or an object of columns with the same rows")
+    return _columns(value, [f"row {i}" for i in range(len(value))])
+
+
+def _columns(rows: list, places: list[str]) -> _Raw:
+    for place, row in zip(places, rows, strict=True):
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: got {_shown(row)}, wanted an object of columns")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return _Raw({name: [row.get(name) for row in rows] for name in names}, places)
+
+
+def _parse(text: str) -> object:
+    return json.loads(text, parse_float=_Decimal, object_pairs_hook=_distinct)
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
+
+
+def _read_parquet(path: Path) -> _Raw:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the column {name!r} is there twice")
+        known = [n for n in (*COLUMNS, *ALIASES, *LAYOUT_COLUMNS) if n in names]
+        table = file.read(columns=known)
+        columns = {name: _cells(table[name], name) for name in known}
+    except (pa.ArrowException, TypeError) as error:
+        raise ValueError(str(error)) from error
+    places = [f"row {i}" for i in range(file.metadata.num_rows)]
+    return _Raw({name: columns.get(name, []) for name in names}, places)
+
+
+def _cells(column: "pa.ChunkedArray", name: str) -> list[object]:
+    cells = []
+    for row, cell in enumerate(column):
+        try:
+            cells.append(cell.as_py())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"row {row}: the {name} is not UTF-8: {error}") from error
+    return cells
+
+
+def _names(raw: _Raw, origin: str) -> dict[str, str]:
+    """The name in the file of each column that it has."""
+    found = {name: name for name in (*COLUMNS, *LAYOUT_COLUMNS) if name in raw.columns}
+    for alias, name in ALIASES.items():
+        if alias in raw.columns and name in found:
+            raise CachepressError(
+                f"{origin} has the columns {alias!r} and {name!r}, which mean the same: leave one "
+                "out"
+            )
+        if alias in raw.columns:
+            found[name] = alias
+    for name in REQUIRED:
+        if name not in found:
+            raise CachepressError(
+                f"{origin} has no column {name!r}: it has "
+                f"{', '.join(raw.columns) or 'none'}, wanted {', '.join(REQUIRED)}"
+            )
+    return found
+
+
+def _row(raw: _Raw, names: Mapping[str, str], number: int, origin: str) -> Row:
+    """A row with every column of a data set, each cell of the kind that its column wants."""
+    row: Row = {}
+    for name in (*COLUMNS, *LAYOUT_COLUMNS):
+        if name in LAYOUT_COLUMNS and name not in names:
+            continue
+        cell = raw.columns[names[name]][number] if name in names else None
+        try:
+            row[name] = _checked(name, None if _is_nothing(cell) else cell)
+        except ValueError as error:
+            where = f"{origin}, {raw.places[number]}: the {names.get(name, name)}"
+            raise CachepressError(f"{where} {error}") from error
+    return row
+
+
+def _is_nothing(cell: object) -> bool:
+    return cell is None or (isinstance(cell, float) and cell != cell)
+
+
+def _checked(name: str, cell: object) -> object:
+    """A cell as its column wants it.
+
+    Raises:
+        ValueError: if it is something else, saying what it is.
+    """
+    if name == "context":
+        return _filled("" if cell is None else _text(cell))
+    if name in ("question", "answer_prefix", "separator"):
+        return "" if cell is None else _text(cell)
+    if name in ("answer", "choices"):
+        return _texts(cell)
+    if name == "max_new_tokens":
+        return _limit(cell)
+    if name in ("length", "depth"):
+        return _number(cell)
+    if cell is None or cell == "":
+        return None
+    told = name in LAYOUT_COLUMNS or (name == "chat" and isinstance(cell, bool))
+    return cell if told else _text(cell, numbers=True)
+
+
+def _text(cell: object, numbers: bool = False) -> str:
+    """A text; with ``numbers``, also a number whose spelling the file keeps."""
+    if isinstance(cell, str):
+        try:
+            cell.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"holds half of a surrogate pair: {_shown(cell)}") from error
+        return cell
+    if numbers and isinstance(cell, _Decimal):
+        return cell.spelling
+    if numbers and isinstance(cell, int) and not isinstance(cell, bool):
+        return str(cell)
+    raise ValueError(f"is {_kind(cell)}, not a text")
+
+
+def _filled(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty, wanted a text")
+    return text
+
+
+def _texts(cell: object) -> list[str]:
+    """The texts of a cell that is one text, a list of them, or nothing."""
+    if cell is None or cell == "":
+        return []
+    if not isinstance(cell, list):
+        return [_filled(_text(cell, numbers=True))]
+    found = []
+    for place, item in enumerate(cell):
+        try:
+            found.append(_filled(_text(item, numbers=True)))
+        except ValueError as error:
+            raise ValueError(f"is a list whose item {place} {error}") from error
+    return found
+
+
+def _limit(cell: object) -> int:
+    """A number of tokens, which is the default where there is nothing."""
+    if cell is None or cell == "":
+        return DEFAULT_LIMIT
+    digits = str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+    tokens = whole_number(digits) if digits.isascii() and digits.isdecimal() else 0
+    if not 1 <= tokens < MOST:
+        raise ValueError(f"is {_shown(cell)}, wanted a whole number above 0")
+    return tokens
+
+
+def _number(cell: object) -> int | float | str | None:
+    """What a row says of its length or depth: a number, or a text that is none."""
+    if cell is None or cell == "":
+        return None
+    if isinstance(cell, bool) or not isinstance(cell, str | int | float):
+        raise ValueError(f"is {_kind(cell)}, not a number")
+    if isinstance(cell, str):
+        for kind in (int, float):
+            try:
+                return kind(cell)
+            except ValueError:
+                continue
+    return float(cell) if isinstance(cell, _Decimal) else cell
+
+
+def _kind(cell: object) -> str:
+    """What a cell is, in words, and how it begins."""
+    if cell is None:
+        return "null"
+    kinds = {bool: "a truth value,", int: "the number", float: "the number"}
+    named = next((words for kind, words in kinds.items() if isinstance(cell, kind)), None)
+    return f"{named or f'a {type(cell).__name__},'} {_shown(cell)}"
+
+
+def _shown(cell: object) -> str:
+    """The beginning of a cell, as it would stand in a program."""
+    text = cell.spelling if isinstance(cell, _Decimal) else repr(cell)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}\u2026"
+
+
+def _warn_of_lists(rows: list[Row], origin: str) -> None:
+    """Texts that all look like lists were meant as lists, most likely."""
+    texts = [answer for row in rows for answer in row["answer"]]  # type: ignore
+    if texts and all(_is_array(text) for text in texts):
+        logger.warning(
+            "%s: every answer looks like a list, and is one text: name the column 'answers' if "
+            "they are lists",
+            origin,
+        )
+
+
+def _is_array(text: str) -> bool:
+    try:
+        return text.startswith("[") and isinstance(json.loads(text), list)
+    except (ValueError, RecursionError):
+        return False

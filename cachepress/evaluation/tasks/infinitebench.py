@@ -11,6 +11,7 @@ from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import CHINESE_PUNCTUATION, qa_f1, token_f1
 from cachepress.evaluation.prompts import Template, read_prompts
+from cachepress.evaluation.tasks import fits
 from cachepress.evaluation.tasks.base import Part, Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 from cachepress.pipeline import MIDDLE
@@ -336,4 +337,13 @@ INFINITEBENCH = Task(
         "infinitebench_character_f1": character_f1,
         "infinitebench_rouge_lsum": rouge_lsum,
     },
+    fits={
+        "infinitebench_first_number": fits.whole,
+        "infinitebench_last_number": fits.signed,
+        "infinitebench_value": fits.number,
+        "infinitebench_leading_numbers": fits.several,
+        "infinitebench_choice": fits.some_letter,
+        "infinitebench_function": fits.text_and_letter,
+    },
+    official={task: part.metric for task, part in PARTS.items()},
 )

@@ -17,6 +17,7 @@ from cachepress.evaluation.metrics import CHINESE_PUNCTUATION, qa_f1, token_f1
 from cachepress.evaluation.prompts import Template, read_prompts
 from cachepress.evaluation.rouge import rouge_l
 from cachepress.evaluation.tasks.base import Metric, Task, normalise
+from cachepress.evaluation.tasks.fits import matching, some_choices
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 from cachepress.pipeline import MIDDLE
 
@@ -334,6 +335,14 @@ METRICS: dict[str, Metric] = {
 }
 
 
+FITS = {
+    "longbench_classification": some_choices,
+    "longbench_retrieval": matching(".*Paragraph [0-9].*", 'an answer such as "Paragraph 1"'),
+    "longbench_retrieval_zh": matching(".*段落[0-9].*", 'an answer such as "段落1"'),
+    "longbench_count": matching("[0-9]+", "a whole number"),
+}
+
+
 def load_longbench(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
     """The rows of one task of LongBench or LongBench-E, from the benchmark's own files.
 
@@ -353,7 +362,7 @@ def load_longbench(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase)
         made = [_row(row, prompt, template) for row in rows]
         table = pd.DataFrame(made).assign(chat=uses_chat(task))
         if task.endswith(SUFFIX_E):
-            table["task"] = [f"{task} {_bucket(length)}" for length in table["length"]]
+            table["task"] = [f"{task} {bucket(length)}" for length in table["length"]]
     except CachepressError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -366,7 +375,8 @@ def uses_chat(task: str) -> bool:
     return task.partition(" ")[0].removesuffix(SUFFIX_E) not in WITHOUT_CHAT
 
 
-def _bucket(words: int) -> str:
+def bucket(words: int) -> str:
+    """The name of the lengths that a number of words belongs to."""
     return next((name for most, name in BUCKETS.items() if words < most), LAST_BUCKET)
 
 
@@ -405,6 +415,8 @@ LONGBENCH = Task(
     takes_prompts=True,
     parts=TASKS,
     metrics=METRICS,
+    fits=FITS,
+    official={task: prompt.metric for task, prompt in PROMPTS.items()},
 )
 LONGBENCH_E = Task(
     name="longbench-e",
@@ -414,4 +426,5 @@ LONGBENCH_E = Task(
     takes_prompts=True,
     parts=TASKS_E,
     metrics=METRICS,
+    official={task: PROMPTS[task.removesuffix(SUFFIX_E)].metric for task in TASKS_E},
 )

@@ -10,6 +10,7 @@ from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.prompts import Template, read_prompts
 from cachepress.evaluation.tasks.base import Task, normalise
+from cachepress.evaluation.tasks.fits import matching
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 from cachepress.pipeline import MIDDLE
 
@@ -107,4 +108,6 @@ LONGBENCH_V2 = Task(
     truncation=MIDDLE,
     takes_prompts=True,
     metrics={"longbench_v2_choice": longbench_v2_choice},
+    fits={"longbench_v2_choice": matching("[A-D]", "a letter from A to D")},
+    official={"longbench-v2": "longbench_v2_choice"},
 )

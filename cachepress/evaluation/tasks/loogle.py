@@ -19,6 +19,7 @@ from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.prompts import Template, read_prompts
 from cachepress.evaluation.rouge import rouge_l
 from cachepress.evaluation.tasks.base import Metric, Part, Report, Task, normalise
+from cachepress.evaluation.tasks.fits import mapping
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 from cachepress.pipeline import MIDDLE
 
@@ -250,4 +251,7 @@ LOOGLE = Task(
     parts=tuple(PARTS),
     metrics=METRICS,
     reports=REPORTS,
+    fits={"loogle_exact_match": mapping, "loogle_partial_match": mapping},
+    official={task: part.metric for task, part in PARTS.items()}
+    | {"longdep_summarization": PARTS["summarization"].metric},
 )

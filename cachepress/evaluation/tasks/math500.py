@@ -66,4 +66,5 @@ MATH500 = Task(
     load=load_math500,
     takes_prompts=True,
     metrics={"math_verify": math_verify},
+    official={"math500": "math_verify"},
 )

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import string_match
-from cachepress.evaluation.tasks.base import Task, normalise
+from cachepress.evaluation.tasks.base import Size, Task, normalise, whole_number
 from cachepress.evaluation.tasks.builtin_text import NOUNS, prose
 
 DEFAULT_GRID = "1000,2000,4000,7000x5"
@@ -35,6 +35,8 @@ WORDS = (
     "bathtub bridge carpet chimney doormat fountain hedge mattress oak piano sofa staircase",
 )
 """Colours, things and places."""
+MOST_CELLS = {"sentence": 10_000, "number": 1_000_000, "rouge": 10_000}
+"""Needles are drawn until one is new, which stays quick for a small part of all there are."""
 PIECE = re.compile(r"\S.*?(?:[.!?][\"')\u201d]*\s+|[\u3002\uff01\uff1f]\s*|\n\s*)")
 """A sentence or a line, with the white space after it."""
 FEWEST_PIECES = 64
@@ -81,7 +83,7 @@ def load_needle(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
     Raises:
         CachepressError: if the grid is misspelt or a length too small, or there is no text.
     """
-    kind, lengths, depths = _grid(config.data_dir)
+    kind, lengths, number = _grid(config.data_dir)
     pieces = None if config.data_path is None else _pieces(Path(config.data_path))
 
     def count(text: str) -> int:
@@ -91,27 +93,41 @@ def load_needle(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
     for length in lengths:
         source = cycle(pieces) if pieces else prose(Random(f"{config.seed}/{length}"))
         haystack = _haystack(source, length, count)
-        for depth in depths:
+        for depth in _depths(number):
             needle = _fresh(kind, Random(f"{config.seed}/{kind}/{length}/{depth}"), seen)
             context = _context(haystack, needle.sentence, length, depth, count)
             rows.append(_row(kind, needle, context, length, depth, count))
     return normalise(pd.DataFrame(rows), task=f"needle-{kind}", origin="needle")
 
 
-def _grid(data_dir: str | None) -> tuple[str, list[int], list[float]]:
+def _grid(data_dir: str | None) -> tuple[str, list[int], int]:
+    """What is hidden, the lengths, and how many depths of each."""
     kind, _, grid = (data_dir or DEFAULT_GRID).rpartition("-")
     if grid in KINDS and not kind:
         kind, grid = grid, DEFAULT_GRID
     kind = kind or "sentence"
     found = re.fullmatch(r"([0-9]+(?:,[0-9]+)*)x([0-9]+)", grid)
-    if kind not in KINDS or found is None or int(found[2]) < 1:
+    if kind not in KINDS or found is None or whole_number(found[2]) < 1:
         raise CachepressError(
             f"needle: got data_dir={data_dir!r}, wanted lengths x number of depths, such as "
             f"{DEFAULT_GRID}, with {', '.join(f'{name}-' for name in KINDS)} or nothing before it"
         )
-    number = int(found[2])
-    depths = [i / (number - 1) for i in range(number)] if number > 1 else [0.5]
-    return kind, list(dict.fromkeys(map(int, found[1].split(",")))), depths
+    lengths = dict.fromkeys(map(whole_number, found[1].split(",")))
+    return kind, list(lengths), whole_number(found[2])
+
+
+def _depths(number: int) -> list[float]:
+    return [i / (number - 1) for i in range(number)] if number > 1 else [0.5]
+
+
+def _size(config: EvaluationConfig) -> Size:
+    kind, lengths, number = _grid(config.data_dir)
+    if (cells := len(lengths) * number) > MOST_CELLS[kind]:
+        raise CachepressError(
+            f"needle: got a grid of {cells:.3g} needles, and there are only so many that differ: "
+            f"wanted at most {MOST_CELLS[kind]}"
+        )
+    return Size(max(lengths), sum(lengths) * number)
 
 
 def _pieces(folder: Path) -> list[str]:
@@ -230,5 +246,6 @@ NEEDLE = Task(
     name="needle",
     about="one sentence in a haystack, by length and depth; generated (Kamradt, 2023)",
     load=load_needle,
+    size=_size,
     metrics={"string_match": string_match, "rouge_1_recall": rouge_1_recall},
 )

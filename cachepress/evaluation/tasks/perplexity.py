@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.tasks.base import PERPLEXITY as METRIC
-from cachepress.evaluation.tasks.base import Task, normalise
+from cachepress.evaluation.tasks.base import Size, Task, normalise, whole_number
 
 DEFAULT = "1000-128x20"
 """Tokens that are read, tokens that go on, and windows."""
@@ -30,13 +30,7 @@ def load_perplexity(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
     Raises:
         CachepressError: if the numbers are misspelt, or the text is missing or too short.
     """
-    found = re.fullmatch(r"([0-9]+)-([0-9]+)x([0-9]+)", config.data_dir or DEFAULT)
-    if found is None or not all(map(int, found.groups())):
-        raise CachepressError(
-            f"perplexity: got data_dir={config.data_dir!r}, wanted tokens read, tokens that go on "
-            f"and windows, such as {DEFAULT}"
-        )
-    read, more, windows = map(int, found.groups())
+    read, more, windows = _numbers(config.data_dir)
     ids = tokenizer(_text(config.data_path), add_special_tokens=False, verbose=False).input_ids
     step = len(ids) // windows
     if step < read + more:
@@ -53,6 +47,23 @@ def load_perplexity(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
     return normalise(table, task="perplexity", origin="perplexity")
 
 
+def _numbers(data_dir: str | None) -> tuple[int, int, int]:
+    """Tokens that are read, tokens that go on, and windows."""
+    found = re.fullmatch(r"([0-9]+)-([0-9]+)x([0-9]+)", data_dir or DEFAULT)
+    read, more, windows = map(whole_number, found.groups()) if found else (0, 0, 0)
+    if not (read and more and windows):
+        raise CachepressError(
+            f"perplexity: got data_dir={data_dir!r}, wanted tokens read, tokens that go on and "
+            f"windows, such as {DEFAULT}"
+        )
+    return read, more, windows
+
+
+def _size(config: EvaluationConfig) -> Size:
+    read, more, windows = _numbers(config.data_dir)
+    return Size(read, windows * (read + more))
+
+
 def _text(path: str | None) -> str:
     if path is None:
         return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
@@ -64,4 +75,9 @@ def _text(path: str | None) -> str:
         raise CachepressError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-PERPLEXITY = Task("perplexity", "of any text that goes on after a compressed one", load_perplexity)
+PERPLEXITY = Task(
+    name="perplexity",
+    about="of any text that goes on after a compressed one",
+    load=load_perplexity,
+    size=_size,
+)

@@ -221,4 +221,5 @@ RULER = Task(
     about="retrieval, tracing, counting and questions at any length (arXiv:2404.06654)",
     load=load_ruler,
     metrics={"ruler_all": ruler_all, "ruler_part": ruler_part},
+    official={name: kind.metric for name, kind in KINDS.items()},
 )

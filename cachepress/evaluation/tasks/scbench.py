@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.prompts import Template, read_prompts
+from cachepress.evaluation.tasks import fits
 from cachepress.evaluation.tasks.base import Metric, Task, normalise
 from cachepress.evaluation.tasks.infinitebench import (
     character_f1,
@@ -406,4 +407,9 @@ SCBENCH = Task(
     takes_prompts=True,
     parts=(*PARTS, *MIXED),
     metrics=METRICS,
+    fits={
+        "scbench_value": fits.number,
+        "scbench_choice": fits.some_letter,
+        **{f"scbench_function_{language}": fits.listed_choice for language in LANGUAGES},
+    },
 )

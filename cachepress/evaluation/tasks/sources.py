@@ -1,7 +1,5 @@
 """The original files of a benchmark: in a local folder, or on the hub."""
 
-import csv
-import io
 import json
 import zipfile
 from collections.abc import Sequence
@@ -11,8 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from cachepress.errors import CachepressError
-
-_CSV_FIELD = 1 << 30
+from cachepress.evaluation.delimited import read_delimited
 
 
 @dataclass(frozen=True)
@@ -108,9 +105,7 @@ def _rows(path: Path, member: str | None) -> list[dict]:
     else:
         text = path.read_text(encoding="utf-8")
     if name.endswith((".csv", ".tsv")):
-        csv.field_size_limit(_CSV_FIELD)
-        delimiter = "\t" if name.endswith(".tsv") else ","
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+        return read_delimited(text, "\t" if name.endswith(".tsv") else ",").records()
     if name.endswith(".json"):
         rows = json.loads(text)
         rows = list(rows.values()) if isinstance(rows, dict) else rows

@@ -97,6 +97,17 @@ def write_submission(predictions: pd.DataFrame, folder: Path) -> list[Path]:
     ]
 
 
+def submit_if_ours(predictions: pd.DataFrame, folder: Path) -> None:
+    """Write the submission for a table of ZeroSCROLLS, if it has the ids; do nothing for others."""
+    tasks, metrics = set(predictions["task"]), set(predictions["metric"])
+    if (
+        metrics == {UNSCORED}
+        and tasks <= MAX_NEW_TOKENS.keys()
+        and predictions["answer"].map(bool).all()
+    ):
+        write_submission(predictions, folder)
+
+
 def _write_task(task: str, rows: pd.DataFrame, folder: Path) -> Path:
     if task not in MAX_NEW_TOKENS:
         raise CachepressError(f"ZeroSCROLLS has no task {task!r}")

@@ -1,0 +1,38 @@
+"""Whether a data set that is not generated yet can fit."""
+
+from cachepress.errors import CachepressError
+from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.tasks.base import MOST_TOKENS, Task
+from cachepress.models import positions_of
+
+
+def check_size(task: Task, config: EvaluationConfig) -> None:
+    """Refuse a data set that would be generated in vain.
+
+    Raises:
+        CachepressError: if a context is longer than there is room for, and is not to be cut, or
+            all of them together are more than any run reads.
+    """
+    if task.size is None:
+        return
+    size = task.size(config)
+    what = f"{task.name}, data_dir={config.data_dir!r}"
+    if size.total > MOST_TOKENS:
+        raise CachepressError(
+            f"{what}: its contexts have {size.total:.3g} tokens together, wanted at most "
+            f"{MOST_TOKENS:.0e}: ask for fewer or shorter ones"
+        )
+    room = None if config.truncation else _room(config)
+    if room is not None and size.longest > room:
+        raise CachepressError(
+            f"{what}: a context has at least {size.longest} tokens, but there is room for {room}: "
+            "ask for shorter ones, or for truncation"
+        )
+
+
+def _room(config: EvaluationConfig) -> int | None:
+    """Most tokens that a context may have, question and answer left out; None for any number."""
+    limits = [config.max_context_length]
+    if not config.beyond_trained_length:
+        limits.append(positions_of(config.model, config.model_kwargs))
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -1,0 +1,72 @@
+"""What a metric needs of the answers and choices of a sample, told before anything is computed.
+
+A check says what was wanted, or None where the metric fits.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+
+Fits = Callable[[Sequence[str], Sequence[str]], str | None]
+"""``(answers, choices)`` -> what was wanted; None if the metric fits."""
+
+
+def some_answer(answers: Sequence[str], choices: Sequence[str]) -> str | None:
+    """Any text to compare with, which every metric needs."""
+    return None if answers else "an answer"
+
+
+def some_choices(answers: Sequence[str], choices: Sequence[str]) -> str | None:
+    """All classes, in the column "choices" or "all_classes"."""
+    return None if choices else 'all classes, in a column "choices" or "all_classes"'
+
+
+def listed_choice(answers: Sequence[str], choices: Sequence[str]) -> str | None:
+    """An answer that is one of the choices."""
+    fits = not set(answers).isdisjoint(choices)
+    return None if fits else 'choices, in a column "choices", with the answer among them'
+
+
+def some_letter(answers: Sequence[str], choices: Sequence[str]) -> str | None:
+    """The letter of an option, with its text or without."""
+    return None if any(a in tuple("ABCD") for a in answers) else "a letter from A to D"
+
+
+def text_and_letter(answers: Sequence[str], choices: Sequence[str]) -> str | None:
+    """What an option says, and then its letter."""
+    fits = len(answers) == 2 and re.fullmatch("[A-J]", answers[1])
+    return None if fits else "two texts, what the right option says and its letter"
+
+
+def matching(pattern: str, wanted: str, every: bool = True) -> Fits:
+    """Answers that a pattern matches as a whole.
+
+    Args:
+        pattern: the pattern.
+        wanted: what it matches, in words.
+        every: whether all answers have to match, or the first that is looked at.
+    """
+    form = re.compile(pattern, re.DOTALL)
+
+    def check(answers: Sequence[str], choices: Sequence[str]) -> str | None:
+        looked_at = answers if every else answers[:1]
+        fits = bool(looked_at) and all(form.fullmatch(answer) for answer in looked_at)
+        return None if fits else wanted
+
+    return check
+
+
+def mapping(answers: Sequence[str], choices: Sequence[str]) -> str | None:
+    """A mapping from masks to names, as JSON."""
+    try:
+        value = json.loads(answers[0])
+    except (ValueError, IndexError, RecursionError):
+        value = None
+    fits = isinstance(value, dict) and value and all(isinstance(v, str) for v in value.values())
+    return None if fits else "a mapping from masks to names in JSON"
+
+
+whole = matching("[0-9]+", "a whole number", every=False)
+signed = matching("[+-]?[0-9]+", "a whole number", every=False)
+several = matching("-?[0-9]+", "whole numbers")
+number = matching(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", "a number", every=False)
