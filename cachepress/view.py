@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from cachepress.errors import CachepressError
@@ -211,6 +212,16 @@ class LayerView:
             column = getattr(self, name)
             columns[name] = None if column is None else column.gather(-1, order)
         return replace(self, **columns, **dict.fromkeys(_ATTENTION))
+
+    def columns_from(self, index: Tensor) -> Tensor:
+        """The first row of each head that stands at one of ``index [n]`` in its text, or after it.
+
+        ``[B, H, n]``; T where there is none. Finding many at once costs no more than one look.
+        """
+        # Rows that are out may stand anywhere: they count as the one before them.
+        rising = self.index.masked_fill(~self.valid, -1).cummax(-1).values.contiguous()
+        wanted = index.to(rising).expand(*rising.shape[:2], -1).contiguous()
+        return torch.searchsorted(rising, wanted)
 
     def only(self, rows: Tensor) -> "LayerView":
         """The same view, in which the rows that are not in ``rows [B, H, T]`` are out."""

@@ -18,7 +18,8 @@ class BlockPress(WrapperPress, alias="block"):
 
     The way KeyDiff is meant for devices with little memory (Park et al., arXiv:2504.15364), but
     after the fact: attention was full. Rows that lost once never come back. For presses that need
-    only keys, values and positions. Best for finding out what ``prefill_mode="online"`` would keep.
+    only keys, values and positions. Takes time that grows with the number of blocks times the rows
+    that stay. Best for finding out what ``prefill_mode="online"`` would keep.
 
     Attributes:
         press: the press that scores.
@@ -38,20 +39,28 @@ class BlockPress(WrapperPress, alias="block"):
 
     def score(self, view: LayerView) -> Tensor:
         """The last block's scores, those that are left above all other rows, ``[B, H, T]``."""
-        scores = torch.zeros_like(view.valid, dtype=wide_dtype(view.keys))
-        left = torch.zeros_like(view.valid)
-        for start in range(0, int(view.n_seen.max()), self.block_size):
-            stop = start + self.block_size
-            fresh = (view.index >= start) & (view.index < stop) & view.valid
-            candidates = left | fresh
-            longest = int(candidates.sum(-1).max())
-            if not longest:
+        (b, h, t), device = view.valid.shape, view.valid.device
+        # One column more, for what is scored in the place of a row that is not there.
+        scores = view.keys.new_zeros((b, h, t + 1), dtype=wide_dtype(view.keys))
+        left = view.index.new_zeros(b, h, 0, dtype=torch.long)
+        there = torch.zeros_like(left, dtype=torch.bool)
+        starts = torch.arange(0, int(view.n_seen.max()) + self.block_size, self.block_size)
+        edges = view.columns_from(starts.to(device))
+        for i, stop in enumerate(starts.tolist()[1:]):
+            fresh = edges[..., i, None] + torch.arange(self.block_size, device=device)
+            new = fresh < edges[..., i + 1, None]
+            fresh = fresh.clamp(max=t - 1)
+            left = torch.cat([left, fresh], dim=-1)
+            there = torch.cat([there, new & view.valid.gather(-1, fresh)], dim=-1)
+            if self.press.budget.holds_all(there, view.n_kept):
                 continue
-            order = valid_last(candidates)[..., -longest:]
-            table = view.only(candidates).take(order)
-            table = replace(table, n_seen=view.n_seen.clamp(max=stop))
+            order = valid_last(there)[..., -int(there.sum(-1).max()) :]
+            left, there = left.gather(-1, order), there.gather(-1, order)
+            table = view.take(left)
+            table = replace(table, valid=there, n_seen=view.n_seen.clamp(max=stop))
             score = self.press.score(table)
-            mask = self.press.budget.select(score, table.valid, view.n_kept)
-            scores = scores.scatter(-1, order, score.to(scores.dtype))
-            left = torch.zeros_like(left).scatter(-1, order, mask)
-        return choose(scores, left)
+            scores.scatter_(-1, torch.where(there, left, t), score.to(scores.dtype))
+            there = self.press.budget.select(score, there, view.n_kept)
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+        mask.scatter_(-1, torch.where(there, left, t), there)
+        return choose(scores[..., :t], mask[..., :t])

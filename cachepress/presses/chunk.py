@@ -46,19 +46,21 @@ class ChunkPress(WrapperPress, alias="chunk"):
         """The score of one sequence, ``[1, H, T]``."""
         seen, kept, spent = int(view.n_seen), int(view.n_kept), 0
         scores = torch.zeros_like(view.valid, dtype=wide_dtype(view.keys))
-        winners = torch.zeros_like(view.valid)
-        for start in range(0, seen, self.chunk_length):
+        winners, whole = torch.zeros_like(view.valid), None
+        starts = range(0, seen, self.chunk_length)
+        edges = view.columns_from(torch.tensor([*starts, seen], device=view.index.device))[0]
+        firsts, lasts = edges[:, :-1].amin(0).tolist(), edges[:, 1:].amax(0).tolist()
+        for start, first, last in zip(starts, firsts, lasts, strict=True):
             stop = min(start + self.chunk_length, seen)
             quota = kept * stop // seen - spent
             spent += quota
-            inside = view.valid & (view.index >= start) & (view.index < stop)
-            columns = inside.any(1)[0].nonzero()
-            if not len(columns):
+            if first >= last:
                 continue
-            part = slice(int(columns[0]), int(columns[-1]) + 1)
-            chunk = _alone(view, part, inside, start, stop, quota)
+            part = slice(first, last)
+            chunk = _alone(view, part, start, stop, quota)
             if self.press.needs.queries and not bool(chunk.voters.any()):
-                score = self.press.score(view)[..., part]
+                whole = self.press.score(view) if whole is None else whole
+                score = whole[..., part]
             else:
                 score = self.press.score(chunk)
             scores[..., part] = torch.where(chunk.valid, score, scores[..., part])
@@ -66,11 +68,10 @@ class ChunkPress(WrapperPress, alias="chunk"):
         return choose(scores, winners)
 
 
-def _alone(
-    view: LayerView, part: slice, inside: Tensor, start: int, stop: int, quota: int
-) -> LayerView:
+def _alone(view: LayerView, part: slice, start: int, stop: int, quota: int) -> LayerView:
     """The rows of a chunk as a text of their own."""
-    chunk = view.only(inside)[part]
+    chunk = view[part]
+    chunk = chunk.only((chunk.index >= start) & (chunk.index < stop))
     return replace(
         chunk,
         index=chunk.index - start,

@@ -1,6 +1,7 @@
 """R-KV: rows that matter, and that say something that newer rows do not repeat."""
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from cachepress.presses.base import ScorerPress, check_count
 from cachepress.presses.snapkv import check_kernel, in_window, pool
 from cachepress.view import LayerView, Needs
 
-_BLOCK = 256
+_BLOCK = 1024
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -28,8 +29,10 @@ class RKVPress(ScorerPress, alias="rkv"):
     of the rows that are like one row, the newest is not charged for it, so of many alike the last
     one stays. As in the authors' implementation the window's rows count among those that are
     alike, and smoothing comes after the mean; where no row is like another, none is let off. The
-    sinks of attention take their share of the softmax. Needs the last ``window_size`` queries,
-    and time that grows with the square of the rows held.
+    sinks of attention take their share of the softmax. Needs the last ``window_size`` queries.
+    For each row the newest one that is like it is looked for from the end of the text, which takes
+    time that grows with the square of the rows held where rows are like no other, and with their
+    number where most are like one of the newest.
     Best for long reasoning that repeats itself, as ``DecodingPress(RKVPress())``.
 
     Attributes:
@@ -72,16 +75,40 @@ class RKVPress(ScorerPress, alias="rkv"):
 
     def _redundancy(self, view: LayerView) -> Tensor:
         """Share of each row in the likeness of all, ``[B, H, T]``."""
-        keys = F.normalize(wide(view.keys), dim=-1) * view.valid.unsqueeze(-1)
-        column = torch.arange(keys.shape[2], device=keys.device)
-        total = keys.new_zeros(view.valid.shape)
-        for start in range(0, len(column), _BLOCK):
-            rows = column[start : start + _BLOCK, None]
-            likeness = (keys[:, :, start : start + _BLOCK] @ keys.mT).masked_fill(rows == column, 0)
-            newest = torch.where(likeness > self.threshold, column, -1).amax(-1, keepdim=True)
-            total += likeness.masked_fill_(column == newest, 0).sum(2)
+        keys = F.normalize(wide(view.keys), dim=-1).masked_fill(~view.valid.unsqueeze(-1), 0)
+        exact = keys.double()
+        # The cosines of a row to all others add up to one product with the sum of these.
+        total = (exact @ exact.sum(2).unsqueeze(-1)).squeeze(-1) - exact.square().sum(-1)
+        for b, h in product(*map(range, view.valid.shape[:2])):
+            newest, likeness = _newest_alike(keys[b, h], self.threshold)
+            total[b, h].index_add_(0, newest, -likeness.double())
         mean = total / view.valid.sum(-1, keepdim=True).clamp(min=1)
-        return mean.masked_fill(~view.valid, _LOWEST).softmax(-1)
+        mean = mean.to(keys.dtype).masked_fill(~view.valid, _LOWEST)
+        return mean.softmax(-1)
+
+
+def _newest_alike(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """For each row of ``keys [T, D]`` that another one is like: the newest such, and how much."""
+    rows = torch.arange(len(keys), device=keys.device)
+    found = []
+    stop, size = len(keys), _BLOCK
+    while stop and len(rows):
+        start = max(0, stop - size)
+        column = torch.arange(start, stop, device=keys.device)
+        left = []
+        for some in rows.split(_BLOCK):
+            likeness = keys[some] @ keys[start:stop].mT
+            alike = (likeness > threshold) & (some[:, None] != column)
+            newest = torch.where(alike, column, -1).amax(-1)
+            lucky = newest >= 0
+            most = likeness.gather(-1, (newest - start).clamp(min=0)[:, None])[:, 0]
+            found.append((newest[lucky], most[lucky]))
+            left.append(some[~lucky])
+        rows, stop = torch.cat(left), start
+        # Where few rows are left, many columns fit into the same memory.
+        size = _BLOCK * max(1, _BLOCK // max(1, len(rows)))
+    newest, likeness = zip((rows[:0], keys[:0, 0]), *found, strict=True)
+    return torch.cat(newest), torch.cat(likeness)
 
 
 def _group_logits(view: LayerView, queries: Tensor, free: Tensor) -> Tensor:
