@@ -77,6 +77,18 @@ def facts(kind: type[BasePress]) -> tuple[str, ...]:
     )
 
 
+def grows(kind: type[BasePress]) -> str | None:
+    """What the time that a press adds grows with, where that is more than the text and its log."""
+    words = " ".join((inspect.getdoc(kind) or "").split())
+    said = re.search(r"[Tt]ime that grows with ([^.;]*)", words)
+    if said is not None:
+        return said[1]
+    needs = example(kind, 0.5).needs
+    if needs.attention_sums or needs.attention_peaks:
+        return "the square of the prompt, as attention itself does"
+    return None
+
+
 def page(measured: Mapping[str, object] | None) -> str:
     """The page as Markdown.
 
@@ -87,6 +99,9 @@ def page(measured: Mapping[str, object] | None) -> str:
         "# The presses\n",
         "This page is made by `make presses`, from the classes and from a measurement.\n",
         tabulate([facts(kind) for kind in own_presses().values()], COLUMNS, tablefmt="github"),
+        "\nWhat a press adds to the model's own forwards takes time that grows with the text, as "
+        "sorting does at most, but for:\n",
+        *(f"- `{alias}`: {more}" for alias, kind in own_presses().items() if (more := grows(kind))),
     ]
     if measured is not None:
         parts.append(_measured_part(measured))

@@ -46,7 +46,7 @@ class Projections:
             return
         given = args[0] if args else None
         same_size = isinstance(given, Tensor) and given.numel() == expected.numel()
-        if same_size and torch.equal(given.detach().reshape(expected.shape), expected):
+        if same_size and _equal(given.detach().reshape(expected.shape), expected):
             return
         raise UnsupportedError(
             "the output projection does not take what attention gave, but something made from it "
@@ -56,6 +56,10 @@ class Projections:
     def end_forward(self) -> None:
         """Forget what was expected."""
         self._expected.clear()
+
+
+def _equal(given: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(given, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def _takes(module: nn.Module, width: int) -> bool:

@@ -93,10 +93,19 @@ def find_rotary(
     for raw in _raw_keys(outputs, query_heads, key):
         raw_rows = wide(raw[:, :, probe])
         for rotary in _candidates(modules, raw_rows, rope):
-            error = (rotary(raw_rows, rope) - target).abs().amax()
-            if error <= tolerance * target.abs().amax():
+            if _alike(rotary(raw_rows, rope), target, tolerance):
                 return rotary
     return None
+
+
+def _alike(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    """Whether vectors ``[..., D]`` are the same; those that hold no numbers cannot be told apart.
+
+    Each by its own size, so that one huge vector does not hide that the others differ.
+    """
+    lost = ~wanted.isfinite().all(-1)
+    close = (found - wanted).abs().amax(-1) <= tolerance * wanted.abs().amax(-1)
+    return bool(torch.where(lost, ~found.isfinite().all(-1), close).all())
 
 
 def _candidates(modules: list[CosSin], x: Tensor, rope: Tensor) -> Iterator[NoRotary | PairRotary]:

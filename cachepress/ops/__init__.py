@@ -9,12 +9,14 @@ from cachepress.ops.attention import (
 from cachepress.ops.device import wait
 from cachepress.ops.order import gather, valid_last
 from cachepress.ops.precision import wide, wide_dtype
+from cachepress.ops.solve import cholesky
 
 __all__ = [
     "AttentionRule",
     "attention_column_peaks",
     "attention_column_sums",
     "attention_weights",
+    "cholesky",
     "gather",
     "valid_last",
     "wait",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cachepress.budgets import pin_sinks
 from cachepress.errors import CachepressError
-from cachepress.ops import wide, wide_dtype
+from cachepress.ops import cholesky, wide, wide_dtype
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.view import LayerView, Needs
 
@@ -61,13 +61,17 @@ class CapPress(ScorerPress, alias="cap"):
         """Share in the capacity, sinks above all others, ``[B, H, T]``."""
         free = view.valid & (view.index >= self.n_sink)
         logits = self.tau * self._alignment(view).double()  # [B, H, G, T]
-        logits = logits.masked_fill(~free.unsqueeze(2), float("-inf"))
+        # A row that holds no numbers says nothing, and is the first to go.
+        sizes = view.values.double().square().sum(-1)
+        known = free & sizes.isfinite() & logits.isfinite().all(2)
+        logits = logits.masked_fill(~known.unsqueeze(2), float("-inf"))
         # Both w and A are divided by the largest weight: the score is the same, without overflow.
         top = logits.amax(-1, keepdim=True).clamp(min=0)
         weights, identity = (logits - top).exp(), (-top).exp().clamp(min=self.epsilon)
-        values = view.values.masked_fill(~free.unsqueeze(-1), 0).unsqueeze(2)
+        values = view.values.masked_fill(~known.unsqueeze(-1), 0).unsqueeze(2)
         scores = weights * _leverage(values, weights, identity.unsqueeze(-1))
-        return pin_sinks(scores.mean(2).to(wide_dtype(view.keys)), view, self.n_sink)
+        scores = scores.mean(2).masked_fill(free & ~known, float("nan"))
+        return pin_sinks(scores.to(wide_dtype(view.keys)), view, self.n_sink)
 
     def _alignment(self, view: LayerView) -> Tensor:
         """Cosine of each key with the query to be expected, ``[B, H, G, T]``."""
@@ -87,7 +91,7 @@ def _leverage(values: Tensor, weights: Tensor, identity: Tensor) -> Tensor:
     blocks = values.split(_BLOCK, dim=3)
     for v, w in zip(blocks, weights.split(_BLOCK, dim=-1), strict=True):
         capacity = capacity + (v.double() * w.unsqueeze(-1)).mT @ v.double()  # [B, H, G, E, E]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(capacity))
+    inverse = torch.cholesky_inverse(cholesky(capacity))
     return torch.cat([((v.double() @ inverse) * v.double()).sum(-1) for v in blocks], dim=-1)
 
 

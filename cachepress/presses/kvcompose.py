@@ -52,7 +52,8 @@ class KVComposePress(ScorerPress, alias="kvcompose"):
     to others. Each head ranks its own rows; the i-th composite is worth what the heads' i-th rows
     are, and the best composites of the whole model stay, so that all heads of a layer keep the same
     number of rows. Rows of an earlier turn keep their worth, decoded ones count as average. Costs a
-    further prefill and twice its keys and values for as long.
+    further prefill, twice its keys and values for as long, and time that grows with the square of
+    the prompt, as attention itself does.
     Best for servers that need the same number of rows in all heads of a layer.
 
     Attributes:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachepress.ops import wide, wide_dtype
+from cachepress.ops import cholesky, wide, wide_dtype
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.presses.noncausal import standardised
 from cachepress.view import LayerView, Needs
@@ -24,7 +24,8 @@ class LeverageScorePress(ScorerPress, alias="leverage"):
     embedding.
 
     Chosen where the paper says nothing: the matrix is drawn anew for each layer and head, and is
-    the same in every run; the small ridge makes short and degenerate texts solvable.
+    the same in every run; the small ridge makes short and degenerate texts solvable. Rows that hold
+    no numbers (NaN, infinity) are left out, and are the first to go.
     Best for keeping rare tokens, such as names and numbers, that nothing else in the text is like.
 
     Attributes:
@@ -52,7 +53,9 @@ class LeverageScorePress(ScorerPress, alias="leverage"):
         keys, rope = wide(view.keys).flatten(0, 1), view.rope.clamp(min=0).flatten(0, 1)
         bare = view.rotary(keys, rope, inverse=True).view(view.keys.shape)
         x = bare @ gaussian(view, bare.shape[-1], self.sketch_dimension, self.seed)
-        return standardised(_leverage(x.double(), view.valid), view.valid).to(x.dtype)
+        known = view.valid & x.double().square().sum(-1).isfinite()
+        scores = _leverage(x.double(), known).masked_fill(view.valid & ~known, float("nan"))
+        return standardised(scores, view.valid).to(x.dtype)
 
 
 def _leverage(x: Tensor, valid: Tensor) -> Tensor:
@@ -61,7 +64,7 @@ def _leverage(x: Tensor, valid: Tensor) -> Tensor:
     x = x.masked_fill(~real, 0)
     x = (x - x.sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp(min=1)) * real
     ridge = _RIDGE * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    solved = torch.cholesky_solve(x.mT, torch.linalg.cholesky(x.mT @ x + ridge))  # [B, H, k, T]
+    solved = torch.cholesky_solve(x.mT, cholesky(x.mT @ x + ridge))  # [B, H, k, T]
     return (x * solved.mT).sum(-1)
 
 

@@ -87,11 +87,14 @@ def standardised(scores: Tensor, valid: Tensor) -> Tensor:
     """Scores ``[B, H, T]`` with mean 0 and deviation 1 over the valid rows of a sequence.
 
     All heads together, so that they can still be compared, and in doubles, so that the result does
-    not depend on the order of a sum. Rows that are not valid get 0.
+    not depend on the order of a sum. Rows that are not valid get 0; what is not finite is left out,
+    and stays as it is.
     """
-    x = scores.double().masked_fill(~valid, 0)
-    count = valid.sum((1, 2), keepdim=True)
+    known = valid & scores.isfinite()
+    x = scores.double().masked_fill(~known, 0)
+    count = known.sum((1, 2), keepdim=True)
     centred = x - x.sum((1, 2), keepdim=True) / count.clamp(min=1)
-    centred = centred.masked_fill(~valid, 0)
+    centred = centred.masked_fill(~known, 0)
     variance = centred.square().sum((1, 2), keepdim=True) / (count - 1).clamp(min=1)
-    return (centred / variance.sqrt().clamp(min=1e-6)).to(wide_dtype(scores))
+    found = (centred / variance.sqrt().clamp(min=1e-6)).to(wide_dtype(scores))
+    return torch.where(valid & ~known, scores.to(found.dtype), found)

@@ -76,6 +76,7 @@ class RKVPress(ScorerPress, alias="rkv"):
     def _redundancy(self, view: LayerView) -> Tensor:
         """Share of each row in the likeness of all, ``[B, H, T]``."""
         keys = F.normalize(wide(view.keys), dim=-1).masked_fill(~view.valid.unsqueeze(-1), 0)
+        keys = keys.nan_to_num(nan=0.0)  # What holds no numbers is like no other row.
         exact = keys.double()
         # The cosines of a row to all others add up to one product with the sum of these.
         total = (exact @ exact.sum(2).unsqueeze(-1)).squeeze(-1) - exact.square().sum(-1)

@@ -7,9 +7,16 @@ import torch
 from torch import Tensor
 
 from cachepress.errors import CachepressError
+from cachepress.ops.precision import wide
 from cachepress.ops.ragged_attention import PAGE
 
 STORAGES = ("full", "int8", "int4", "int2")
+_LEAST = 1e-7
+"""The least step of a float16 scale."""
+_MOST, _FINE = 6e4, torch.finfo(torch.float16).tiny
+"""Numbers up to which a float16 scale holds when rounded, and the least step that it holds well."""
+_LIMIT = torch.finfo(torch.float32).max / 2
+"""Numbers beyond it are taken for it, so that ranges are numbers, too."""
 VALUE_GROUP = 32
 """Channels of a value that share a scale where there are only 2 bits."""
 
@@ -61,23 +68,28 @@ class Codec:
         """
         self.check(pages.shape[-1])
         hidden = ~used.unsqueeze(-1)
-        low = pages.float().masked_fill(hidden, float("inf")).amin(1, keepdim=True)
-        high = pages.float().masked_fill(hidden, float("-inf")).amax(1, keepdim=True)
-        return self._encode(pages, low, high)
+        low, high = _range(pages, hidden)
+        return self._encode(pages, low.amin(1, keepdim=True), high.amax(1, keepdim=True))
 
     def encode_values(self, pages: Tensor) -> "Quantized":
         """Pages ``[P, C, E]`` with a scale for each group of channels of a row."""
         self.check(pages.shape[-1])
-        groups = pages.float().split(self.value_group or pages.shape[-1], dim=-1)
-        low = torch.stack([group.amin(-1) for group in groups], dim=-1)
-        high = torch.stack([group.amax(-1) for group in groups], dim=-1)
+        size = self.value_group or pages.shape[-1]
+        low, high = _range(pages, torch.zeros_like(pages, dtype=torch.bool))
+        low = torch.stack([group.amin(-1) for group in low.split(size, dim=-1)], dim=-1)
+        high = torch.stack([group.amax(-1) for group in high.split(size, dim=-1)], dim=-1)
         return self._encode(pages, low, high, self.value_group)
 
-    def row_bytes(self, key_size: int, value_size: int) -> float:
-        """Bytes of a row of a head, its share of the scales included."""
-        numbers = (key_size + value_size) * self.bits / 8
+    def row_bytes(self, keys: Tensor, values: Tensor) -> float:
+        """Bytes of a row of a head, its share of the scales included.
+
+        ``keys [B, H, T, D]`` and ``values [B, H, T, E]`` hold the rows, among others.
+        """
+        key_size, value_size = keys.shape[-1], values.shape[-1]
         groups = -(-value_size // (self.value_group or value_size))
-        return numbers + 4 * key_size / PAGE + 4 * groups
+        numbers = (key_size + value_size) * self.bits / 8
+        of_keys, of_values = (2 * self._scale_dtype(x).itemsize for x in (keys, values))
+        return numbers + of_keys * key_size / PAGE + of_values * groups
 
     def check(self, size: int) -> None:
         """Raise unless vectors of this size can be packed."""
@@ -91,13 +103,26 @@ class Codec:
         self, pages: Tensor, low: Tensor, high: Tensor, group: int | None = None
     ) -> "Quantized":
         steps = 2**self.bits - 1
-        zero = low.half()
-        scale = ((high - zero.float()) / steps).clamp(min=1e-7).half()
-        scale = torch.where(scale == 0, torch.full_like(scale, 1e-7), scale)
-        each_zero, each_scale = (_each(x.float(), group, pages.shape[-1]) for x in (zero, scale))
-        codes = ((pages.float() - each_zero) / each_scale).round_().clamp_(0, steps)
-        codes = _packed(codes.to(torch.uint8), self.bits)
+        # Where nothing is finite there is no range.
+        low, high = (torch.where(low <= high, x, torch.zeros_like(x)) for x in (low, high))
+        kind = self._scale_dtype(pages)
+        half = kind == torch.float16
+        exact = torch.float32 if half else torch.float64
+        zero = low.to(kind)
+        scale = (high.to(exact) - zero.to(exact)) / steps
+        scale = (scale.clamp(min=_LEAST) if half else scale).to(kind)
+        scale = torch.where(scale == 0, torch.full_like(scale, _LEAST), scale)
+        each_zero, each_scale = (_each(x.to(exact), group, pages.shape[-1]) for x in (zero, scale))
+        codes = ((pages.to(exact) - each_zero) / each_scale).round_().clamp_(0, steps)
+        codes = _packed(codes.nan_to_num_(nan=0.0).to(torch.uint8), self.bits)
         return Quantized(codes, scale, zero, self.bits, pages.dtype, group)
+
+    def _scale_dtype(self, x: Tensor) -> torch.dtype:
+        """The type of scales for numbers like those of ``x``."""
+        sizes = x.abs()
+        peak = float(sizes.masked_fill_(~sizes.isfinite(), 0).amax()) if x.numel() else 0.0
+        least = _FINE * (2**self.bits - 1) / 2
+        return torch.float16 if peak == 0 or least <= peak <= _MOST else torch.float32
 
 
 @dataclass(frozen=True)
@@ -106,8 +131,9 @@ class Quantized:
 
     Attributes:
         codes: ``[P, C, D * bits / 8]`` uint8, with as many numbers in each as it has room for.
-        scale: float16, what a step is worth, ``[P, 1, D]``, or ``[P, C, groups]``.
-        zero: float16, what code 0 stands for, in the shape of ``scale``.
+        scale: what a step is worth, ``[P, 1, D]``, or ``[P, C, groups]``; in float16, or in float32
+            where a number is beyond what float16 can tell.
+        zero: what code 0 stands for, in the shape and type of ``scale``.
         bits: of a number.
         dtype: what was encoded.
         group: channels that share a scale; None for a scale that is broadcast.
@@ -148,6 +174,14 @@ class Quantized:
     def tensors(self) -> list[Tensor]:
         """Everything that is allocated."""
         return [self.codes, self.scale, self.zero]
+
+
+def _range(pages: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of pages that are finite and in sight: to take the lowest from, the highest."""
+    exact = wide(pages)
+    hidden = hidden | ~exact.isfinite()
+    exact = exact.clamp(-_LIMIT, _LIMIT)
+    return exact.masked_fill(hidden, float("inf")), exact.masked_fill(hidden, float("-inf"))
 
 
 def _packed(codes: Tensor, bits: int) -> Tensor:

@@ -176,7 +176,7 @@ class Store(CacheLayerMixin):
             return RowBytes(full + positions, 0)
         # Quantized rows and the residual end with a page each that is not full.
         residual = (self.codec.residual + 2 * PAGE) * (full + positions)
-        return RowBytes(self.codec.row_bytes(d, e) + positions, residual)
+        return RowBytes(self.codec.row_bytes(rows.keys, rows.values) + positions, residual)
 
     def looked(self) -> None:
         """Note that a press looked at the rows, whether or not it dropped any."""

@@ -58,11 +58,84 @@ def test_two_bits_are_four_numbers_a_byte():
         Codec(2).encode_values(torch.zeros(1, 32, 6))
 
 
+@pytest.mark.parametrize("size", [1.0, 1e5, 1e-7])
 @pytest.mark.parametrize("codec", [Codec(8), Codec(4, value_group=32), Codec(2, value_group=32)])
-def test_the_bytes_of_a_row_are_those_that_are_stored(codec):
-    pages, used = torch.randn(4, 32, 80), torch.ones(4, 32, dtype=torch.bool)
+def test_the_bytes_of_a_row_are_those_that_are_stored(codec, size):
+    pages, used = size * torch.randn(4, 32, 80), torch.ones(4, 32, dtype=torch.bool)
     held = [*codec.encode_keys(pages, used).tensors(), *codec.encode_values(pages).tensors()]
-    assert codec.row_bytes(80, 80) * 4 * 32 == sum(x.nbytes for x in held)
+    assert codec.row_bytes(pages, pages) * 4 * 32 == sum(x.nbytes for x in held)
+    assert held[1].dtype == (torch.float16 if size == 1 else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [7e4, 1e38, 1e-7, 1e-30])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_numbers_of_any_size_are_off_by_half_a_step_at_most(bits, size, dtype):
+    generator = torch.Generator().manual_seed(bits)
+    pages = (size * (torch.rand(3, 32, 16, generator=generator) * 2 - 1)).to(dtype)
+    used = torch.ones(3, 32, dtype=torch.bool)
+    rounding = size * torch.finfo(dtype if dtype == torch.bfloat16 else torch.float32).eps
+    for dim, made in (
+        (1, Codec(bits).encode_keys(pages, used)),
+        (2, Codec(bits).encode_values(pages)),
+    ):
+        exact = pages.double()
+        step = (exact.amax(dim, keepdim=True) - exact.amin(dim, keepdim=True)) / (2**bits - 1)
+        assert ((made.decode().double() - exact).abs() <= 0.5001 * step + 2 * rounding).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_the_largest_numbers_of_float16_stay_finite(bits):
+    pages = torch.tensor([65504.0, -65504.0, 1.0, 0.0] * 8).half().expand(1, 32, 32)
+    decoded = Codec(bits).encode_values(pages).decode().float()
+    assert (decoded - pages.float()).abs().max() <= 65504 / (2**bits - 1) * 1.01
+
+
+@pytest.mark.parametrize("damage", [float("nan"), float("inf"), float("-inf"), 1e38])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_what_is_no_number_harms_no_other_row(bits, damage):
+    pages, used = torch.randn(2, 32, 8), torch.ones(2, 32, dtype=torch.bool)
+    hurt = pages.clone()
+    hurt[1, 7] = damage
+    values = Codec(bits).encode_values(hurt).decode()
+    others = torch.arange(32) != 7
+    step = (pages.amax(-1) - pages.amin(-1)) / (2**bits - 1)
+    assert ((values - pages).abs().amax(-1) <= 0.51 * step + 1e-2)[:, others].all()
+    keys = Codec(bits).encode_keys(hurt, used).decode()
+    assert keys.isfinite().all() and values.isfinite().all()
+    if abs(damage) != 1e38:
+        step = (pages.amax(1) - pages.amin(1)) / (2**bits - 1)
+        off = (keys - pages)[:, others].abs().amax(1)
+        assert (off <= 0.51 * step + 1e-2).all()
+
+
+def test_pages_with_scales_of_both_types_are_joined():
+    """Decoded rows that are beyond float16 come behind settled ones that are not."""
+    model = tiny()
+    cache = cp.prefill(model, tokens(100), PRESS, storage=cp.Codec(8, residual=5))
+    store = stores(cache)[0]
+    assert store.held.rows().keys.isfinite().all()
+    large = torch.full((1, 2, 40, 8), 1e6) + torch.randn(1, 2, 40, 8)
+    for part in large.split(1, dim=2):
+        store.update(part, part)
+    store.update(torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8))
+    store.update(torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8))
+    rows = store.held.rows()
+    column = (rows.text_positions()[0, 0] >= 100) & (rows.text_positions()[0, 0] < 132)
+    torch.testing.assert_close(rows.values[0, 0, column], large[0, 0, :32], atol=0.1, rtol=0)
+    old = rows.text_positions()[0, 0] < 100
+    assert rows.values[0, 0, old].abs().max() < 100
+    assert store.nbytes == allocated(store)
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4", "int2"])
+def test_a_number_of_bytes_holds_whatever_the_scales(storage):
+    model = tiny()
+    model.model.layers[2].self_attn.v_proj.weight.data *= 1e6
+    limit = 110_000
+    cache = cp.prefill(model, tokens(500), cp.KnormPress(max_bytes=limit), storage=storage)
+    assert stores(cache)[2].held.blocks[0].values.scale.dtype == torch.float32
+    assert 0.4 * limit < cp.size_of(cache).bytes_after <= limit
 
 
 def test_keys_know_the_bounds_of_their_pages():
