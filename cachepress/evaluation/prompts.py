@@ -178,7 +178,10 @@ def read_prompts(file: str) -> Prompts:
         state = place.stat()
     except OSError as error:
         raise CachepressError(f"prompts: {path}: {error.strerror or error}") from error
-    return _read(str(place.resolve()), name, state.st_mtime_ns, state.st_size)
+    target = place.resolve()
+    # A link without a suffix, as the hub's cache has them, says nothing of what is in its target.
+    real = target if target.suffix == place.suffix else place.absolute()
+    return _read(str(real), name, state.st_mtime_ns, state.st_size)
 
 
 @lru_cache(maxsize=8)

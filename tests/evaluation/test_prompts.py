@@ -357,6 +357,15 @@ def test_other_prompts_are_other_records_and_the_same_are_the_same(evaluation, t
     assert "prompts" not in EvaluationConfig(**{**options, "prompts": None}).identity()
 
 
+def test_a_link_is_the_file_that_it_leads_to_unless_only_the_link_has_a_suffix(tmp_path):
+    own = templates(tmp_path, {"qasper": GOOD})
+    (tmp_path / "link.json").symlink_to(own)
+    assert read_prompts(str(tmp_path / "link.json")) == read_prompts(str(own))
+    own.rename(tmp_path / "0a1b2c")
+    (tmp_path / "hub.json").symlink_to(tmp_path / "0a1b2c")
+    assert read_prompts(str(tmp_path / "hub.json")).name == "hub.json"
+
+
 def test_a_converted_file_has_the_user_s_prompts(tmp_path, model_dir):
     save(tmp_path / "trec.jsonl", LONGBENCH)
     own, output = templates(tmp_path, {"trec": "A {context} B {input} C"}), tmp_path / "t.parquet"

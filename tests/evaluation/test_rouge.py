@@ -7,6 +7,7 @@ from random import Random
 import pytest
 from rouge import Rouge as Package
 
+from cachepress.evaluation.registry import METRIC_REGISTRY
 from cachepress.evaluation.rouge import rouge_l
 
 
@@ -48,3 +49,16 @@ def test_length_and_depth_change_nothing():
         return rouge_l(prediction, answer) if not calls else deeper(calls - 1)
 
     assert tuple(deeper(sys.getrecursionlimit() - len(inspect.stack()) - 60)) == expected
+
+
+@pytest.mark.parametrize("name", ["infinitebench_rouge_lsum", "scbench_rouge_lsum"])
+def test_the_other_package_knows_no_depth_either(name):
+    words = [f"w{number}" for number in range(700)]
+    answer, prediction = " ".join(words), " ".join(words[::2])
+    metric = METRIC_REGISTRY[name]
+
+    def deeper(calls):
+        return metric(prediction, [answer], []) if not calls else deeper(calls - 1)
+
+    deep = sys.getrecursionlimit() - len(inspect.stack()) - 60
+    assert deeper(deep) == metric(prediction, [answer], []) == pytest.approx(2 / 3)

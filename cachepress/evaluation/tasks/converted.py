@@ -26,6 +26,7 @@ from cachepress.evaluation.tasks.loogle import LOOGLE
 from cachepress.evaluation.tasks.math500 import MATH500
 from cachepress.evaluation.tasks.ruler import RULER
 from cachepress.evaluation.tasks.zero_scrolls import MAX_NEW_TOKENS as ZERO_SCROLLS_TASKS
+from cachepress.evaluation.tasks.zero_scrolls import SEPARATOR, ZERO_SCROLLS
 
 logger = logging.getLogger(__name__)
 TASKS: tuple[Task, ...] = (
@@ -46,7 +47,10 @@ TRUNCATION: dict[str, str] = {name: task.truncation for task in TASKS for name i
 """Where the benchmark of a task cuts its contexts."""
 WHOLE = {"aime25": "aime25", "aime2025": "aime25", "math500": "math500"}
 """Benchmarks whose rows name no task, by a file's or folder's name without marks."""
-LAYOUT_COLUMNS = ("dataset", "difficulty", "choice_A", "subject", "unique_id", "id")
+LAYOUT_COLUMNS = (
+    *("dataset", "difficulty", "choice_A", "subject", "unique_id", "id"),
+    SEPARATOR,
+)
 """Columns that tell more of a row than those of every data set."""
 FOLDERS = 5
 """How far up folders are asked which benchmark a file is of."""
@@ -149,5 +153,16 @@ def _zero_scrolls(rows: Sequence[Row]) -> list[Row]:
         name = row.get("id")
         answer = [name] if isinstance(name, str) and name else []
         key = (row["task"], name) if answer else number
-        found.setdefault(key, row | {"answer": answer, "metric": UNSCORED})
+        found.setdefault(key, row | {"answer": answer, "metric": UNSCORED, **_cut(row)})
     return list(found.values())
+
+
+def _cut(row: Row) -> dict[str, object]:
+    """Where and how a sample of ZeroSCROLLS is cut, unless the row says it."""
+    asked = str(row["question"])
+    gap = asked[: len(asked) - len(asked.lstrip())]
+    separator = str(row.get(SEPARATOR) or "").removesuffix(gap)
+    return {
+        "truncation": row["truncation"] or ZERO_SCROLLS.truncation,
+        "separator": row["separator"] or separator,
+    }

@@ -18,6 +18,8 @@ from cachepress.evaluation.tasks.base import UNSCORED, Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 
 REPOSITORY = "tau/zero_scrolls"
+SEPARATOR = "truncation_seperator"
+"""The column, as the benchmark spells it, with what stands where a document was cut."""
 MAX_NEW_TOKENS = {
     "gov_report": 1024,
     "summ_screen_fd": 512,
@@ -67,7 +69,7 @@ def _parts(row: Mapping) -> tuple[str, str, str, str]:
     begin = max(query, document)
     begin += len(text[begin:]) - len(text[begin:].lstrip())
     gap = text[document : row.get("query_start_index", document)]
-    separator = row.get("truncation_seperator", "").removesuffix(gap)  # The benchmark's spelling.
+    separator = row.get(SEPARATOR, "").removesuffix(gap)
     return text[:document], text[document:begin], text[begin:].rstrip(), separator
 
 

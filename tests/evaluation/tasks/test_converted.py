@@ -5,9 +5,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import cachepress as cp
+from cachepress.evaluation import EvaluationConfig
 from cachepress.evaluation.registry import METRIC_REGISTRY, TASKS, check_metric, find_dataset
+from cachepress.evaluation.samples import contexts_of, load_table
 from cachepress.evaluation.tasks.converted import OFFICIAL
 from cachepress.evaluation.tasks.files import load_file
+from tests.tiny import tokenizer
 
 COMMON = {"context": "A text.\n\n", "question": "Question: Who?\n", "answer_prefix": "Answer:"}
 LONGBENCH = {**COMMON, "length": 5, "dataset": "x", "language": "en", "_id": "1"}
@@ -170,6 +173,18 @@ def test_zero_scrolls(tmp_path):
         "gov_report.json",
         "qasper.json",
     ]
+
+
+def test_zero_scrolls_is_cut_at_the_end_with_its_own_note(tmp_path):
+    row = {**COMMON, "task": "qasper", "id": "a1", "answer": ""}
+    row |= {"question": "\n\nQuestion: Who?", "truncation_seperator": "... [cut]\n\n"}
+    found = table(tmp_path / "t.parquet", row, {**row, "id": "a2", "separator": "own"})
+    assert list(found["truncation"]) == ["end", "end"]
+    assert list(found["separator"]) == ["... [cut]", "own"]
+    options = EvaluationConfig(dataset=str(tmp_path / "t.parquet"), truncation=True)
+    (first, _) = contexts_of(load_table(options, tokenizer()))
+    asked = first.prompt_options(options)
+    assert (asked.truncation, asked.separator, asked.chat) == ("end", "... [cut]", True)
 
 
 def test_zero_scrolls_without_ids_has_nothing_to_submit(tmp_path):
