@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cachepress.errors import CachepressError as CachepressError
     from cachepress.errors import ForeignAttentionError as ForeignAttentionError
     from cachepress.errors import UnsupportedError as UnsupportedError
+    from cachepress.generation.ask import ask as ask
     from cachepress.generation.prefill import prefill as prefill
     from cachepress.hf import detach as detach
     from cachepress.persist import load_cache as load_cache
@@ -39,6 +40,7 @@ _HOMES = {
     "Needs": "view",
     "SpecError": "spec",
     "UnsupportedError": "errors",
+    "ask": "generation.ask",
     "detach": "hf",
     "fork": "cache",
     "load_cache": "persist",

@@ -17,12 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from cachepress.errors import CachepressError
+from cachepress.files import replacing
 from cachepress.hf import compressed_layers
 from cachepress.hf.wiring import full_attention
-from cachepress.models import BUILTIN_MODELS, cache_home, hub_answers
+from cachepress.models import BUILTIN_MODELS, cache_home, hub_answers, resolve
 from cachepress.published import converted, n_layers, of_layers
 
 _FORMAT = "cachepress-artefact"
@@ -45,18 +46,21 @@ def default_path(kind: str, model: PreTrainedModel) -> Path:
     Raises:
         CachepressError: if the model came from nowhere.
     """
-    home, name = cache_home(), model_name(model)
-    if not name:
+    if not (name := model_name(model)):
         raise CachepressError(
             f"this {type(model).__name__} has no name under which {kind} could be kept: give the "
             f"path of a file, as from cachepress train {kind} --model MODEL --output FILE"
         )
+    return _kept_at(kind, name)
+
+
+def _kept_at(kind: str, name: str) -> Path:
     folder = Path(name)
     if folder.is_dir():
         # Folders of different models often have the same last part.
         digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
         name = f"{folder.resolve().name}-{digest[:8]}"
-    return home / "learned" / name.replace("/", "--") / f"{kind}.safetensors"
+    return cache_home() / "learned" / name.replace("/", "--") / f"{kind}.safetensors"
 
 
 def model_name(model: PreTrainedModel) -> str:
@@ -64,9 +68,12 @@ def model_name(model: PreTrainedModel) -> str:
 
     Empty for a model that came from nowhere.
     """
-    name = model.config.name_or_path or ""
-    path = Path(name)
-    return path.name if path.name in BUILTIN_MODELS and path.parent == cache_home() else name
+    return _name_of(model.config.name_or_path or "")
+
+
+def _name_of(source: str) -> str:
+    path = Path(source)
+    return path.name if path.name in BUILTIN_MODELS and path.parent == cache_home() else source
 
 
 def class_of(model: PreTrainedModel) -> str:
@@ -83,16 +90,12 @@ def save_artefact(
         CachepressError: if it cannot be written.
     """
     metadata = {"format": _FORMAT, "kind": kind, **made_from}
-    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: x.contiguous() for k, x in tensors.items()}, partial, metadata)
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file({k: x.contiguous() for k, x in tensors.items()}, partial, metadata)
     except (OSError, SafetensorError) as error:
         raise CachepressError(f"cannot write {path}: {error}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def find_artefact(kind: str, source: str | None, model: PreTrainedModel) -> str:
@@ -107,25 +110,39 @@ def find_artefact(kind: str, source: str | None, model: PreTrainedModel) -> str:
         CachepressError: if there is none, or if it was made for a model of another class; it says
             which command makes one.
     """
-    name = model_name(model) or "MODEL"
-    hint = f"make one: cachepress train {kind} --model {name}"
-    path, own = _found(kind, source, model, hint), class_of(model)
+    if source is None:
+        default_path(kind, model)  # Refuses a model that has no name.
+    queries = sizes(model)[2] if kind == "fastkvzip" else None
+    path, own = locate_artefact(kind, source, model_name(model), queries), class_of(model)
+    hint = _hint(kind, model_name(model))
     made_for = _metadata(path).get("model_class", own)
     if made_for != own:
         raise CachepressError(f"{path} was made for a {made_for}, and this is a {own}: {hint}")
     return path
 
 
-def _found(kind: str, source: str | None, model: PreTrainedModel, hint: str) -> str:
+def locate_artefact(kind: str, source: str | None, name: str, queries: int | None = None) -> str:
+    """The file of an artefact, unread.
+
+    Args:
+        kind: what it is.
+        source: a file, a folder that has one, or a hub repository; None for what was trained here.
+        name: what the model is called where it is loaded.
+        queries: query heads of each of its KV heads; None to look them up.
+
+    Raises:
+        CachepressError: if there is none.
+    """
+    name = _name_of(name)
+    hint = _hint(kind, name)
     if source is None:
-        path = default_path(kind, model)
+        path = _kept_at(kind, name)
         if path.is_file():
             return str(path)
         raise CachepressError(
-            f"nothing was learned of {model_name(model)} for {kind} yet: "
-            f"{hint}{_or_published(kind, model)}"
+            f"nothing was learned of {name} for {kind} yet: {hint}{_or_published(kind, name)}"
         )
-    given, names = Path(source).expanduser(), _names(kind, model)
+    given, names = Path(source).expanduser(), _names(kind, name, queries)
     for path in (given, *(given / name for name in names)):
         if path.is_file():
             return str(path)
@@ -141,18 +158,33 @@ def _found(kind: str, source: str | None, model: PreTrainedModel, hint: str) -> 
     return _from_hub(source, names, hint)
 
 
-def _names(kind: str, model: PreTrainedModel) -> tuple[str, ...]:
+def _hint(kind: str, name: str) -> str:
+    return f"make one: cachepress train {kind} --model {name or 'MODEL'}"
+
+
+def _names(kind: str, model: str, queries: int | None) -> tuple[str, ...]:
     """What the file may be called in a folder or a repository."""
     names = [text.format(kind=kind) for text in _NAMES]
     if kind == "fastkvzip":
         # The published repository holds the gates of all models.
-        name = f"q{sizes(model)[2]}_dim16_sink16.pt"
-        names += [f"{Path(model_name(model)).name.lower()}/{name}", name]
+        name = f"q{_queries_of(model) if queries is None else queries}_dim16_sink16.pt"
+        names += [f"{Path(model).name.lower()}/{name}", name]
     return tuple(names)
 
 
-def _or_published(kind: str, model: PreTrainedModel) -> str:
-    owner, _, name = model_name(model).partition("/")
+def _queries_of(model: str) -> int | None:
+    """Query heads of each KV head, of a model that is not loaded."""
+    with suppress(OSError, ValueError, AttributeError, TypeError, CachepressError):
+        config = AutoConfig.from_pretrained(
+            resolve(model), local_files_only=True, trust_remote_code=False
+        ).get_text_config()
+        keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return config.num_attention_heads // keys
+    return None
+
+
+def _or_published(kind: str, model: str) -> str:
+    owner, _, name = model.partition("/")
     if not name or "/" in name or not owner or kind not in _PUBLISHED:
         return ""
     return f"; or name a published one, such as {_PUBLISHED[kind].format(owner=owner, name=name)}"

@@ -4,12 +4,17 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from cachepress.errors import CachepressError
 from cachepress.stores import Store
 from cachepress.stores.store import allocated_bytes
+
+TEXT = "text_ids"
+"""The attribute of a layer that holds the token ids of the text."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,39 @@ def _rows(layer: object) -> tuple[int, int]:
     keys = getattr(layer, "keys", None)
     rows = 0 if keys is None or getattr(layer, "is_sliding", False) else keys.shape[:3].numel()
     return rows, rows
+
+
+def note_text(cache: Cache, ids: Tensor, seen: int) -> None:
+    """Note which tokens a forward of one sequence wrote.
+
+    Args:
+        cache: the cache.
+        ids: ``[1, n]`` the tokens.
+        seen: text columns that were there before.
+    """
+    layer, known, new = _of_text(cache), _text(cache), ids.detach().cpu().numpy()
+    if ids.shape[0] != 1:
+        setattr(layer, TEXT, None)
+    elif seen == 0:
+        setattr(layer, TEXT, new.copy())
+    elif known is not None and known.shape[1] == seen:
+        setattr(layer, TEXT, np.concatenate([known, new], axis=1))
+
+
+def text_of(cache: Cache) -> Tensor | None:
+    """Token ids ``[1, n]`` of the text in a cache, or of its beginning; None if none are known."""
+    known = _text(cache)
+    return None if known is None else torch.from_numpy(known.copy())
+
+
+def _text(cache: Cache) -> np.ndarray | None:
+    known = getattr(_of_text(cache), TEXT, None) if cache.layers else None
+    return None if known is None else known[:, : cache.get_seq_length()]
+
+
+def _of_text(cache: Cache) -> object:
+    """The layer that knows the text."""
+    return next(iter(stores(cache)), cache.layers[0])
 
 
 def fork(cache: Cache, n: int = 1) -> Cache:

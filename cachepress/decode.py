@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
+from transformers.generation.streamers import BaseStreamer
 
 from cachepress.hf import cache_argument
 from cachepress.ops import wide
@@ -19,6 +20,7 @@ def generate(
     question_ids: Sequence[Tensor],
     max_new_tokens: int,
     generation: Mapping[str, object],
+    streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """Answers to a batch of questions, as token ids up to their end.
 
@@ -29,6 +31,7 @@ def generate(
         question_ids: ``[1, q]`` for each sequence; shorter ones are padded on the left.
         max_new_tokens: most tokens of an answer.
         generation: options of transformers' ``GenerationConfig``.
+        streamer: gets the tokens as they come, those of the question first.
     """
     ends = end_tokens(model, tokenizer, generation)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
@@ -44,6 +47,7 @@ def generate(
             attention_mask=mask.to(model.device),
             generation_config=config,
             tokenizer=tokenizer if stops else None,
+            streamer=streamer,
             **{cache_argument(model): cache},
         )
     return [_until(row, ends) for row in out[:, ids.shape[1] :].tolist()]

@@ -198,6 +198,12 @@ def resolve(name: str) -> str:
     return str(home / name)
 
 
+def builtin_digest(name: str) -> str | None:
+    """What tells a built-in model from others: the hash of what it is made of; else None."""
+    spec = BUILTIN_MODELS.get(name)
+    return None if spec is None else f"gguf {spec.gguf_sha256} format {_FORMAT}"
+
+
 def describe() -> list[ModelInfo]:
     """Every built-in model, and what this machine holds of it.
 

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,8 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from cachepress.cache import TEXT, note_text, text_of
 from cachepress.errors import CachepressError
+from cachepress.files import replacing
+from cachepress.fingerprint import fingerprint, other_model
 from cachepress.hf import attach
+from cachepress.intact import check_cache, check_pages, check_text
 from cachepress.ops.ragged_attention import Layout
 from cachepress.stores import Codec, Store
 from cachepress.stores.block import Block
@@ -24,21 +28,26 @@ from cachepress.stores.codec import Quantized
 from cachepress.stores.tail import Tail
 from cachepress.trace import Trace
 
-_FORMAT = "cachepress-cache-1"
+logger = logging.getLogger(__name__)
+_FORMAT = "cachepress-cache-2"
+_EARLIER = "cachepress-cache-1"
+"""The format of version 0.1.0, whose checksum does not cover the header."""
 _SAMPLE = 64
 _PARTS = {part.__name__: part for part in (Block, Codec, Layout, Quantized)}
+_LAZY = ("device", "dtype", "keys", "values")
+"""What layers of transformers have only once they are filled."""
 
 
 def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
     """Write a cache to a safetensors file.
 
-    Layers that are not compressed (sliding windows, recurrent states) are written too. The file is
-    complete or it is not there.
+    Layers that are not compressed (sliding windows, recurrent states) are written too, and so are
+    the token ids of the text, as far as they are known. The file is complete or it is not there.
 
     Args:
         cache: a cache that was filled by the model.
         path: where to write.
-        model: the model; its fingerprint goes into the file.
+        model: the model; what tells it from others goes into the file.
 
     Raises:
         CachepressError: if the cache is empty or the file cannot be written.
@@ -50,22 +59,16 @@ def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedMode
         [type(layer).__name__, _pack(_state(layer), str(i), tensors)]
         for i, layer in enumerate(cache.layers)
     ]
+    if (text := text_of(cache)) is not None:
+        tensors[TEXT] = text
     tensors = {name: x.detach().contiguous().clone() for name, x in tensors.items()}
-    metadata = {
-        "format": _FORMAT,
-        "model": _fingerprint(model),
-        "model_class": type(model).__name__,
-        "layers": json.dumps(layers),
-        "checksum": _checksum(tensors),
-    }
+    header = json.dumps({"model": fingerprint(model), "layers": layers})
+    checksum = _checksum(tensors, header)
     target = Path(path)
-    partial = target.with_name(f"{target.name}.partial")
     try:
-        save_file(tensors, partial, metadata)
-        partial.replace(target)
+        with replacing(target) as partial:
+            save_file(tensors, partial, {"format": _FORMAT, "header": header, "checksum": checksum})
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink()
         raise CachepressError(f"cannot write the cache to {target}: {error}") from error
 
 
@@ -74,7 +77,7 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> Cache:
 
     Args:
         path: the file.
-        model: the same model, with the same weights and dtype.
+        model: the same model, with the same weights, config and dtype.
 
     Returns:
         The cache, on the model's device; the model is ready to read it.
@@ -83,29 +86,78 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> Cache:
         CachepressError: if the file is missing, damaged, no cache, or of another model.
     """
     metadata, tensors = _read(Path(path), model.device)
-    if metadata.get("format") != _FORMAT:
+    kind = metadata.get("format")
+    if kind not in (_FORMAT, _EARLIER):
         raise CachepressError(f"{path} is not a cache that save_cache wrote")
-    if metadata["checksum"] != _checksum(tensors):
+    header = metadata.get("header", "") if kind == _FORMAT else ""
+    if metadata.get("checksum") != _checksum(tensors, header):
         raise CachepressError(f"{path} is damaged: its content does not match its checksum")
-    if metadata["model"] != _fingerprint(model):
+    try:
+        if kind == _FORMAT:
+            told = json.loads(header)
+            layers, theirs = told["layers"], told["model"]["class"]
+            other = other_model(told["model"], model)
+        else:
+            layers, theirs = json.loads(metadata["layers"]), metadata["model_class"]
+            same = metadata["model"] == _fingerprint_of_0_1_0(model)
+            other = None if same else "its fingerprint is another one"
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _damage(path, error) from error
+    if other is not None:
         raise CachepressError(
-            f"{path} was filled by another model ({metadata['model_class']}, or other weights or "
-            f"dtype) than this {type(model).__name__}: load the model that it was made with"
+            f"{path} was filled by another model ({theirs}, or other config, weights or dtype) "
+            f"than this {type(model).__name__}: {other}; load the model that it was made with"
         )
     attach(model)
-    cache = DynamicCache(config=model.get_decoder().config)
-    for i, (kind, packed) in enumerate(json.loads(metadata["layers"])):
-        if kind == Store.__name__:
-            cache.layers[i] = Store()
-        if type(cache.layers[i]).__name__ != kind:
-            raise CachepressError(f"{path} has a {kind} where this model has none")
-        vars(cache.layers[i]).update(_unpack(packed, tensors, model.device))  # type: ignore
+    cache = _filled(layers, tensors, model, path)
+    if kind == _EARLIER:
+        logger.warning(
+            "%s was saved by version 0.1.0, whose header nothing protects against damage: save it "
+            "again",
+            path,
+        )
     return cache
+
+
+def _filled(
+    layers: list, tensors: Mapping[str, Tensor], model: PreTrainedModel, path: object
+) -> Cache:
+    """A cache with layers as they were packed; whatever does not fit together is damage."""
+    cache = DynamicCache(config=model.get_decoder().config)
+    left = dict(tensors)
+    text = left.pop(TEXT, None)
+    try:
+        if len(layers) != len(cache.layers):
+            raise ValueError(f"{len(layers)} layers, where the model has {len(cache.layers)}")
+        for i, (kind, packed) in enumerate(layers):
+            if kind == Store.__name__:
+                cache.layers[i] = Store()
+            layer = cache.layers[i]
+            if type(layer).__name__ != kind:
+                raise ValueError(f"layer {i} is a {kind}, where the model has none")
+            state = _unpack(packed, left, model.device)
+            known = {k: x for k, x in state.items() if k in _LAZY or hasattr(layer, k)}  # type: ignore
+            vars(layer).update(known)
+        if left:
+            raise ValueError(f"nothing holds {next(iter(left))}")
+        check_cache(cache)
+        if text is not None:
+            check_text(text, cache)
+            note_text(cache, text, 0)
+    except Exception as error:  # Whatever a damaged header leads to.
+        raise _damage(path, error) from error
+    return cache
+
+
+def _damage(path: object, error: Exception) -> CachepressError:
+    return CachepressError(f"{path} is damaged: {type(error).__name__}, {error}")
 
 
 def _state(layer: object) -> dict[str, object]:
     """What a layer is made of; a trace is about a turn that is not over, and is left out."""
-    return {name: None if isinstance(x, Trace) else x for name, x in vars(layer).items()}
+    return {
+        name: None if isinstance(x, Trace) else x for name, x in vars(layer).items() if name != TEXT
+    }
 
 
 def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:
@@ -134,21 +186,30 @@ def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:
     raise CachepressError(f"a cache that holds a {type(value).__name__} cannot be saved")
 
 
-def _unpack(packed: object, tensors: Mapping[str, Tensor], device: torch.device) -> object:
+def _unpack(packed: object, left: dict[str, Tensor], device: torch.device) -> object:
+    """A value from JSON; each tensor is taken out of ``left``, so that it is used once."""
     if not isinstance(packed, dict):
         return packed
     ((kind, content),) = [(k, v) for k, v in packed.items() if k != "of"]
     if kind == "tensor":
-        return tensors[content]
+        return left.pop(content)
     if kind == "device":
         return device
     if kind == "dtype":
-        return getattr(torch, content)
+        dtype = getattr(torch, content)
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{content} is no dtype")
+        return dtype
     if kind == "dict":
-        return {k: _unpack(v, tensors, device) for k, v in content}
+        return {k: _unpack(v, left, device) for k, v in content}
     if kind == "part":
-        return _PARTS[content](**_unpack(packed["of"], tensors, device))  # type: ignore
-    items = [_unpack(item, tensors, device) for item in content]
+        parts = _unpack(packed["of"], left, device)
+        if content == Block.__name__:
+            check_pages(parts)  # type: ignore
+        return _PARTS[content](**parts)  # type: ignore
+    if kind not in ("tuple", "list", "tail"):
+        raise ValueError(f"{kind} is no kind of value")
+    items = [_unpack(item, left, device) for item in content]
     if kind == "tail":
         return Tail.of(*items)  # type: ignore
     return tuple(items) if kind == "tuple" else items
@@ -165,17 +226,18 @@ def _read(path: Path, device: torch.device) -> tuple[dict[str, str], dict[str, T
         raise CachepressError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
+    """A SHA-256 of the header, and of the name, type, shape and bits of every tensor."""
+    digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         x = tensors[name].contiguous().cpu()
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(x.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
-    """What tells this model from others: its class and the first numbers of every weight."""
+def _fingerprint_of_0_1_0(model: PreTrainedModel) -> str:
+    """The class of a model and the first numbers of every weight."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, x in model.named_parameters():
         sample = x.detach().flatten()[:_SAMPLE].float().cpu()

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from cachepress.cache import CacheSize, fork, size_of
+from cachepress.cache import CacheSize, fork, size_of, text_of
 from cachepress.chat import encode, template
 from cachepress.decode import generate
 from cachepress.errors import CachepressError
@@ -446,6 +446,14 @@ def read_context(
             raise CachepressError(
                 f"the cache holds {seen} tokens but the context has {n}: pass an empty cache, or "
                 "the one that this very context was compressed into"
+            )
+        known = text_of(cache)
+        if known is not None and not torch.equal(
+            known.cpu(), context_ids[:, : known.shape[1]].cpu()
+        ):
+            raise CachepressError(
+                "the cache holds another text of the same length: pass an empty cache, or the one "
+                "that this very context was compressed into"
             )
         return cache, 0.0
     start = time.perf_counter()

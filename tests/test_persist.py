@@ -1,17 +1,29 @@
 """Caches on disk: the same next tokens in another process, and clear errors."""
 
+import copy
+import json
+import os
+import struct
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
-from transformers import DynamicCache
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import cachepress as cp
-from cachepress.cache import stores
-from tests.tiny import ARCHITECTURES, tiny, tokens
+from cachepress import fingerprint as fingerprint_of
+from cachepress import persist
+from cachepress.cache import stores, text_of
+from cachepress.fingerprint import fingerprint, other_model, weights_digest
+from tests.tiny import ARCHITECTURES, tiny, tokenizer, tokens, words
 from tests.tiny_cache import forward, kept
 
+GOLDEN = Path(__file__).parent / "golden"
 PRESS = cp.AdaKVPress(cp.KnormPress(0.5))
 NEXT_TOKENS = """
 import sys, torch, cachepress as cp
@@ -139,3 +151,320 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(cp.CachepressError, match="cannot write the cache"):
         cp.save_cache(cp.prefill(model, tokens(9), PRESS), tmp_path / "file" / "c", model)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def with_config(**changes):
+    """The same weights in a model of another config."""
+    model = tiny()
+    config = copy.deepcopy(model.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    other = type(model)(config)
+    other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
+def with_weights(change):
+    model = tiny()
+    with torch.no_grad():
+        change(model)
+    return model
+
+
+def swap(model):
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+
+
+def swap_tensors(model):
+    one, other = (layer.self_attn.k_proj.weight for layer in model.model.layers[:2])
+    kept = one.clone()
+    one.copy_(other)
+    other.copy_(kept)
+
+
+def beyond_the_first(model):
+    for weight in model.parameters():
+        flat = weight.view(-1)
+        flat[64:] = torch.randn_like(flat[64:])
+
+
+def of_k(model):
+    return model.model.layers[0].self_attn.k_proj.weight
+
+
+OTHERS = {
+    "rope_theta": lambda: with_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+    "rope_parameters.*": lambda: with_config(
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    ),
+    "rms_norm_eps": lambda: with_config(rms_norm_eps=0.5),
+    "hidden_act": lambda: with_config(hidden_act="gelu"),
+    "max_position_embeddings": lambda: with_config(max_position_embeddings=1024),
+    "negated": lambda: with_weights(lambda m: of_k(m)[4:].mul_(-1)),
+    "all but the first": lambda: with_weights(beyond_the_first),
+    "layers": lambda: with_weights(swap),
+    "tensors": lambda: with_weights(swap_tensors),
+    "rows": lambda: with_weights(lambda m: of_k(m).copy_(of_k(m).flip(0))),
+    "columns": lambda: with_weights(lambda m: of_k(m).copy_(of_k(m).flip(1))),
+    "last bit": lambda: with_weights(lambda m: of_k(m)[-1, -1].mul_(1 + 2**-23)),
+    "bfloat16": lambda: tiny().bfloat16(),
+    "one in bfloat16": lambda: with_weights(lambda m: m.model.layers[1].bfloat16()),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_whatever_acts_tells_models_apart(tmp_path, name):
+    _, path = save(tmp_path)
+    with pytest.raises(cp.CachepressError, match="filled by another model"):
+        cp.load_cache(path, OTHERS[name]())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name_or_path": "elsewhere", "transformers_version": "4.0"},
+        {"use_cache": False, "pad_token_id": 5, "architectures": ["X"]},
+        {"_attn_implementation": "sdpa"},
+    ],
+)
+def test_what_does_not_act_is_no_other_model(tmp_path, changes):
+    _, path = save(tmp_path)
+    assert cp.load_cache(path, with_config(**changes)).get_seq_length() == 40
+
+
+def test_fields_that_another_transformers_does_not_know_do_not_count(tmp_path):
+    model = tiny()
+    saved = fingerprint(model)
+    config = dict(saved["config"], unheard_of=1)
+    assert other_model({**saved, "config": config}, model) == "its config has another unheard_of"
+    assert other_model({**saved, "config": config, "transformers": "5.0"}, model) is None
+    config["rms_norm_eps"] = 0.5
+    different = other_model({**saved, "config": config, "transformers": "5.0"}, model)
+    assert different == "its config has another rms_norm_eps"
+
+
+def test_sums_are_remembered_until_a_weight_changes(monkeypatch):
+    model, counted, sums = tiny(), [], fingerprint_of._sums
+
+    def spied(x, dtype):
+        counted.append(x.numel())
+        return sums(x, dtype)
+
+    monkeypatch.setattr(fingerprint_of, "_sample", lambda x: torch.zeros(2, dtype=torch.int64))
+    monkeypatch.setattr(fingerprint_of, "_sums", spied)
+    first = weights_digest(model)
+    n = len(counted)
+    assert n == len(model.state_dict()) and weights_digest(model) == first and len(counted) == n
+    with torch.no_grad():
+        of_k(model)[3, 3] += 1
+    second = weights_digest(model)
+    assert second != first and len(counted) == n + 1
+    of_k(model).data = of_k(model).data.clone()
+    assert weights_digest(model) == second and len(counted) == n + 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("n", [0, 1, 3, 8, 8191, 8193, 3_000_001])
+def test_a_sum_is_that_of_integers(dtype, n):
+    octets = torch.randint(0, 256, (n * dtype.itemsize,), dtype=torch.uint8)
+    x = octets.view(dtype)
+    words = numpy.frombuffer(octets.numpy().tobytes() + bytes(-len(octets) % 8), numpy.int64)
+    with numpy.errstate(over="ignore"):
+        wanted = [words.sum(), (words * numpy.arange(len(words))).sum()]
+    assert fingerprint_of._sums(x, None).tolist() == [int(w) for w in wanted]
+
+
+def test_the_wrong_text_is_noticed(tmp_path):
+    from transformers import pipeline
+
+    model, made, text = tiny(), tokenizer(), words(40)
+    pipe = pipeline("kv-press-text-generation", model=model, tokenizer=made)
+    cache = DynamicCache()
+    asked = {"question": "w8 w9", "max_new_tokens": 4}
+    answer = pipe(text, press=PRESS, cache=cache, **asked)["answer"]
+    cp.save_cache(cache, tmp_path / "c", model)
+    loaded = cp.load_cache(tmp_path / "c", model)
+    assert pipe(text, cache=loaded, **asked)["answer"] == answer
+    other = text.split()
+    other[20] = "w3" if other[20] != "w3" else "w4"
+    with pytest.raises(cp.CachepressError, match="holds another text"):
+        pipe(" ".join(other), cache=loaded, **asked)
+
+
+def test_token_ids_follow_the_text():
+    model, ids = tiny(), tokens(50)
+    cache = cp.prefill(model, ids[:, :30], PRESS)
+    assert torch.equal(text_of(cache), ids[:, :30])
+    cp.prefill(model, ids[:, 30:45], PRESS, cache)
+    assert torch.equal(text_of(cache), ids[:, :45])
+    forward(model, cache, input_ids=ids[:, 45:46])
+    assert torch.equal(text_of(cp.fork(cache)), ids[:, :45])
+    cp.prefill(model, ids[:, 46:], PRESS, cache)
+    assert torch.equal(text_of(cache), ids[:, :45])
+    assert text_of(cp.prefill(model, tokens(9, batch=2), PRESS)) is None
+    assert torch.equal(text_of(cp.prefill(model, ids)), ids)
+    watched = DynamicCache()
+    with PRESS(model):
+        model(ids, past_key_values=watched)
+    assert torch.equal(text_of(watched), ids)
+    forward(model, watched, input_ids=ids[:, :8])
+    watched.crop(-10 if cp.cache.stores(watched)[0]._settled_at < 48 else -8)
+    assert torch.equal(text_of(watched), ids)
+
+
+@pytest.mark.parametrize("name", ["cache", "cache_int4"])
+def test_caches_of_0_1_0_still_load(name, caplog):
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN / "llama_model").eval()
+    path = GOLDEN / "version_0.1.0" / f"{name}.safetensors"
+    with caplog.at_level("WARNING"):
+        loaded = cp.load_cache(path, model)
+    (said,) = [record.message for record in caplog.records]
+    assert "version 0.1.0, whose header nothing protects" in said and "\n" not in said
+    if name == "cache":
+        cache = cp.prefill(model, tokens(50), PRESS)
+    else:
+        cache = cp.prefill(model, tokens(120), cp.AdaKVPress(cp.KnormPress(0.25)), storage="int4")
+    assert kept(loaded) == kept(cache)
+    ids = {"input_ids": tokens(4, seed=3)}
+    ours, theirs = forward(model, cache, **ids).logits, forward(model, loaded, **ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-3)
+
+
+def flips(content):
+    """A file with one bit of its header changed, in many places."""
+    (length,) = struct.unpack("<Q", content[:8])
+    for place in range(0, 8 + length, 5):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 7
+        yield bytes(changed)
+
+
+def test_no_flipped_bit_of_the_header_gives_another_cache(tmp_path):
+    model = tiny()
+    cache = cp.prefill(model, tokens(20), PRESS)
+    path = tmp_path / "c"
+    cp.save_cache(cache, path, model)
+    wanted, other = (kept(cache), text_of(cache).tolist()), []
+    for changed in flips(path.read_bytes()):
+        path.write_bytes(changed)
+        try:
+            loaded = cp.load_cache(path, model)
+        except cp.CachepressError:
+            continue
+        if (kept(loaded), text_of(loaded).tolist()) != wanted or loaded.get_seq_length() != 20:
+            other.append(changed)
+    assert not other
+
+
+def rewritten(path, change):
+    """The file with another header, and the checksum that it should have."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header = json.loads(metadata["header"])
+    change(header["layers"], tensors)
+    metadata["header"] = json.dumps(header)
+    metadata["checksum"] = persist._checksum(tensors, metadata["header"])
+    save_file(tensors, path, metadata)
+
+
+def of_layer(layers, name, i=0):
+    """The pair of a field's name and value."""
+    return next(pair for pair in layers[i][1]["dict"] if pair[0] == name)
+
+
+def set_(name, value, layers=(0,)):
+    def change(found, tensors):
+        for i in layers:
+            of_layer(found, name, i)[1] = value
+
+    return change
+
+
+def of_block(found, name):
+    block = of_layer(found, "_blocks")[1]["tuple"][0]
+    return next(pair for pair in block["of"]["dict"] if pair[0] == name)
+
+
+def first(tensors, ending):
+    return next(name for name in tensors if name.endswith(ending))
+
+
+def position(place, value):
+    def change(found, tensors):
+        tensors[first(tensors, "positions")].view(-1)[place] = value
+
+    return change
+
+
+def lengths(found, tensors):
+    layout = of_block(found, "layout")[1]["of"]["dict"]
+    next(pair for pair in layout if pair[0] == "lengths")[1]["tuple"][0] = 10**9
+
+
+def crossed(found, tensors):
+    of_block(found, "keys")[1]["tensor"] = "1._blocks.0.keys"
+
+
+DAMAGES = {
+    "seen in one layer": set_("_seen", 41),
+    "seen is less than rows": set_("_seen", 5, range(4)),
+    "seen is a text": set_("_seen", "40", range(4)),
+    "seen is true": set_("_seen", True, range(4)),
+    "no sequences": set_("_batch", 0, range(4)),
+    "three sequences": set_("_batch", 3),
+    "settled later": set_("_settled_at", 50),
+    "no rows": set_("_blocks", {"tuple": []}),
+    "a codec is a text": set_("codec", "int4"),
+    "pages": set_("reads", -1),
+    "groups": set_("_groups", {"tuple": [1]}),
+    "flags": set_("_encoded", 2),
+    "a mask": set_("known", 5),
+    "a layer less": lambda found, _: found.pop(),
+    "a layer more": lambda found, _: found.append(found[0]),
+    "another kind": lambda found, _: found[0].__setitem__(0, "DynamicLayer"),
+    "an unknown kind": lambda found, _: found[0].__setitem__(0, "Nothing"),
+    "position beyond the text": position(-32, 77),
+    "position is below 0": position(0, -5),
+    "positions fall": position(0, 39),
+    "lengths": lengths,
+    "a tensor twice": crossed,
+    "shape": lambda found, _: of_block(found, "shape").__setitem__(1, {"tuple": [1, 3]}),
+    "width": lambda found, _: of_block(found, "width").__setitem__(1, 9),
+    "a dtype": lambda found, _: of_block(found, "keys").__setitem__(1, {"dtype": "load"}),
+    "a part": lambda found, _: of_block(found, "keys").__setitem__(1, {"part": "x", "of": {}}),
+    "deep": lambda found, _: found.__setitem__(0, ["Store", deep()]),
+    "keys of another shape": lambda _, t: t.update(
+        {(n := first(t, "keys")): t[n][..., :4].clone()}
+    ),
+    "keys are integers": lambda _, t: t.update({(n := first(t, "keys")): t[n].int()}),
+    "a tensor more": lambda _, t: t.update({"9.x": torch.zeros(1)}),
+    "a tensor less": lambda _, t: t.pop(first(t, "values")),
+}
+
+
+def deep():
+    value = 0
+    for _ in range(300):
+        value = {"tuple": [value]}
+    return value
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_counts_positions_shapes_and_layers_are_checked(tmp_path, name):
+    model, path = save(tmp_path)
+    rewritten(path, lambda layers, tensors: None)
+    assert kept(cp.load_cache(path, model)) == kept(cp.prefill(model, tokens(40), PRESS))
+    rewritten(path, DAMAGES[name])
+    with pytest.raises(cp.CachepressError, match="is damaged: "):
+        cp.load_cache(path, model)
+
+
+def test_a_saved_cache_follows_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        _, path = save(tmp_path)
+    finally:
+        os.umask(before)
+    assert oct(path.stat().st_mode)[-3:] == "640"

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import logging
 import platform
 import resource
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,21 +18,21 @@ import yaml
 from filelock import FileLock, Timeout
 
 import cachepress
+from cachepress.digests import file_digests
 from cachepress.errors import CachepressError
-from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.config import CONFIG, EvaluationConfig
 from cachepress.evaluation.predictions import write_predictions
 from cachepress.evaluation.records import Records, write_atomically
 from cachepress.evaluation.registry import find_dataset
 from cachepress.evaluation.samples import Context, Sample
 from cachepress.evaluation.views import metrics_of, predictions_of, score
 from cachepress.presses import BasePress
+from cachepress.presses.base import with_inner
 
-RECORDS, PREDICTIONS, METRICS, CONFIG = (
-    "records.jsonl",
-    "predictions.csv",
-    "metrics.json",
-    "config.yaml",
-)
+logger = logging.getLogger(__name__)
+RECORDS, PREDICTIONS, METRICS = ("records.jsonl", "predictions.csv", "metrics.json")
+SCHEMA = 1
+"""What the fields of records, metrics and saved options mean; version 0.1.0 gave no number."""
 SUBMISSION = "submission"
 """Folder for what a benchmark with private answers wants."""
 OTHER_FILES = 256
@@ -93,8 +94,11 @@ class Cell:
 
     def __init__(self, config: EvaluationConfig) -> None:
         self.config, self.folder = config, config.get_results_dir()
-        self._identity = json.dumps({**config.identity(), **versions()}, sort_keys=True)
+        self.digests: dict[str, str] = {}
+        self._identity: str | None = None
         self._records: Records | None = None
+        self._held = ExitStack()
+        self._is_held = False
 
     @cached_property
     def press(self) -> BasePress | None:
@@ -108,12 +112,24 @@ class Cell:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder of results, so that two runs do not write into each other."""
+        """Hold the folder of results, so that two runs do not write into each other.
+
+        A folder that is not there yet is made when there is something to write.
+        """
+        with ExitStack() as self._held:
+            if self.folder.exists():
+                self._hold()
+            try:
+                yield
+            finally:
+                self._is_held = False
+
+    def _hold(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with holding(self.folder):
-            if not self.config.overwrite:
-                self._records = Records(self.folder / RECORDS)
-            yield
+        self._held.enter_context(holding(self.folder))
+        self._is_held = True
+        if not self.config.overwrite:
+            self._records = Records(self.folder / RECORDS)
 
     def check_folder(self) -> None:
         """Refuse to mix the results of two configs.
@@ -121,23 +137,38 @@ class Cell:
         Raises:
             CachepressError: if the folder has the results of another config.
         """
-        path = self.folder / CONFIG
-        if not path.exists() or self.config.overwrite:
-            return
-        there = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        for name, value in self.config.identity().items():
-            if there.get(name) != value:
-                raise CachepressError(
-                    f"{path} has {name}={there.get(name)!r} but this run has {value!r}: use "
-                    "another --output-dir, or --overwrite to start over"
-                )
+        there = {} if self.config.overwrite else self._saved_config()
+        name = self.config.difference(there) if there else None
+        if name is not None:
+            raise CachepressError(
+                f"{self.folder / CONFIG} has {name}={there.get(name)!r} but this run has "
+                f"{self.config.identity()[name]!r}: use another --output-dir, or --overwrite to "
+                "start over"
+            )
+
+    def identify(self, model: Mapping[str, str], name: str) -> None:
+        """Say what answers depend on besides options and prompts, before any key is asked for.
+
+        Args:
+            model: digests of the model, by part.
+            name: what the model is called where it is loaded.
+        """
+        self.digests = {**model, **learned_digests(self.press, name)}
+        values = {**self.config.identity(), "digests": self.digests, "schema": SCHEMA}
+        self._identity = json.dumps(values, sort_keys=True)
 
     def begin(self) -> None:
         """Say what this run is; with ``overwrite``, forget what was there before."""
+        if not self._is_held:
+            self._hold()
         if self._records is None:
             for name in (RECORDS, PREDICTIONS, METRICS):
                 (self.folder / name).unlink(missing_ok=True)
             self._records = Records(self.folder / RECORDS)
+        if self._saved_config().get("digests", self.digests) != self.digests:
+            # What they show was answered by other weights or artefacts.
+            for name in (PREDICTIONS, METRICS):
+                (self.folder / name).unlink(missing_ok=True)
         self.save_config()
 
     def peek(self) -> None:
@@ -145,13 +176,52 @@ class Cell:
         if (self.folder / RECORDS).exists() and not self.config.overwrite:
             self._records = Records(self.folder / RECORDS)
 
+    def adopt(self, contexts: Sequence[Context]) -> None:
+        """Take over the answers that version 0.1.0 recorded, whose keys knew no digests.
+
+        This is done once: when options are saved now, the folder is no longer one of 0.1.0.
+        """
+        there = self._saved_config()
+        if self._records is None or not there or "schema" in there:
+            return
+        if self.config.difference(there) is not None:
+            return
+        computed_by = {name: str(there.get(name)) for name in versions()}
+        identity = json.dumps({k: v for k, v in there.items() if k not in _SAID}, sort_keys=True)
+        found = {}
+        for context in contexts:
+            for sample in context.samples:
+                record = self._done.get(_hash([identity, *self._asked(context, sample)]))
+                key = self.key(context, sample)
+                if record is not None and key not in self._done:
+                    found[key] = {**record, "versions": computed_by, "digests": self.digests}
+        if found and self._is_held:
+            self._records.append(found)
+        self._done.update(found)
+
+    def computed_by(self, contexts: Sequence[Context]) -> list[str]:
+        """In words, which other versions computed some of the answers that are there."""
+        own, found = versions(), {}
+        for context in contexts:
+            for sample in context.samples:
+                theirs = self._done.get(self.key(context, sample), {}).get("versions", own)
+                for name in own:
+                    if theirs.get(name) != own[name]:
+                        what = name.removesuffix("_version")
+                        found[f"{what} {theirs.get(name)} (now {own[name]})"] = None
+        return list(found)
+
     def key(self, context: Context, sample: Sample) -> str:
         """A hash of everything that can change the answer to a sample."""
+        assert self._identity is not None, "identify comes first"
+        return _hash([self._identity, *self._asked(context, sample)])
+
+    def _asked(self, context: Context, sample: Sample) -> list[object]:
+        """What is asked of the model."""
         prompt = [context.text, sample.question, sample.answer_prefix, sample.max_new_tokens]
         forced = list(sample.answer) if sample.metric == "perplexity" else None
         departures = context.departures(self.config)
-        text = json.dumps([self._identity, prompt, forced, *([departures] if departures else [])])
-        return hashlib.sha256(text.encode()).hexdigest()
+        return [prompt, forced, *([departures] if departures else [])]
 
     def has(self, context: Context, kl: bool = False) -> bool:
         """Whether every sample of a context is answered, with its divergence if that is asked."""
@@ -176,9 +246,12 @@ class Cell:
         self._records.append(
             {
                 self.key(context, sample): {
+                    "schema": SCHEMA,
                     "sample_id": sample.sample_id,
                     "context_id": context.number,
                     **asdict(answers[sample.sample_id]),
+                    "digests": self.digests,
+                    "versions": versions(),
                 }
                 for sample in context.samples
             }
@@ -187,7 +260,7 @@ class Cell:
     def predictions(self, table: pd.DataFrame, contexts: list[Context]) -> pd.DataFrame:
         """What was predicted, by sample id, with scores."""
         records = {
-            sample.sample_id: self._done[self.key(context, sample)]
+            sample.sample_id: _without(self._done[self.key(context, sample)], _PROVENANCE)
             for context in contexts
             for sample in context.samples
         }
@@ -195,7 +268,8 @@ class Cell:
 
     def write_views(self, predictions: pd.DataFrame) -> dict:
         """Write predictions.csv, metrics.json and config.yaml; the metrics."""
-        metrics = metrics_of(predictions, self.config.query_aware or self.config.sees_question)
+        sees = self.config.query_aware or self.config.sees_question
+        metrics = {"schema": SCHEMA, **metrics_of(predictions, sees)}
         self.save_config()
         texts = predictions[[name for name in predictions if name not in _COSTS]].assign(
             **{name: predictions[name].map(as_json) for name in ("answer", "choices")}
@@ -210,16 +284,24 @@ class Cell:
     def save_config(self) -> None:
         """Write what this run is, with the versions that computed it."""
         place = {name: getattr(self.config, name) for name in ("device", "data_path", "metric")}
-        name = {"press_name": self.config.press_name}
-        values = {**self.config.identity(), **name, **place, **versions()}
+        said = {"press_name": self.config.press_name, "schema": SCHEMA, "digests": self.digests}
+        values = {**self.config.identity(), **said, **place, **versions()}
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         write_atomically(self.folder / CONFIG, text)
+
+    def _saved_config(self) -> dict[str, object]:
+        """The options of the results that are there."""
+        path = self.folder / CONFIG
+        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
 
     @property
     def _done(self) -> dict[str, dict]:
         return {} if self._records is None else self._records.done
 
 
+_SAID = ("press_name", "device", "data_path")
+"""What saved options of 0.1.0 say besides the fields that its keys were made of."""
+_PROVENANCE = ("schema", "digests", "versions")
 _COSTS = tuple(
     name for name in Answer.__dataclass_fields__ if name not in ("predicted_answer", "kl")
 )
@@ -272,6 +354,40 @@ def versions() -> dict[str, str]:
         "transformers_version": transformers.__version__,
         "python_version": platform.python_version(),
     }
+
+
+def learned_digests(press: BasePress | None, model: str) -> dict[str, str]:
+    """Digests of the artefacts that a press and those inside of it read for a model of a name."""
+    found = {}
+    for place, one in enumerate(() if press is None else with_inner(press)):
+        for kind in one.learned.values():
+            try:
+                digest = file_digests(one.files(model)[kind])
+            except (CachepressError, OSError):
+                digest = "missing"  # The press says so when it meets the model.
+            found[f"{place} {kind}"] = str(digest)
+    return found
+
+
+def say_versions(cells: Sequence[Cell], contexts: Sequence[Context]) -> None:
+    """Say which answers other versions computed; they are kept."""
+    found: dict[str, None] = {}
+    for cell in cells:
+        found |= dict.fromkeys(cell.computed_by(contexts))
+    if found:
+        logger.warning(
+            "answers that are there were computed by %s, and are kept: --overwrite computes "
+            "them anew",
+            ", ".join(found),
+        )
+
+
+def _hash(values: list[object]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _without(record: Mapping[str, object], names: Sequence[str]) -> dict[str, object]:
+    return {name: value for name, value in record.items() if name not in names}
 
 
 def as_json(texts: list[str]) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Decimal
 from pathlib import Path
@@ -15,11 +15,16 @@ import yaml
 from cachepress.budgets import check_ratio
 from cachepress.errors import CachepressError
 from cachepress.evaluation.prompts import read_prompts
+from cachepress.files import real_path
 from cachepress.generation.prefill import check_prefill
+from cachepress.models import BUILTIN_MODELS
 from cachepress.pipeline import END, MIDDLE
 from cachepress.presses import BasePress
+from cachepress.presses.base import with_real_paths
 from cachepress.spec import NO_PRESS, brief, parse
 
+CONFIG = "config.yaml"
+"""The file in a folder of results that says what they are of."""
 FREE_FIELDS = ("output_dir", "log_level", "overwrite", "device", "data_path", "metric")
 """Fields that may differ when a run is resumed: they do not change an answer."""
 ADDED_FIELDS = ("chat", "prompts")
@@ -124,6 +129,10 @@ class EvaluationConfig:
 
     def make_press(self) -> BasePress | None:
         """The press at its ratio; None for no press."""
+        press = self._spelled_press()
+        return None if press is None else with_real_paths(press)
+
+    def _spelled_press(self) -> BasePress | None:
         press = parse(self.press)
         if self.compression_ratio is None:
             return press
@@ -137,10 +146,35 @@ class EvaluationConfig:
 
     def get_results_dir(self) -> Path:
         """Folder of the results: dataset__data_dir__model__press__ratio, and what else differs."""
-        dataset = Path(self.dataset).stem if Path(self.dataset).suffix else self.dataset
-        parts = [dataset, self.data_dir or "", Path(self.model).name, self.press_name]
+        names = (same_data(self.dataset), same_model(self.model), self.press_name)
+        folder = self._folder(*names, _safe)
+        earlier = self._earlier_results_dir()
+        if earlier != folder and not folder.exists() and self._is_here(earlier):
+            return earlier
+        return _of_its_own(folder)
+
+    def _earlier_results_dir(self) -> Path:
+        """Where version 0.1.0 left results of these options: it did not look where paths lead."""
+        press = self._spelled_press()
+        name = NO_PRESS if press is None else brief(press, self.ratio)
+        return self._folder(self.dataset, self.model, name, _clean)
+
+    def _folder(self, dataset: str, model: str, press: str, safe: Callable[[str], str]) -> Path:
+        data = Path(dataset).stem if Path(self.dataset).suffix else dataset
+        parts = [data, self.data_dir or "", Path(model).name, press]
         parts += [_decimals(self.ratio), *self._further_parts()]
-        return Path(self.output_dir) / "__".join(_safe(part) for part in parts if part)
+        name = "__".join(safe(part) for part in parts if part)
+        return Path(self.output_dir) / (
+            name if len(name) <= 240 else f"{name[:230]}-{_digest(name)}"
+        )
+
+    def _is_here(self, folder: Path) -> bool:
+        """Whether a folder has results of these very options."""
+        try:
+            there = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+            return False
+        return isinstance(there, dict) and self.difference(there) is None
 
     @property
     def press_name(self) -> str:
@@ -185,7 +219,17 @@ class EvaluationConfig:
         for name in ADDED_FIELDS:
             if values[name] == _DEFAULTS[name]:
                 del values[name]
+        values["dataset"], values["model"] = same_data(self.dataset), same_model(self.model)
         return values
+
+    def difference(self, there: Mapping[str, object]) -> str | None:
+        """The first field that differs from saved options; None if they mean the same run."""
+        own = {name: _DEFAULTS[name] for name in ADDED_FIELDS} | self.identity()
+        for name, value in own.items():
+            saved = there.get(name, _DEFAULTS.get(name))
+            if saved != value and _meant(name, saved) != value:
+                return name
+        return None
 
 
 _DEFAULTS = {f.name: f.default for f in fields(EvaluationConfig)}
@@ -247,10 +291,49 @@ def _decimals(ratio: float) -> str:
     return f"{exact:.{digits}f}"
 
 
+def same_model(name: str) -> str:
+    """A model's name; for a folder its one path, however it was given."""
+    return name if name in BUILTIN_MODELS else real_path(name)
+
+
+def same_data(name: str) -> str:
+    """A data set's name; for a file its one path, however it was given."""
+    return real_path(name) if Path(name).suffix else name
+
+
+def _meant(name: str, saved: object) -> object:
+    """A saved field as it would be saved now."""
+    if not isinstance(saved, str):
+        return saved
+    if name == "press":
+        try:
+            press = parse(saved)
+        except CachepressError:
+            return saved
+        return saved if press is None else repr(with_real_paths(press))
+    return {"dataset": same_data, "model": same_model}.get(name, str)(saved)
+
+
 def _safe(part: str) -> str:
-    """A part of a folder name that every file system takes."""
+    """A part of a folder name that every file system takes, another one for another part."""
+    clean = _clean(part)
+    if part.isascii() or clean.endswith(_digest(part)):
+        return clean
+    return f"{clean[:70]}-{_digest(part)}".strip("-")
+
+
+def _clean(part: str) -> str:
     clean = re.sub(r"[^A-Za-z0-9_.=-]+", "-", part).strip("-")
     return clean if len(clean) <= 80 else f"{clean[:70]}-{_digest(part)}"
+
+
+def _of_its_own(folder: Path) -> Path:
+    """A folder that is not another one's, where a disk takes capitals for small letters."""
+    aside = folder.with_name(f"{folder.name}-{_digest(folder.name)}")
+    if aside.exists():
+        return aside
+    taken = folder.exists() and folder not in folder.parent.iterdir()
+    return aside if taken else folder
 
 
 def _digest(value: object) -> str:

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 import pandas as pd
 from tqdm import tqdm
 
+from cachepress.artefacts import model_name
+from cachepress.digests import model_digests
 from cachepress.errors import CachepressError
-from cachepress.evaluation.cell import Cell
+from cachepress.evaluation.cell import Cell, say_versions
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.reader import Reader
 from cachepress.evaluation.registry import find_dataset, find_metric
 from cachepress.evaluation.samples import Context, contexts_of, load_table
-from cachepress.models import load, load_tokenizer
+from cachepress.fingerprint import loaded_digests
+from cachepress.models import load, load_tokenizer, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,9 @@ class EvaluationRunner:
             self.cell.check_folder()
             table = self._load_and_prepare_dataset()
             contexts = contexts_of(table)
+            self.cell.identify(*self._what_answers())
+            self.cell.adopt(contexts)
+            say_versions([self.cell], contexts)
             if all(map(self.cell.has, contexts)):
                 logger.info("already done: %s (--overwrite to do it again)", self.results_dir)
                 return self._save_results(table, contexts)
@@ -60,6 +66,13 @@ class EvaluationRunner:
             self.cell.begin()
             self._run_inference(reader, contexts)
             return self._save_results(table, contexts)
+
+    def _what_answers(self) -> tuple[dict[str, str], str]:
+        """Digests of the model, and its name."""
+        config = self.config
+        if self._model is not None:
+            return loaded_digests(*self._model), model_name(self._model[0])
+        return model_digests(config.model, config.model_kwargs), resolve(config.model)
 
     def _setup_model_pipeline(self) -> Reader:
         config = self.config

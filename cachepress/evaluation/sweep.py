@@ -1,7 +1,7 @@
 """A sweep: presses, ratios, data sets and models, with one prefill of a context for all."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,14 +10,15 @@ import pandas as pd
 from tqdm import tqdm
 
 from cachepress.catalogue import example, own_presses
+from cachepress.digests import model_digests
 from cachepress.errors import CachepressError
-from cachepress.evaluation.cell import Cell, allow_open_files
-from cachepress.evaluation.config import EvaluationConfig, read_yaml
+from cachepress.evaluation.cell import Cell, allow_open_files, say_versions
+from cachepress.evaluation.config import EvaluationConfig, read_yaml, same_data, same_model
 from cachepress.evaluation.executors import EXECUTORS, Executor, Unit, WorkerOptions
 from cachepress.evaluation.reader import shares_reading
 from cachepress.evaluation.samples import Context, contexts_of, load_table
 from cachepress.evaluation.statistics import Paired, paired
-from cachepress.models import load_tokenizer
+from cachepress.models import load_tokenizer, resolve
 from cachepress.spec import NO_PRESS, parse
 
 logger = logging.getLogger(__name__)
@@ -86,8 +87,8 @@ class SweepConfig:
     def groups(self) -> list["Group"]:
         """The evaluations, by what they read."""
         found = []
-        for model in dict.fromkeys(self.models):
-            for dataset in dict.fromkeys(self.datasets):
+        for model in _distinct(self.models, same_model):
+            for dataset in _distinct(self.datasets, _same_part):
                 for aware in AWARENESS[self.query_aware]:
                     name, _, part = dataset.partition(":")
                     what = {"dataset": name, "data_dir": part or None, "query_aware": aware}
@@ -146,6 +147,10 @@ class Group:
         tokenizer = load_tokenizer(self.config.model, self.config.model_kwargs)
         self.table = load_table(self.config, tokenizer)
         self.contexts = contexts_of(self.table)
+        digests = model_digests(self.config.model, self.config.model_kwargs)
+        for cell in self.cells:
+            cell.identify(digests, resolve(self.config.model))
+            cell.adopt(self.contexts)
 
     def units(self, kl: bool) -> Iterator[Unit]:
         """What is left to do: contexts, with the cells that have not answered them."""
@@ -190,9 +195,9 @@ def run_sweep(
     groups = config.groups()
     if only_plan:
         for group in groups:
-            group.load()
             for cell in group.cells:
                 cell.peek()
+            group.load()
         print(plan_of(config, groups, [list(group.units(config.kl)) for group in groups]))
         return []
     allow_open_files(sum(len(group.cells) for group in groups))
@@ -202,6 +207,7 @@ def run_sweep(
                 stack.enter_context(cell.held())
                 cell.check_folder()
             group.load()
+            say_versions(group.cells, group.contexts)
         executor = stack.enter_context(EXECUTORS[config.executor](config.worker_options))
         for group in groups:
             _check(config, group, executor)
@@ -295,6 +301,19 @@ def _results(group: Group) -> list[Result]:
             compared = paired(predictions, base)
         results.append(Result(cell, metrics, compared))
     return results
+
+
+def _distinct(names: Sequence[str], same: Callable[[str], str]) -> list[str]:
+    """The names without those that mean the same as an earlier one."""
+    found: dict[str, str] = {}
+    for name in names:
+        found.setdefault(same(name), name)
+    return list(found.values())
+
+
+def _same_part(dataset: str) -> str:
+    name, _, part = dataset.partition(":")
+    return f"{same_data(name)}:{part}"
 
 
 def _measures(cell: Cell) -> bool:

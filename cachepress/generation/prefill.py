@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
+from cachepress.cache import note_text
 from cachepress.errors import CachepressError
 from cachepress.hf import Observation, cache_argument, codec_of
 from cachepress.presses.base import BasePress
@@ -89,6 +90,7 @@ def prefill(
             observation.chunk = "last" if stop == n else "hold" if mode == "exact" else "settle"
             with observation:
                 decoder(**inputs)
+    note_text(cache, input_ids, seen)
     return cache
 
 

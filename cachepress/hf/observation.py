@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PretrainedConfig
 
+from cachepress.cache import note_text
 from cachepress.core import Pending, Press, Turn, settle, settle_together
 from cachepress.errors import CachepressError
 from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen, attach
@@ -214,6 +215,9 @@ class Observation:
         if press.replay is not None and turn.prompt:
             self._repeater.read(cache, given.get("input_ids"))
         self._prepare(stores)
+        ids = given.get("input_ids")
+        if turn.prompt and self.chunk is None and isinstance(ids, Tensor):
+            note_text(cache, ids, seen)
         if not due and not (press.needs.watches and self._watches(turn)):
             return
         rope = given.get("position_ids")

@@ -2,8 +2,6 @@
 
 import io
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from cachepress.evaluation.statistics import Estimate
+from cachepress.files import replacing
 from cachepress.pages.needle import Needle, needle_of
 from cachepress.pages.panels import QUALITIES, Entry, Panel, finite, quality_of
 from cachepress.spec import NO_PRESS
@@ -181,12 +180,6 @@ def _save(figure: Figure, path: Path, form: str) -> Path:
     # A date would make the same results another picture.
     extra = {"metadata": {"Date": None}} if form == "svg" else {"dpi": 200}
     figure.savefig(data, format=form, **extra)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data.getvalue())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as partial:
+        partial.write_bytes(data.getvalue())
     return path

@@ -1,14 +1,16 @@
 """What a press is: a frozen set of answers to the engine's questions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cachepress.artefacts import locate_artefact
 from cachepress.budgets import (
     Amount,
     Bytes,
@@ -21,6 +23,7 @@ from cachepress.budgets import (
 )
 from cachepress.core import Schedule, Turn
 from cachepress.errors import CachepressError
+from cachepress.files import real_path
 from cachepress.hf import Observation
 from cachepress.ops import wide_dtype
 from cachepress.replay import Replay, ReplayView
@@ -152,6 +155,22 @@ class BasePress:
 
     def check_layers(self, n_layers: int) -> None:
         """Raise if the press does not fit a model with ``n_layers`` compressed layers."""
+
+    @property
+    def learned(self) -> Mapping[str, str]:
+        """What the press has to know of a model: for each option that names a file, its kind."""
+        return {}
+
+    def files(self, model: str) -> Mapping[str, Sequence[Path]]:
+        """The files that the press reads for a model of that name, by kind.
+
+        Raises:
+            CachepressError: if one is missing.
+        """
+        return {
+            kind: [Path(locate_artefact(kind, getattr(self, option), model))]
+            for option, kind in self.learned.items()
+        }
 
     def for_model(self, model: PreTrainedModel) -> "BasePress":
         """The press made ready for a model: what it has to look up is found and checked.
@@ -412,6 +431,32 @@ def check_by_layer(wrapper: WrapperPress) -> None:
             f'{name} chooses layer by layer and cannot wrap a budget of scope="model": wrap the '
             f'other way round, AdaKVPress({name}(...), scope="model")'
         )
+
+
+def with_inner(press: BasePress) -> Iterator[BasePress]:
+    """A press and every press inside of it."""
+    yield press
+    for given in fields(press):  # type: ignore
+        value = getattr(press, given.name)
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, BasePress):
+                yield from with_inner(item)
+
+
+def with_real_paths(press: BasePress) -> BasePress:
+    """The same press with every file that it names by its one absolute path."""
+    changes: dict[str, object] = {}
+    for given in fields(press):  # type: ignore
+        value = getattr(press, given.name)
+        if given.name in press.learned and isinstance(value, str):
+            changes[given.name] = real_path(value)
+        elif isinstance(value, BasePress):
+            changes[given.name] = with_real_paths(value)
+        elif isinstance(value, list | tuple) and any(isinstance(x, BasePress) for x in value):
+            items = (with_real_paths(x) if isinstance(x, BasePress) else x for x in value)
+            changes[given.name] = type(value)(items)
+    changes = {name: x for name, x in changes.items() if x != getattr(press, name)}
+    return replace(press, **changes) if changes else press  # type: ignore
 
 
 def all_presses(base: type[BasePress] = BasePress) -> Iterator[type[BasePress]]:

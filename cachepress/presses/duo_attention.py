@@ -1,9 +1,11 @@
 """DuoAttention: some heads keep the whole text, the others stream."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -79,6 +81,19 @@ class DuoAttentionPress(BasePress, alias="duo_attention"):
         whole = ~torch.tensor(streaming, device=view.valid.device)[:, None]  # [H, 1]
         newest = view.index >= view.n_seen[:, None, None] - recent
         return choose(view.index.float(), view.valid & (whole | newest | (view.index < sink)))
+
+    @property
+    def learned(self) -> Mapping[str, str]:
+        """The file of the scores, if they are in one."""
+        return {"pattern": "pattern"} if isinstance(self.pattern, str) else {}
+
+    def files(self, model: str) -> Mapping[str, Sequence[Path]]:
+        """The file of the scores, and the sizes beside it."""
+        if not isinstance(self.pattern, str):
+            return {}
+        path = pattern_file(self.pattern)
+        beside = path.with_name("config.json")
+        return {"pattern": [path, beside] if beside.is_file() else [path]}
 
     def for_model(self, model: PreTrainedModel) -> Self:
         """The same press with the scores of the model's heads, and both sizes."""

@@ -1,5 +1,6 @@
 """Expected attention with queries that were measured beforehand."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel
@@ -46,6 +47,11 @@ class ExpectedAttentionStatsPress(ExpectedAttentionPress, alias="expected_attent
     def needs(self) -> Needs:
         """The position embedding."""
         return Needs(rotary=True)
+
+    @property
+    def learned(self) -> Mapping[str, str]:
+        """The file of what is learned."""
+        return {"stats": KIND}
 
     def for_model(self, model: PreTrainedModel) -> "ExpectedAttentionStatsPress":
         """The same press with the file found and checked."""

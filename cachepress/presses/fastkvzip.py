@@ -64,6 +64,11 @@ class FastKVzipPress(_SurrogatePress, alias="fastkvzip"):
         """The best rows of the model, or of each layer."""
         return replace(super().budget, scope="layer" if self.layerwise else "model")
 
+    @property
+    def learned(self) -> Mapping[str, str]:
+        """The file of what is learned."""
+        return {"gates": KIND}
+
     def for_model(self, model: PreTrainedModel) -> "FastKVzipPress":
         """The same press with the file found and checked."""
         path = find_artefact(KIND, self.gates, model)

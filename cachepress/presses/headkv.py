@@ -1,7 +1,9 @@
 """HeadKV: heads that retrieve keep more rows, in the whole model together."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,7 +12,14 @@ from transformers import PreTrainedModel
 from cachepress.budgets import PerLayer, Pyramid, TopK, apportion, best, choose, pinned
 from cachepress.errors import CachepressError
 from cachepress.ops import wide
-from cachepress.presses._heads import Scores, checked, copying_scores, fitted, read_scores
+from cachepress.presses._heads import (
+    Scores,
+    checked,
+    copying_scores,
+    fitted,
+    pattern_file,
+    read_scores,
+)
 from cachepress.presses.base import WrapperPress, counted
 from cachepress.view import LayerView
 
@@ -75,6 +84,17 @@ class HeadKVPress(WrapperPress, alias="headkv"):
         scores = wide(self.press.score(view))
         counts = self._counts(view, pinned(scores) & view.valid)
         return choose(scores, best(scores, view.valid, counts))
+
+    @property
+    def learned(self) -> Mapping[str, str]:
+        """The file of the scores, if they are in one."""
+        return {"scores": "scores"} if isinstance(self.scores, str) else {}
+
+    def files(self, model: str) -> Mapping[str, Sequence[Path]]:
+        """The file of the scores."""
+        if not isinstance(self.scores, str):
+            return {}
+        return {"scores": [pattern_file(self.scores)]}
 
     def for_model(self, model: PreTrainedModel) -> "HeadKVPress":
         """The same press with the scores of the model's heads."""

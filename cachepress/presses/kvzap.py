@@ -1,5 +1,6 @@
 """KVzap: KVzip's scores, guessed from hidden states."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch.nn.functional as F
@@ -50,6 +51,11 @@ class KVzapPress(_SurrogatePress, alias="kvzap"):
     def kind(self) -> str:
         """What is learned."""
         return f"kvzap_{self.model_type}"
+
+    @property
+    def learned(self) -> Mapping[str, str]:
+        """The file of what is learned."""
+        return {"surrogate": self.kind}
 
     def for_model(self, model: PreTrainedModel) -> "KVzapPress":
         """The same press with the file found and checked."""

@@ -1,5 +1,6 @@
 """LU-KV: every head of the model gets the share of the budget that helps most later."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -87,6 +88,11 @@ class LUKVPress(WrapperPress, alias="lukv"):
         if self.curve is None:
             return inner
         return _Shares(inner.amount, curve=self.curve, layers=self.layers)
+
+    @property
+    def learned(self) -> Mapping[str, str]:
+        """The file of what is learned."""
+        return {"curve": KIND}
 
     def for_model(self, model: PreTrainedModel) -> "LUKVPress":
         """The same press with the file found and checked."""

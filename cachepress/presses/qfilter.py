@@ -1,5 +1,6 @@
 """Q-Filters: how far a key lies in the direction of the queries."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -37,6 +38,11 @@ class QFilterPress(ScorerPress, alias="qfilter"):
 
     filters: str | None = field(default=None, kw_only=True)
     layers: tuple[int, ...] | None = field(default=None, kw_only=True)
+
+    @property
+    def learned(self) -> Mapping[str, str]:
+        """The file of what is learned."""
+        return {"filters": KIND}
 
     def for_model(self, model: PreTrainedModel) -> "QFilterPress":
         """The same press with the file found and checked."""

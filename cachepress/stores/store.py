@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable, Sequence
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
@@ -44,6 +45,8 @@ class Store(CacheLayerMixin):
         looked_at: text columns seen when a press last looked at the rows, and those of prompts that
             were left as they are since.
         trace: what a press noted since.
+        text_ids: ``[1, n]`` token ids of the text, or of its beginning, where all sequences have
+            it in common, in the host's memory; None where it is not known.
     """
 
     is_compileable = False
@@ -65,6 +68,7 @@ class Store(CacheLayerMixin):
         self._encoded = False
         self.known: Tensor | None = None
         self.bytes_before: int | None = None
+        self.text_ids: np.ndarray | None = None
 
     @classmethod
     def adopt(cls, keys: Tensor | None, values: Tensor | None) -> "Store":
@@ -223,6 +227,7 @@ class Store(CacheLayerMixin):
             parts = zip(*(store._blocks for store in group), strict=True)
             stacked.append((tuple(Block.stack(blocks) for blocks in parts), len(group) * n))
         joined._batch, joined.trace = sum(size for _, size in stacked), None
+        joined.text_ids = None
         joined._blocks = stacked[0][0] if len(stacked) == 1 else ()
         joined._groups = () if len(stacked) == 1 else tuple(stacked)
         return joined
@@ -266,6 +271,8 @@ class Store(CacheLayerMixin):
             left = (positions >= 0) & (positions < target)
             self._blocks, self._tail, self._encoded = self._blocks_of(rows, left), None, False
         self._seen = target
+        if self.text_ids is not None:
+            self.text_ids = self.text_ids[:, :target]
         self.looked_at, self.trace = min(self.looked_at, target), None
 
     def reset(self) -> None:

@@ -1,0 +1,89 @@
+"""A question to a cache that holds its context already."""
+
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+from transformers.generation.streamers import BaseStreamer
+
+from cachepress.cache import fork, stores
+from cachepress.chat import encode, template
+from cachepress.decode import generate
+from cachepress.errors import CachepressError
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Cache,
+    question: str,
+    *,
+    answer_prefix: str = "",
+    max_new_tokens: int = 50,
+    chat: bool = True,
+    enable_thinking: bool = False,
+    streamer: BaseStreamer | None = None,
+    generation: Mapping[str, object] | None = None,
+) -> str:
+    """Answer a question on the text that a cache holds; the cache stays as it is.
+
+    Args:
+        model: the model that filled the cache.
+        tokenizer: its tokenizer.
+        cache: a cache of one sequence, filled by ``prefill``, the pipeline, or ``load_cache``.
+        question: what is asked, right after the text.
+        answer_prefix: how the answer begins; it is not part of what is returned.
+        max_new_tokens: most tokens of the answer.
+        chat: whether the question ends as the tokenizer's chat template ends the user's turn, if
+            there is a template.
+        enable_thinking: passed to the chat template.
+        streamer: gets the tokens as they come, such as transformers'
+            ``TextStreamer(tokenizer, skip_prompt=True)``.
+        generation: options of transformers' ``GenerationConfig``; greedy by default.
+
+    Returns:
+        The answer.
+
+    Raises:
+        CachepressError: if the cache is empty or holds several sequences, there is no question, or
+            no room for an answer.
+    """
+    after = template(tokenizer, enable_thinking)[1] if chat else ""
+    if not isinstance(question, str) or not question + after + answer_prefix:
+        raise CachepressError(f"question: got {question!r}, wanted a text")
+    if (
+        isinstance(max_new_tokens, bool)
+        or not isinstance(max_new_tokens, int)
+        or max_new_tokens < 1
+    ):
+        raise CachepressError(
+            f"max_new_tokens: got {max_new_tokens!r}, wanted a whole number above 0"
+        )
+    seen, sequences = cache.get_seq_length(), _sequences(cache)
+    if not seen:
+        raise CachepressError("the cache is empty: fill it with cachepress.prefill, or load one")
+    if sequences != 1:
+        raise CachepressError(
+            f"the cache holds {sequences} sequences: ask one that holds a single text"
+        )
+    ids = encode(tokenizer, question + after + answer_prefix, special=False)
+    most = getattr(model.get_decoder().config, "max_position_embeddings", None)
+    if most is not None and seen + ids.shape[1] + max_new_tokens > most:
+        raise CachepressError(
+            f"no room for an answer: {seen} tokens of text, {ids.shape[1]} of question and "
+            f"{max_new_tokens} of answer, where the model has {most} positions"
+        )
+    forked = fork(cache)
+    (tokens,) = generate(
+        model, tokenizer, forked, [ids], max_new_tokens, generation or {}, streamer
+    )
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _sequences(cache: Cache) -> int:
+    """Sequences that a cache holds."""
+    if held := stores(cache):
+        return held[0].batch_size
+    found = (getattr(layer, "keys", None) for layer in cache.layers)
+    return next((len(keys) for keys in found if isinstance(keys, torch.Tensor)), 0)
