@@ -5,6 +5,7 @@ files that the authors of a method publish are read as they are. No code in a fi
 """
 
 import hashlib
+import logging
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -16,17 +17,21 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from cachepress.digests import model_digests
 from cachepress.errors import CachepressError
 from cachepress.files import replacing
+from cachepress.fingerprint import weights_digest
 from cachepress.hf import compressed_layers
 from cachepress.hf.wiring import full_attention
 from cachepress.models import BUILTIN_MODELS, cache_home, hub_answers, resolve
 from cachepress.published import converted, n_layers, of_layers
 
+logger = logging.getLogger(__name__)
 _FORMAT = "cachepress-artefact"
+_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
 _NAMES = ("{kind}.safetensors", "model.safetensors", "{kind}.npy", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".npy", ".pt", ".pth", ".bin")
@@ -118,7 +123,55 @@ def find_artefact(kind: str, source: str | None, model: PreTrainedModel) -> str:
     made_for = _metadata(path).get("model_class", own)
     if made_for != own:
         raise CachepressError(f"{path} was made for a {made_for}, and this is a {own}: {hint}")
+    if not _of_these_weights(_metadata(path), model, path):
+        raise CachepressError(
+            f"{path} was learned from other weights than those of this {type(model).__name__}: "
+            f"{hint}"
+        )
     return path
+
+
+def checkpoint_of(model: PreTrainedModel) -> dict[str, str]:
+    """What tells the weights of a model from others, in whichever type they are loaded later."""
+    decoder = model.get_decoder()
+    told = {f"weights_{name}": weights_digest(decoder, dtype) for name, dtype in _TYPES.items()}
+    return {**told, "dtypes": _dtypes(decoder), "files": _files_of(model)}
+
+
+def _of_these_weights(told: Mapping[str, str], model: PreTrainedModel, path: str) -> bool:
+    """Whether an artefact was learned from a model's weights, as far as it says so.
+
+    In one of the types that both can be cast to the weights are equal, bit for bit. Where they are
+    not, because they were rounded twice or quantized, they are if they come from the same files.
+    """
+    types = [name for name in _TYPES if f"weights_{name}" in told]
+    if not types:
+        if told.get("format") == _FORMAT:
+            _say_unchecked(path)
+        return True
+    decoder = model.get_decoder()
+    own = _dtypes(decoder)
+    for name in sorted(types, key=lambda name: name != own):
+        if weights_digest(decoder, _TYPES[name]) == told[f"weights_{name}"]:
+            return True
+    files = told.get("files", "")
+    return bool(files) and own != told.get("dtypes") and files == _files_of(model)
+
+
+def _dtypes(model: nn.Module) -> str:
+    return ", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in model.parameters()}))
+
+
+def _files_of(model: PreTrainedModel) -> str:
+    """The digest of the files of a model's weights; empty if it does not come from files."""
+    name = model_name(model)
+    found = model_digests(name)["weights"] if name else ""
+    return "" if found == "unknown" else found
+
+
+@lru_cache
+def _say_unchecked(path: str) -> None:
+    logger.info("%s does not say which weights it was learned from: learn it anew to be sure", path)
 
 
 def locate_artefact(kind: str, source: str | None, name: str, queries: int | None = None) -> str:

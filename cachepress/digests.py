@@ -59,7 +59,7 @@ def model_digests(name: str, model_kwargs: Mapping[str, object] | None = None) -
     """What the files of a model hold: ``weights`` (with what configures them) and ``tokenizer``.
 
     The commit for a snapshot of the hub, the hash of its source for a built-in model, else a
-    SHA-256 of contents. ``unknown`` where the model is not on this machine.
+    SHA-256 of contents. ``unknown`` where there is none on this machine.
 
     Args:
         name: a built-in name, a folder, or a name on the hub.
@@ -100,6 +100,8 @@ def _contents(folder: Path, gguf: object) -> dict[str, str]:
             weights[name] = path
         elif path.suffix in _SETTINGS or name in _WORDS:
             tokenizer[str(path.relative_to(folder))] = path
+    if not any(Path(name).suffix in _WEIGHTS for name in weights):
+        return {"weights": "unknown", "tokenizer": digest_of(tokenizer)}
     base = _base_of(folder)
     below = "" if base is None else f" on {model_digests(base)['weights']}"
     return {"weights": digest_of(weights) + below, "tokenizer": digest_of(tokenizer)}

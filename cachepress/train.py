@@ -15,7 +15,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cachepress
-from cachepress.artefacts import class_of, default_path, model_name, save_artefact, sizes
+from cachepress.artefacts import (
+    checkpoint_of,
+    class_of,
+    default_path,
+    model_name,
+    save_artefact,
+    sizes,
+)
 from cachepress.budgets import Ratio, TopK
 from cachepress.chat import encode
 from cachepress.errors import CachepressError
@@ -87,6 +94,7 @@ def train(kind: str, lesson: Lesson, output: str | None = None) -> Path:
     made_from = {
         "model": model_name(lesson.model),
         "model_class": class_of(lesson.model),
+        **checkpoint_of(lesson.model),
         "tokens": str(sum(ids.shape[1] for ids in lesson.windows)),
         "cachepress": cachepress.__version__,
         "transformers": transformers.__version__,

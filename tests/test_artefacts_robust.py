@@ -160,3 +160,61 @@ def test_descent_takes_what_fits_the_rows_that_it_did_not_see_best():
 
     found = training.descend({"x": torch.zeros(1)}, loss, 100, 600, seed=0)
     assert float(found["x"]) == pytest.approx(0.5, abs=0.03)
+
+
+def of(model, path):
+    return cp.QFilterPress(0.5, filters=str(path)).for_model(model)
+
+
+def changed(model):
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[-1, -1] *= 1.5
+    return model
+
+
+def test_an_artefact_of_another_checkpoint_is_refused(tmp_path):
+    path = train("q_filters", LESSON, str(tmp_path))
+    assert of(tiny(), path)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        assert of(tiny().to(dtype), path)
+        with pytest.raises(cp.CachepressError, match="other weights than those of this Llama"):
+            of(changed(tiny()).to(dtype), path)
+    model = tiny()
+    model.lm_head.weight.data += 1  # No head of the attention depends on it.
+    assert of(model, path)
+
+
+def test_an_artefact_that_was_learned_in_half_precision_fits_the_same_checkpoint(tmp_path):
+    half = tiny().bfloat16()
+    path = train("q_filters", replace(LESSON, model=half), str(tmp_path))
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        assert of(tiny().bfloat16().to(dtype), path)
+    assert of(tiny(), path)
+    with pytest.raises(cp.CachepressError, match="learned from other weights"):
+        of(changed(tiny().bfloat16()), path)
+
+
+def test_the_same_files_are_the_same_weights_however_they_were_rounded(model_dir, tmp_path):
+    def loaded(dtype):
+        model = tiny().to(dtype)
+        model.config.name_or_path = model_dir
+        return model
+
+    half = loaded(torch.float16)
+    path = train("q_filters", replace(LESSON, model=half), str(tmp_path))
+    assert of(loaded(torch.bfloat16), path)
+    other = loaded(torch.bfloat16)
+    other.config.name_or_path = ""
+    with pytest.raises(cp.CachepressError, match="learned from other weights"):
+        of(other, path)
+
+
+def test_an_artefact_of_0_1_0_is_taken_as_it_is(tmp_path, caplog):
+    path = train("q_filters", LESSON, str(tmp_path))
+    with safe_open(path, framework="pt") as file:
+        told = {k: v for k, v in file.metadata().items() if not k.startswith("weights_")}
+    save_file(load_file(path), path, told)
+    with caplog.at_level("INFO", logger="cachepress"):
+        assert of(changed(tiny()), path)
+        of(tiny(), path)
+    assert caplog.text.count("does not say which weights") == 1

@@ -134,6 +134,7 @@ def test_which_files_count(tmp_path):
 
 def test_shards_in_other_folders_count(tmp_path):
     path = folder(tmp_path / "m", config__json="{}")
+    assert model_digests(str(path))["weights"] == "unknown"
     (path / "sub").mkdir()
     (path / "sub" / "1.safetensors").write_text("a")
     index = {"weight_map": {"x": "sub/1.safetensors"}}
