@@ -343,3 +343,12 @@ def test_files_follow_the_umask(work):
     modes.pop(".lock")
     assert set(modes) == {RECORDS, PREDICTIONS, METRICS, CONFIG, "a.safetensors"}
     assert set(modes.values()) == {"0o640"}
+
+
+def test_prompts_are_those_of_the_file_however_it_is_named(work):
+    (work / "prompts.json").write_text(json.dumps({"qasper": "{context} Say: {input}"}))
+    (work / "link.json").symlink_to(work / "prompts.json")
+    names = ("prompts.json", "./prompts.json", "link.json", str(work / "prompts.json"))
+    configs = [EvaluationConfig(dataset="longbench", prompts=name) for name in names]
+    assert len({str(config.identity()) for config in configs}) == 1
+    assert len({config.get_results_dir() for config in configs}) == 1
