@@ -60,5 +60,6 @@ def test_the_other_package_knows_no_depth_either(name):
     def deeper(calls):
         return metric(prediction, [answer], []) if not calls else deeper(calls - 1)
 
-    deep = sys.getrecursionlimit() - len(inspect.stack()) - 60
-    assert deeper(deep) == metric(prediction, [answer], []) == pytest.approx(2 / 3)
+    shallow = deeper(0)
+    assert shallow == pytest.approx(2 / 3)
+    assert deeper(sys.getrecursionlimit() - len(inspect.stack()) - 60) == shallow
