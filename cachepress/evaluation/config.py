@@ -193,7 +193,7 @@ class EvaluationConfig:
             if getattr(self, name) != _DEFAULTS[name]:
                 parts.append(getattr(self, name))
         if self.prompts is not None:
-            read = read_prompts(real_path(self.prompts))
+            read = read_prompts(self.prompts)
             parts.append(f"prompts-{Path(read.name).stem}-{read.digest[:8]}")
         if self.chat is not None:
             parts.append("chat" if self.chat else "no-chat")
@@ -208,7 +208,7 @@ class EvaluationConfig:
     @property
     def prompts_label(self) -> str | None:
         """Name and hash of the user's prompts."""
-        return None if self.prompts is None else read_prompts(real_path(self.prompts)).label
+        return None if self.prompts is None else read_prompts(self.prompts).label
 
     def identity(self) -> dict[str, object]:
         """Every field that can change an answer, the press by its full spelling."""

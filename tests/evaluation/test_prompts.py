@@ -345,7 +345,9 @@ def test_other_prompts_are_other_records_and_the_same_are_the_same(evaluation, t
     def key(**changes):
         config = EvaluationConfig(**{**options, **changes})
         (context, *_) = contexts_of(load_table(config, tokenizer()))
-        return Cell(config).key(context, context.samples[0]), config.get_results_dir()
+        cell = Cell(config)
+        cell.identify({}, config.model)
+        return cell.key(context, context.samples[0]), config.get_results_dir()
 
     first = key()
     (tmp_path / "copy").mkdir()

@@ -177,7 +177,9 @@ def test_how_a_text_is_asked_is_in_the_key_of_its_records(tmp_path):
         save(path, *table)
         config = EvaluationConfig(dataset=str(path), **options)
         (context,) = contexts_of(load_table(config, tokenizer()))
-        return Cell(config).key(context, context.samples[0]), context.departures(config)
+        cell = Cell(config)
+        cell.identify({}, config.model)
+        return cell.key(context, context.samples[0]), context.departures(config)
 
     plain, nothing = key([row])
     assert nothing == {}
