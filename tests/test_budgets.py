@@ -11,7 +11,8 @@ import cachepress as cp
 from cachepress.budgets import Ratio, TopK, apportion, pin_sinks, pin_window
 from cachepress.ops import AttentionRule
 from cachepress.view import LayerView
-from tests.tiny import tiny, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import rand, tokens
 from tests.tiny_cache import kept
 
 
@@ -61,7 +62,7 @@ def test_pins_beat_every_free_score():
 def test_when_pins_exceed_the_budget_sinks_come_first_then_the_newest():
     for n_kept, wanted in ((1, [0]), (2, [0, 1]), (3, [0, 1, 9]), (4, [0, 1, 8, 9])):
         table = view(10, n_kept)
-        pinned = pin_sinks(pin_window(torch.rand(1, 1, 10), table, 6), table, 2)
+        pinned = pin_sinks(pin_window(rand(1, 1, 10), table, 6), table, 2)
         assert stay(pinned, table) == wanted
 
 

@@ -7,7 +7,8 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 import cachepress as cp
 from cachepress.cache import stores
 from tests.laws.presses import SMALL, every_press, name_of
-from tests.tiny import tiny, tokenizer, tokens, words
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokenizer, tokens, words
 from tests.tiny_cache import forward, kept
 
 INTERVAL, TARGET = 32, 48

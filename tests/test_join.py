@@ -6,7 +6,9 @@ import torch
 import cachepress as cp
 from cachepress.cache import form_of, join
 from cachepress.decode import Forced, force, generate
-from tests.tiny import tiny, tokenizer, tokens
+from tests.bounds import close
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokenizer, tokens
 from tests.tiny_cache import forward
 
 IDS = tokens(150, seed=3)
@@ -52,7 +54,7 @@ def test_a_joined_batch_continues_every_cache(model, name):
             alone = cp.fork(caches[i % len(presses)])
             wanted = forward(model, alone, input_ids=new[i : i + 1, : step + 1]).logits
             if name != "pages":  # A forward of several tokens reads every page.
-                torch.testing.assert_close(row[-1], wanted[0, -1], atol=1e-4, rtol=1e-4)
+                close(row[-1], wanted[0, -1])
 
 
 def test_pages_of_a_joined_batch_are_chosen_for_each_sequence(model):
@@ -62,7 +64,7 @@ def test_pages_of_a_joined_batch_are_chosen_for_each_sequence(model):
     got = forward(model, join([caches], 2), input_ids=token).logits
     for i, row in enumerate(got):
         wanted = forward(model, cp.fork(caches[i % 2]), input_ids=token[i : i + 1]).logits[0]
-        torch.testing.assert_close(row, wanted, atol=1e-4, rtol=1e-4)
+        close(row, wanted)
 
 
 def test_a_joined_cache_holds_each_row_once_and_can_be_reordered(model):
@@ -77,7 +79,7 @@ def test_a_joined_cache_holds_each_row_once_and_can_be_reordered(model):
     got = forward(model, joined, input_ids=token).logits
     for row, cache, own_token in zip(got, reversed(caches), token, strict=True):
         wanted = forward(model, cp.fork(cache), input_ids=own_token[None]).logits[0]
-        torch.testing.assert_close(row, wanted, atol=1e-4, rtol=1e-4)
+        close(row, wanted)
 
 
 GROUPS = [
@@ -109,7 +111,7 @@ def test_forced_texts_are_expected_as_in_one_forward(model):
         answer = torch.tensor([list(text.answer)], dtype=torch.long)
         ids = torch.cat([IDS, text.question_ids, answer], dim=1)
         wanted = forward(model, input_ids=ids).logits[0, -len(text.answer) - 1 :]
-        torch.testing.assert_close(found, wanted.log_softmax(-1), atol=1e-4, rtol=1e-4)
+        close(found, wanted.log_softmax(-1))
 
 
 def test_what_cannot_be_joined_is_refused(model):

@@ -7,7 +7,9 @@ from transformers import DynamicCache, pipeline
 import cachepress as cp
 from cachepress.cache import stores
 from cachepress.stores import Store
-from tests.tiny import ARCHITECTURES, tiny, tokenizer, tokens, words
+from tests.bounds import close
+from tests.tiny import ARCHITECTURES, tokenizer, tokens, words
+from tests.tiny import exact_tiny as tiny
 from tests.tiny_cache import forward, kept
 
 PRESS = cp.SnapKVPress(0.5, window_size=6)
@@ -22,14 +24,14 @@ def test_exact_chunks_equal_one_go(name, size):
     step = tokens(2, seed=1)
     ours = forward(model, chunked, input_ids=step).logits
     wanted = forward(model, once, input_ids=step).logits
-    torch.testing.assert_close(ours, wanted, atol=2e-4, rtol=1e-3)
+    close(ours, wanted)
 
 
 def test_chunks_without_a_press_equal_one_forward():
     model, ids = tiny(), tokens(40)
     cache, plain = cp.prefill(model, ids, chunk_size=9), DynamicCache()
     forward(model, plain, input_ids=ids)
-    torch.testing.assert_close(cache.layers[3].keys, plain.layers[3].keys, atol=1e-4, rtol=1e-4)
+    close(cache.layers[3].keys, plain.layers[3].keys)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

@@ -2,7 +2,7 @@
 
 import atexit
 import shutil
-from functools import cache
+from functools import cache, partial
 from tempfile import mkdtemp
 
 import torch
@@ -138,6 +138,12 @@ def tokens(n: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     """Random token ids ``[batch, n]`` without special ones."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 96, (batch, n), generator=generator)
+
+
+randn = partial(torch.randn, dtype=torch.float64)
+"""Normal numbers in float64."""
+rand = partial(torch.rand, dtype=torch.float64)
+"""Numbers from 0 to 1 in float64."""
 
 
 def distinct(n: int, batch: int = 1, seed: int = 0) -> torch.Tensor:

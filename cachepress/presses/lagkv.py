@@ -71,7 +71,8 @@ class LagKVPress(ScorerPress, alias="lagkv"):
             shares.append(parts.softmax(-1).masked_fill(parts.isinf(), -1))  # No row is lowest.
         total = torch.stack(shares).mean(0)  # [B, H, n, lag_size]
         if not self.cross_scoring:
-            total = total.argsort(dim=-1, stable=True).argsort(dim=-1).float() / self.lag_size
+            place_of = total.argsort(dim=-1, stable=True).argsort(dim=-1)
+            total = place_of.to(total.dtype) / self.lag_size
         return total.flatten(2).gather(-1, place.clamp(max=n * self.lag_size - 1))
 
 

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from cachepress.ops import AttentionRule, attention_column_sums
+from tests.bounds import close
+from tests.tiny import randn
 
 B, H, G, Q, T, D = 2, 2, 3, 5, 11, 4
 
 
 def reference(queries, keys, valid, rule):
-    weights = torch.zeros(B, H, G, queries.shape[3], T)
+    weights = torch.zeros(B, H, G, queries.shape[3], T, dtype=torch.float64)
     for b, h, g in torch.cartesian_prod(torch.arange(B), torch.arange(H), torch.arange(G)):
         for i, query in enumerate(queries[b, h, g]):
             logits = keys[b, h] @ query * rule.scaling
@@ -25,12 +27,12 @@ def reference(queries, keys, valid, rule):
 
 @pytest.mark.parametrize(
     "rule",
-    [AttentionRule(0.5), AttentionRule(0.7, softcap=2.0), AttentionRule(0.5, sinks=torch.randn(6))],
+    [AttentionRule(0.5), AttentionRule(0.7, softcap=2.0), AttentionRule(0.5, sinks=randn(6))],
     ids=["plain", "softcap", "sinks"],
 )
 def test_sums_over_all_and_over_the_last_queries(rule):
     torch.manual_seed(0)
-    queries, keys = torch.randn(B, H, G, T, D), torch.randn(B, H, T, D)
+    queries, keys = randn(B, H, G, T, D), randn(B, H, T, D)
     valid = torch.ones(B, H, T, dtype=torch.bool)
     valid[1, :, :3] = False
     whole = reference(queries, keys, valid, rule)
@@ -41,4 +43,4 @@ def test_sums_over_all_and_over_the_last_queries(rule):
             sums = attention_column_sums(
                 queries[..., -last:, :], keys, valid, valid[:, 0, -last:], rule, block
             )
-            torch.testing.assert_close(sums, wanted)
+            close(sums, wanted)

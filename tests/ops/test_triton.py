@@ -5,18 +5,29 @@ import torch
 
 pytest.importorskip("triton")
 
+from cachepress.forward import Rows
 from cachepress.ops.ragged_attention import triton as kernel
 from cachepress.ops.ragged_attention.joint import joint_attention
+from cachepress.stores.block import Block
 from cachepress.stores.tail import Tail
+from tests.bounds import close, near
 from tests.ops.test_ragged_attention import RULES, D, E, G, H, table
+from tests.tiny import randn
+
+TERMS = D + 2 * 1205
+"""The kernel sums in float32: a product of a query and a key, a softmax and its values."""
 
 
 def parts_of(counts, n_tail, batch, dtype):
-    _, _, _, block = table(counts, 1200, dtype)
-    keys = torch.randn(batch, H, n_tail, D).to(dtype)
+    """Random parts in a type, and the same numbers in float64."""
+    keys, values, mask, _ = table(counts, 1200, dtype)
+    tail = [randn(batch, H, n_tail, size).to(dtype) for size in (D, E)]
     return [
-        block.part(None),
-        Tail.of(keys, torch.randn(batch, H, n_tail, E).to(dtype)).read().part(None),
+        [
+            Block.of(Rows(keys.to(kind), values.to(kind)), mask).part(None),
+            Tail.of(*(x.to(kind) for x in tail)).read().part(None),
+        ]
+        for kind in (dtype, torch.float64)
     ]
 
 
@@ -27,23 +38,21 @@ def parts_of(counts, n_tail, batch, dtype):
     ids=["ragged", "even", "shared"],
 )
 def test_equals_batched_products(counts, batch, name):
-    parts = parts_of(counts, 5, batch, torch.float32)
-    query = torch.randn(batch, H, G, 1, D)
+    parts, exact = parts_of(counts, 5, batch, torch.float32)
+    query = randn(batch, H, G, 1, D).float()
     ours = kernel.triton_attention(query, parts, RULES[name])
-    wanted = joint_attention(query, parts, RULES[name])
-    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+    near(ours, joint_attention(query.double(), exact, RULES[name]), torch.float32, TERMS)
 
 
-def test_half_precision_is_close():
-    parts = parts_of([(9, 33, 1030)], 1, 1, torch.bfloat16)
-    query = torch.randn(1, H, G, 1, D).bfloat16()
+def test_half_types_are_summed_in_float32():
+    parts, exact = parts_of([(9, 33, 1030)], 1, 1, torch.bfloat16)
+    query = randn(1, H, G, 1, D).bfloat16()
     ours = kernel.triton_attention(query, parts, RULES["plain"])
-    wanted = joint_attention(query, parts, RULES["plain"])
-    torch.testing.assert_close(ours, wanted, atol=2e-2, rtol=2e-2)
+    near(ours, joint_attention(query.double(), exact, RULES["plain"]), torch.float32, TERMS)
 
 
 def test_merging_equals_one_softmax():
-    logits, values = torch.randn(2, 3, 50), torch.randn(2, 50, 4)
+    logits, values = randn(2, 3, 50), randn(2, 50, 4)
     wanted = logits.softmax(-1) @ values
     pieces = [slice(0, 1), slice(1, 20), slice(20, 50)]
     partials = [
@@ -51,5 +60,5 @@ def test_merging_equals_one_softmax():
         for p in pieces
     ]
     merged = kernel.merge(partials)
-    torch.testing.assert_close(merged.out, wanted)
-    torch.testing.assert_close(merged.lse, logits.logsumexp(-1))
+    close(merged.out, wanted)
+    close(merged.lse, logits.logsumexp(-1))

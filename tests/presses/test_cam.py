@@ -10,8 +10,10 @@ import cachepress as cp
 from cachepress.cache import stores
 from cachepress.presses.cam import _STREAM, CAMPress
 from cachepress.presses.h2o import H2OPress
+from tests.bounds import close
 from tests.presses.test_merging import folding
-from tests.tiny import tiny, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokens
 from tests.tiny_cache import forward, kept
 
 
@@ -49,7 +51,7 @@ class Simulation:
         sums = self.sums.setdefault(layer, [{} for _ in range(h)])
         self.since[layer] = self.since.get(layer, 0) + n
         due = n > 1 or self.since[layer] >= self.interval
-        out = torch.zeros(1, n, hq, value.shape[-1])
+        out = value.new_zeros(1, n, hq, value.shape[-1])
         for j in range(h):
             values = every[j]
             values |= {r: value[0, j, r].clone() for r in range(t - n, t)}
@@ -96,14 +98,14 @@ def test_decoding_is_the_algorithm_of_the_paper(size, budget, interval, seed):
         for ids in (text[None, :20], *text[20:, None, None]):
             ours = forward(model, cache, input_ids=ids).logits
             wanted = forward(plain, whole, input_ids=ids).logits
-            torch.testing.assert_close(ours, wanted, atol=3e-4, rtol=1e-3)
+            close(ours, wanted)
             for layer, store in enumerate(stores(cache)):
                 rows = store.held.rows()
                 for j, positions in enumerate(rows.text_positions()[0].tolist()):
                     values = simulation.values[layer][j]
                     assert positions == sorted(values)
                     held = torch.stack([values[p] for p in positions])
-                    torch.testing.assert_close(rows.values[0, j], held, atol=3e-4, rtol=1e-3)
+                    close(rows.values[0, j], held)
     assert simulation.merged > 20
 
 
@@ -127,7 +129,7 @@ def test_heads_share_among_rows_of_their_own(inner):
             drawn = {i: draw(0, layer, h, i) for i in lost}
             wanted = merge(view.values[0, h], received[0, h].tolist(), alive, lost, 4, drawn)
             for j in alive:
-                torch.testing.assert_close(values[0, h, j], wanted[j], atol=1e-5, rtol=1e-5)
+                close(values[0, h, j], wanted[j])
 
 
 def decoded(press, ids, mask=None, steps=13):
@@ -159,9 +161,7 @@ def test_a_row_of_a_padded_batch_draws_as_if_alone(inner):
                 some, all_ = ours.text_positions()[b, h] >= 0, wanted.text_positions()[0, h] >= 0
                 moved = ours.text_positions()[b, h][some] - (31 - text.shape[1])
                 assert torch.equal(moved, wanted.text_positions()[0, h][all_])
-                torch.testing.assert_close(
-                    ours.values[b, h][some], wanted.values[0, h][all_], atol=1e-3, rtol=1e-3
-                )
+                close(ours.values[b, h][some], wanted.values[0, h][all_])
 
 
 def test_draws_repeat_and_belong_to_a_seed():
@@ -186,7 +186,7 @@ def test_the_attention_received_goes_on_unless_the_inner_press_leaves_a_number()
     view, mask, _ = found[4]
     row = int(mask[0, 0].nonzero()[0])
     received = view.carried[0, 0, row] + view.attention_sums[0, 0, :, row].mean()
-    torch.testing.assert_close(stores(cache)[0].held.rows().carried[0, 0, 0], received)
+    close(stores(cache)[0].held.rows().carried[0, 0, 0], received)
     whole, found = folding(CAMPress(H2OPress(), 4, 9))
     decoded(whole, tokens(20), steps=4)
     view = found[4][0]

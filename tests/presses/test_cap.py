@@ -8,7 +8,9 @@ import cachepress as cp
 from cachepress.budgets import pinned
 from cachepress.presses.cap import CapPress
 from cachepress.view import EVERY, Needs
-from tests.tiny import tiny, tokens
+from tests.bounds import EXACT, close
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import randn, tokens
 from tests.tiny_cache import forward, kept, pressed
 
 SEEN = {}
@@ -71,7 +73,7 @@ def check(press, view, scores):
             wanted = reference(press, view, b, h)
             for t in range(scores.shape[2]):
                 if t in wanted:
-                    assert scores[b, h, t] == pytest.approx(wanted[t], abs=1e-5)
+                    assert scores[b, h, t] == pytest.approx(wanted[t], abs=EXACT, rel=EXACT)
                 assert bool(pinned(scores)[b, h, t]) == (view.index[b, h, t] < press.n_sink)
 
 
@@ -82,7 +84,7 @@ def test_scores_are_those_of_the_paper(name, tau):
     pressed(tiny(name), press, tokens(24))
     for view, scores in SEEN.values():
         check(press, view, scores)
-    wide = replace(SEEN[0][0], values=torch.randn(*SEEN[0][0].values.shape[:3], 5))
+    wide = replace(SEEN[0][0], values=randn(*SEEN[0][0].values.shape[:3], 5))
     check(press, wide, press.score(wide))
 
 
@@ -91,7 +93,7 @@ def test_a_text_longer_than_a_block_is_scored_as_a_whole(monkeypatch):
     pressed(tiny(), press, tokens(30))
     view, scores = SEEN[0]
     monkeypatch.setattr("cachepress.presses.cap._BLOCK", 7)
-    torch.testing.assert_close(press.score(view), scores)
+    close(press.score(view), scores)
 
 
 def test_a_further_turn_has_an_anchor_of_its_own():
@@ -118,7 +120,7 @@ def test_padding_changes_nothing():
         pressed(model, press, text)
         for depth, (_, scores) in SEEN.items():
             ours = batch[depth][1][b, :, 33 - text.shape[1] :]
-            torch.testing.assert_close(ours, scores[0], atol=1e-5, rtol=1e-4)
+            close(ours, scores[0])
 
 
 def test_the_formula_holds_for_a_large_tau_and_stays_finite_for_any():
@@ -136,10 +138,10 @@ def test_of_rows_with_like_values_few_stay():
     """Nine rows say the same, one says something else: the one is worth more than each of them."""
     press = Noted(0.5, tau=0, n_sink=0)
     pressed(tiny(), press, tokens(10))
-    values = torch.zeros(1, 2, 10, 8)
+    values = torch.zeros(1, 2, 10, 8, dtype=torch.float64)
     values[:, :, :9, 0] = values[:, :, 9, 1] = 3
     scores = press.score(replace(SEEN[0][0], values=values))[0, 0]
-    torch.testing.assert_close(scores[:9], torch.full((9,), 9 / (1 + 9 * 9)))
+    close(scores[:9], torch.full((9,), 9 / (1 + 9 * 9), dtype=torch.float64))
     assert scores[9] == pytest.approx(9 / (1 + 9))
 
 

@@ -12,7 +12,8 @@ from cachepress.budgets import pin_sinks, pin_window
 from cachepress.ops import AttentionRule
 from cachepress.presses.chunkkv import ChunkKVPress
 from cachepress.view import LayerView
-from tests.tiny import tiny, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import rand, randn, tokens
 from tests.tiny_cache import forward, kept, pressed
 
 
@@ -89,7 +90,7 @@ def heads_of(scores, length):
 @pytest.mark.parametrize("n_kept", [1, 3, 10, 17, 29])
 @pytest.mark.parametrize("length", [1, 4, 5, 40])
 def test_keeps_whole_chunks_and_the_best_rows_of_the_last(length, n_kept):
-    scores = torch.randn(1, 3, 31, generator=torch.Generator().manual_seed(n_kept))
+    scores = randn(1, 3, 31, generator=torch.Generator().manual_seed(n_kept))
     press = ChunkKVPress(Given(0.5, scores=scores), chunk_length=length)
     wanted = plainly(heads_of(scores[0], 31), length, [n_kept] * 3)
     assert chosen(press, table(scores, n_kept)) == [wanted]
@@ -111,7 +112,7 @@ def test_of_equal_chunks_the_newest_stay():
 
 
 def test_each_sequence_chooses_its_own_chunks_whatever_the_padding():
-    scores = torch.randn(3, 2, 24, generator=torch.Generator().manual_seed(1))
+    scores = randn(3, 2, 24, generator=torch.Generator().manual_seed(1))
     lengths, counts = [24, 17, 3], [11, 8, 2]
     press = ChunkKVPress(Given(0.5, scores=scores), chunk_length=4)
     found = chosen(press, table(scores, counts, lengths))
@@ -121,7 +122,7 @@ def test_each_sequence_chooses_its_own_chunks_whatever_the_padding():
 
 
 def test_pinned_rows_stay_first_and_do_not_count_in_their_chunk():
-    scores = torch.rand(1, 2, 20, generator=torch.Generator().manual_seed(2))
+    scores = rand(1, 2, 20, generator=torch.Generator().manual_seed(2))
     press = ChunkKVPress(Given(0.5, scores=scores, sinks=2, window=3), chunk_length=4)
     wanted = plainly(heads_of(scores[0], 20), 4, [9, 9], pinned=[0, 1, 19, 18, 17])
     assert chosen(press, table(scores, 9)) == [wanted]
@@ -129,7 +130,7 @@ def test_pinned_rows_stay_first_and_do_not_count_in_their_chunk():
 
 
 def test_heads_that_hold_different_rows_share_one_ranking():
-    scores = torch.randn(1, 2, 12, generator=torch.Generator().manual_seed(3))
+    scores = randn(1, 2, 12, generator=torch.Generator().manual_seed(3))
     view = table(scores, 4)
     index = torch.tensor([[0, 1, 2, 4, 5, 9, 10, 11, 12, 15, 18, 19], [*range(8, 20)]])
     view = replace(view, index=index[None], n_seen=torch.tensor([20]))
@@ -139,7 +140,7 @@ def test_heads_that_hold_different_rows_share_one_ranking():
 
 
 def test_heads_with_budgets_of_their_own_go_down_the_same_ranking():
-    scores = torch.rand(1, 2, 20, generator=torch.Generator().manual_seed(4))
+    scores = rand(1, 2, 20, generator=torch.Generator().manual_seed(4))
     scores[:, 1] += 0.3
     inner = cp.AdaKVPress(Given(0.5, scores=scores), alpha_safeguard=0.2)
     view = table(scores, 8)

@@ -6,7 +6,9 @@ import torch
 import cachepress as cp
 from cachepress.budgets import pinned
 from cachepress.presses.cur import CURPress
-from tests.tiny import tiny, tokens
+from tests.bounds import EXACT, close
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import randn, tokens
 from tests.tiny_cache import forward, kept, pressed
 
 SEEN = {}
@@ -52,7 +54,7 @@ def check(press, view, scores):
                 if view.valid[b, h, t]:
                     assert bool(pinned(scores)[b, h, t]) == (i < press.num_sinks)
                     if i >= press.num_sinks:
-                        assert scores[b, h, t] == pytest.approx(wanted[i], rel=1e-5)
+                        assert scores[b, h, t] == pytest.approx(wanted[i], abs=EXACT, rel=EXACT)
 
 
 @pytest.mark.parametrize("local", [True, False])
@@ -68,7 +70,7 @@ def test_scores_are_shares_of_squared_norms(kind, local):
     pressed(tiny(), press, tokens(27))
     for view, scores in SEEN.values():
         check(press, view, scores)
-    wide = replace(SEEN[0][0], values=torch.randn(1, 2, 27, 5))
+    wide = replace(SEEN[0][0], values=randn(1, 2, 27, 5))
     check(press, wide, press.score(wide))
 
 
@@ -96,7 +98,7 @@ def test_padding_changes_nothing():
         pressed(model, press, text)
         for depth, (_, scores) in SEEN.items():
             ours = batch[depth][1][b, :, 33 - text.shape[1] :]
-            torch.testing.assert_close(ours, scores[0], atol=1e-6, rtol=1e-4)
+            close(ours, scores[0])
 
 
 def test_random_leverage_is_a_squared_norm_of_a_projection():
@@ -104,10 +106,10 @@ def test_random_leverage_is_a_squared_norm_of_a_projection():
     press = Noted(0.5, 0, "key", use_random_leverage=True, use_local_approximation=False)
     pressed(tiny(), press, tokens(4))
     view = SEEN[0][0]
-    x, y = torch.randn(2, 1, 1, 8).expand(2, 1, 2, 8)
+    x, y = randn(2, 1, 1, 8).expand(2, 1, 2, 8)
     four = replace(view, keys=torch.stack([x, y, x + y, x - y], dim=2))
     shares = press.score(four)[0]  # [H, 4]
-    torch.testing.assert_close(shares[:, 2:].sum(-1), 2 * shares[:, :2].sum(-1))
+    close(shares[:, 2:].sum(-1), 2 * shares[:, :2].sum(-1))
     plain = replace(press, use_random_leverage=False).score(four)[0]
     assert (shares - plain).abs().max() > 1e-3
     assert torch.equal(press.score(four)[0], shares)
@@ -118,7 +120,7 @@ def test_random_leverage_is_a_squared_norm_of_a_projection():
 def test_random_leverage_keeps_lengths_on_average_and_projects_values_by_another_matrix():
     press = CURPress(0.5, 0, "value", use_random_leverage=True, use_local_approximation=False)
     pressed(tiny(), Noted(0.5), tokens(2))
-    view, x = SEEN[0][0], torch.randn(1, 2, 2, 8)
+    view, x = SEEN[0][0], randn(1, 2, 2, 8)
     by_layer = [press.score(replace(view, values=x, layer=n))[0, 0, 0] for n in range(300)]
     wanted = x[0, 0, 0].square().sum() / x[0, 0].square().sum()
     assert torch.stack(by_layer).mean() == pytest.approx(float(wanted), abs=0.03)

@@ -9,6 +9,7 @@ import cachepress as cp
 from cachepress.budgets import pinned
 from cachepress.cache import stores
 from cachepress.presses.defensivekv import DefensiveKVPress
+from tests.bounds import close
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
     assert_second_turns_are_as_if_alone,
@@ -16,7 +17,8 @@ from tests.presses.test_snapkv import (
     noting,
     weights_of,
 )
-from tests.tiny import tiny, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokens
 from tests.tiny_cache import kept, pressed
 
 PRESS = DefensiveKVPress(0.5, window_size=4, kernel_size=3)
@@ -26,7 +28,7 @@ def sizes_of(view, weight):
     """|v W_O|_1 of each value, mean over the query heads of the group, ``[B, H, T]``."""
     b, h, t, e = view.values.shape
     g = view.queries.shape[2]
-    sizes = torch.zeros(b, h, t)
+    sizes = torch.zeros(b, h, t, dtype=torch.float64)
     for i in range(b):
         for j in range(h):
             for row in range(t):
@@ -40,7 +42,7 @@ def plainly(view, depth, n, kernel, weight, softcap, sinks):
     """The scores of the rows before the window, and which of them the first stage keeps."""
     b, h, g, q, _ = view.queries.shape
     free = view.keys.shape[2] - n
-    risk, sure = torch.zeros(b, h, free), torch.zeros(b, h, free, dtype=torch.bool)
+    risk, sure = view.keys.new_zeros(b, h, free), torch.zeros(b, h, free, dtype=torch.bool)
     for i in range(b):
         means, near_window = [], []
         for j in range(h):
@@ -57,7 +59,7 @@ def plainly(view, depth, n, kernel, weight, softcap, sinks):
                     back = sum(row) / sum(smooth)
                     worst = [max(x, y * back) for x, y in zip(worst, smooth, strict=True)]
             prior = sum(worst) / free
-            risk[i, j] = torch.tensor([max(x, prior) for x in worst])
+            risk[i, j] = torch.tensor([max(x, prior) for x in worst], dtype=risk.dtype)
             means.append(mean)
         wanted = 0.9 - sum(near_window) / len(near_window)
         for j, mean in enumerate(means):
@@ -83,7 +85,7 @@ def test_score_is_that_of_the_authors(name, ratio):
         wanted, sure = plainly(view, depth, 4, 3, weight, *extras(name, model))
         assert torch.equal(pinned(score)[..., :-4], sure)
         counts |= set(sure.sum(-1).flatten().tolist())
-        torch.testing.assert_close(score[..., :-4][~sure], wanted[~sure], atol=1e-6, rtol=1e-5)
+        close(score[..., :-4][~sure], wanted[~sure])
         assert pinned(score)[..., -4:].all()
         assert score[..., -4:].amin() > score[..., :-4].amax()
     room = int(20 * (1 - ratio)) - 4
@@ -109,9 +111,8 @@ def test_the_first_stage_keeps_rows_that_risk_and_size_would_drop():
     [(view, _)] = seen[2]
     mean = (view.window_attention(4)[..., :-4]).mean(2)
     best = mean.argmax(-1)  # [B, H]
-    small = view.values.scatter(
-        2, best[..., None, None].expand(-1, -1, 1, 8), 1e-9 * torch.ones(1, 2, 1, 8)
-    )
+    tiniest = 1e-9 * torch.ones_like(view.values[:, :, :1])
+    small = view.values.scatter(2, best[..., None, None].expand(-1, -1, 1, 8), tiniest)
     score = PRESS.score(replace(view, values=small))
     assert pinned(score).gather(-1, best.unsqueeze(-1)).all()
     none = PRESS.score(replace(view, values=small, n_kept=torch.tensor([4])))

@@ -6,7 +6,8 @@ import cachepress as cp
 from cachepress.cache import stores
 from cachepress.presses.dms import DMSPress
 from tests.learned import learned
-from tests.tiny import tiny, tokenizer, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokenizer, tokens
 from tests.tiny_cache import forward, kept
 
 WINDOW = 6

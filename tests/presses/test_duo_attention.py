@@ -12,7 +12,8 @@ from cachepress.presses._heads import far_scores
 from cachepress.presses.composed import ComposedPress
 from cachepress.presses.duo_attention import DuoAttentionPress
 from tests.presses.test_snapkv import assert_each_text_is_as_if_alone, two_turns
-from tests.tiny import tiny, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokens
 from tests.tiny_cache import forward, kept, pressed
 
 PATTERN = ((0.9, 0.1), (0.5, 0.5), (0.05, 1.0), (0.3, 0.7))
@@ -115,7 +116,7 @@ def test_a_head_that_streams_holds_its_own_rows_only():
         [[9, 400]],
     ]
     # 13 pages of 32 slots and one page: two vectors of 8 numbers and a position in each.
-    assert cp.size_of(cache).bytes_after < 4 * 14 * 32 * (8 * 4 * 2 + 4) * 1.1
+    assert cp.size_of(cache).bytes_after < 4 * 14 * 32 * (8 * 8 * 2 + 4) * 1.1
 
 
 def test_padding_changes_nothing():

@@ -10,20 +10,22 @@ from transformers import DynamicCache
 import cachepress as cp
 from cachepress.artefacts import save_artefact
 from cachepress.presses.expected_attention_stats import ExpectedAttentionStatsPress
+from tests.bounds import close
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
     assert_second_turns_are_as_if_alone,
     noting,
 )
-from tests.tiny import tiny, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import randn, tokens
 from tests.tiny_cache import forward, kept, pressed
 
 
 def learned():
     generator = torch.Generator().manual_seed(5)
-    mean = torch.randn(4, 2, 2, 8, generator=generator)
-    root = torch.randn(4, 2, 2, 8, 8, generator=generator) / 4
-    return {"mean": mean, "covariance": root @ root.mT}
+    mean = randn(4, 2, 2, 8, generator=generator)
+    root = randn(4, 2, 2, 8, 8, generator=generator) / 4
+    return {"mean": mean.float(), "covariance": (root @ root.mT).float()}
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +71,11 @@ def test_scores_are_those_of_the_formula_with_the_learned_moments(stats, covaria
                         logit += float(key @ spread @ key) / 8 / 2
                     logits.append(logit)
                 whole = sum(exp(x - max(logits)) for x in logits)
-                total += torch.tensor([exp(x - max(logits)) / whole / 2 for x in logits])
+                shares = [exp(x - max(logits)) / whole / 2 for x in logits]
+                total += torch.tensor(shares, dtype=torch.double)
             if vnorm:
                 total = (total + 0.01) * view.values[0, h, 3:].double().norm(dim=-1)
-            torch.testing.assert_close(score[0, h, 3:].double(), total, atol=1e-5, rtol=1e-4)
+            close(score[0, h, 3:].double(), total)
             assert score[0, h, :3].min() > 1e38
 
 

@@ -12,6 +12,7 @@ from cachepress.artefacts import save_artefact
 from cachepress.budgets import pinned
 from cachepress.cache import stores
 from cachepress.presses.fastkvzip import FastKVzipPress
+from tests.bounds import close
 from tests.presses.test_kvzap import watched
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
@@ -19,7 +20,8 @@ from tests.presses.test_snapkv import (
     noting,
 )
 from tests.test_budgets import view as table
-from tests.tiny import tiny, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import rand, tokens
 from tests.tiny_cache import forward, kept, pressed
 
 D, BASE = 3, 6
@@ -83,9 +85,10 @@ def test_guesses_are_those_of_the_gate(gates):
     pressed(model, press, tokens(30))
     for depth in range(4):
         [(view, score)] = seen[depth]
-        wanted = torch.tensor([plainly(depth, state) for state in hidden[depth]]).mT
-        torch.testing.assert_close(press.carry(view)[0], wanted, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(score[0, :, :-1], wanted[:, :-1], atol=1e-5, rtol=1e-4)
+        wanted = [plainly(depth, state) for state in hidden[depth]]
+        wanted = torch.tensor(wanted, dtype=torch.float64).mT
+        close(press.carry(view)[0], wanted)
+        close(score[0, :, :-1], wanted[:, :-1])
         assert pinned(score)[0, :, -1].all()
         assert 0 < wanted.min() < wanted.max() < 1
 
@@ -122,14 +125,15 @@ def test_chunks_score_their_rows_when_they_are_read(gates, mode):
 def assert_carried(press, seen, hidden):
     """Every row of every view, of this turn or of before, against the gate written out."""
     for depth in range(4):
-        wanted = torch.tensor([plainly(depth, state) for state in hidden[depth]])
+        wanted = [plainly(depth, state) for state in hidden[depth]]
+        wanted = torch.tensor(wanted, dtype=torch.float64)
         for view, _ in seen[depth]:
             found = press.carry(view)
             for h in range(2):
                 valid = view.valid[0, h]
                 rows = view.positions[0, h][valid].tolist()
                 ours = found[0, h][valid]
-                torch.testing.assert_close(ours, wanted[rows, h], atol=1e-5, rtol=1e-4)
+                close(ours, wanted[rows, h])
 
 
 def test_decoded_rows_are_scored_and_old_ones_keep_their_scores(gates):
@@ -167,7 +171,7 @@ def test_padding_changes_nothing(gates):
     ],
 )
 def test_the_window_is_a_fraction_of_short_texts_and_fixed_in_long_ones(n, pad, window):
-    view = replace(table(n, 5, pad), noted=torch.rand(1, 1, n))
+    view = replace(table(n, 5, pad), noted=rand(1, 1, n))
     score = FastKVzipPress(0.5, n_sink=2, window_size=7).score(view)
     rows = pinned(score)[0, 0].nonzero().flatten().tolist()
     assert [t for t in rows if t >= pad] == [pad, pad + 1, *range(n - window, n)]

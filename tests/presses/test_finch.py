@@ -4,7 +4,8 @@ from transformers import DynamicCache, pipeline
 
 import cachepress as cp
 from cachepress.presses.finch import FinchPress
-from tests.tiny import tiny, tokenizer, tokens, words
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokenizer, tokens, words
 from tests.tiny_cache import forward, kept
 
 

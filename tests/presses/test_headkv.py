@@ -13,7 +13,8 @@ from cachepress.presses.composed import ComposedPress
 from cachepress.presses.headkv import HeadKVPress, shares
 from cachepress.presses.think import ThinKPress
 from tests.presses.test_snapkv import assert_each_text_is_as_if_alone, noting, two_turns
-from tests.tiny import tiny, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokens
 from tests.tiny_cache import forward, kept, pressed
 
 SCORES = ((0.9, 0.1), (0.0, 0.5), (0.05, 1.0), (0.3, 0.15))

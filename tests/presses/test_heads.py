@@ -16,7 +16,9 @@ from cachepress.presses._heads import (
     fitted,
     read_scores,
 )
-from tests.tiny import tiny, tokens
+from tests.bounds import EXACT
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokens
 from tests.tiny_cache import forward
 
 FULL = {"llama": range(4), "gpt2": range(4), "gemma2": (1, 3), "gpt_oss": (1, 3)}
@@ -50,13 +52,13 @@ def test_scores_are_attention_to_what_comes_next_and_to_what_is_far(name):
                 if ids[c] == ids[q] and ids[c + 1] == ids[q + 1]
             ]
             assert len(copied) == groups * (T // 4 - 1)
-            assert ours[h] == pytest.approx(sum(copied) / len(copied), abs=1e-6)
+            assert ours[h] == pytest.approx(sum(copied) / len(copied), abs=EXACT, rel=EXACT)
             between = [
                 float(weights[k, q, 5 : q - 20 + 1].sum())
                 for k in heads
                 for q in range(3 * T // 4, T)
             ]
-            assert ours_far[h] == pytest.approx(sum(between) / len(between), abs=1e-5)
+            assert ours_far[h] == pytest.approx(sum(between) / len(between), abs=EXACT, rel=EXACT)
 
 
 def test_windows_are_at_most_a_quarter_of_what_the_model_can_read():

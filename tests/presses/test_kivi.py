@@ -7,7 +7,10 @@ from transformers import DynamicCache
 import cachepress as cp
 from cachepress.cache import stores
 from cachepress.presses.kivi import KIVIPress
-from tests.tiny import tiny, tokens
+from tests.bounds import close
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tiny as single
+from tests.tiny import tokens
 from tests.tiny_cache import allocated, forward, kept, pressed
 
 
@@ -29,8 +32,8 @@ def test_keys_are_rounded_by_channel_and_values_by_row(bits):
         keys = layer.keys[:, :, :n].split(32, dim=2)
         keys = torch.cat([rounded(page, 2, bits) for page in keys], dim=2)
         values = rounded(layer.values[:, :, :n], -1, bits)  # 8 channels are less than a group.
-        torch.testing.assert_close(rows.keys[:, :, :n], keys, atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(rows.values[:, :, :n], values, atol=1e-4, rtol=1e-3)
+        close(rows.keys[:, :, :n], keys)
+        close(rows.values[:, :, :n], values)
         assert torch.equal(rows.keys[:, :, n:], layer.keys[:, :, n:])
         assert torch.equal(rows.values[:, :, n:], layer.values[:, :, n:])
 
@@ -59,8 +62,8 @@ def test_any_eviction_keeps_its_rows(inner):
 
 def test_bytes_are_measured_and_small():
     ids = tokens(500)
-    full = cp.prefill(tiny(), ids, cp.KnormPress(0.0))
-    small = cp.prefill(tiny(), ids, KIVIPress(cp.KnormPress(0.0), residual=32))
+    full = cp.prefill(single(), ids, cp.KnormPress(0.0))
+    small = cp.prefill(single(), ids, KIVIPress(cp.KnormPress(0.0), residual=32))
     size = cp.size_of(small)
     assert size.bytes_after == allocated(stores(small)) < size.bytes_before
     assert (size.rows_held, size.rows_seen) == (4 * 2 * 500, 4 * 2 * 500)
@@ -75,11 +78,11 @@ def test_bytes_are_measured_and_small():
 def test_as_many_rows_as_fit_into_a_number_of_bytes(limit, adaptive):
     inner = cp.KnormPress(max_bytes=limit)
     inner = cp.AdaKVPress(inner) if adaptive else inner
-    cache = cp.prefill(tiny(), tokens(450), KIVIPress(inner, residual=8))
+    cache = cp.prefill(single(), tokens(450), KIVIPress(inner, residual=8))
     held = allocated(stores(cache))
     # An even number of rows is a number of pages, and room is left for one page of the residual.
     assert 0.55 * limit < held <= limit
-    wider = cp.prefill(tiny(), tokens(450), inner)
+    wider = cp.prefill(single(), tokens(450), inner)
     assert cp.size_of(wider).rows_held < cp.size_of(cache).rows_held
 
 
@@ -107,9 +110,7 @@ def test_a_row_of_a_padded_batch_is_stored_as_if_alone():
         for ours, wanted in zip(stores(cache), stores(alone), strict=True):
             ours, wanted = ours.held.rows(), wanted.held.rows()
             some = ours.text_positions()[b] >= 0
-            torch.testing.assert_close(
-                ours.values[b][some], wanted.values.flatten(0, 2), atol=1e-3, rtol=1e-3
-            )
+            close(ours.values[b][some], wanted.values.flatten(0, 2))
 
 
 def test_a_decoding_press_inside_and_outside():

@@ -9,12 +9,15 @@ from transformers import DynamicCache
 import cachepress as cp
 from cachepress.cache import stores
 from cachepress.presses.kvcompose import KVComposePress
+from tests.bounds import close
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
     noting,
     two_turns,
 )
-from tests.tiny import tiny, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tiny as single
+from tests.tiny import tokens
 from tests.tiny_cache import forward, kept, pressed
 
 NAMES = ("structured", "agg_task", "agg_group", "agg_head", "add_v_norm", "add_mean_across_heads")
@@ -160,7 +163,7 @@ def test_the_mean_over_heads_is_that_of_the_same_token_in_a_later_turn():
         alone = press.carry(view)[0]
         for j in range(2):
             old = view.index[0, j] < 25
-            torch.testing.assert_close(alone[j, old], first.noted[0, j, view.index[0, j, old]])
+            close(alone[j, old], first.noted[0, j, view.index[0, j, old]])
         worth = press._worth(view)[0]
         for j in range(2):
             for t, token in enumerate(view.index[0, j].tolist()):
@@ -168,7 +171,7 @@ def test_the_mean_over_heads_is_that_of_the_same_token_in_a_later_turn():
                 each = [alone[k, i[0]] for k, i in enumerate(same) if len(i)]
                 apart += len(each) == 1
                 wanted = alone[j, t] + sum(each) / len(each)
-                torch.testing.assert_close(worth[j, t], wanted, atol=1e-6, rtol=1e-5)
+                close(worth[j, t], wanted)
     assert apart > 0
 
 
@@ -184,7 +187,7 @@ def test_the_second_reading_in_parts_is_that_in_one_go(task):
             forward(model, cache, input_ids=tokens(20, seed=1))
         worth.append([view.noted for views in seen.values() for view, _ in views])
     for whole, parts in zip(*worth, strict=True):
-        torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5, equal_nan=True)
+        close(whole, parts)
         assert whole.isfinite().any()
 
 
@@ -206,11 +209,11 @@ def test_exact_chunks_equal_one_go():
 
 def test_other_budgets_and_a_running_generation():
     limit = 60_000
-    cache = pressed(tiny(), KVComposePress(max_bytes=limit), tokens(400))
+    cache = pressed(single(), KVComposePress(max_bytes=limit), tokens(400))
     assert 0.6 * limit < cp.size_of(cache).bytes_after <= limit
-    cache = pressed(tiny(), KVComposePress(n_kept=7), tokens(40))
+    cache = pressed(single(), KVComposePress(n_kept=7), tokens(40))
     assert cp.size_of(cache).rows_held == 4 * 2 * 7
-    model, cache = tiny(), DynamicCache()
+    model, cache = single(), DynamicCache()
     around = cp.PrefillDecodingPress(KVComposePress(0.5), cp.DecodingPress(cp.KnormPress(), 4, 10))
     with around(model):
         forward(model, cache, input_ids=tokens(30))

@@ -10,12 +10,14 @@ from transformers import DynamicCache
 import cachepress as cp
 from cachepress.artefacts import save_artefact
 from cachepress.presses.kvzap import KVzapPress
+from tests.bounds import close, near
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
     assert_second_turns_are_as_if_alone,
     noting,
 )
-from tests.tiny import tiny, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import randn, tokens
 from tests.tiny_cache import forward, kept, pressed
 
 TYPES = ["linear", "mlp"]
@@ -72,11 +74,12 @@ def watched(model):
 def assert_scores(seen, hidden, plain):
     """Every view's score against a plain function of layer and hidden state."""
     for depth in range(4):
-        wanted = torch.tensor([plain(depth, state) for state in hidden[depth]])
+        wanted = [plain(depth, state) for state in hidden[depth]]
+        wanted = torch.tensor(wanted, dtype=torch.float64)
         for view, score in seen[depth]:
             for h in range(2):
                 rows = view.positions[0, h].tolist()
-                torch.testing.assert_close(score[0, h], wanted[rows, h], atol=1e-4, rtol=1e-4)
+                close(score[0, h], wanted[rows, h])
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -151,12 +154,12 @@ def test_half_precision_surrogates_are_computed_in_float32(tmp_path):
     halves = {name: x.bfloat16() for name, x in learned("linear").items()}
     path = tmp_path / "kvzap_linear.safetensors"
     save_artefact(path, "kvzap_linear", halves, {})
-    hidden = torch.randn(1, 3, 32).bfloat16()
+    hidden = randn(1, 3, 32).bfloat16()
     found = KVzapPress(0.5, "linear", surrogate=str(path)).guess(hidden, 2)
     weight, bias = halves["layers.2.weight"].double(), halves["layers.2.bias"].double()
     wanted = hidden.double() @ weight.T + bias
     assert found.dtype == torch.float32 and found.shape == (1, 2, 3)
-    torch.testing.assert_close(found.double(), wanted.mT, atol=1e-5, rtol=1e-5)
+    near(found, wanted.mT, torch.float32, terms=32 + 1)
 
 
 def without(name, model_type="mlp"):

@@ -9,7 +9,9 @@ from cachepress.cache import stores
 from cachepress.presses.kvzip import KVzipPress
 from cachepress.presses.replaying import FIRST, LATER
 from cachepress.replay import opening_of
-from tests.tiny import tiny, tokenizer, tokens, words
+from tests.bounds import close
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokenizer, tokens, words
 from tests.tiny_cache import forward, kept
 
 SEEN: dict[int, torch.Tensor] = {}
@@ -44,7 +46,7 @@ def reference(model, ids, chunk_size, n_sink, plus=False, opening=0):
     """Whole attention matrices of context and replay, one chunk after the other."""
     model.set_attn_implementation("eager")
     n, n_sink = ids.shape[1], max(n_sink, opening)
-    found = torch.zeros(4, 2, n)
+    found = torch.zeros(4, 2, n, dtype=torch.float64)
     found[..., :opening] = float("inf")
     for start in range(opening, n, chunk_size):
         stop = min(start + chunk_size, n)
@@ -87,7 +89,7 @@ def test_scores_are_those_of_whole_attention_matrices(chunk_size, plus):
     press = _Watching(0.5, chunk_size=chunk_size, kvzip_plus_normalization=plus)
     wanted = reference(tiny(), ids, chunk_size, 4, plus)
     ours = torch.cat(scores(press, ids))
-    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
+    close(ours, wanted)
 
 
 def in_template(n, seed=0):
@@ -104,7 +106,7 @@ def test_the_template_before_the_context_is_not_repeated_and_stands_for_sinks(
     options = {"chunk_size": chunk_size, "n_sink": n_sink, "kvzip_plus_normalization": plus}
     wanted = reference(tiny(), ids, chunk_size, n_sink, plus, opening=2)
     ours = torch.cat(scores(_Watching(0.5, **options), ids))
-    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
+    close(ours, wanted)
 
 
 @pytest.mark.parametrize("kind", [KVzipPress, cp.KVgradPress])
@@ -216,7 +218,7 @@ def test_a_second_turn_keeps_the_scores_of_the_first():
         forward(model, cache, input_ids=ids[:, 24:])
     again = SEEN[2][0, 0]
     again = again[-16 - len(rows) : -16]
-    torch.testing.assert_close(again, first[0, 0][rows])
+    close(again, first[0, 0][rows])
     assert all(int(store.lengths.sum()) == 40 for store in stores(cache))
 
 

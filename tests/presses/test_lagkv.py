@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM
 import cachepress as cp
 from cachepress.budgets import pinned
 from cachepress.presses.lagkv import LagKVPress
-from tests.tiny import tiny, tokens
+from tests.bounds import EXACT, close
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokens
 from tests.tiny_cache import forward, kept, pressed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -65,7 +67,7 @@ def check(press, view, scores):
             for t in range(scores.shape[2]):
                 i = int(view.index[b, h, t])
                 if view.valid[b, h, t] and i in wanted:
-                    assert scores[b, h, t] == pytest.approx(wanted[i], abs=1e-5)
+                    assert scores[b, h, t] == pytest.approx(wanted[i], abs=EXACT, rel=EXACT)
                 assert not view.valid[b, h, t] or bool(pinned(scores)[b, h, t]) == (i in stay)
 
 
@@ -129,7 +131,7 @@ def test_padding_changes_nothing(cross):
         pressed(model, press, text)
         for depth, (_, scores) in SEEN.items():
             ours = batch[depth][b, :, 40 - text.shape[1] :]
-            torch.testing.assert_close(ours, scores[0], atol=1e-5, rtol=1e-5)
+            close(ours, scores[0])
 
 
 def test_a_part_whose_next_one_is_gone_is_scaled_by_itself():
@@ -163,8 +165,8 @@ def test_channels_without_range_count_as_zero_and_the_newest_of_equals_is_highes
     flat = replace(view, keys=keys)
     check(press, flat, press.score(flat))
     ones = replace(view, keys=torch.ones_like(view.keys), values=torch.ones_like(view.values))
-    wanted = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8]).repeat(2)
-    torch.testing.assert_close(press.score(ones)[0, 1, :10], wanted)
+    wanted = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8], dtype=torch.float64).repeat(2)
+    close(press.score(ones)[0, 1, :10], wanted)
 
 
 def test_a_short_text_keeps_sinks_and_then_the_newest_rows():

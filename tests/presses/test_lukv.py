@@ -16,7 +16,9 @@ from cachepress.presses.lukv import LUKVPress
 from cachepress.train import budget_curve
 from tests.presses.test_snapkv import assert_each_text_is_as_if_alone, noting, two_turns
 from tests.test_budgets import plain_shares
-from tests.tiny import tiny, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tiny as single
+from tests.tiny import tokens
 from tests.tiny_cache import forward, kept, pressed
 
 
@@ -185,7 +187,7 @@ def test_a_running_generation_is_bound_in_total_by_the_curve(curve, wraps):
 def test_a_bound_on_bytes_holds(curve):
     for limit in (60_000, 75_000, 90_123):
         press = LUKVPress(cp.KnormPress(max_bytes=limit), curve=curve)
-        cache = pressed(tiny(), press, tokens(400))
+        cache = pressed(single(), press, tokens(400))
         assert 0.7 * limit < cp.size_of(cache).bytes_after <= limit
         assert len({n for layer in counts(cache) for n in layer}) > 4
 

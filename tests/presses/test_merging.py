@@ -13,7 +13,9 @@ import cachepress as cp
 from cachepress.cache import stores
 from cachepress.presses import merging
 from cachepress.presses.merging import MergingPress
-from tests.tiny import tiny, tokens
+from tests.bounds import close, near
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import randn, tokens
 from tests.tiny_cache import forward, kept, pressed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -35,7 +37,7 @@ def folding(press):
 
 def by_hand(view, mask, threshold=0.0, fraction=1.0):
     """Values of the kept rows after merging, row after row."""
-    values = view.values.float().clone()
+    values = view.values.double()
     for b, h in np.ndindex(*mask.shape[:2]):
         kept_rows = mask[b, h].nonzero()[:, 0].tolist()
         lost_rows = (view.valid[b, h] & ~mask[b, h]).nonzero()[:, 0].tolist()
@@ -69,10 +71,10 @@ def test_values_are_those_of_the_rule(threshold, fraction, adaptive, monkeypatch
     changed = 0
     for (view, mask, (keys, values)), store in zip(found, stores(cache), strict=True):
         wanted = by_hand(view, mask, threshold, fraction)
-        torch.testing.assert_close(values[mask], wanted[mask], atol=1e-5, rtol=1e-5)
+        close(values[mask], wanted[mask])
         assert keys is view.keys
         held = store.held.rows()
-        torch.testing.assert_close(held.values[held.text_positions() >= 0], values[mask])
+        close(held.values[held.text_positions() >= 0], values[mask])
         changed += int((values[mask] != view.values[mask]).any(-1).sum())
     assert 0 < changed < 4 * 40
     assert kept(cache) == kept(pressed(tiny(), inner, tokens(40)))
@@ -102,7 +104,7 @@ def test_a_row_of_a_padded_batch_is_merged_as_if_alone(press):
             for h in range(2):
                 some, all_ = ours.text_positions()[b, h] >= 0, wanted.text_positions()[0, h] >= 0
                 for x, y in ((ours.keys, wanted.keys), (ours.values, wanted.values)):
-                    torch.testing.assert_close(x[b, h][some], y[0, h][all_], atol=1e-4, rtol=1e-4)
+                    close(x[b, h][some], y[0, h][all_])
 
 
 def test_the_order_of_adakv_and_merging_makes_no_difference():
@@ -126,7 +128,7 @@ def test_a_head_that_keeps_nothing_and_one_that_keeps_all():
     padded = cp.prefill(tiny(), ids, MergingPress(cp.KnormPress(0.0)), attention_mask=mask)
     plain = cp.prefill(tiny(), ids[:, 4:], cp.KnormPress(0.0))
     for ours, wanted in zip(stores(padded), stores(plain), strict=True):
-        torch.testing.assert_close(ours.values, wanted.values, atol=1e-5, rtol=1e-5)
+        close(ours.values, wanted.values)
 
 
 def test_what_the_inner_press_merged_is_not_merged_again():
@@ -144,7 +146,7 @@ def test_what_the_inner_press_merged_is_not_merged_again():
 
 def test_memory_is_bounded_in_both_directions(monkeypatch):
     monkeypatch.setattr(merging, "_BLOCK", 16)
-    rows, others = torch.randn(300, 4), torch.randn(400, 4)
+    rows, others = randn(300, 4), randn(400, 4)
 
     class Sizes(TorchDispatchMode):
         most = 0
@@ -160,7 +162,7 @@ def test_memory_is_bounded_in_both_directions(monkeypatch):
     assert Sizes.most <= 400 * 4
     cosines = torch.cosine_similarity(rows[:, None], others[None], dim=-1)
     assert torch.equal(index, cosines.argmax(-1))
-    torch.testing.assert_close(likeness, cosines.amax(-1))
+    close(likeness, cosines.amax(-1))
 
 
 def test_half_types_are_computed_in_full():
@@ -170,7 +172,7 @@ def test_half_types_are_computed_in_full():
     assert values.dtype == torch.bfloat16
     wide = replace(view, keys=view.keys.float(), values=view.values.float())
     wanted = by_hand(wide, mask)[mask]
-    torch.testing.assert_close(values[mask].float(), wanted, atol=1e-2, rtol=1e-2)
+    near(values[mask], wanted, torch.bfloat16, terms=2)
 
 
 def test_merged_values_stay_in_a_second_turn():
@@ -186,7 +188,7 @@ def test_merged_values_stay_in_a_second_turn():
     with rows(model):
         forward(model, first, input_ids=ids[:, 20:26])
     assert torch.equal(found[0][0].values[:, :, :10], before)
-    torch.testing.assert_close(now, found[0][2][1][found[0][1]].view_as(now))
+    close(now, found[0][2][1][found[0][1]].view_as(now))
 
 
 def test_the_spelling_and_bad_options():

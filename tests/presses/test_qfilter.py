@@ -7,12 +7,14 @@ from transformers import DynamicCache
 import cachepress as cp
 from cachepress.artefacts import save_artefact
 from cachepress.presses.qfilter import QFilterPress
+from tests.bounds import close, near
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
     assert_second_turns_are_as_if_alone,
     noting,
 )
-from tests.tiny import tiny, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokens
 from tests.tiny_cache import forward, kept, pressed
 
 FILTERS = torch.randn(4, 2, 8, generator=torch.Generator().manual_seed(3))
@@ -38,7 +40,7 @@ def test_the_rows_whose_keys_reach_farthest_stay(filters):
                 sum(a * b for a, b in zip(key, FILTERS[depth, h].tolist(), strict=True))
                 for key in keys
             ]
-            torch.testing.assert_close(score[0, h], torch.tensor(wanted), atol=1e-4, rtol=1e-4)
+            close(score[0, h], torch.tensor(wanted, dtype=torch.float64))
             best = sorted(range(30), key=lambda t: wanted[t], reverse=True)[:12]
             assert held[depth][0][h] == sorted(best)
 
@@ -54,7 +56,7 @@ def test_bfloat16_keys_are_multiplied_in_float32(filters):
     view, score = seen[1][0]
     assert view.keys.dtype == torch.bfloat16 and score.dtype == torch.float32
     wanted = (view.keys.double() * FILTERS[1].double()[None, :, None]).sum(-1)
-    torch.testing.assert_close(score.double(), wanted, atol=1e-5, rtol=1e-5)
+    near(score, wanted, torch.float32, terms=8)
 
 
 def test_filters_are_by_rank_among_the_compressed_layers(tmp_path):
@@ -65,7 +67,7 @@ def test_filters_are_by_rank_among_the_compressed_layers(tmp_path):
     pressed(tiny("gemma3"), press, tokens(12))
     view, score = seen[1][0]
     assert view.layer == 3
-    torch.testing.assert_close(score, (view.keys * FILTERS[1][None, :, None]).sum(-1))
+    close(score, (view.keys * FILTERS[1][None, :, None]).sum(-1))
 
 
 def test_what_does_not_fit_is_refused_before_any_work(filters, tmp_path):

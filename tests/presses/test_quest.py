@@ -13,7 +13,10 @@ from cachepress.ops import AttentionRule
 from cachepress.ops.ragged_attention import PAGE
 from cachepress.ops.ragged_attention.naive import naive_attention
 from cachepress.presses.quest import QuestPress
-from tests.tiny import tiny, tokens
+from tests.bounds import close
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import randn, tokens
+from tests.tiny import tiny as single
 from tests.tiny_cache import allocated, forward, kept, pressed
 
 ADAPTIVE = cp.AdaKVPress(cp.KnormPress(0.4), alpha_safeguard=0.0)
@@ -42,7 +45,7 @@ def pages_of(store, b, h, queries, reads):
 def assert_reads_the_best_pages(store, reads, seed=0):
     torch.manual_seed(seed)
     held, b = store.held, store.batch_size
-    query = torch.randn(b, 2, 2, 1, 8)
+    query = randn(b, 2, 2, 1, 8)
     rows = []
     for i in range(b):
         rows.append([])
@@ -54,7 +57,7 @@ def assert_reads_the_best_pages(store, reads, seed=0):
             rows[-1].append((torch.cat(keys), torch.cat(values)))
     wanted = naive_attention(query, rows, RULE)
     ours = held.attend(query.view(b, 4, 1, 8), TextMask(None, 1), RULE)
-    torch.testing.assert_close(ours.transpose(1, 2), wanted.view(b, 4, 1, 8), atol=1e-5, rtol=1e-4)
+    close(ours.transpose(1, 2), wanted.view(b, 4, 1, 8))
     return ours
 
 
@@ -69,7 +72,7 @@ def test_one_query_reads_the_pages_that_promise_most(press, reads):
         for store in stores(cache):
             some = assert_reads_the_best_pages(store, reads, seed=step)
             torch.manual_seed(step)
-            query = torch.randn(1, 2, 2, 1, 8).view(1, 4, 1, 8)
+            query = randn(1, 2, 2, 1, 8).view(1, 4, 1, 8)
             every = store.held.whole().attend(query, TextMask(None, 1), RULE)
             assert (some - every).abs().max() > 1e-3
 
@@ -80,7 +83,7 @@ def test_the_bound_is_one():
         inner = cp.KnormPress(0.0) if codec is None else cp.KIVIPress(cp.KnormPress(0.0), 4, 0)
         cache = pressed(tiny(), QuestPress(inner, 1, skip_layers=0), tokens(200))
         block = stores(cache)[0]._blocks[0]
-        query = torch.randn(2, 3, 8)
+        query = randn(2, 3, 8)
         products = (block.rows().keys[0].unsqueeze(1) * query.unsqueeze(2)).sum(-1)  # [H, 3, T]
         pages = [part.amax((1, 2)) for part in products.split(PAGE, dim=-1)]
         worth = block.worth(query, None)
@@ -106,7 +109,7 @@ def test_as_many_pages_as_there_are_equal_full_attention(press):
         token = tokens(1, seed=step)
         ours = forward(model, quest, input_ids=token).logits
         wanted = forward(model, plain, input_ids=token).logits
-        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+        close(ours, wanted)
     assert kept(quest) == kept(plain)
     assert len(stores(quest)[3]._blocks) == (3 if press.storage else 2)
 
@@ -128,7 +131,7 @@ def test_first_layers_and_forwards_of_several_tokens_read_all():
     assert [store.reads for store in stores(quest)] == [None, None, 1, 1]
     assert [store._blocks[0].bounded for store in stores(quest)] == [False, False, True, True]
     several = [forward(model, cp.fork(c), input_ids=ids[:, :3]).logits for c in (quest, plain)]
-    torch.testing.assert_close(*several, atol=1e-5, rtol=1e-5)
+    close(*several)
     one = [forward(model, cp.fork(c), input_ids=ids[:, :1]).logits for c in (quest, plain)]
     assert (one[0] - one[1]).abs().max() > 1e-2
 
@@ -143,7 +146,7 @@ def test_chunks_of_one_token_are_no_decoding(mode):
         cache = cp.prefill(model, ids[:, 100:], press, cache, chunk_size=1, mode=mode)
         caches.append(cache)
     for ours, wanted in zip(*map(stores, caches), strict=True):
-        torch.testing.assert_close(ours.values, wanted.values, atol=1e-4, rtol=1e-4)
+        close(ours.values, wanted.values)
 
 
 def test_forks_share_pages_and_beams_are_reordered():
@@ -164,7 +167,7 @@ def test_forks_share_pages_and_beams_are_reordered():
         logits = forward(model, forked, input_ids=step[:1].expand(3, -1)).logits
         first, other = (forward(model, own[b], input_ids=step[:1]).logits for b in (2, 0))
         wanted = torch.cat([first, other, other])
-        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        close(logits, wanted)
 
 
 def test_a_batch_of_sequences_is_selected_from():
@@ -176,9 +179,7 @@ def test_a_batch_of_sequences_is_selected_from():
     for b, row in enumerate((2, 0)):
         alone = pressed(model, QuestPress(ADAPTIVE, 2, skip_layers=0), ids[row : row + 1])
         ours = forward(model, cp.fork(cache), input_ids=tokens(1).expand(2, -1)).logits[b]
-        torch.testing.assert_close(
-            ours, forward(model, alone, input_ids=tokens(1)).logits[0], atol=1e-4, rtol=1e-4
-        )
+        close(ours, forward(model, alone, input_ids=tokens(1)).logits[0])
 
 
 def test_generation_goes_on_with_beams():
@@ -244,7 +245,7 @@ def test_a_row_of_a_padded_batch_reads_what_it_reads_alone():
         ).logits
         for b, cache in enumerate(alone):
             wanted = forward(model, cache, input_ids=tokens(1, seed=step)).logits[0]
-            torch.testing.assert_close(logits[b], wanted, atol=2e-4, rtol=1e-3)
+            close(logits[b], wanted)
 
 
 def test_pages_that_a_mask_hides_are_not_read():
@@ -255,7 +256,7 @@ def test_pages_that_a_mask_hides_are_not_read():
     mask[0, 40:128] = 0  # All of the third and fourth page, most of the second.
     forward(model, cache, input_ids=tokens(1), attention_mask=mask)
     hidden = torch.cat([mask[:, :160], mask[:, 160:]], dim=1)
-    query = torch.randn(1, 4, 1, 8)
+    query = randn(1, 4, 1, 8)
     read = TextMask(hidden, 1)
     held = stores(cache)[0].held
     spans = query.view(2, 2, 8)
@@ -271,13 +272,13 @@ def test_pages_that_a_mask_hides_are_not_read():
     first = (worth[:, 0] >= worth[:, 1]).tolist()
     picked = [[every[0 if first[h] else 1][h] for h in range(2)]]
     wanted = naive_attention(query.view(1, 2, 2, 1, 8), picked, RULE)
-    torch.testing.assert_close(ours.transpose(1, 2), wanted.view(1, 4, 1, 8), atol=1e-5, rtol=1e-4)
+    close(ours.transpose(1, 2), wanted.view(1, 4, 1, 8))
 
 
 def test_bytes_are_measured():
     ids = tokens(300)
     quest, plain = (
-        cp.prefill(tiny(), ids, p) for p in (QuestPress(ADAPTIVE, 4, skip_layers=1), ADAPTIVE)
+        cp.prefill(single(), ids, p) for p in (QuestPress(ADAPTIVE, 4, skip_layers=1), ADAPTIVE)
     )
     for store, same in zip(stores(quest), stores(plain), strict=True):
         pages = store._blocks[0].layout.n_pages
@@ -290,7 +291,7 @@ def test_bytes_are_measured():
 def test_max_bytes_count_the_bounds(wrap):
     limit = 60_000
     press = QuestPress(wrap(cp.KnormPress(max_bytes=limit)), 4, skip_layers=0)
-    cache = cp.prefill(tiny(), tokens(490), press)
+    cache = cp.prefill(single(), tokens(490), press)
     assert 0.55 * limit < allocated(stores(cache)) <= limit
 
 

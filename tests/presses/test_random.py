@@ -1,5 +1,6 @@
 import cachepress as cp
-from tests.tiny import tiny, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokens
 from tests.tiny_cache import kept, pressed
 
 

@@ -13,7 +13,8 @@ from tests.presses.test_snapkv import (
     noting,
     weights_of,
 )
-from tests.tiny import tiny, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokens
 from tests.tiny_cache import forward, kept, pressed
 
 

@@ -11,8 +11,10 @@ from transformers import DynamicCache
 import cachepress as cp
 from cachepress.budgets import pinned
 from cachepress.cache import stores
+from tests.bounds import EXACT, close
 from tests.learned import learned
-from tests.tiny import tiny, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokens
 from tests.tiny_cache import forward, kept, pressed
 
 SEEN = []
@@ -51,6 +53,11 @@ def hidden_states(model, ids):
     return [found[i] for i in range(4)]
 
 
+def read(path):
+    """What was learned, for references in float64."""
+    return {name: x.double() for name, x in load_file(path).items()}
+
+
 def scores_of(press, ids, **inputs):
     SEEN.clear()
     pressed(tiny(), press, ids, **inputs)
@@ -65,18 +72,19 @@ def gelu(x):
 def test_kvzap_is_a_map_of_each_row(model_type):
     ids, folder = tokens(12), learned()
     ours = scores_of(_KVzap(0.5, model_type, surrogate=folder), ids)
-    weights = load_file(f"{folder}/kvzap_{model_type}.safetensors")
+    weights = read(f"{folder}/kvzap_{model_type}.safetensors")
     for depth, hidden in enumerate(hidden_states(tiny(), ids)):
         for t, row in enumerate(hidden):
             if model_type == "mlp":
                 weight, bias = (weights[f"layers.{depth}.0.{x}"] for x in ("weight", "bias"))
                 row = torch.tensor(
-                    [gelu(float(w @ row + b)) for w, b in zip(weight, bias, strict=True)]
+                    [gelu(float(w @ row + b)) for w, b in zip(weight, bias, strict=True)],
+                    dtype=torch.float64,
                 )
             last = f"layers.{depth}." + ("2." if model_type == "mlp" else "")
             for h in range(2):
                 wanted = float(weights[last + "weight"][h] @ row + weights[last + "bias"][h])
-                assert float(ours[depth][0, h, t]) == pytest.approx(wanted, abs=1e-4, rel=1e-5)
+                assert float(ours[depth][0, h, t]) == pytest.approx(wanted, abs=EXACT, rel=EXACT)
 
 
 def rms(x, weight):
@@ -86,7 +94,7 @@ def rms(x, weight):
 def test_a_gate_is_an_attention_of_one_row():
     ids, folder = tokens(12), learned()
     ours = scores_of(_FastKVzip(0.5, n_sink=0, window_size=1, gates=folder), ids)
-    weights = load_file(f"{folder}/fastkvzip.safetensors")
+    weights = read(f"{folder}/fastkvzip.safetensors")
     for depth, hidden in enumerate(hidden_states(tiny(), ids)):
         own = {name: x[depth] for name, x in weights.items()}
         d = own["q_norm"].shape[0]
@@ -102,7 +110,7 @@ def test_a_gate_is_an_attention_of_one_row():
                     others = [math.exp(float(query @ k) / math.sqrt(d)) for k in own["base"][h]]
                     shares.append(logit / (logit + sum(others)))
                 wanted = sum(shares) / 2
-                assert float(ours[depth][0, h, t]) == pytest.approx(wanted, abs=1e-5)
+                assert float(ours[depth][0, h, t]) == pytest.approx(wanted, abs=EXACT, rel=EXACT)
 
 
 @pytest.mark.parametrize(("n", "ratio", "rows"), [(50, 0.02, 1), (41, 0.1, 4), (100, 0.29, 29)])
@@ -150,7 +158,7 @@ def test_rows_keep_their_guess_in_a_second_turn():
         forward(model, cache, input_ids=ids[:, :24])
         first, rows = SEEN[0][2][0, 0], kept(cache)[0][0][0]
         forward(model, cache, input_ids=ids[:, 24:])
-    torch.testing.assert_close(SEEN[4][2][0, 0, :12], first[rows])
+    close(SEEN[4][2][0, 0, :12], first[rows])
 
 
 def test_tokens_that_were_decoded_unseen_count_as_average():
@@ -166,7 +174,7 @@ def test_tokens_that_were_decoded_unseen_count_as_average():
         assert valid.all() and scores.isfinite().all()
         known = torch.cat([scores[..., :10], scores[..., 15:]], dim=-1)
         wanted = known.mean(-1, keepdim=True).expand(-1, -1, 5)
-        torch.testing.assert_close(scores[..., 10:15], wanted, atol=1e-5, rtol=1e-5)
+        close(scores[..., 10:15], wanted)
 
 
 def test_what_was_noted_outlives_the_with_block():

@@ -12,8 +12,11 @@ from cachepress.cache import stores
 from cachepress.persist import load_cache, save_cache
 from cachepress.presses.composed import ComposedPress
 from cachepress.presses.think import ThinKPress
+from tests.bounds import close
 from tests.presses.test_snapkv import left_padded, two_turns
-from tests.tiny import FULL_ONLY, tiny, tokens
+from tests.tiny import FULL_ONLY, tokens
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tiny as single
 from tests.tiny_cache import allocated, forward, kept, pressed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -77,7 +80,7 @@ def test_channels_are_those_of_the_paper(name):
 
 @pytest.mark.parametrize(("ratio", "left"), [(0.0, 8), (0.1, 8), (0.3, 6), (0.7, 3), (0.99, 1)])
 def test_removes_the_floor_and_bytes_shrink(ratio, left):
-    cache = pressed(tiny(), ThinKPress(ratio, 6), tokens(200))
+    cache = pressed(single(), ThinKPress(ratio, 6), tokens(200))
     for store in stores(cache):
         block = None if not store.held.blocks else store.held.blocks[0]
         assert (left == 8) == (block is None or block.channels is None)
@@ -107,7 +110,7 @@ def test_decoding_equals_a_cache_thinned_by_hand(name):
     for step in (tokens(1), tokens(3, seed=2), tokens(30, seed=3), tokens(1, seed=4)):
         ours = forward(model, cache, input_ids=step).logits
         wanted = forward(model, whole, input_ids=step).logits
-        torch.testing.assert_close(ours, wanted, atol=5e-5, rtol=1e-4)
+        close(ours, wanted)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +126,7 @@ def test_with_rows_dropped_decoding_equals_a_masked_cache(presses):
     place = torch.arange(40, 43)[None]
     wanted = forward(model, whole, input_ids=step, attention_mask=mask, position_ids=place).logits
     ours = forward(model, cache, input_ids=step).logits
-    torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=1e-4)
+    close(ours, wanted)
 
 
 def test_a_padded_batch_equals_each_text_alone():
@@ -142,7 +145,7 @@ def test_a_padded_batch_equals_each_text_alone():
             for ours, wanted in zip(stored(batch), stored(alone), strict=True):
                 assert torch.equal(ours[i], wanted[0])
             wanted = forward(model, alone, input_ids=step[i : i + 1]).logits
-            torch.testing.assert_close(logits[i], wanted[0], atol=2e-5, rtol=1e-4)
+            close(logits[i], wanted[0])
 
 
 def test_exact_chunks_equal_one_go():
@@ -214,7 +217,7 @@ def test_forks_share_what_is_left():
         for i in range(3):
             branch = cp.fork(one)
             ours = forward(model, branch, input_ids=steps[i : i + 1]).logits
-            torch.testing.assert_close(batched[i], ours[0], atol=2e-5, rtol=1e-4)
+            close(batched[i], ours[0])
         for store in stores(many):
             store.batch_select_indices(torch.tensor([2, 0]))
         pair = pressed(model, press, torch.cat([ids, tokens(60, seed=1)]))
@@ -223,7 +226,7 @@ def test_forks_share_what_is_left():
         assert torch.equal(stored(pair)[0], chosen[[1, 1, 0]])
         ours = forward(model, pair, input_ids=steps).logits[2]
         wanted = forward(model, cp.fork(cache), input_ids=steps[2:]).logits[0]
-        torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=1e-4)
+        close(ours, wanted)
 
 
 def test_a_saved_cache_is_as_thin_when_it_is_loaded(tmp_path):
@@ -306,7 +309,7 @@ def test_while_decoding_the_press_behind_it_says_which_rows_stay():
 
 
 def test_a_bound_on_bytes_holds():
-    model, limit = tiny(), 60_000
+    model, limit = single(), 60_000
     for inner in (SNAP, cp.AdaKVPress(SNAP)):
         bounded = cp.SnapKVPress(window_size=6, max_bytes=limit)
         press = bounded if inner is SNAP else cp.AdaKVPress(bounded)

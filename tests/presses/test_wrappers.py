@@ -10,7 +10,12 @@ from transformers import AutoModelForCausalLM
 import cachepress as cp
 from cachepress.cache import stores
 from cachepress.rotary import PairRotary
-from tests.tiny import tiny, tokens
+from tests.bounds import close, near
+from tests.exact import doubled
+from tests.laws.test_goldens import TERMS
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tiny as single
+from tests.tiny import tokens
 from tests.tiny_cache import allocated, forward, kept, pressed
 
 SNAPKV = cp.SnapKVPress(0.5, window_size=6)
@@ -130,15 +135,15 @@ def test_layers_have_their_own_ratios():
 
 
 def test_key_rotation_agrees_with_the_reference_after_one_common_rotation():
-    model = AutoModelForCausalLM.from_pretrained(GOLDEN / "llama_model").eval()
+    model = doubled(AutoModelForCausalLM.from_pretrained(GOLDEN / "llama_model"))
     ids = torch.from_numpy(np.load(GOLDEN / "ids.npy")).view(1, -1)
     golden = np.load(GOLDEN / "key_rerotation_knorm_0.5.npz")
     cache = pressed(model, cp.KeyRerotationPress(cp.KnormPress(0.5)), ids)
     rotary = PairRotary(lambda x, p: tuple(t[..., :4] for t in model.model.rotary_emb(x, p)), False)
     for layer, store in enumerate(stores(cache)):
-        keys = torch.from_numpy(golden[f"keys_{layer}"])
+        keys = torch.from_numpy(golden[f"keys_{layer}"]).double()
         shifted = rotary(keys, torch.full((1, keys.shape[2]), 256 - 128))
-        torch.testing.assert_close(store.keys, shifted, atol=1e-5, rtol=1e-4)
+        near(store.keys, shifted, torch.float32, terms=TERMS, depth=4)
         assert store.held.rows().rope[0, 0].tolist() == list(range(128, 256))
 
 
@@ -154,7 +159,7 @@ def test_rotated_keys_are_those_of_a_text_without_gaps():
         forward(model, plain, input_ids=ids[:, 20:])
     # The newest rows have no gaps, so rotating them changes nothing.
     for ours, wanted in zip(stores(cache), stores(plain), strict=True):
-        torch.testing.assert_close(ours.keys, wanted.keys, atol=1e-5, rtol=1e-4)
+        close(ours.keys, wanted.keys)
 
 
 def test_a_composition_chooses_among_what_is_left():
@@ -210,7 +215,7 @@ def test_blocks_never_bring_a_row_back():
 @pytest.mark.parametrize("limit", [60_000, 99_999, "150KB"])
 def test_bytes_never_exceed_the_limit_and_come_close(wrap, storage, limit):
     press = wrap(cp.KnormPress(max_bytes=limit))
-    cache = cp.prefill(tiny(), tokens(500), press, storage=storage)
+    cache = cp.prefill(single(), tokens(500), press, storage=storage)
     most = 150_000 if limit == "150KB" else limit
     held = allocated(stores(cache))
     assert held <= most
@@ -223,7 +228,7 @@ def test_bytes_never_exceed_the_limit_and_come_close(wrap, storage, limit):
 
 def test_too_few_bytes_are_refused_with_what_is_needed():
     with pytest.raises(cp.CachepressError, match="max_bytes: got 100, wanted at least 17409"):
-        cp.prefill(tiny(), tokens(50), cp.KnormPress(max_bytes=100))
+        cp.prefill(single(), tokens(50), cp.KnormPress(max_bytes=100))
 
 
 def test_a_number_of_rows_is_exact():
