@@ -235,11 +235,12 @@ def _predictions(path: Path) -> pd.DataFrame:
     return pd.DataFrame(columns).set_index(pd.Index(table["sample_id"], name="sample_id"))
 
 
-def _column(table: pd.DataFrame, name: str) -> list[str] | list[list[str]] | list[float]:
+def _column(table: pd.DataFrame, name: str) -> pd.Series:
     cells = list(table[name]) if name in table else [""] * len(table)
     if name in NUMBERS:
-        return [float(cell) if cell else math.nan for cell in cells]
-    return [_texts(cell) for cell in cells] if name in LISTS else cells
+        return pd.Series([float(cell) if cell else math.nan for cell in cells], dtype=float)
+    # A column of texts of its own kind would not take half of a surrogate pair.
+    return pd.Series([_texts(cell) for cell in cells] if name in LISTS else cells, dtype=object)
 
 
 def _texts(cell: str) -> list[str]:

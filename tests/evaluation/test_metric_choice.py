@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from cachepress.cli import main
 from cachepress.evaluation import EvaluationConfig, EvaluationRunner
 from cachepress.evaluation.cell import METRICS, PREDICTIONS, RECORDS
 from cachepress.evaluation.predictions import read_predictions
+from cachepress.evaluation.reader import Reader
 from cachepress.evaluation.registry import METRIC_REGISTRY, check_metric
 from cachepress.evaluation.rescore import score_again
 from cachepress.evaluation.sweep import load_sweep, run_sweep
+from cachepress.pages.report import write_report
 
 MIXED = ["string_match", "qa_f1", "ruler_part", "string_match"]
 
@@ -224,3 +227,25 @@ def test_metrics_that_are_no_mapping_are_damaged(config):
     (folder / METRICS).write_text("[]")
     with pytest.raises(cp.CachepressError, match=r"metrics\.json is damaged"):
         score_again(folder)
+
+
+def test_odd_texts_survive_a_run_a_score_and_a_report(config, tmp_path, monkeypatch):
+    odd = iter(["a\rb\0", "\ud800x", '=1+1,"y"\r\n', " \u241b0000 "])
+    answer = Reader.alone
+
+    def oddly(self, cell, context):
+        found = answer(self, cell, context)
+        return {i: replace(a, predicted_answer=next(odd)) for i, a in found.items()}
+
+    monkeypatch.setattr(Reader, "alone", oddly)
+    folder, _ = run(config)
+    wanted = ["a\rb\0", "\ud800x", '=1+1,"y"\r\n', " \u241b0000 "]
+    for _ in range(2):
+        assert list(read_predictions(folder / PREDICTIONS)["predicted_answer"]) == wanted
+        score_again(folder, "qa_f1")
+        score_again(folder)
+    before = (folder / PREDICTIONS).read_bytes()
+    run(config)
+    assert (folder / PREDICTIONS).read_bytes() == before
+    (page,) = write_report(tmp_path / "out")
+    assert "=1+1" in page.read_text()

@@ -62,3 +62,9 @@ def test_a_full_disk_leaves_the_lines_before(tmp_path, monkeypatch):
         write_atomically(target, "new")
     assert target.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.jsonl", "t"]
+
+
+def test_any_text_comes_back_from_a_record(tmp_path):
+    text = "a\0b\r\n\u2028\ud800 \udfff\u241b"
+    Records(tmp_path / "r").append({"k": {"predicted_answer": text}})
+    assert Records(tmp_path / "r").done == {"k": {"predicted_answer": text}}
