@@ -179,7 +179,8 @@ def locate_artefact(kind: str, source: str | None, name: str, queries: int | Non
 
     Args:
         kind: what it is.
-        source: a file, a folder that has one, or a hub repository; None for what was trained here.
+        source: a file, a folder that has one, or a hub repository, where {model} stands for the
+            name of the model; None for what was trained here.
         name: what the model is called where it is loaded.
         queries: query heads of each of its KV heads; None to look them up.
 
@@ -195,6 +196,7 @@ def locate_artefact(kind: str, source: str | None, name: str, queries: int | Non
         raise CachepressError(
             f"nothing was learned of {name} for {kind} yet: {hint}{_or_published(kind, name)}"
         )
+    source = source.replace("{model}", name.replace("/", "_"))
     given, names = Path(source).expanduser(), _names(kind, name, queries)
     for path in (given, *(given / name for name in names)):
         if path.is_file():

@@ -6,18 +6,23 @@ ever evaluated as code.
 
 import ast
 import difflib
-from dataclasses import MISSING, fields
+import inspect
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import MISSING, fields, replace
+from functools import cache
 
 from cachepress.errors import CachepressError
+from cachepress.kvpress_names import PREFIX, SPELLINGS
 from cachepress.presses import BasePress
 from cachepress.presses.base import all_presses
+from cachepress.presses.composed import ComposedPress
+from cachepress.presses.restorekv import REASON as RESTOREKV
 
+logger = logging.getLogger(__name__)
 NO_PRESS = "no_press"
-REFUSED = {
-    "restorekv": "RestoreKV (arXiv:2608.01247) keeps rows that are no tokens of the text, made by "
-    "a trained adapter of the model's own weights; a cache of ours holds rows of the text only, "
-    "and no weights are changed: use KVzipPress, which it starts from",
-}
+REFUSED = {"restorekv": RESTOREKV}
 """Published methods that are not here, and why."""
 
 
@@ -30,21 +35,25 @@ def parse(text: str) -> BasePress | None:
 
     Args:
         text: an alias (``snapkv``), a spelling (``SnapKVPress(window_size=32)``), or a mixture
-            (``snapkv(compression_ratio=0.5)``).
+            (``snapkv(compression_ratio=0.5)``); or ``kvpress:NAME`` for what kvpress's evaluation
+            runs under a name, which is also what a name means that is no alias.
 
     Raises:
         SpecError: if the text is not a spelling of a known press, or an option is wrong.
     """
-    if text.strip() == NO_PRESS:
+    if text.strip() in (NO_PRESS, PREFIX + NO_PRESS):
         return None
+    spelling, theirs = text.strip().removeprefix(PREFIX), text.strip().startswith(PREFIX)
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        tree = ast.parse(spelling.strip(), mode="eval").body
     except (SyntaxError, ValueError) as error:
         raise SpecError(
             f"press {text!r} cannot be read: wanted a name such as snapkv, or a spelling such as "
             "SnapKVPress(compression_ratio=0.5)"
         ) from error
-    press = _build(tree, text)
+    if not theirs and isinstance(tree, ast.Name):
+        _say_what_differs(tree.id)
+    press = _build_theirs(tree, text) if theirs else _build(tree, text)
     if not isinstance(press, BasePress):
         raise SpecError(f"press {text!r} is not a press: known are {', '.join(known_names())}")
     return press
@@ -92,10 +101,79 @@ def _brief_value(value: object, ratio: float) -> str:
     return repr(value)
 
 
+def _build_theirs(node: ast.expr, text: str) -> BasePress:
+    """The press that kvpress means by a name, with options of its own."""
+    function = node.func if isinstance(node, ast.Call) else node
+    if not isinstance(function, ast.Name) or function.id not in SPELLINGS:
+        name = text.strip().removeprefix(PREFIX).partition("(")[0]
+        close = difflib.get_close_matches(name, SPELLINGS, n=1, cutoff=0.5)
+        hint = f"did you mean {PREFIX + close[0]!r}? " if close else ""
+        raise SpecError(f"unknown press {text!r}: {hint}known are {', '.join(SPELLINGS)}")
+    press = parse(SPELLINGS[function.id])
+    if press is None:
+        raise SpecError(f"press {text!r}: {NO_PRESS} stands alone")
+    args = [_build(arg, text) for arg in node.args] if isinstance(node, ast.Call) else []
+    named = node.keywords if isinstance(node, ast.Call) else []
+    options = {str(k.arg): _build(k.value, text) for k in named}
+    if len(args) > 1 or (args and "compression_ratio" in options):
+        raise SpecError(f"press {text!r}: wanted one ratio, and options by name")
+    return _with_options(press, {"compression_ratio": args[0], **options} if args else options)
+
+
+def _with_options(press: BasePress, options: Mapping[str, object]) -> BasePress:
+    """The press with options set; of a list of presses, those of each that have them."""
+    if isinstance(press, ComposedPress):
+        shares = [{k: v for k, v in options.items() if _has(inner, k)} for inner in press.presses]
+        if unknown := set(options).difference(*shares):
+            raise SpecError(f"none of {press!r} has an option {min(unknown)!r}")
+        pairs = zip(press.presses, shares, strict=True)
+        return ComposedPress([_with_options(inner, share) for inner, share in pairs])
+    for name, value in options.items():
+        if not _has(press, name):
+            known = ", ".join(field.name for field in fields(press))  # type: ignore
+            raise SpecError(f"{type(press).__name__} has no option {name!r}: it has {known}")
+        by_ratio = name == "compression_ratio" and isinstance(value, int | float)
+        press = press.with_ratio(value) if by_ratio else replace(press, **{name: value})  # type: ignore
+    return press
+
+
+def _has(press: BasePress, option: str) -> bool:
+    if option in {field.name for field in fields(press)}:  # type: ignore
+        return True
+    return option == "compression_ratio" and isinstance(getattr(press, option, None), int | float)
+
+
+@cache
+def _say_what_differs(name: str) -> None:
+    """Log, once, where a name means another press in kvpress than here."""
+    kind, theirs = aliases().get(name), SPELLINGS.get(name)
+    if kind is None or theirs is None or theirs == NO_PRESS or _needs_arguments(kind):
+        return
+    ours, other = kind(), parse(theirs)
+    with suppress(CachepressError):
+        # What they have before a ratio is set does not count.
+        ours, other = ours.with_ratio(0.5), other and other.with_ratio(0.5)
+    if ours != other:
+        logger.warning(
+            f"{name} is {kind.__name__}() here, and {theirs} in kvpress: write {PREFIX}{name} for "
+            "that"
+        )
+
+
+def _needs_arguments(kind: type[BasePress]) -> bool:
+    parameters = inspect.signature(kind).parameters.values()
+    return any(p.default is inspect.Parameter.empty for p in parameters)
+
+
 def _build(node: ast.expr, text: str) -> object:
     if isinstance(node, ast.Name):
+        kind = aliases().get(node.id)
+        if node.id in SPELLINGS and (kind is None or _needs_arguments(kind)):
+            return _build_theirs(node, text)
         return _call(_class(node.id), [], {})
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if node.func.id in SPELLINGS and node.func.id not in aliases():
+            return _build_theirs(node, text)
         kind = _class(node.func.id)
         args = [_build(arg, text) for arg in node.args]
         options = {str(k.arg): _build(k.value, text) for k in node.keywords}
@@ -123,6 +201,7 @@ def _class(name: str) -> type[BasePress]:
 
 def _call(kind: type[BasePress], args: list[object], options: dict[str, object]) -> BasePress:
     known = [field.name for field in fields(kind)]  # type: ignore
+    known += [name for name in inspect.signature(kind).parameters if name not in known]
     for name in options:
         if name not in known:
             raise SpecError(f"{kind.__name__} has no option {name!r}: it has {', '.join(known)}")

@@ -506,3 +506,14 @@ def test_the_published_place_is_named_where_nothing_was_learned(monkeypatch, tmp
     ):
         with pytest.raises(cp.CachepressError, match=f"or name a published one, such as .*{place}"):
             press.for_model(model)
+
+
+def test_a_source_may_hold_the_name_of_the_model(tmp_path):
+    model = tiny()
+    model.config.name_or_path = "some-org/Some-Model"
+    folder = tmp_path / "exp_att_stats_some-org_Some-Model_x"
+    folder.mkdir()
+    published_stats(folder)
+    press = cp.ExpectedAttentionStatsPress(0.5, stats=f"{tmp_path}/exp_att_stats_{{model}}_x")
+    assert press.for_model(model).stats == str(folder / "model.safetensors")
+    assert [*press.files("some-org/Some-Model").values()] == [[folder / "model.safetensors"]]

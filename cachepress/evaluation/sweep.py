@@ -19,7 +19,7 @@ from cachepress.evaluation.reader import shares_reading
 from cachepress.evaluation.samples import Context, contexts_of, load_table
 from cachepress.evaluation.statistics import Paired, paired
 from cachepress.models import load_tokenizer, resolve
-from cachepress.spec import NO_PRESS, parse
+from cachepress.spec import parse
 
 logger = logging.getLogger(__name__)
 EVERY_PRESS = "all"
@@ -117,7 +117,7 @@ class SweepConfig:
         return list(found.values())
 
     def _spellings(self) -> list[str]:
-        named = [press for press in self.presses if press not in (EVERY_PRESS, NO_PRESS)]
+        named = [p for p in self.presses if p != EVERY_PRESS and parse(p) is not None]
         if EVERY_PRESS not in self.presses:
             return named
         return [*named, *(repr(example(kind, 0.5)) for kind in own_presses().values())]

@@ -50,6 +50,7 @@ from cachepress.presses.pyramidkv import PyramidKVPress as PyramidKVPress
 from cachepress.presses.qfilter import QFilterPress as QFilterPress
 from cachepress.presses.quest import QuestPress as QuestPress
 from cachepress.presses.random import RandomPress as RandomPress
+from cachepress.presses.restorekv import RestoreKVPress as RestoreKVPress
 from cachepress.presses.rkv import RKVPress as RKVPress
 from cachepress.presses.simlayerkv import SimLayerKVPress as SimLayerKVPress
 from cachepress.presses.snapkv import SnapKVPress as SnapKVPress

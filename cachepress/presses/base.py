@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from cachepress.replay import Replay, ReplayView
 from cachepress.schedules import AfterPrefill
 from cachepress.stores import Codec
 from cachepress.view import LayerView, Needs
+
+T = TypeVar("T")
 
 
 class BasePress:
@@ -398,6 +400,26 @@ def replays(press: BasePress) -> bool:
     with suppress(CachepressError):
         press = press.with_ratio(0.5)
     return press.replay is not None
+
+
+def fill(press: BasePress, values: Mapping[str, object]) -> None:
+    """Set the fields of a frozen press whose ``__init__`` is its own, and check them."""
+    for own in fields(press):  # type: ignore
+        object.__setattr__(press, own.name, values[own.name])
+    press.__post_init__()  # type: ignore
+
+
+def either(name: str, value: T | None, other_name: str, other: T | None) -> T | None:
+    """The value of an option that has two names.
+
+    Raises:
+        CachepressError: if both are given.
+    """
+    if value is not None and other is not None:
+        raise CachepressError(
+            f"got both {name} and {other_name}, which are one option: give {name}"
+        )
+    return other if value is None else value
 
 
 def check_count(press: BasePress, name: str, least: int = 1) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachepress.presses.base import check_count
+from cachepress.presses.base import BasePress, check_count, either, fill
 from cachepress.presses.decoding import DecodingPress
 from cachepress.presses.random import RandomPress
 from cachepress.view import LayerView, Needs
@@ -44,6 +44,28 @@ class CAMPress(DecodingPress, alias="cam"):
 
     merge_budget: int = 32
     seed: int = 0
+
+    def __init__(
+        self,
+        press: BasePress | None = None,
+        compression_interval: int = 512,
+        target_size: int = 2048,
+        hidden_states_buffer_size: int = 256,
+        merge_budget: int = 32,
+        seed: int = 0,
+        *,
+        base_press: BasePress | None = None,
+    ) -> None:
+        """``base_press`` is what kvpress calls ``press``."""
+        values = {
+            "press": either("press", press, "base_press", base_press),
+            "compression_interval": compression_interval,
+            "target_size": target_size,
+            "hidden_states_buffer_size": hidden_states_buffer_size,
+            "merge_budget": merge_budget,
+            "seed": seed,
+        }
+        fill(self, values)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,15 @@ from typing import NoReturn
 from cachepress.budgets import Fixed, Ratio, TopK, check_ratio
 from cachepress.core import Schedule
 from cachepress.errors import CachepressError
-from cachepress.presses.base import WrapperPress, check_count, counted, replays
+from cachepress.presses.base import (
+    BasePress,
+    WrapperPress,
+    check_count,
+    counted,
+    either,
+    fill,
+    replays,
+)
 from cachepress.schedules import AfterPrefill, Every
 
 
@@ -63,6 +71,24 @@ class DecodingPress(_WhileDecodingPress, alias="decoding"):
     target_size: int = 2048
     hidden_states_buffer_size: int = 256
 
+    def __init__(
+        self,
+        press: BasePress | None = None,
+        compression_interval: int = 512,
+        target_size: int = 2048,
+        hidden_states_buffer_size: int = 256,
+        *,
+        base_press: BasePress | None = None,
+    ) -> None:
+        """``base_press`` is what kvpress calls ``press``."""
+        values = {
+            "press": either("press", press, "base_press", base_press),
+            "compression_interval": compression_interval,
+            "target_size": target_size,
+            "hidden_states_buffer_size": hidden_states_buffer_size,
+        }
+        fill(self, values)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self, "target_size")
@@ -97,6 +123,24 @@ class CompressionRatioDecodingPress(_WhileDecodingPress, alias="compression_rati
 
     target_compression_ratio: float = 0.5
     hidden_states_buffer_size: int = 256
+
+    def __init__(
+        self,
+        press: BasePress | None = None,
+        compression_interval: int = 512,
+        target_compression_ratio: float = 0.5,
+        hidden_states_buffer_size: int = 256,
+        *,
+        base_press: BasePress | None = None,
+    ) -> None:
+        """``base_press`` is what kvpress calls ``press``."""
+        values = {
+            "press": either("press", press, "base_press", base_press),
+            "compression_interval": compression_interval,
+            "target_compression_ratio": target_compression_ratio,
+            "hidden_states_buffer_size": hidden_states_buffer_size,
+        }
+        fill(self, values)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cachepress.budgets import Threshold, pin_window
 from cachepress.core import Schedule
 from cachepress.errors import CachepressError
-from cachepress.presses.base import WrapperPress, check_count, replays
+from cachepress.presses.base import BasePress, WrapperPress, check_count, fill, replays
 from cachepress.schedules import AfterPrefill, Every
 from cachepress.view import LayerView
 
@@ -28,22 +29,41 @@ class DMSPress(WrapperPress, alias="dms"):
 
     Attributes:
         press: the press that scores; its own ratio does not count.
-        threshold: least score that stays.
+        threshold: least score that stays; it may be left out until the press is used.
         sliding_window_size: newest rows, which always stay.
         decoding: whether rows are dropped while tokens are decoded, too.
         interval: decoded tokens between two looks; 1 for a look at every token.
     """
 
-    threshold: float
+    threshold: float | None
     sliding_window_size: int = 128
     decoding: bool = False
     interval: int = field(default=32, kw_only=True)
+
+    def __init__(
+        self,
+        press: BasePress,
+        threshold: float | None = None,
+        sliding_window_size: int = 128,
+        decoding: bool = False,
+        *,
+        interval: int = 32,
+    ) -> None:
+        values = {
+            "press": press,
+            "threshold": threshold,
+            "sliding_window_size": sliding_window_size,
+            "decoding": decoding,
+            "interval": interval,
+        }
+        fill(self, values)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self, "sliding_window_size", least=0)
         check_count(self, "interval")
-        if not isinstance(self.threshold, int | float) or isinstance(self.threshold, bool):
+        given = self.threshold
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int | float)):
             raise CachepressError(f"threshold: got {self.threshold!r}, wanted a number")
         if self.press.schedule != AfterPrefill():
             raise CachepressError(
@@ -64,7 +84,7 @@ class DMSPress(WrapperPress, alias="dms"):
     @property
     def budget(self) -> Threshold:
         """The rows that reach the threshold."""
-        return Threshold(self.threshold)
+        return Threshold(self._given_threshold())
 
     @property
     def schedule(self) -> Schedule:
@@ -88,3 +108,16 @@ class DMSPress(WrapperPress, alias="dms"):
     def with_ratio(self, ratio: float) -> NoReturn:
         """Refused: there is a threshold instead."""
         raise CachepressError("DMSPress has no compression ratio: give threshold")
+
+    def for_model(self, model: PreTrainedModel) -> BasePress:
+        """The same wrapper around the inner press made ready for a model."""
+        self._given_threshold()
+        return super().for_model(model)
+
+    def _given_threshold(self) -> float:
+        if self.threshold is None:
+            raise CachepressError(
+                f"DMSPress keeps what scores at least a threshold, and {self!r} has none: give it "
+                "one, such as threshold=-4 for KVzapPress"
+            )
+        return self.threshold

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import floor
 from pathlib import Path
@@ -52,12 +52,14 @@ class DuoAttentionPress(BasePress, alias="duo_attention"):
         sink_size: first rows that a streaming head keeps; None for what the ``config.json`` beside
             the pattern says, or 128.
         recent_size: newest rows that a streaming head keeps; None likewise, or 256.
+        on_the_fly_scoring: False to ask for a pattern where none is given instead of estimating it.
     """
 
     head_compression_ratio: float = 0.0
     pattern: str | Scores | None = None
     sink_size: int | None = None
     recent_size: int | None = None
+    on_the_fly_scoring: bool | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_fraction(self.head_compression_ratio, "head_compression_ratio")
@@ -106,6 +108,12 @@ class DuoAttentionPress(BasePress, alias="duo_attention"):
             pattern = read_scores(pattern, "pattern", _LEAST)
         if pattern is not None:
             pattern = fitted(pattern, model, "pattern")
+        elif self.head_compression_ratio and self.on_the_fly_scoring is False:
+            raise CachepressError(
+                "DuoAttentionPress has no pattern, and on_the_fly_scoring=False: give one as "
+                "pattern, such as a folder of attn_patterns in the repository of its authors "
+                "(mit-han-lab/duo-attention), or on_the_fly_scoring=True"
+            )
         elif self.head_compression_ratio:
             pattern = far_scores(model, sizes["sink_size"], sizes["recent_size"])
         return replace(self, pattern=pattern, **sizes)

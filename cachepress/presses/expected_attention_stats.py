@@ -13,10 +13,13 @@ from cachepress.artefacts import (
     sizes,
 )
 from cachepress.ops import wide_dtype
+from cachepress.presses.base import either, fill
 from cachepress.presses.expected_attention import ExpectedAttentionPress
 from cachepress.view import LayerView, Moments, Needs
 
 KIND = "query_stats"
+_PUBLISHED = ("kmfoda/booksum", 100, 1000)
+"""Data set, samples and letters of each, of the statistics that are published."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,52 @@ class ExpectedAttentionStatsPress(ExpectedAttentionPress, alias="expected_attent
         use_vnorm: whether the score is multiplied by the norm of the value.
         epsilon: added to the score before that multiplication.
         stats: the file, its folder or a hub repository with it, as ``cachepress train`` or the
-            authors wrote it; None for what was learned here.
+            authors wrote it, where {model} stands for the model's name; None for what was learned
+            here.
         layers: which layers of the file are the model's full-attention layers; None to find out.
     """
 
     stats: str | None = field(default=None, kw_only=True)
     layers: tuple[int, ...] | None = field(default=None, kw_only=True)
+
+    def __init__(
+        self,
+        compression_ratio: float = 0.0,
+        n_future_positions: int = 512,
+        n_sink: int = 4,
+        use_covariance: bool = True,
+        use_vnorm: bool = True,
+        epsilon: float = 0.0,
+        *,
+        n_kept: int | None = None,
+        max_bytes: int | str | None = None,
+        stats: str | None = None,
+        layers: tuple[int, ...] | None = None,
+        stats_folder: str | None = None,
+        dataset_name: str | None = None,
+        num_samples: int | None = None,
+        sample_seq_len: int | None = None,
+    ) -> None:
+        """``stats_folder`` is ``stats`` in kvpress; the options after it name a published file."""
+        text = (dataset_name, num_samples, sample_seq_len)
+        given = any(x is not None for x in text)
+        values = {
+            "compression_ratio": compression_ratio,
+            "n_kept": n_kept,
+            "max_bytes": max_bytes,
+            "n_future_positions": n_future_positions,
+            "n_sink": n_sink,
+            "use_covariance": use_covariance,
+            "use_vnorm": use_vnorm,
+            "epsilon": epsilon,
+            "stats": either("stats", stats, "stats_folder", stats_folder),
+            "layers": layers,
+        }
+        if values["stats"] is None and given:
+            parts = [x if x is not None else y for x, y in zip(text, _PUBLISHED, strict=True)]
+            name = "_".join(str(x).replace("/", "_") for x in (*parts, n_sink))
+            values["stats"] = f"alessiodevoto/exp_att_stats_{{model}}_{name}"
+        fill(self, values)
 
     @property
     def needs(self) -> Needs:

@@ -17,7 +17,15 @@ from cachepress.artefacts import (
 )
 from cachepress.budgets import PerLayer, Pyramid, TopK, apportion, pin_sinks, pin_window
 from cachepress.errors import CachepressError
-from cachepress.presses.base import WrapperPress, check_by_layer, check_count, counted
+from cachepress.presses.base import (
+    BasePress,
+    WrapperPress,
+    check_by_layer,
+    check_count,
+    counted,
+    fill,
+)
+from cachepress.presses.expected_attention import ExpectedAttentionPress
 from cachepress.view import LayerView
 
 KIND = "lukv"
@@ -58,7 +66,8 @@ class LUKVPress(WrapperPress, alias="lukv"):
     Needs what the inner press needs. Best for the press that its curve was learned for.
 
     Attributes:
-        press: the press that scores.
+        press: the press that scores; None for that of the published curve, expected attention with
+            epsilon 0.02.
         sink: first rows, which always stay.
         window: newest rows, which always stay.
         curve: the file, its folder or a hub repository; None for what was learned here.
@@ -69,6 +78,23 @@ class LUKVPress(WrapperPress, alias="lukv"):
     window: int = 1
     curve: str | None = field(default=None, kw_only=True)
     layers: tuple[int, ...] | None = field(default=None, kw_only=True)
+
+    def __init__(
+        self,
+        press: BasePress | None = None,
+        sink: int = 4,
+        window: int = 1,
+        *,
+        curve: str | None = None,
+        layers: tuple[int, ...] | None = None,
+        compression_ratio: float | None = None,
+    ) -> None:
+        """``compression_ratio`` is another way to give the ratio of ``press``."""
+        press = ExpectedAttentionPress(epsilon=0.02) if press is None else press
+        if compression_ratio is not None and isinstance(press, BasePress):
+            press = press.with_ratio(compression_ratio)
+        values = {"press": press, "sink": sink, "window": window, "curve": curve, "layers": layers}
+        fill(self, values)
 
     def __post_init__(self) -> None:
         super().__post_init__()
