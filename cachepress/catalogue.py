@@ -34,6 +34,19 @@ EXAMPLES: dict[str, str] = {
 
 Numbers of rows are half of the 2,048 tokens that are measured.
 """
+RECOMMENDED: dict[str, str] = {
+    "compactor": "AdaKVPress(CompactorPress({ratio}))",
+    "critical": "CriticalKVPress(AdaKVPress(ExpectedAttentionPress({ratio}, use_vnorm=False)))",
+    "defensivekv": "AdaKVPress(DefensiveKVPress({ratio}), scope='model')",
+    "expected_attention": "AdaKVPress(ExpectedAttentionPress({ratio}, epsilon=0.01))",
+    "expected_attention_stats": "AdaKVPress(ExpectedAttentionStatsPress({ratio}, epsilon=0.01))",
+    "kvzap": "AdaKVPress(KVzapPress({ratio}))",
+    "lukv": "LUKVPress(ExpectedAttentionPress({ratio}, epsilon=0.02))",
+}
+"""The form in which authors recommend a method, where that is not the class by itself.
+
+Mostly heads of a layer, or of the model, compete for its scores.
+"""
 COLUMNS = ("press", "what it does", "paper", "looks at", "frees", "best for")
 MEASURED = ("press", "spelling", "prefill +%", "bytes", "step")
 
@@ -53,6 +66,14 @@ def example(kind: type[BasePress], ratio: float) -> BasePress:
         return press.with_ratio(ratio)
     except CachepressError:
         return press
+
+
+def recommended(kind: type[BasePress], ratio: float) -> BasePress:
+    """A press of a class, in the form in which its authors recommend it."""
+    text = RECOMMENDED.get(str(kind.alias))
+    press = example(kind, ratio) if text is None else parse(text.format(ratio=ratio))
+    assert press is not None
+    return press
 
 
 def own_presses() -> dict[str, type[BasePress]]:
@@ -102,6 +123,8 @@ def page(measured: Mapping[str, object] | None) -> str:
         "\nWhat a press adds to the model's own forwards takes time that grows with the text, as "
         "sorting does at most, but for:\n",
         *(f"- `{alias}`: {more}" for alias, kind in own_presses().items() if (more := grows(kind))),
+        "\nAs their authors recommend them, and as the leaderboard measures them:\n",
+        *(f"- `{alias}`: `{text.format(ratio=0.5)}`" for alias, text in RECOMMENDED.items()),
     ]
     if measured is not None:
         parts.append(_measured_part(measured))

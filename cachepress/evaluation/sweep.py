@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from cachepress.catalogue import example, own_presses
+from cachepress.catalogue import own_presses, recommended
 from cachepress.digests import model_digests
 from cachepress.errors import CachepressError
 from cachepress.evaluation.cell import Cell, allow_open_files, say_versions
@@ -32,7 +32,8 @@ class SweepConfig:
     """What a sweep is made of.
 
     Attributes:
-        presses: aliases or spellings; "all" for every press. No press is always there.
+        presses: aliases or spellings; "all" for every press, in the form in which its authors
+            recommend it. No press is always there.
         ratios: for each press that has one.
         datasets: names, with a part after a colon, such as "builtin:multi_key-1000".
         models: built-in names, local folders or hub names.
@@ -120,7 +121,7 @@ class SweepConfig:
         named = [p for p in self.presses if p != EVERY_PRESS and parse(p) is not None]
         if EVERY_PRESS not in self.presses:
             return named
-        return [*named, *(repr(example(kind, 0.5)) for kind in own_presses().values())]
+        return [*named, *(repr(recommended(kind, 0.5)) for kind in own_presses().values())]
 
 
 @dataclass

@@ -35,6 +35,8 @@ SWEEP_HEADERS = (
     "press s",
     "tokens/s",
 )
+EQUAL = 1.15
+"""Bytes that count as equal: pages that are not full, and positions, come on top of rows."""
 RANKING_MEANS = ("mean score", "mean KL", "mean bytes kept")
 HOW_TO_READ = (
     "Ratio: share of key-value pairs dropped, measured. Score: mean, with a 95 % interval "
@@ -82,6 +84,10 @@ def sweep_table(results: Sequence[Result], style: str = "simple") -> str:
 def ranking_table(results: Sequence[Result], style: str = "simple") -> str | None:
     """A line for each press that was scored at every ratio, the best one first.
 
+    Presses are compared at equal bytes: what counts at a ratio is the score of the run with the
+    most bytes that keeps no more than the ratio leaves of what no press allocates. Those that never
+    keep so little come last.
+
     Args:
         results: of one group.
         style: a format of tabulate.
@@ -97,7 +103,11 @@ def ranking_table(results: Sequence[Result], style: str = "simple") -> str | Non
     whole = {name: some for name, some in presses.items() if len(some) == len(ratios)}
     if len(ratios) < 2 or any(result.metrics["score"] is None for result in rated):
         return None
-    ranked = sorted(whole.items(), key=lambda item: (-_mean_score(item[1]), _mean_kl(item[1])))
+    base = next((r for r in results if r.cell.press is None), None)
+    fitting = {
+        name: [_fitting(some, ratio, base) for ratio in ratios] for name, some in whole.items()
+    }
+    ranked = sorted(fitting.items(), key=lambda item: _place(item[1]))
     headers = ("press", *(f"at {ratio}" for ratio in ratios), *RANKING_MEANS)
     return _table([_ranking_line(name, some) for name, some in ranked], headers, style)
 
@@ -127,16 +137,41 @@ def _section(group: Sequence[Result]) -> str:
     if ranking is None:
         return f"{heading}\n{table}"
     top = (
-        "Score at each ratio that was asked for, with its 95 % interval; the best mean first. What "
-        "a ratio frees depends on the press: compare the bytes."
+        "Score with at most the bytes that a ratio leaves of those without a press (and 15 %, for "
+        "pages that are not full), with its 95 % interval; the best mean first. What a ratio frees "
+        "depends on the press: one that frees less shows what it scored at a higher ratio, or "
+        "nothing where it never kept so little, and stands below."
     )
     return f"{heading}\n{top}\n\n{ranking}\n\nEverything that was measured:\n\n{table}"
 
 
-def _ranking_line(name: str, results: Sequence[Result]) -> list[str]:
-    scores = [" (".join(_scored(result.metrics)) + ")" for result in results]
-    kl, score = _mean_kl(results), f"{_mean_score(results):.3f}"
-    return [_cut(name), *scores, score, "" if math.isnan(kl) else f"{kl:.4f}", _mean_kept(results)]
+def _fitting(results: Sequence[Result], ratio: float, base: Result | None) -> Result | None:
+    """The run with the most bytes that keeps no more than a ratio leaves; None if none does."""
+
+    def kept(result: Result) -> float:
+        whole = (result if base is None else base).metrics
+        before = whole["cache_bytes_before"] if base is None else whole["cache_bytes_after"]
+        return result.metrics["cache_bytes_after"] / before
+
+    small = [result for result in results if kept(result) <= (1 - ratio) * EQUAL]
+    return max(small, key=kept, default=None)
+
+
+def _place(results: Sequence[Result | None]) -> tuple[int, float, float]:
+    """Where a press stands in a ranking: by what it lacks, its mean score, its divergence."""
+    found = [result for result in results if result is not None]
+    if not found:
+        return len(results), 0.0, 0.0
+    return len(results) - len(found), -_mean_score(found), _mean_kl(found)
+
+
+def _ranking_line(name: str, results: Sequence[Result | None]) -> list[str]:
+    scores = ["" if r is None else " (".join(_scored(r.metrics)) + ")" for r in results]
+    found = [result for result in results if result is not None]
+    if not found:
+        return [_cut(name), *scores, "", "", ""]
+    kl, score = _mean_kl(found), f"{_mean_score(found):.3f}"
+    return [_cut(name), *scores, score, "" if math.isnan(kl) else f"{kl:.4f}", _mean_kept(found)]
 
 
 def _mean_score(results: Sequence[Result]) -> float:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import cachepress as cp
+from cachepress.catalogue import RECOMMENDED, own_presses, recommended
 from cachepress.decode import generate
 from cachepress.evaluation import EvaluationConfig, EvaluationRunner
 from cachepress.evaluation.cell import (
@@ -434,3 +435,22 @@ def test_a_file_of_options(tmp_path):
     assert config.options == {"seed": 3}
     with pytest.raises(cp.CachepressError, match="unknown option 'press'"):
         load_sweep(str(path), {"press": "knorm"})
+
+
+def test_all_presses_are_swept_in_the_form_that_their_authors_recommend():
+    spellings = SweepConfig(presses=["all"])._spellings()
+    assert len(spellings) == len(own_presses())
+    presses = {repr(cp.parse(text)) for text in spellings}
+    for text in (
+        "AdaKVPress(ExpectedAttentionPress(0.5, epsilon=0.01))",
+        "AdaKVPress(DefensiveKVPress(0.5), scope='model')",
+        "KVzipPress(0.5)",
+        "SnapKVPress(0.5)",
+    ):
+        assert repr(cp.parse(text)) in presses
+    # Where heads can compete for a score, they do.
+    for alias in ("kvzip", "defensivekv", "expected_attention", "critical", "fastkvzip"):
+        assert recommended(own_presses()[alias], 0.5).budget.scope in ("layer", "model")
+    for alias in RECOMMENDED:
+        at = [recommended(own_presses()[alias], ratio).compression_ratio for ratio in (0.5, 0.9)]
+        assert at == [0.5, 0.9]

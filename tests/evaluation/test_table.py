@@ -6,14 +6,14 @@ from cachepress.evaluation.sweep import Result
 from cachepress.evaluation.table import RANKING_MEANS, ranking_table, sweep_page, sweep_text
 
 
-def result(press, ratio, score, kl=None):
+def result(press, ratio, score, kl=None, kept=None):
     metrics = {
         "score": {"mean": score, "low": 0.1, "high": 0.9, "samples": 8, "contexts": 2},
         "kl": None if kl is None else {"mean": kl},
         "perplexity": None,
         "compression_ratio": ratio or 0.0,
         "cache_bytes_before": 2**20,
-        "cache_bytes_after": 2**20 * (1 - (ratio or 0)),
+        "cache_bytes_after": 2**20 * (1 - (ratio or 0) if kept is None else kept),
         "prefill_seconds": 1.0,
         "press_seconds": None,
         "decode_tokens_per_second": 10.0,
@@ -62,6 +62,26 @@ def test_the_best_mean_is_first_and_the_divergence_decides_ties():
         ["adakv(snapkv)", f"0.750 {spread}", f"0.500 {spread}", "0.625", "0.0500", "0.62"],
         ["knorm", f"0.750 {spread}", f"0.500 {spread}", "0.625", "0.1500", "0.62"],
         ["keydiff", f"1.000 {spread}", f"0.250 {spread}", "0.625", "0.4000", "0.62"],
+    ]
+
+
+def test_presses_that_keep_more_than_their_ratio_says_are_ranked_at_equal_bytes():
+    """By what they scored with fewer bytes; below all others where they never kept so few."""
+    more = [
+        result("no_press", None, 1.0, kept=1.25),
+        result("knorm", 0.5, 0.5, kept=0.56),
+        result("knorm", 0.9, 0.1, kept=0.14),  # 0.11 of what no press allocates.
+        result("tova", 0.5, 1.0, kept=0.80),
+        result("tova", 0.9, 0.7, kept=0.60),
+        result("keydiff", 0.5, 1.0, kept=1.0),
+        result("keydiff", 0.9, 0.9, kept=0.9),
+    ]
+    rows = cells(ranking_table(more, "github"))[2:]
+    spread = "(0.10 to 0.90)"
+    assert rows == [
+        ["knorm", f"0.500 {spread}", f"0.100 {spread}", "0.300", "", "0.35"],
+        ["tova", f"0.700 {spread}", "", "0.700", "", "0.60"],
+        ["keydiff", "", "", "", "", ""],
     ]
 
 
