@@ -5,6 +5,7 @@ files that the authors of a method publish are read as they are. No code in a fi
 """
 
 import hashlib
+import json
 import logging
 import pickle
 import re
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from cachepress.digests import model_digests
+from cachepress.digests import checksum_of, model_digests
 from cachepress.errors import CachepressError
 from cachepress.files import replacing
 from cachepress.fingerprint import weights_digest
@@ -30,7 +31,11 @@ from cachepress.models import BUILTIN_MODELS, cache_home, hub_answers, resolve
 from cachepress.published import converted, n_layers, of_layers
 
 logger = logging.getLogger(__name__)
-_FORMAT = "cachepress-artefact"
+_FORMAT = "cachepress-artefact-2"
+_EARLIER = "cachepress-artefact"
+"""The format of version 0.1.0, without a checksum."""
+_OWN_FIELDS = ("checksum", "kind", "model_class", "weights_float32")
+"""Fields of which files of others have none."""
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
 _NAMES = ("{kind}.safetensors", "model.safetensors", "{kind}.npy", "pytorch_model.bin")
@@ -95,6 +100,7 @@ def save_artefact(
         CachepressError: if it cannot be written.
     """
     metadata = {"format": _FORMAT, "kind": kind, **made_from}
+    metadata["checksum"] = checksum_of(tensors, json.dumps(metadata, sort_keys=True))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
@@ -146,7 +152,7 @@ def _of_these_weights(told: Mapping[str, str], model: PreTrainedModel, path: str
     """
     types = [name for name in _TYPES if f"weights_{name}" in told]
     if not types:
-        if told.get("format") == _FORMAT:
+        if told.get("format") in (_FORMAT, _EARLIER):
             _say_unchecked(path)
         return True
     decoder = model.get_decoder()
@@ -325,10 +331,12 @@ def _read(
     try:
         content, metadata = _contents(path)
         # Files of others say nothing of their kind; what transformers writes says "pt".
-        found = metadata.get("kind", kind) if metadata.get("format") == _FORMAT else kind
+        ours = metadata.get("format") in (_FORMAT, _EARLIER)
+        found = metadata.get("kind", "nothing") if ours else kind
         if found != kind:
             raise CachepressError(f"{path} holds {found}, wanted {kind}")
         tensors = converted(content, kind, path)
+        _check_unchanged(metadata, content)
         # Copied, as safetensors maps the file, and what is mapped is lost when others write it.
         return {name: x.to(device, copy=True) for name, x in tensors.items()}
     except CachepressError:
@@ -340,6 +348,19 @@ def _read(
         raise CachepressError(
             f"{path} is damaged, or no file of tensors (safetensors, .npy, or .pt): {reason}"
         ) from error
+
+
+def _check_unchanged(metadata: Mapping[str, str], content: object) -> None:
+    """Raise ValueError if ``cachepress train`` wrote a file that was changed since."""
+    told = dict(metadata)
+    form, checksum = told.get("format", ""), told.pop("checksum", None)
+    if not form.startswith("cachepress") and not any(name in metadata for name in _OWN_FIELDS):
+        return
+    if form == _EARLIER and checksum is None and "weights_float32" not in told:
+        return
+    wanted = checksum_of(content, json.dumps(told, sort_keys=True))  # type: ignore
+    if form != _FORMAT or checksum != wanted:
+        raise ValueError("its content does not match its checksum")
 
 
 def _contents(path: str) -> tuple[object, dict[str, str]]:

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
 from tqdm import tqdm
 
 from cachepress.errors import CachepressError
@@ -78,6 +80,16 @@ def model_digests(name: str, model_kwargs: Mapping[str, object] | None = None) -
     if (commit := _commit(source)) is not None:
         return {"weights": commit, "tokenizer": commit}
     return _contents(source, options.get("gguf_file"))
+
+
+def checksum_of(tensors: Mapping[str, Tensor], header: str) -> str:
+    """A SHA-256 of a header, and of the name, type, shape and bits of every tensor."""
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        x = tensors[name].contiguous().cpu()
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def file_digests(files: Iterable[Path]) -> str | None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from cachepress.cache import TEXT, note_text, text_of
+from cachepress.digests import checksum_of
 from cachepress.errors import CachepressError
 from cachepress.files import replacing
 from cachepress.fingerprint import fingerprint, other_model
@@ -63,7 +64,7 @@ def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedMode
         tensors[TEXT] = text
     tensors = {name: x.detach().contiguous().clone() for name, x in tensors.items()}
     header = json.dumps({"model": fingerprint(model), "layers": layers})
-    checksum = _checksum(tensors, header)
+    checksum = checksum_of(tensors, header)
     target = Path(path)
     try:
         with replacing(target) as partial:
@@ -90,7 +91,7 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> Cache:
     if kind not in (_FORMAT, _EARLIER):
         raise CachepressError(f"{path} is not a cache that save_cache wrote")
     header = metadata.get("header", "") if kind == _FORMAT else ""
-    if metadata.get("checksum") != _checksum(tensors, header):
+    if metadata.get("checksum") != checksum_of(tensors, header):
         raise CachepressError(f"{path} is damaged: its content does not match its checksum")
     try:
         if kind == _FORMAT:
@@ -224,16 +225,6 @@ def _read(path: Path, device: torch.device) -> tuple[dict[str, str], dict[str, T
         raise CachepressError(f"{path}: there is no such file") from error
     except (OSError, SafetensorError) as error:
         raise CachepressError(f"{path} is damaged or not a safetensors file: {error}") from error
-
-
-def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
-    """A SHA-256 of the header, and of the name, type, shape and bits of every tensor."""
-    digest = hashlib.sha256(header.encode())
-    for name in sorted(tensors):
-        x = tensors[name].contiguous().cpu()
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _fingerprint_of_0_1_0(model: PreTrainedModel) -> str:

@@ -1,5 +1,6 @@
 """What goes wrong around artefacts: one line, at once, and nothing lost or mixed up."""
 
+import struct
 import time
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, safe_open, save_file
 
 import cachepress as cp
 from cachepress import train as training
-from cachepress.artefacts import default_path, find_artefact
+from cachepress.artefacts import default_path, find_artefact, load_artefact
 from cachepress.cli import main
 from cachepress.train import KINDS, Lesson, train, windows_of
 from tests.tiny import tiny, tokenizer, tokens, words
@@ -212,9 +213,46 @@ def test_the_same_files_are_the_same_weights_however_they_were_rounded(model_dir
 def test_an_artefact_of_0_1_0_is_taken_as_it_is(tmp_path, caplog):
     path = train("q_filters", LESSON, str(tmp_path))
     with safe_open(path, framework="pt") as file:
-        told = {k: v for k, v in file.metadata().items() if not k.startswith("weights_")}
+        told = {k: file.metadata()[k] for k in ("kind", "model", "model_class", "tokens")}
+    told["format"] = "cachepress-artefact"
     save_file(load_file(path), path, told)
     with caplog.at_level("INFO", logger="cachepress"):
         assert of(changed(tiny()), path)
         of(tiny(), path)
     assert caplog.text.count("does not say which weights") == 1
+
+
+def test_no_flipped_bit_gives_another_artefact(tmp_path):
+    path = train("q_filters", LESSON, str(tmp_path))
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    wanted, other = load_artefact(str(path), "q_filters")["filters"], []
+    for place in range(0, len(content), 3):
+        if place > 8 + length and place % 9:
+            continue
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 7
+        twin = tmp_path / f"{place}.safetensors"
+        twin.write_bytes(changed)
+        try:
+            press = cp.QFilterPress(0.5, filters=str(twin)).for_model(LESSON.model)
+            found = load_artefact(press.filters, "q_filters")["filters"]
+        except cp.CachepressError:
+            continue
+        finally:
+            twin.unlink()
+        if not torch.equal(found, wanted):
+            other.append(place)
+    assert not other
+
+
+def test_metadata_that_was_changed_is_damage(tmp_path):
+    path = train("q_filters", LESSON, str(tmp_path))
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    for name in metadata:
+        for changes in ({name: metadata[name] + "x"}, {name: None}):
+            told = {k: v for k, v in {**metadata, **changes}.items() if v is not None}
+            save_file(load_file(path), tmp_path / "x.safetensors", told)
+            with pytest.raises(cp.CachepressError, match="is damaged|made for|other weights|holds"):
+                of(tiny(), tmp_path / "x.safetensors")

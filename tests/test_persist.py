@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import cachepress as cp
 from cachepress import fingerprint as fingerprint_of
-from cachepress import persist
 from cachepress.cache import stores, text_of
+from cachepress.digests import checksum_of
 from cachepress.fingerprint import fingerprint, other_model, weights_digest
 from tests.tiny import ARCHITECTURES, tiny, tokenizer, tokens, words
 from tests.tiny_cache import forward, kept
@@ -365,7 +365,7 @@ def rewritten(path, change):
     header = json.loads(metadata["header"])
     change(header["layers"], tensors)
     metadata["header"] = json.dumps(header)
-    metadata["checksum"] = persist._checksum(tensors, metadata["header"])
+    metadata["checksum"] = checksum_of(tensors, metadata["header"])
     save_file(tensors, path, metadata)
 
 
