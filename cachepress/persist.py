@@ -35,8 +35,6 @@ _EARLIER = "cachepress-cache-1"
 """The format of version 0.1.0, whose checksum does not cover the header."""
 _SAMPLE = 64
 _PARTS = {part.__name__: part for part in (Block, Codec, Layout, Quantized)}
-_LAZY = ("device", "dtype", "keys", "values")
-"""What layers of transformers have only once they are filled."""
 
 
 def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
@@ -137,8 +135,9 @@ def _filled(
             if type(layer).__name__ != kind:
                 raise ValueError(f"layer {i} is a {kind}, where the model has none")
             state = _unpack(packed, left, model.device)
-            known = {k: x for k, x in state.items() if k in _LAZY or hasattr(layer, k)}  # type: ignore
-            vars(layer).update(known)
+            if kind == Store.__name__:  # Layers of transformers get some fields when filled.
+                state = {k: x for k, x in state.items() if hasattr(layer, k)}  # type: ignore
+            vars(layer).update(state)  # type: ignore
         if left:
             raise ValueError(f"nothing holds {next(iter(left))}")
         check_cache(cache)
