@@ -12,10 +12,10 @@ LEADERBOARD ?= builtin:multi_key-1500 --fraction 0.5
 HOME_OF_MODELS := $(or $(CACHEPRESS_HOME),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cachepress)
 LEARNED := $(HOME_OF_MODELS)/learned/smollm2-135m
 KINDS := query_stats q_filters kvzap_linear kvzap_mlp fastkvzip lukv
-# A worker for each core, with one thread.
-PYTEST := -m pytest --numprocesses auto
+# A worker for each core, with one thread; what takes longest is told at the end.
+PYTEST := -m pytest --numprocesses auto --durations 15 --durations-min 1
 
-.PHONY: demo test laws bench benchmarks leaderboard presses lint types clean
+.PHONY: demo test laws elsewhere bench benchmarks leaderboard presses lint types clean
 
 demo: $(VENV)/ready
 	$(BIN)/cachepress demo
@@ -25,6 +25,12 @@ test: $(VENV)/ready $(OLD)/ready
 	OMP_NUM_THREADS=1 $(OLD)/bin/python $(PYTEST) tests/laws tests/test_hf.py tests/test_generate.py \
 		tests/test_prefill.py tests/test_persist.py
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+# Some of the laws with instructions that are not this processor's own: they hold on any machine.
+elsewhere: $(VENV)/ready
+	ATEN_CPU_CAPABILITY=$$($(BIN)/python -m tests.elsewhere) CACHEPRESS_LAWS=few OMP_NUM_THREADS=1 \
+		$(BIN)/python $(PYTEST) tests/laws/test_laws.py tests/laws/test_matrix.py \
+		tests/laws/test_goldens.py tests/ops tests/test_exact.py
 
 laws: $(VENV)/ready
 	CACHEPRESS_LAWS=all OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/laws

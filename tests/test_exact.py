@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 from cachepress import budgets
 from tests.bounds import close, margin, near, no_near_ties, rounding
+from tests.elsewhere import elsewhere
 from tests.exact import narrow
 from tests.tiny import ARCHITECTURES, distinct, exact_tiny, tiny, tokens
 from tests.tiny_cache import forward
@@ -83,3 +84,11 @@ def test_no_token_comes_twice():
     ids = distinct(93, batch=2)
     assert [len(set(row)) for row in ids.tolist()] == [93, 93]
     assert not torch.equal(ids[0], ids[1])
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [("AVX512", "avx2"), ("AVX2", "default"), ("DEFAULT", "default"), ("SVE256", "default")],
+)
+def test_the_laws_are_run_with_other_instructions(own, other):
+    assert elsewhere(own) == other

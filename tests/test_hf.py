@@ -7,7 +7,8 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 import cachepress as cp
 from cachepress.cache import stores
 from cachepress.hf import attach
-from tests.tiny import ARCHITECTURES, tiny, tokens
+from tests.bounds import close
+from tests.tiny import ARCHITECTURES, exact_tiny, tiny, tokens
 from tests.tiny_cache import forward, kept, pressed
 
 PRESS = cp.KnormPress(0.5)
@@ -93,7 +94,7 @@ def test_a_foreign_attention_function_is_refused(other):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_eager_and_sdpa_decode_alike(name):
-    model, ids = tiny(name), tokens(30)
+    model, ids = exact_tiny(name), tokens(30)
     logits = []
     for base in ("eager", "sdpa"):
         cp.detach(model)
@@ -105,7 +106,7 @@ def test_eager_and_sdpa_decode_alike(name):
             pytest.skip(f"{name} computes something else under sdpa")
         cache = pressed(model, PRESS, ids)
         logits.append(forward(model, cache, input_ids=tokens(2)).logits)
-    torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-4)
+    close(*logits)
 
 
 def test_two_models_that_share_a_config_do_not_disturb_each_other():

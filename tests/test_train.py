@@ -28,10 +28,13 @@ from cachepress.train import (
     train,
     windows_of,
 )
+from tests.bounds import EXACT, near
 from tests.presses.test_kvzip import reference as kvzip_scores
 from tests.tiny import tiny, tokenizer, tokens, words
 
 WINDOWS = [tokens(30, seed=seed) for seed in range(3)]
+TERMS = 4 * (4 * 32 + 8 + 2 * 30 + 48) + 3 * 30
+"""What is summed in float32 on the way through the model, and over the windows."""
 
 
 def lesson(name="llama", windows=WINDOWS, **options):
@@ -70,9 +73,9 @@ def test_query_stats_are_those_of_all_queries_before_rope_but_the_sinks(name, ch
     for layer, head in product(range(4), range(4)):
         queries = np.concatenate([w[layer][4:, head].double().numpy() for w in by_window])
         mean = found["mean"][layer, head // 2, head % 2]
-        np.testing.assert_allclose(mean, queries.mean(0), atol=1e-5)
+        near(mean, queries.mean(0), torch.float32, terms=TERMS)
         covariance = found["covariance"][layer, head // 2, head % 2]
-        np.testing.assert_allclose(covariance, np.cov(queries.T, bias=True), atol=1e-4, rtol=1e-4)
+        near(covariance, np.cov(queries.T, bias=True), torch.float32, terms=TERMS)
 
 
 def test_query_stats_need_more_than_the_sinks():
@@ -110,9 +113,9 @@ def test_fit_linear_finds_a_linear_relation():
     x, y = x - x.mean(0), y - y.mean(0)
     penalty = 0.01 * np.trace(x.T @ x) / 12
     wanted = np.linalg.solve(x.T @ x + penalty * np.eye(12), x.T @ y).T
-    np.testing.assert_allclose(found["weight"], wanted, atol=1e-5)
+    near(found["weight"], wanted, torch.float32, terms=12)
     bias = targets.numpy().mean(0) - wanted @ hidden.numpy().mean(0)
-    np.testing.assert_allclose(found["bias"], bias, atol=1e-4)
+    near(found["bias"], bias, torch.float32, terms=500 + 12)
 
 
 def test_fit_linear_of_fewer_rows_than_channels_is_finite():
@@ -200,9 +203,9 @@ def test_labels_are_the_scores_of_kvzip_beside_the_hidden_states_of_the_rows(plu
     assert rows.tolist() != sorted(rows.tolist())
     for depth, (states, scores) in enumerate(found):
         every = torch.cat([h[depth] for h in hidden])
-        torch.testing.assert_close(states, every[rows], atol=1e-4, rtol=1e-4)
+        near(states, every[rows], torch.float32, terms=TERMS)
         every = torch.cat([w[depth].mT for w in wanted])
-        torch.testing.assert_close(scores, every[rows], atol=1e-4, rtol=1e-3)
+        near(scores, every[rows], torch.float32, terms=TERMS)
 
 
 def test_no_more_rows_are_held_than_are_fitted(monkeypatch):
@@ -252,7 +255,7 @@ def test_gains_are_the_attention_of_what_follows_in_the_order_of_the_press(monke
             norms = cache.layers[layer].keys[0, head, :30].norm(dim=-1)
             for place, row in enumerate(norms.argsort().tolist()):
                 wanted[layer, head, 100 * place // 30] += worth[row]
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    near(found, wanted, torch.float32, terms=TERMS)
 
 
 def test_gains_of_a_press_that_replays_are_in_the_order_of_its_scores(monkeypatch):
@@ -272,7 +275,7 @@ def test_gains_of_a_press_that_replays_are_in_the_order_of_its_scores(monkeypatc
         sure = (gaps[1:] > 1e-6) & (gaps[:-1] > 1e-6)  # Equal scores may go either way.
         assert sure.sum() >= 25
         ours = found[layer, head, torch.arange(30) * 100 // 30]
-        torch.testing.assert_close(ours[sure], worth[order][sure], atol=1e-5, rtol=1e-4)
+        near(ours[sure], worth[order][sure], torch.float32, terms=TERMS)
 
 
 def test_lukv_wants_a_press():
@@ -304,7 +307,7 @@ def test_the_concave_curve_is_the_one_of_all_chords():
     found = _falling(gains)
     for layer, head in product(range(3), range(2)):
         wanted = hull(gains[layer, head].double().numpy())
-        np.testing.assert_allclose(found[layer, head], wanted, atol=1e-6)
+        near(found[layer, head], wanted, torch.float32, terms=9)
     assert (found.diff(dim=-1) <= 1e-6).all()
 
 
@@ -326,7 +329,7 @@ def test_shares_are_the_best_of_all_there_are(falling):
         total = (100 - percent) * 16 // 100
         every = [c for c in product(range(5), repeat=4) if sum(c) == total]
         assert sum(counts) == total
-        assert value(counts) == pytest.approx(max(value(c) for c in every), abs=1e-5)
+        assert value(counts) == pytest.approx(max(value(c) for c in every), abs=EXACT)
 
 
 def test_curves_fall_with_the_ratio_and_their_totals_are_those_of_equal_shares():
@@ -411,7 +414,7 @@ def test_the_command_writes_what_the_press_reads(model_dir, text, tmp_path, caps
     windows = windows_of(AutoTokenizer.from_pretrained(model_dir), words(100), 80, 20, 3)
     assert len(windows) == 4
     wanted = KINDS["q_filters"](lesson(windows=windows))["filters"]
-    torch.testing.assert_close(load_file(output)["filters"], wanted)
+    near(load_file(output)["filters"], wanted, torch.float32, terms=TERMS)
 
 
 def test_the_command_writes_where_presses_look(model_dir, text, tmp_path, monkeypatch):
