@@ -96,6 +96,7 @@ class Cell:
         self.config, self.folder = config, config.get_results_dir()
         self.digests: dict[str, str] = {}
         self._identity: str | None = None
+        self._keys: dict[tuple[Context, Sample], str] = {}
         self._records: Records | None = None
         self._held = ExitStack()
         self._is_held = False
@@ -156,6 +157,7 @@ class Cell:
         self.digests = {**model, **learned_digests(self.press, name)}
         values = {**self.config.identity(), "digests": self.digests, "schema": SCHEMA}
         self._identity = json.dumps(values, sort_keys=True)
+        self._keys.clear()
 
     def begin(self) -> None:
         """Say what this run is; with ``overwrite``, forget what was there before."""
@@ -214,7 +216,10 @@ class Cell:
     def key(self, context: Context, sample: Sample) -> str:
         """A hash of everything that can change the answer to a sample."""
         assert self._identity is not None, "identify comes first"
-        return _hash([self._identity, *self._asked(context, sample)])
+        if (context, sample) not in self._keys:  # Texts are long, and keys are asked for often.
+            asked = self._asked(context, sample)
+            self._keys[context, sample] = _hash([self._identity, *asked])
+        return self._keys[context, sample]
 
     def _asked(self, context: Context, sample: Sample) -> list[object]:
         """What is asked of the model."""

@@ -358,3 +358,18 @@ def test_prompts_are_those_of_the_file_however_it_is_named(work):
     configs = [EvaluationConfig(dataset="longbench", prompts=name) for name in names]
     assert len({str(config.identity()) for config in configs}) == 1
     assert len({config.get_results_dir() for config in configs}) == 1
+
+
+def test_a_refused_sweep_leaves_no_folder_and_one_left_out_none_either(work, answered):
+    options = {k: v for k, v in CONFIGURED.items() if k in ("output_dir", "device")}
+    config = SweepConfig(
+        presses=["knorm"], ratios=[0.5], datasets=["facts.jsonl"], models=["model"], options=options
+    )
+    with pytest.raises(cp.CachepressError, match="there is room for"):
+        run_sweep(replace(config, options={**options, "max_context_length": 5}), quiet=True)
+    assert not (work / "results").exists()
+    with pytest.raises(cp.CachepressError, match="nothing was learned"):
+        run_sweep(replace(config, presses=["knorm", "qfilter"]), quiet=True)
+    assert not (work / "results").exists()
+    run_sweep(config, quiet=True)
+    assert len(list((work / "results").iterdir())) == 2
