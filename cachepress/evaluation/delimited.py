@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 LONGEST_FIELD = 1 << 30
@@ -55,10 +56,19 @@ def read_delimited(text: str, delimiter: str = ",") -> Delimited:
 
 
 def _distinct(header: list[str]) -> list[str]:
-    for name in header:
-        if name and header.count(name) > 1:
-            raise ValueError(f"line 1: the column {name!r} is there twice")
+    if (name := repeated([name for name in header if name])) is not None:
+        raise ValueError(f"line 1: the column {name!r} is there twice")
     return header
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that is there a second time."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _misfit(line: int, row: int, fields: list[str], header: list[str]) -> str:

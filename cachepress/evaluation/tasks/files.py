@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from cachepress.errors import CachepressError
-from cachepress.evaluation.delimited import read_delimited
+from cachepress.evaluation.delimited import read_delimited, repeated
 from cachepress.evaluation.tasks.base import (
     COLUMNS,
     DEFAULT_LIMIT,
@@ -37,6 +37,7 @@ ALIASES = {"answers": "answer", "all_classes": "choices"}
 LISTS = ("answers", "choices", "all_classes")
 """Columns whose cells are arrays of texts in a CSV file too."""
 SHOWN = 60
+MOST_NAMES = 20
 
 
 @dataclass(frozen=True)
@@ -172,9 +173,7 @@ def _parse(text: str) -> object:
 def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
+        raise ValueError(f"{repeated(name for name, _ in pairs)!r} is there twice")
     return found
 
 
@@ -185,9 +184,8 @@ def _read_parquet(path: Path) -> _Raw:
     try:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"the column {name!r} is there twice")
+        if (twice := repeated(names)) is not None:
+            raise ValueError(f"the column {twice!r} is there twice")
         known = [n for n in (*COLUMNS, *ALIASES, *LAYOUT_COLUMNS) if n in names]
         table = file.read(columns=known)
         columns = {name: _cells(table[name], name) for name in known}
@@ -221,10 +219,17 @@ def _names(raw: _Raw, origin: str) -> dict[str, str]:
     for name in REQUIRED:
         if name not in found:
             raise CachepressError(
-                f"{origin} has no column {name!r}: it has "
-                f"{', '.join(raw.columns) or 'none'}, wanted {', '.join(REQUIRED)}"
+                f"{origin} has no column {name!r}: it has {_listed(list(raw.columns))}, wanted "
+                f"{', '.join(REQUIRED)}"
             )
     return found
+
+
+def _listed(names: list[str]) -> str:
+    """Names of columns, which may be many and hold anything."""
+    shown = [name if name.isprintable() else _shown(name) for name in names[:MOST_NAMES]]
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(name[:SHOWN] for name in shown) + more if names else "none"
 
 
 def _row(raw: _Raw, names: Mapping[str, str], number: int, origin: str) -> Row:

@@ -376,6 +376,17 @@ def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path):
         load_file(path)
 
 
+def test_names_of_columns_that_are_many_or_odd_stay_one_short_line(tmp_path):
+    path = tmp_path / "t.csv"
+    names = ",".join(f"c{i}" + "x" * 500 for i in range(3000))
+    path.write_text(f'"a\nb\x1b[2J",{names}\n{"," * 3000}\n')
+    with pytest.raises(
+        cp.CachepressError, match=r"it has 'a\\nb\\x1b.*and 2981 more, wanted"
+    ) as found:
+        load_file(path)
+    assert len(str(found.value)) < 1600 + len(str(path)) and "\n" not in str(found.value)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(cp.CachepressError, match="does not exist"):
         load_file(tmp_path / "no.csv")
