@@ -1,9 +1,9 @@
 """Budgets: how many rows stay, and who competes for them."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from math import floor
+from math import ceil, floor
 from typing import Protocol
 
 import torch
@@ -74,15 +74,20 @@ class Bytes:
     """As many rows as fit into a number of bytes, allocated for the whole cache.
 
     The bytes are those of all layers that are compressed and all sequences, unused slots and
-    positions included, when the cache was just compressed.
+    positions included, when the cache was just compressed, and while tokens are decoded after it if
+    there is ``room`` for them.
 
     Attributes:
         limit: bytes.
         uneven: whether heads end up with numbers of their own, each with a page that is not full.
+        room: tokens that are decoded before the cache is compressed again.
+        most: rows that no head exceeds, whatever fits; None for no such number.
     """
 
     limit: int
     uneven: bool = False
+    room: int = 0
+    most: Amount | None = None
 
     def rows(self, view: LayerView) -> Tensor:
         """Rows for each head, ``[B]``, on average.
@@ -92,18 +97,25 @@ class Bytes:
         """
         b, h = view.keys.shape[:2]
         heads = b * h * view.n_layers
-        each, fixed = view.row_bytes
+        each, fixed = view.row_bytes.each, view.row_bytes.fixed
+        fixed += view.row_bytes.decoded(self.room) if self.room else 0
+        if self.uneven or len(view.n_seen.unique()) > 1:
+            fixed += _SPAN_INDEX + _PAGE_INDEX * (PAGE - 1) / PAGE
+            each += _PAGE_INDEX / PAGE
         if self.uneven:
-            each, fixed = each + _PAGE_INDEX / PAGE, fixed + (PAGE - 1) * each + _SPAN_INDEX
-        rows = floor((self.limit / heads - fixed) / each)
-        rows = rows if self.uneven else rows // PAGE * PAGE
+            fixed += (PAGE - 1) * view.row_bytes.each
+        step = 1 if self.uneven else PAGE
+        # The nudge is far above the rounding of a double, and far below a row.
+        rows = floor((self.limit / heads - fixed) / (each * step) + 1e-9) * step
         if rows < 1:
             raise CachepressError(
                 f"max_bytes: got {self.limit}, wanted at least "
-                f"{floor(heads * (fixed + PAGE * each)) + 1} for {view.n_layers} layers of {b} "
+                f"{ceil(heads * (fixed + step * each))} for {view.n_layers} layers of {b} "
                 f"sequences and {h} KV heads: rows are allocated by {PAGE}"
+                + (f", and {self.room} more are decoded" if self.room else "")
             )
-        return view.n_seen.clamp(max=rows)
+        found = view.n_seen.clamp(max=rows)
+        return found if self.most is None else found.minimum(self.most.rows(view))
 
 
 @dataclass(frozen=True)
@@ -146,9 +158,18 @@ class Pyramid:
         return torch.tensor(rows, device=view.n_seen.device).view_as(view.n_seen)
 
     def _rows(self, average: int, seen: int, depth: int, n_layers: int) -> int:
-        if n_layers == 1:
+        if n_layers == 1 or average >= seen:
             return average
-        least = min(average, max(Fraction(average, self.beta), Fraction(self.window)))
+        if isinstance(self.amount, Bytes) and not self.amount.uneven and not average % PAGE:
+            # Every layer would round up to whole pages, and all of them exceed the limit.
+            pages = self._shared(average // PAGE, -(-seen // PAGE), PAGE, depth, n_layers)
+            return min(pages * PAGE, seen)
+        return self._shared(average, seen, 1, depth, n_layers)
+
+    def _shared(self, average: int, seen: int, unit: int, depth: int, n_layers: int) -> int:
+        """What a layer gets, all numbers but those of the press in units of so many rows."""
+        least = max(Fraction(average, self.beta), Fraction(self.window, unit), Fraction(1))
+        least = min(Fraction(average), least)
         most = min(2 * average - least, Fraction(seen))
         step = 2 * (most - average) / (n_layers - 1)
 
@@ -182,8 +203,7 @@ class TopK:
         """Rows that each head keeps, ``[B]``, on average where heads compete."""
         if self.scope == "head":
             return self.amount.rows(view).clamp(min=1)
-        amount = self.amount
-        return (replace(amount, uneven=True) if isinstance(amount, Bytes) else amount).rows(view)
+        return with_bytes(self.amount, uneven=True).rows(view)
 
     def holds_all(self, valid: Tensor, n_kept: Tensor) -> bool:
         """Whether there is room for every row."""
@@ -205,6 +225,36 @@ class TopK:
         everything = wide(scores).masked_fill(safe, float("inf")).flatten(1)[:, None]
         total = counts.expand(-1, scores.shape[1], -1).sum(1, keepdim=True).round().clamp(min=1)
         return best(everything, valid.flatten(1)[:, None], total).view_as(valid)
+
+
+def bytes_of(amount: Amount) -> Bytes | None:
+    """The number of bytes that an amount is made from; None if it is from none."""
+    if isinstance(amount, Bytes):
+        return amount
+    found = (bytes_of(inner) for parts in _inner(amount).values() for inner in parts)
+    return next((limit for limit in found if limit is not None), None)
+
+
+def with_bytes(amount: Amount, uneven: bool) -> Amount:
+    """The amount with the number of bytes in it, if there is one, for heads of uneven lengths."""
+    if isinstance(amount, Bytes):
+        return replace(amount, uneven=uneven)
+    changed: dict[str, object] = {}
+    for name, parts in _inner(amount).items():
+        new = tuple(with_bytes(part, uneven) for part in parts)
+        changed[name] = new if isinstance(getattr(amount, name), tuple) else new[0]
+    return replace(amount, **changed) if changed else amount  # pyright: ignore[reportArgumentType]
+
+
+def _inner(amount: Amount) -> dict[str, tuple[Amount, ...]]:
+    """The amounts that an amount is made from, by the names of its fields."""
+    found: dict[str, tuple[Amount, ...]] = {}
+    for field in fields(amount):  # pyright: ignore[reportArgumentType]
+        value = getattr(amount, field.name)
+        parts = value if isinstance(value, tuple) else (value,)
+        if parts and all(hasattr(part, "rows") for part in parts):
+            found[field.name] = parts
+    return found
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ class CacheSize:
     """What a cache saw and holds, over its compressed layers, measured from storage.
 
     Attributes:
-        bytes_before: bytes allocated just before the last rows were dropped.
+        bytes_before: bytes of the keys and values that an uncompressed cache of the same text
+            would hold, padding included: their shapes times the size of their dtype.
         bytes_after: bytes allocated now, slack and bookkeeping included.
         rows_seen: rows that an uncompressed cache would hold, padding included.
         rows_held: rows that are held.
@@ -57,8 +58,7 @@ def size_of(cache: Cache) -> CacheSize:
     for layer in cache.layers:
         own = _tensors(layer)
         tensors += own
-        earlier = layer.bytes_before if isinstance(layer, Store) else None
-        before += allocated_bytes(own) if earlier is None else earlier
+        before += layer.whole_nbytes if isinstance(layer, Store) else sum(x.nbytes for x in own)
         seen, held = _rows(layer)
         rows_seen, rows_held = rows_seen + seen, rows_held + held
     if not rows_seen:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachepress.forward import Forward, RowBytes, Rows
+from cachepress.forward import Forward, Rows
 from cachepress.ops import gather, valid_last, wide
 from cachepress.replay import Replay, ReplayView
 from cachepress.trace import Trace
-from cachepress.view import LayerView, Needs
+from cachepress.view import LayerView, Needs, RowBytes
 
 
 class Turn(NamedTuple):
@@ -140,6 +140,10 @@ class Store(Protocol):
         """Bytes that the kept rows of a head will need."""
         ...
 
+    def restore(self) -> None:
+        """Hold rows as they came, without a free slot, if none was ever dropped."""
+        ...
+
     @property
     def recodes(self) -> bool:
         """Whether rows that are kept are stored in another form than they came in."""
@@ -180,8 +184,7 @@ def settle(press: Press, store: Store, forward: Forward, trace: Trace) -> Pendin
         The scored layer, if it competes with the others of the model; else None.
     """
     budget = press.budget
-    row_bytes = store.row_bytes(forward.rows, press.compacts, press.carries)
-    view = replace(_table(forward), row_bytes=row_bytes)
+    view = replace(_table(forward), row_bytes=_row_bytes(press, store, forward))
     n_kept = budget.count(view)
     average = n_kept if n_kept.ndim == 1 else n_kept.double().mean(-1)
     view = replace(view, n_kept=average)
@@ -189,6 +192,8 @@ def settle(press: Press, store: Store, forward: Forward, trace: Trace) -> Pendin
     if idle and budget.scope != "model":
         if store.recodes or not bool(view.valid.all()):
             _drop(press, store, view, view.valid, forward.text_valid)
+        else:
+            store.restore()
         return None
     view = trace.show(view, forward)
     scores = press.score(view)
@@ -197,6 +202,15 @@ def settle(press: Press, store: Store, forward: Forward, trace: Trace) -> Pendin
     mask = budget.select(scores, view.valid, n_kept)
     _drop(press, store, view, mask, forward.text_valid)
     return None
+
+
+def _row_bytes(press: Press, store: Store, forward: Forward) -> RowBytes:
+    """What a row of a head costs, the share of a head in what is known of padding included."""
+    bytes_of = store.row_bytes(forward.rows, press.compacts, press.carries)
+    if forward.text_valid is None:
+        return bytes_of
+    heads = forward.rows.keys.shape[0] * forward.rows.keys.shape[1] * forward.n_layers
+    return bytes_of._replace(fixed=bytes_of.fixed + forward.text_valid.nbytes / heads)
 
 
 def settle_together(press: Press, layers: list[Pending]) -> None:

@@ -5,7 +5,6 @@ Shape letters are explained in ``cachepress.view``.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,18 +40,6 @@ class Rows:
             return self.positions
         b, h, t, _ = self.keys.shape
         return torch.arange(t, dtype=torch.int32, device=self.keys.device).expand(b, h, t)
-
-
-class RowBytes(NamedTuple):
-    """What the kept rows of a head cost.
-
-    Attributes:
-        each: bytes of a row.
-        fixed: bytes that do not depend on the number of rows.
-    """
-
-    each: float
-    fixed: float
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Shape letters, used at the end of lines where shapes change:
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -113,6 +113,20 @@ class Moments:
     covariance: Tensor
 
 
+class RowBytes(NamedTuple):
+    """What the kept rows of a head cost.
+
+    Attributes:
+        each: bytes of a row.
+        fixed: bytes that do not depend on the number of rows.
+        decoded: the most bytes for a number of tokens that are decoded after it.
+    """
+
+    each: float
+    fixed: float
+    decoded: Callable[[int], float] = float
+
+
 @dataclass(frozen=True)
 class LayerView:
     """One layer's table of rows, as a scorer sees it: rows are tokens in text order.
@@ -162,7 +176,7 @@ class LayerView:
     layer: int
     depth: int
     n_layers: int
-    row_bytes: tuple[float, float]
+    row_bytes: RowBytes
     rule: AttentionRule
     queries: Tensor | None = None
     voters: Tensor | None = None

@@ -53,8 +53,8 @@ class Answer:
         press_seconds: time of it that the press added; None where it was not measured.
         step_seconds: median time of decoding one token of one sequence after the context; None
             where it was not measured.
-        bytes_before: bytes of the cache just before rows were dropped.
-        bytes_after: bytes after.
+        bytes_before: bytes that an uncompressed cache of the context holds.
+        bytes_after: bytes that the compressed one has allocated.
         rows_seen: rows that an uncompressed cache holds.
         rows_held: rows that are held.
         peak_memory_bytes: the most memory that the process had needed by then; None where others
@@ -65,6 +65,9 @@ class Answer:
             not asked for.
         nll: negative log-likelihood in nats a token of the first accepted text; None where the
             metric does not ask for it.
+        step_seconds_low: first quartile of the times whose median is ``step_seconds``; None in old
+            records.
+        step_seconds_high: their third quartile.
     """
 
     predicted_answer: str
@@ -83,6 +86,8 @@ class Answer:
     nll: float | None = None
     cut_tokens: int | None = None
     prompts: str | None = None
+    step_seconds_low: float | None = None
+    step_seconds_high: float | None = None
 
 
 class Cell:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +19,7 @@ from cachepress.decode import Forced, force, generate
 from cachepress.errors import CachepressError
 from cachepress.evaluation.cell import Answer, Cell
 from cachepress.evaluation.samples import Context
-from cachepress.evaluation.speed import CONTEXTS, peak_memory, step_seconds
+from cachepress.evaluation.speed import CONTEXTS, StepSeconds, peak_memory, step_seconds
 from cachepress.evaluation.tasks.base import PERPLEXITY
 from cachepress.hf import has_only_full_attention
 from cachepress.hf.observation import prepared
@@ -59,7 +59,7 @@ class _Fork:
     size: CacheSize
     prefill_seconds: float
     press_seconds: float | None
-    step_seconds: float | None = None
+    step: StepSeconds | None = None
 
     @property
     def shared(self) -> bool:
@@ -258,8 +258,7 @@ class Reader:
             size = size_of(ordinary(survey.cache))
             return _Fork(cell, fork(survey.cache), size, survey.seconds, 0.0)
         cache, seconds = survey.settled(cell.press, cell.config.storage)
-        size = replace(size_of(cache), bytes_before=survey.whole_bytes)
-        return _Fork(cell, cache, size, survey.seconds + seconds, seconds)
+        return _Fork(cell, cache, size_of(cache), survey.seconds + seconds, seconds)
 
     def _batches(
         self, survey: Survey, cells: Sequence[Cell], context: Context
@@ -302,8 +301,8 @@ class Reader:
             )
             for left in forks
         ]
-        for left, seconds in zip(forks, step_seconds(self.model, pairs), strict=True):
-            left.step_seconds = seconds
+        for left, step in zip(forks, step_seconds(self.model, pairs), strict=True):
+            left.step = step
 
     def _reference(self, cache: Cache, prompt: Prompt, context: Context) -> _Reference:
         limits = [sample.max_new_tokens for sample in context.samples]
@@ -408,7 +407,9 @@ class Reader:
                 prompts=left.cell.config.prompts_label if left.cell else None,
                 prefill_seconds=left.prefill_seconds,
                 press_seconds=left.press_seconds,
-                step_seconds=left.step_seconds,
+                step_seconds=None if left.step is None else left.step.median,
+                step_seconds_low=None if left.step is None else left.step.low,
+                step_seconds_high=None if left.step is None else left.step.high,
                 bytes_before=left.size.bytes_before,
                 bytes_after=left.size.bytes_after,
                 rows_seen=left.size.rows_seen,

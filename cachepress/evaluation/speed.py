@@ -5,6 +5,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -19,10 +20,18 @@ CONTEXTS = 1
 STEPS = 8
 
 
+class StepSeconds(NamedTuple):
+    """Seconds of a decoded token: the median of several, and their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
 def step_seconds(
     model: PreTrainedModel, caches: Sequence[tuple[Cache, BasePress | None]]
-) -> list[float]:
-    """Median seconds of a decoded token after each cache, taken in turns.
+) -> list[StepSeconds]:
+    """Seconds of a decoded token after each cache, taken in turns.
 
     Args:
         model: the model.
@@ -39,7 +48,8 @@ def step_seconds(
                     seconds = timed_step(model, token, cache)
                 if step:  # The first one allocates.
                     found.append(seconds)
-    return [statistics.median(found) for found in times]
+    quartiles = [statistics.quantiles(found, n=4, method="inclusive") for found in times]
+    return [StepSeconds(median, low, high) for low, median, high in quartiles]
 
 
 def peak_memory(device: torch.device) -> int:

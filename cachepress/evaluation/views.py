@@ -17,10 +17,11 @@ from cachepress.evaluation.tasks.base import PERPLEXITY, UNSCORED, Report
 logger = logging.getLogger(__name__)
 _NUMBERS = (
     *("context_tokens", "prefill_seconds", "press_seconds", "step_seconds", "bytes_before"),
+    *("step_seconds_low", "step_seconds_high"),
     *("bytes_after", "rows_seen", "rows_held", "peak_memory_bytes", "cut_tokens"),
 )
 """Costs of a context; where each question has a reading of its own, of one reading."""
-RECORDED_LATER = ("cut_tokens", "prompts")
+RECORDED_LATER = ("cut_tokens", "prompts", "step_seconds_low", "step_seconds_high")
 """Fields that the oldest records do not have."""
 
 
@@ -158,7 +159,11 @@ def _costs(predictions: pd.DataFrame) -> dict[str, object]:
         numbers = contexts[column].dropna()
         return statistics.median(numbers) if len(numbers) else None
 
-    step, peak = median("step_seconds"), contexts["peak_memory_bytes"]
+    def speed(column: str) -> float | None:
+        step = median(column)
+        return 1 / step if step else None
+
+    peak = contexts["peak_memory_bytes"]
     return {
         "compression_ratio": 1 - float(contexts["rows_held"].sum() / contexts["rows_seen"].sum()),
         "cache_bytes_before": float(contexts["bytes_before"].mean()),
@@ -167,7 +172,9 @@ def _costs(predictions: pd.DataFrame) -> dict[str, object]:
         **_cuts(contexts["cut_tokens"]),
         "prefill_seconds": median("prefill_seconds"),
         "press_seconds": median("press_seconds"),
-        "decode_tokens_per_second": None if not step else 1 / step,
+        "decode_tokens_per_second": speed("step_seconds"),
+        "decode_tokens_per_second_low": speed("step_seconds_high"),
+        "decode_tokens_per_second_high": speed("step_seconds_low"),
         "peak_memory_bytes": None if peak.isna().all() else int(peak.max()),
         "machine": ", ".join(sorted(set(predictions["machine"]))),
     }

@@ -136,7 +136,7 @@ class Survey:
         self.seconds = time.perf_counter() - start - self.note_seconds
         for store in stores(self.cache):
             READ_WHOLE.discard(store)
-        self.whole_bytes = size_of(self.cache).bytes_after
+        self.whole_bytes = size_of(self.cache).bytes_before
 
     def settled(self, press: "BasePress", storage: str | Codec = "full") -> tuple[Cache, float]:
         """The cache that a press leaves, and the seconds that it adds to the reading.

@@ -38,14 +38,16 @@ class Run:
         kl: divergence from the answers without a press; None if not measured.
         perplexity: of the wanted answers; None if not measured.
         achieved: fraction of pairs that are gone, measured.
-        bytes_before: bytes of the cache before compression.
-        bytes_after: bytes of the cache after it.
+        bytes_before: bytes that an uncompressed cache of the text holds.
+        bytes_after: bytes that the compressed one has allocated.
         context_tokens: tokens of a context.
         cut_contexts: contexts that were cut, as they were too long; None if that is not known.
         cut_tokens: tokens of them that are gone.
         prefill_seconds: seconds of reading a context, compression included.
         press_seconds: the part of it that the press added; None if not measured.
-        speed: decoded tokens per second; None if not measured.
+        speed: decoded tokens per second, the median; None if not measured.
+        speed_low: its first quartile; None if not known.
+        speed_high: its third quartile.
         peak_bytes: most memory in use; None if not measured.
         machine: what it ran on.
         predictions: a row for each sample, by sample id.
@@ -72,6 +74,8 @@ class Run:
     prefill_seconds: float
     press_seconds: float | None
     speed: float | None
+    speed_low: float | None
+    speed_high: float | None
     peak_bytes: float | None
     machine: str
     predictions: pd.DataFrame
@@ -128,6 +132,8 @@ def read_cell(folder: Path) -> Run:
         prefill_seconds=metrics.number("prefill_seconds"),
         press_seconds=metrics.number_or_none("press_seconds"),
         speed=metrics.number_or_none("decode_tokens_per_second"),
+        speed_low=metrics.number_or_none("decode_tokens_per_second_low"),
+        speed_high=metrics.number_or_none("decode_tokens_per_second_high"),
         peak_bytes=metrics.number_or_none("peak_memory_bytes"),
         machine=metrics.text("machine", ""),
         predictions=_predictions(folder / PREDICTIONS),

@@ -39,6 +39,7 @@ class Entry:
         versus: how it differs from ``base``; None if they share no scored sample.
         same: share of samples with the very same answer as ``base``; None if they share none.
         fronts: whether it is on the Pareto front, by quality and cost.
+        leads: whether none is better in both by their means, whatever the intervals, the same way.
     """
 
     cell: Run
@@ -50,6 +51,7 @@ class Entry:
     versus: Paired | None
     same: float | None
     fronts: Mapping[tuple[str, str], bool]
+    leads: Mapping[tuple[str, str], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,14 +175,14 @@ def _entries(cells: list[Run], bases: Mapping[str, Run]) -> list[Entry]:
     together = [*guests.values(), *cells]
     together.sort(key=lambda cell: (cell.press != NO_PRESS, cell.press, cell.ratio, cell.folder))
     kept = {cell.folder: _kept(cell, base_of.get(cell.folder, cell)) for cell in together}
-    fronts = {
-        (quality, cost): _front(together, kept, quality, cost)
-        for quality in QUALITIES
-        for cost in COSTS
-    }
+    keys = [(quality, cost) for quality in QUALITIES for cost in COSTS]
+    leads = {key: _leading(_points(together, kept, *key)) for key in keys}
+    fronts = {key: _front(points) for key, points in leads.items()}
     notes = {name: _difference(guest, cells[0]) for name, guest in guests.items()}
     return [
-        _entry(cell, base_of.get(cell.folder), notes.get(cell.folder), kept[cell.folder], fronts)
+        _entry(
+            cell, base_of.get(cell.folder), notes.get(cell.folder), kept[cell.folder], fronts, leads
+        )
         for cell in together
     ]
 
@@ -190,7 +192,8 @@ def _entry(
     base: Run | None,
     note: str | None,
     kept: float,
-    fronts: Mapping[tuple[str, str], set[str]],
+    fronts: Mapping[tuple[str, str], Sequence["_Point"]],
+    leads: Mapping[tuple[str, str], Sequence["_Point"]],
 ) -> Entry:
     name = cell.press if note is None else f"{cell.press} ({note})"
     other = None if base is cell else base
@@ -203,7 +206,8 @@ def _entry(
         kept=kept,
         versus=None if other is None else _versus(cell, other),
         same=None if other is None else _same(cell.predictions, other.predictions),
-        fronts={key: cell.folder in members for key, members in fronts.items()},
+        fronts=_membership(cell, fronts),
+        leads=_membership(cell, leads),
     )
 
 
@@ -219,7 +223,7 @@ def _difference(guest: Run, own: Run) -> str:
 
 def _kept(cell: Run, base: Run | None) -> float:
     """Share of the bytes; of the cell's own before compression where nothing else was measured."""
-    whole = cell.bytes_before if base is None else base.bytes_after
+    whole = (cell if base is None else base).bytes_before
     return cell.bytes_after / whole if whole else math.nan
 
 
@@ -241,16 +245,79 @@ def quality_of(cell: Run, quality: str) -> Estimate | None:
     return {"score": cell.score, "kl": cell.kl, "perplexity": cell.perplexity}[quality]
 
 
-def _front(cells: Sequence[Run], kept: Mapping[str, float], quality: str, cost: str) -> set[str]:
-    """Folders of the cells that no other one beats in both quality and cost."""
-    points: dict[str, tuple[float, float]] = {}
+def _membership(
+    cell: Run, members: Mapping[tuple[str, str], Sequence["_Point"]]
+) -> dict[tuple[str, str], bool]:
+    """Whether a cell is among the members, by quality and cost."""
+    return {key: cell.folder in {p.folder for p in points} for key, points in members.items()}
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A run as a front sees it: a quality and a cost, more of both being better, and their ends.
+
+    Attributes:
+        quality: mean, low and high.
+        thrift: the same of what it does not cost.
+    """
+
+    folder: str
+    quality: tuple[float, float, float]
+    thrift: tuple[float, float, float]
+
+
+def _points(
+    cells: Sequence[Run], kept: Mapping[str, float], quality: str, cost: str
+) -> list[_Point]:
+    """The runs that have both, the thriftiest first."""
+    points = []
     for cell in cells:
         estimate = quality_of(cell, quality)
-        price = kept[cell.folder] if cost == "kept" else -(finite(cell.speed) or math.nan)
-        if estimate is not None and math.isfinite(estimate.mean) and math.isfinite(price):
-            points[cell.folder] = (estimate.mean * (1 if quality == "score" else -1), price)
-    return {
-        name
-        for name, (good, price) in points.items()
-        if not any(g >= good and p <= price and (g, p) != (good, price) for g, p in points.values())
-    }
+        if estimate is None:
+            continue
+        good = _ends(estimate.mean, estimate.low, estimate.high, quality != "score")
+        thrift = _ends(kept[cell.folder], kept[cell.folder], kept[cell.folder], True)
+        if cost == "speed":
+            thrift = _ends(cell.speed, cell.speed_low, cell.speed_high, False)
+        if math.isfinite(good[0]) and math.isfinite(thrift[0]):
+            points.append(_Point(cell.folder, good, thrift))
+    return sorted(points, key=lambda point: (-point.thrift[0], -point.quality[0]))
+
+
+def _ends(
+    mean: float | None, low: float | None, high: float | None, less_is_better: bool
+) -> tuple[float, float, float]:
+    """Mean, low and high as numbers of which more is better; an unknown end may be anywhere."""
+    if mean is None:
+        return (math.nan, math.nan, math.nan)
+    low = -math.inf if finite(low) is None else low
+    high = math.inf if finite(high) is None else high
+    assert low is not None and high is not None
+    return (-mean, -high, -low) if less_is_better else (mean, low, high)
+
+
+def _leading(points: Sequence[_Point]) -> list[_Point]:
+    """The points that no other one beats in the means of quality and cost."""
+    means = [(point.quality[0], point.thrift[0]) for point in points]
+    return [
+        point
+        for point, (good, thrift) in zip(points, means, strict=True)
+        if not any(g >= good and t >= thrift and (g, t) != (good, thrift) for g, t in means)
+    ]
+
+
+def _front(leading: Sequence[_Point]) -> list[_Point]:
+    """The points of those leading that can be told apart, the thriftiest first.
+
+    Going from the thriftiest to the best, a point is taken if its quality is above that of the one
+    taken before it, with intervals that do not overlap. Where their costs overlap, the better one
+    alone stays. A single point is no front.
+    """
+    taken: list[_Point] = []
+    for point in leading:
+        if taken and point.quality[1] <= taken[-1].quality[2]:
+            continue
+        while taken and point.thrift[2] >= taken[-1].thrift[1]:
+            taken.pop()
+        taken.append(point)
+    return taken if len(taken) > 1 else []

@@ -104,11 +104,14 @@ def _scatter(
     for number, press in enumerate(panel.presses, start=-(NO_PRESS in panel.presses)):
         entries = [entry for entry in drawn if entry.cell.press == press]
         if entries:
-            _line(ax, press, number, [(place(e), quality_of(e.cell, quality)) for e in entries])
+            noise = [_noise(e) if cost == "speed" else (0.0, 0.0) for e in entries]
+            points = [(place(e), quality_of(e.cell, quality)) for e in entries]
+            _line(ax, press, number, points, noise)
     front = [e for e in drawn if e.fronts[quality, cost]]
     points = sorted((place(e), quality_of(e.cell, quality).mean) for e in front)
-    ax.plot(*zip(*points, strict=True), ":", color="0.4", linewidth=1, label="Pareto front")
-    ax.plot(*zip(*points, strict=True), "o", color="0.2", mfc="none", markersize=10, zorder=1)
+    if points:
+        ax.plot(*zip(*points, strict=True), ":", color="0.4", linewidth=1, label="Pareto front")
+        ax.plot(*zip(*points, strict=True), "o", color="0.2", mfc="none", markersize=10, zorder=1)
     ax.set_xlabel(label)
     ax.set_ylabel(QUALITIES[quality])
     if cost == "kept":
@@ -126,9 +129,25 @@ def _first_quality(panel: Panel) -> str | None:
     return None
 
 
-def _line(ax: Axes, press: str, number: int, points: list[tuple[float, Estimate]]) -> None:
+def _noise(entry: Entry) -> tuple[float, float]:
+    """How far the quartiles of a speed are from its median; 0 where they are not known."""
+    cell = entry.cell
+    speed, low, high = finite(cell.speed), finite(cell.speed_low), finite(cell.speed_high)
+    if speed is None or low is None or high is None:
+        return 0.0, 0.0
+    return max(0.0, speed - low), max(0.0, high - speed)
+
+
+def _line(
+    ax: Axes,
+    press: str,
+    number: int,
+    points: list[tuple[float, Estimate]],
+    noise: list[tuple[float, float]],
+) -> None:
     """A press over its ratios; an interval that is not known is left out."""
-    points = sorted(points, key=lambda point: point[0])
+    order = sorted(range(len(points)), key=lambda i: points[i][0])
+    points, noise = [points[i] for i in order], [noise[i] for i in order]
     x, means = [place for place, _ in points], [estimate.mean for _, estimate in points]
     halves = [
         (e.mean - e.low, e.high - e.mean) if finite(e.low) is not None else (0.0, 0.0)
@@ -138,6 +157,7 @@ def _line(ax: Axes, press: str, number: int, points: list[tuple[float, Estimate]
         x,
         means,
         yerr=list(zip(*halves, strict=True)),
+        xerr=list(zip(*noise, strict=True)) if any(sum(ends) for ends in noise) else None,
         label=shorten(press),
         color="0.1" if press == NO_PRESS else COLOURS[number % len(COLOURS)],
         marker="*" if press == NO_PRESS else MARKERS[number % len(MARKERS)],

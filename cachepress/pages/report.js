@@ -23,7 +23,7 @@ const COSTS = {
   speed: { title: "decoded tokens per second", form: "", range: "normal" },
 };
 const NAMES = { score: "score", kl: "KL divergence", perplexity: "perplexity" };
-const SHOWN = { all: "all presses", front: "presses on a Pareto front", none: "no_press alone" };
+const SHOWN = { all: "all presses", front: "presses that none beats by its means", none: "no_press alone" };
 const AT_ONCE = 50;
 /* More presses than this are a tangle: only those on a front are shown at first. */
 const MOST_PRESSES = 12;
@@ -79,7 +79,9 @@ function hoverOf(cell) {
     ...(cell.difference ? [`vs no_press ${estimate(cell.difference)}`] : []),
     `cache ${mib(cell.before)} → ${mib(cell.after)}, ${number(cell.kept * 100, 1)} % kept`,
     `prefill ${number(cell.prefill, 2)} s, press ${number(cell.added, 3)} s`,
-    `${number(cell.speed, 1)} tokens/s`,
+    cell.speed_low === null || cell.speed_high === null ? `${number(cell.speed, 1)} tokens/s`
+      : `${number(cell.speed, 1)} tokens/s (quartiles ${number(cell.speed_low, 1)} to `
+        + `${number(cell.speed_high, 1)})`,
   ];
   return lines.join("<br>");
 }
@@ -99,6 +101,21 @@ function bars(cells, quality, color) {
   };
 }
 
+/* The quartiles of a speed; bytes are exact. */
+function quartiles(cells, cost, color) {
+  if (cost !== "speed") return { visible: false };
+  const known = (c) => c.speed_low !== null && c.speed_high !== null;
+  return {
+    type: "data",
+    symmetric: false,
+    color,
+    thickness: 1,
+    width: 3,
+    array: cells.map((c) => (known(c) ? Math.max(0, c.speed_high - c.speed) : 0)),
+    arrayminus: cells.map((c) => (known(c) ? Math.max(0, c.speed - c.speed_low) : 0)),
+  };
+}
+
 function pressTrace(panel, press, cells, cost, quality) {
   const look = lookOf(panel, press);
   const unknown = (c) => (c.qualities[quality].low === null ? "±?" : "");
@@ -113,6 +130,7 @@ function pressTrace(panel, press, cells, cost, quality) {
     hovertext: cells.map(hoverOf),
     hoverinfo: "text",
     error_y: bars(cells, quality, look.color),
+    error_x: quartiles(cells, cost, look.color),
     line: { color: look.color, dash: look.dash, width: 1.5 },
     marker: { color: look.color, symbol: look.symbol, size: press === "no_press" ? 13 : 9 },
   };
@@ -247,9 +265,9 @@ function drawScatters(view) {
   Object.keys(COSTS).forEach((cost) => drawScatter(view, cost));
 }
 
-function isOnFront(panel, press, quality) {
+function leads(panel, press, quality) {
   return panel.cells.some(
-    (c) => c.press === press && Object.values(c.fronts).some((on) => on.includes(quality)),
+    (c) => c.press === press && c.leads.includes(quality),
   );
 }
 
@@ -260,7 +278,7 @@ function choosePresses(view) {
   if (which === "all") return;
   panel.presses
     .filter((press) => press !== "no_press")
-    .filter((press) => which === "none" || !isOnFront(panel, press, quality))
+    .filter((press) => which === "none" || !leads(panel, press, quality))
     .forEach((press) => hidden.add(press));
 }
 

@@ -141,6 +141,8 @@ def _entry_data(entry: Entry) -> dict[str, object]:
         "achieved": cell.achieved,
         "kept": finite(entry.kept),
         "speed": finite(cell.speed),
+        "speed_low": finite(cell.speed_low),
+        "speed_high": finite(cell.speed_high),
         "before": cell.bytes_before,
         "after": cell.bytes_after,
         "prefill": cell.prefill_seconds,
@@ -150,6 +152,7 @@ def _entry_data(entry: Entry) -> dict[str, object]:
         "fronts": {
             cost: [name for name in QUALITIES if entry.fronts[name, cost]] for cost in COSTS
         },
+        "leads": [name for name in QUALITIES if any(entry.leads[name, cost] for cost in COSTS)],
         "needle": None if (grid := needle_of(cell)) is None else asdict(grid),
     }
 

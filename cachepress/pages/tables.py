@@ -144,8 +144,19 @@ _MEASURED = (
     _estimate(
         "perplexity", "Perplexity of the wanted, 95 % interval.", lambda e: e.cell.perplexity
     ),
-    _number("MiB before", "Cache before compression.", lambda e: _mib(e.cell.bytes_before), ".1f"),
-    _number("MiB after", "Cache after it.", lambda e: _mib(e.cell.bytes_after), ".1f", True),
+    _number(
+        "MiB before",
+        "Of an uncompressed cache.",
+        lambda e: _mib(e.cell.bytes_before),
+        ".1f",
+    ),
+    _number(
+        "MiB after",
+        "What is allocated.",
+        lambda e: _mib(e.cell.bytes_after),
+        ".1f",
+        True,
+    ),
     _number(
         "prefill s", "Median, compression included.", lambda e: e.cell.prefill_seconds, ".2f", True
     ),
@@ -156,7 +167,7 @@ _MEASURED = (
     _number("cut tokens", "Tokens of contexts that were cut.", lambda e: e.cell.cut_tokens, ",.0f"),
     _number("samples", "Number of samples.", _size(lambda estimate: estimate.samples), ".0f"),
     _number("contexts", "Number of contexts.", _size(lambda estimate: estimate.contexts), ".0f"),
-    _text("Pareto front", "By score: no other is better in both.", _fronts),
+    _text("Pareto front", "By score, among those that can be told apart.", _fronts),
 )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from cachepress.budgets import Fixed, Ratio, TopK, check_ratio
+from cachepress.budgets import Amount, Fixed, Ratio, TopK, bytes_of, check_ratio
 from cachepress.core import Schedule
 from cachepress.errors import CachepressError
 from cachepress.presses.base import (
@@ -46,6 +46,13 @@ class _WhileDecodingPress(WrapperPress):
         """After the prompt, and whenever ``compression_interval`` tokens came."""
         return Every(self.compression_interval)
 
+    def _within(self, amount: Amount) -> Amount:
+        """The amount, and no more than the bytes of the inner press hold until the next time."""
+        limit = bytes_of(counted(self).amount)
+        if limit is None:
+            return amount
+        return replace(limit, room=self.compression_interval, most=amount)
+
     @property
     def buffer(self) -> int:
         """Decoded queries that are held for the score."""
@@ -62,7 +69,8 @@ class DecodingPress(_WhileDecodingPress, alias="decoding"):
     inner press needs. Best for long answers in bounded memory.
 
     Attributes:
-        press: the press that scores; its own ratio does not count.
+        press: the press that scores; its own ratio does not count. Its ``max_bytes`` holds all the
+            time, whatever ``target_size`` says.
         compression_interval: decoded tokens between two compressions.
         target_size: rows that each head keeps, on average where heads compete.
         hidden_states_buffer_size: most decoded queries that a score can look at.
@@ -96,7 +104,7 @@ class DecodingPress(_WhileDecodingPress, alias="decoding"):
     @property
     def budget(self) -> TopK:
         """``target_size`` rows, for those who compete under the inner press."""
-        return replace(counted(self), amount=Fixed(self.target_size))
+        return replace(counted(self), amount=self._within(Fixed(self.target_size)))
 
     @property
     def compression_ratio(self) -> None:
@@ -115,7 +123,8 @@ class CompressionRatioDecodingPress(_WhileDecodingPress, alias="compression_rati
     Needs what the inner press needs. Best for long answers whose memory may grow, but slower.
 
     Attributes:
-        press: the press that scores; its own ratio does not count.
+        press: the press that scores; its own ratio does not count. Its ``max_bytes`` holds all the
+            time.
         compression_interval: decoded tokens between two compressions.
         target_compression_ratio: fraction of all pairs seen that are removed.
         hidden_states_buffer_size: most decoded queries that a score can look at.
@@ -149,7 +158,7 @@ class CompressionRatioDecodingPress(_WhileDecodingPress, alias="compression_rati
     @property
     def budget(self) -> TopK:
         """The fraction that is left, for those who compete under the inner press."""
-        return replace(counted(self), amount=Ratio(self.target_compression_ratio))
+        return replace(counted(self), amount=self._within(Ratio(self.target_compression_ratio)))
 
     @property
     def compression_ratio(self) -> float:

@@ -131,6 +131,13 @@ class Block:
         return DensePart(keys, values, bias, self.channels)
 
     @property
+    def whole_row(self) -> int:
+        """Bytes of a row of a head as it came: all channels, not quantized."""
+        value = self.values
+        width = value.width if isinstance(value, Quantized) else value.shape[-1]
+        return self.width * self.keys.dtype.itemsize + width * value.dtype.itemsize
+
+    @property
     def bounded(self) -> bool:
         """Whether bounds of the keys of each page are known."""
         return self.bounds is not None or isinstance(self.keys, Quantized)

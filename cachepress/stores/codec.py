@@ -152,6 +152,11 @@ class Quantized:
         shapes = tuple(x.shape[1:] for x in self.tensors())
         return (self.bits, self.dtype, self.group, *shapes)
 
+    @property
+    def width(self) -> int:
+        """Numbers of a row."""
+        return self.codes.shape[-1] * 8 // self.bits
+
     def decode(self) -> Tensor:
         """The pages ``[P, C, D]``."""
         codes = _unpacked(self.codes, self.bits)

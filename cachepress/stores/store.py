@@ -10,15 +10,16 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from cachepress.errors import CachepressError, UnsupportedError
-from cachepress.forward import RowBytes, Rows
+from cachepress.forward import Rows
 from cachepress.ops import wide_dtype
 from cachepress.ops.ragged_attention import PAGE
 from cachepress.stores.block import Block
 from cachepress.stores.codec import Codec
 from cachepress.stores.handle import RowsHandle
 from cachepress.stores.held import Held
-from cachepress.stores.tail import SLACK, Tail
+from cachepress.stores.tail import SLACK, Tail, slack_after
 from cachepress.trace import Trace
+from cachepress.view import RowBytes
 
 POSITION_BYTES = 4
 
@@ -38,7 +39,6 @@ class Store(CacheLayerMixin):
     tail of this store's own.
 
     Attributes:
-        bytes_before: bytes held just before rows were last dropped; None if none were.
         known: ``[B, S]`` which of the settled text columns are tokens; None if all.
         codec: how kept rows are stored; None for as they are.
         reads: pages of settled rows that a decoded token reads in each head; None for all.
@@ -67,7 +67,6 @@ class Store(CacheLayerMixin):
         self.reads: int | None = None
         self._encoded = False
         self.known: Tensor | None = None
-        self.bytes_before: int | None = None
         self.text_ids: np.ndarray | None = None
 
     @classmethod
@@ -123,6 +122,17 @@ class Store(CacheLayerMixin):
         """Bytes allocated for the rows, slack and bookkeeping included."""
         return allocated_bytes(self.tensors())
 
+    @property
+    def whole_nbytes(self) -> int:
+        """Bytes of an uncompressed layer that saw the same text, padding included."""
+        if not self.is_initialized:
+            return 0
+        if self._tail is not None:
+            row = sum(x.shape[-1] * x.element_size() for x in self._tail.tensors())
+        else:
+            row = (self._groups[0][0] if self._groups else self._blocks)[0].whole_row
+        return self._seen * self._batch * self.held.heads * row
+
     def tensors(self) -> list[Tensor]:
         """Everything that is allocated; layers of one cache can share what they know of padding."""
         grouped = [block for blocks, _ in self._groups for block in blocks]
@@ -158,7 +168,6 @@ class Store(CacheLayerMixin):
             channels: ``[B, H, D]`` which channels of the keys are stored, as many in every head;
                 None for all.
         """
-        self.bytes_before = self.nbytes
         blocks = self._blocks_of(rows, mask, channels)
         self._blocks, self._tail, self._encoded = blocks, None, False
         self._settled_at, self.known = self._seen, known
@@ -177,10 +186,36 @@ class Store(CacheLayerMixin):
         positions = POSITION_BYTES * (1 + (compacts or rows.rope is not None))
         positions += carries * wide_dtype(rows.keys).itemsize
         if self.codec is None:
-            return RowBytes(full + positions, 0)
-        # Quantized rows and the residual end with a page each that is not full.
-        residual = (self.codec.residual + 2 * PAGE) * (full + positions)
-        return RowBytes(self.codec.row_bytes(rows.keys, rows.values) + positions, residual)
+            each, fixed = full + positions, 0.0
+        else:
+            # Quantized rows and the residual end with a page each that is not full.
+            each = self.codec.row_bytes(rows.keys, rows.values) + positions
+            fixed = (self.codec.residual + 2 * PAGE) * (full + positions)
+        return RowBytes(each, fixed, lambda n: self._bytes_of_decoded(n, each, full))
+
+    def restore(self) -> None:
+        """Hold rows as they came, without a free slot, if none was ever dropped.
+
+        What forks share is in pages, which have positions and end with free slots.
+        """
+        if self._settled_at or not self.is_initialized or self._groups:
+            return
+        if any(block.shape[0] != self._batch for block in self._blocks):
+            return
+        if self._blocks:
+            rows = self.held.rows()
+            self._blocks, self._encoded = (), False
+            self._tail = Tail.of(rows.keys, rows.values, room=0)
+        elif self._tail is not None:
+            self._tail = self._tail.exact()
+
+    def _bytes_of_decoded(self, n: int, paged: float, whole: float) -> float:
+        """The most bytes that a head needs for ``n`` tokens that are decoded."""
+        if not self.recodes:
+            return (n + SLACK) * whole
+        residual = SLACK if self.codec is None else self.codec.residual
+        # The rest of a tail that was put into pages is copied with slack, and grows by it.
+        return n * paged + (min(n, residual + PAGE) + 2 * SLACK) * whole
 
     def looked(self) -> None:
         """Note that a press looked at the rows, whether or not it dropped any."""
@@ -339,7 +374,7 @@ class Store(CacheLayerMixin):
         if (self.codec is not None or self.reads is not None) and self._settled_at:
             self._page_tail()
         if self._tail is None:
-            self._tail = Tail.of(keys, values)
+            self._tail = Tail.of(keys, values, slack_after(keys))
         else:
             self._tail.append(keys, values)
         self._seen += keys.shape[2]

@@ -9,7 +9,7 @@ from cachepress.forward import Rows
 from cachepress.ops.ragged_attention import DensePart
 
 SLACK = 64
-"""Slots that a buffer has more than it needs when it is made, so that appends do not copy it."""
+"""Slots that a buffer has more than a decoded token needs, so that the next ones do not copy it."""
 
 
 @dataclass
@@ -27,15 +27,15 @@ class Tail:
     n: int
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor) -> "Tail":
-        """A tail that holds a copy of these rows."""
-        return cls(_with_room(keys, SLACK), _with_room(values, SLACK), keys.shape[2])
+    def of(cls, keys: Tensor, values: Tensor, room: int = SLACK) -> "Tail":
+        """A tail that holds a copy of these rows, and has ``room`` for more."""
+        return cls(_with_room(keys, room), _with_room(values, room), keys.shape[2])
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Write rows after the last one; the buffer is copied once in ``SLACK`` rows at most."""
+        """Write rows after the last one; decoding copies the buffer once in ``SLACK`` rows."""
         n = self.n + keys.shape[2]
         if n > self.keys.shape[2]:
-            room = keys.shape[2] + SLACK
+            room = n - self.n + slack_after(keys)
             self.keys = _with_room(self.keys[:, :, : self.n], room)
             self.values = _with_room(self.values[:, :, : self.n], room)
         with torch.no_grad():
@@ -55,11 +55,24 @@ class Tail:
     def select(self, sequences: Tensor) -> "Tail":
         """A tail of some of the sequences ``[B']``, which may repeat."""
         rows = self.read()
-        return Tail.of(*(x.index_select(0, sequences) for x in (rows.keys, rows.values)))
+        keys, values = (x.index_select(0, sequences) for x in (rows.keys, rows.values))
+        return Tail.of(keys, values)
+
+    def exact(self) -> "Tail":
+        """The tail without a slot that is not in use."""
+        if self.keys.shape[2] == self.n:
+            return self
+        rows = self.read()
+        return Tail.of(rows.keys, rows.values, room=0)
 
     def tensors(self) -> list[Tensor]:
         """Everything that is allocated."""
         return [self.keys, self.values]
+
+
+def slack_after(keys: Tensor) -> int:
+    """Slots that a buffer gets beyond new ``keys``: a text has an end, decoding goes on."""
+    return SLACK if keys.shape[2] == 1 else 0
 
 
 @dataclass(frozen=True)

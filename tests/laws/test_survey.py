@@ -7,7 +7,6 @@ import pytest
 import cachepress as cp
 from cachepress.cache import stores
 from cachepress.hf.survey import Survey, shares
-from cachepress.stores.tail import SLACK
 from tests.bounds import close
 from tests.laws.presses import RATIO, UNSUPPORTED, WRAPPERS, every_scorer, name_of
 from tests.tiny import distinct, exact_tiny, tiny, tokenizer
@@ -68,7 +67,7 @@ def test_the_shared_cache_stays_whole():
     shared, whole = survey(None), cp.prefill(model(), IDS)
     after = forward(model(), cp.fork(shared.cache), input_ids=IDS[:, :1]).logits
     close(after, forward(model(), whole, input_ids=IDS[:, :1]).logits)
-    assert shared.whole_bytes == 4 * 2 * 2 * (40 + SLACK) * 8 * 8
+    assert shared.whole_bytes == 4 * 2 * 2 * 40 * 8 * 8
 
 
 def test_a_press_that_looks_at_the_question_cannot_share():

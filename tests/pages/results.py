@@ -33,6 +33,7 @@ def write_cell(
     *,
     kept: float | None = None,
     speed: float | None = 10.0,
+    noise: float | None = 0.01,
     answers: list[str] | None = None,
     contexts: list[int] | None = None,
     places: list[tuple[float, float]] | None = None,
@@ -40,7 +41,7 @@ def write_cell(
     kl: list[float] | None = None,
     **config: object,
 ) -> Path:
-    """A result folder with a sample for each score."""
+    """A result folder with a sample for each score, and quartiles of the speed ``noise`` away."""
     n = len(scores or answers or [])
     answers = answers or [f"answer {score:g}" for score in scores or []]
     contexts = contexts or list(range(n))
@@ -78,6 +79,8 @@ def write_cell(
         "prefill_seconds": 1.5,
         "press_seconds": None if press == "no_press" else 0.25,
         "decode_tokens_per_second": speed,
+        "decode_tokens_per_second_low": speed and noise and speed * (1 - noise),
+        "decode_tokens_per_second_high": speed and noise and speed * (1 + noise),
         "peak_memory_bytes": 2**30,
         "kl": None if kl is None else asdict(interval(kl, contexts)),
         "perplexity": None,

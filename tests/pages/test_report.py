@@ -44,16 +44,52 @@ def test_the_numbers_of_every_cell_are_in_the_page(results):
     assert cells["no_press"]["difference"] is None and cells["no_press"]["base"]
 
 
-def test_the_pareto_front_holds_what_nothing_beats(results):
+def test_there_is_no_front_where_nothing_can_be_told_apart(results):
     (panel,) = report(results).data["data"][0]
-    fronts = {cell["label"]: cell["fronts"] for cell in panel["cells"]}
-    for cost in ("kept", "speed"):
-        on = {label for label, front in fronts.items() if "score" in front[cost]}
-        assert on == {"no_press", "snapkv 0.5", "snapkv 0.75"}
-    assert {label for label, front in fronts.items() if "kl" in front["kept"]} == {
+    for cell in panel["cells"]:
+        assert "score" not in cell["fronts"]["kept"] and "score" not in cell["fronts"]["speed"]
+    leads = {cell["label"]: cell["leads"] for cell in panel["cells"]}
+    assert {label for label, found in leads.items() if "score" in found} == {
+        "no_press",
         "snapkv 0.5",
         "snapkv 0.75",
     }
+    assert {label for label, found in leads.items() if "kl" in found} == {
+        "snapkv 0.5",
+        "snapkv 0.75",
+    }
+    assert write_report(results, formats=["svg"])
+
+
+def _share(right: int) -> list[float]:
+    return [1.0] * right + [0.0] * (200 - right)
+
+
+def _fronts(folder, cost):
+    (panel,) = report(folder).data["data"][0]
+    return [cell["label"] for cell in panel["cells"] if "score" in cell["fronts"][cost]]
+
+
+def test_the_front_goes_through_what_can_be_told_apart(tmp_path):
+    write_cell(tmp_path, "no_press", 0.0, _share(190), speed=10.0)
+    write_cell(tmp_path, "snapkv", 0.5, _share(185), speed=20.0)
+    write_cell(tmp_path, "snapkv", 0.75, _share(120), speed=30.0)
+    write_cell(tmp_path, "knorm", 0.5, _share(60), speed=20.0)
+    write_cell(tmp_path, "knorm", 0.9, _share(20), speed=30.1)
+    # 190 right of 200 are not more than 185; 30.1 tokens a second, give or take, not more than 30.
+    assert _fronts(tmp_path, "kept") == ["knorm 0.9", "snapkv 0.5", "snapkv 0.75"]
+    assert _fronts(tmp_path, "speed") == ["snapkv 0.5", "snapkv 0.75"]
+
+
+@pytest.mark.parametrize("noise", [0.6, None])
+def test_there_is_no_front_of_speeds_that_differ_by_noise(tmp_path, noise):
+    write_cell(tmp_path, "no_press", 0.0, _share(190), speed=10.0, noise=noise)
+    write_cell(tmp_path, "snapkv", 0.75, _share(60), speed=20.0, noise=noise)
+    assert _fronts(tmp_path, "speed") == []
+    assert _fronts(tmp_path, "kept") == ["no_press", "snapkv 0.75"]
+    (panel,) = report(tmp_path).data["data"][0]
+    ends = [(cell["speed_low"], cell["speed_high"]) for cell in panel["cells"]]
+    assert ends == [(None, None)] * 2 if noise is None else [(4.0, 16.0), (8.0, 32.0)]
 
 
 def test_the_table_has_flips_and_same_answers(results):

@@ -11,7 +11,7 @@ import cachepress as cp
 from cachepress.budgets import pin_sinks, pin_window
 from cachepress.ops import AttentionRule
 from cachepress.presses.chunkkv import ChunkKVPress
-from cachepress.view import LayerView
+from cachepress.view import LayerView, RowBytes
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import rand, randn, tokens
 from tests.tiny_cache import forward, kept, pressed
@@ -48,7 +48,7 @@ def table(scores, n_kept, lengths=None):
         layer=0,
         depth=0,
         n_layers=1,
-        row_bytes=(0, 0),
+        row_bytes=RowBytes(0, 0),
         rule=AttentionRule(1.0),
     )
 

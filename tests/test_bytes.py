@@ -1,0 +1,170 @@
+"""Bytes are what they are called: before, after, and the most that is allowed."""
+
+import re
+from dataclasses import replace
+from itertools import cycle
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import cachepress as cp
+from cachepress.cache import ordinary, stores
+from cachepress.presses.base import BasePress
+from tests.laws.presses import every_scorer, name_of
+from tests.tiny import tiny, tokens
+from tests.tiny_cache import allocated, forward
+
+LAYERS, HEADS, ROW = 4, 2, 2 * 8
+SCORERS = [*every_scorer(0.0), cp.PyramidKVPress(window_size=4), cp.KVComposePress()]
+STORAGES = ("full", "int8", "int4", "int2")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.bfloat16)
+EACH = [
+    pytest.param(press, storage, dtype, batch, id=f"{name_of(press)}-{storage}")
+    for press, storage, dtype, batch in zip(
+        SCORERS * 2, cycle(STORAGES), cycle(DTYPES), cycle([1, 2, 3]), strict=False
+    )
+]
+WRAPPERS = {
+    "none": lambda press: press,
+    "layer": cp.AdaKVPress,
+    "model": lambda press: cp.AdaKVPress(press, scope="model"),
+    "rotated": cp.KeyRerotationPress,
+}
+
+
+def model_of(dtype: torch.dtype):
+    return tiny().to(dtype)
+
+
+def before(batch: int, n: int, dtype: torch.dtype) -> int:
+    return LAYERS * HEADS * batch * n * ROW * dtype.itemsize
+
+
+def least_of(run) -> int:
+    """The least number of bytes that a refusal names."""
+    with pytest.raises(cp.CachepressError, match="at least") as refused:
+        run(1)
+    found = re.search(r"at least (\d+)", str(refused.value))
+    assert found is not None
+    return int(found[1])
+
+
+@pytest.mark.parametrize(("press", "storage", "dtype", "batch"), EACH)
+def test_before_is_an_uncompressed_cache_and_after_what_is_allocated(press, storage, dtype, batch):
+    n = 75
+    cache = cp.prefill(
+        model_of(dtype), tokens(n, batch), press.with_ratio(0.5), storage=storage, question=3
+    )
+    size = cp.size_of(cache)
+    assert size.bytes_before == before(batch, n, dtype)
+    assert size.bytes_after == allocated(stores(cache))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_where_nothing_is_dropped_after_is_before(chunk, dtype):
+    model = model_of(dtype)
+    cache = cp.prefill(model, tokens(75, 2), cp.KnormPress(0.0), chunk_size=chunk)
+    size = cp.size_of(cache)
+    assert size.bytes_after == size.bytes_before == before(2, 75, dtype)
+    plain = DynamicCache()
+    forward(model, plain, input_ids=tokens(75, 2))
+    assert cp.size_of(plain) == size
+    assert cp.size_of(ordinary(cache)) == size
+
+
+def test_what_forks_share_is_held_as_it_came_once_it_is_compressed_to_everything():
+    model, press = tiny(), cp.KnormPress(n_kept=500)
+    cache = cp.prefill(model, tokens(75), press)
+    forked = cp.fork(cache)
+    assert cp.size_of(forked).bytes_after > cp.size_of(forked).bytes_before
+    with press(model):
+        forward(model, forked, input_ids=tokens(5))
+    size = cp.size_of(forked)
+    assert size.bytes_after == size.bytes_before == before(1, 80, torch.float32)
+
+
+@pytest.mark.parametrize("wrapper", list(WRAPPERS))
+@pytest.mark.parametrize(("press", "storage", "dtype", "batch"), EACH[::3])
+def test_max_bytes_holds_from_the_least_on(press, storage, dtype, batch, wrapper):
+    if press.compacts and wrapper == "rotated":
+        pytest.skip("it rotates keys itself")
+    model, ids = model_of(dtype), tokens(150, batch)
+
+    def run(limit: int) -> int:
+        bounded = WRAPPERS[wrapper](replace(press, max_bytes=limit))
+        cache = cp.prefill(model, ids, bounded, storage=storage, question=3)
+        assert cp.size_of(cache).bytes_before == before(batch, 150, dtype)
+        return cp.size_of(cache).bytes_after
+
+    least = least_of(run)
+    for limit in (least, least + 7_777, 3 * least):
+        assert run(limit) <= limit
+    with pytest.raises(cp.CachepressError, match=f"at least {least} "):
+        run(least - 1)
+
+
+@pytest.mark.parametrize("limit", [34_816, 42_989, 70_000, 120_000])
+@pytest.mark.parametrize("n", [70, 217, 295])
+def test_a_pyramid_stays_below_max_bytes_and_uses_most_of_it(n, limit):
+    press = cp.PyramidKVPress(window_size=4, max_bytes=limit)
+    cache = cp.prefill(tiny(), tokens(n), press)
+    used = cp.size_of(cache).bytes_after
+    assert used <= limit
+    page = LAYERS * HEADS * 32 * (ROW * 4 + 4)
+    # A layer that keeps all of its text has no positions and no free slots.
+    assert used > min(limit, before(1, n, torch.float32)) - 1.5 * page
+    rows = [int(store.lengths.sum()) for store in stores(cache)]
+    assert rows == sorted(rows, reverse=True)
+
+
+def test_padding_counts_for_max_bytes():
+    ids = tokens(200, 3)
+    mask = torch.ones_like(ids)
+    mask[1, :150], mask[2, :90] = 0, 0
+    for press in (cp.KnormPress, lambda **how: cp.AdaKVPress(cp.KnormPress(**how))):
+
+        def run(limit: int, press=press) -> int:
+            cache = cp.prefill(tiny(), ids, press(max_bytes=limit), attention_mask=mask)
+            return cp.size_of(cache).bytes_after
+
+        least = least_of(run)
+        for limit in (least, 2 * least, 3 * least):
+            assert run(limit) <= limit
+
+
+DECODED = {
+    "head": lambda limit: cp.KnormPress(max_bytes=limit),
+    "layer": lambda limit: cp.AdaKVPress(cp.KnormPress(max_bytes=limit)),
+    "pyramid": lambda limit: cp.PyramidKVPress(window_size=4, max_bytes=limit),
+}
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", list(DECODED))
+@pytest.mark.parametrize("interval", [5, 70])
+def test_max_bytes_holds_at_every_token_of_a_generation(kind, storage, interval):
+    model, ids = tiny(), tokens(90)
+
+    def press_of(limit: int) -> BasePress:
+        return cp.DecodingPress(DECODED[kind](limit), interval, target_size=10_000)
+
+    limit = least_of(lambda n: cp.prefill(model, ids, press_of(n), storage=storage)) + 2_000
+    press = press_of(limit)
+    cache = cp.prefill(model, ids, press, storage=storage)
+    steps = 2 * interval + 3
+    with press(model, turns="first", storage=storage):
+        for step in range(steps):
+            size = cp.size_of(cache)
+            assert size.bytes_after <= limit
+            assert size.bytes_before == before(1, 90 + step, torch.float32)
+            forward(model, cache, input_ids=tokens(1, seed=step))
+    if storage == "full":
+        assert cp.size_of(cache).rows_held < LAYERS * HEADS * (90 + steps)
+
+
+def test_the_smaller_of_target_size_and_max_bytes_is_kept():
+    press = cp.DecodingPress(cp.KnormPress(max_bytes="1MB"), 8, target_size=20)
+    cache = cp.prefill(tiny(), tokens(90), press)
+    assert all(bool((store.lengths == 20).all()) for store in stores(cache))
