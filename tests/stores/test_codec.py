@@ -249,3 +249,16 @@ def test_a_padded_batch_decodes_past_forks_and_encoded_tails(storage):
         one = forward(model, alone, input_ids=token).logits
         assert (both[0] - one[0]).abs().max() < (1e-9 if storage == "full" else 0.35)
     assert len(stores(cache)[0]._blocks) > 1
+
+
+def test_scales_beyond_float16_are_saved_and_read(tmp_path):
+    model = tiny()
+    model.model.layers[1].self_attn.v_proj.weight.data *= 1e6
+    cache = cp.prefill(model, tokens(150), cp.KnormPress(0.0), storage="int4")
+    cp.save_cache(cache, tmp_path / "cache.safetensors", model)
+    loaded = cp.load_cache(tmp_path / "cache.safetensors", model)
+    for store, again in zip(stores(cache), stores(loaded), strict=True):
+        assert torch.equal(store.values, again.values) and store.values.isfinite().all()
+        assert store.nbytes == again.nbytes
+    assert stores(loaded)[1].held.blocks[0].values.scale.dtype == torch.float32
+    assert stores(loaded)[1].values.abs().max() > 65504
