@@ -78,12 +78,16 @@ def doubled(model: PreTrainedModel) -> PreTrainedModel:
 class _Narrow(TorchDispatchMode):
     """Notes every operation that makes numbers of less than float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_float64: bool) -> None:
         super().__init__()
+        self.of_float64 = of_float64
         self.found: set[tuple[str, str]] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        given = [x.dtype for x in args if isinstance(x, Tensor)]
+        if self.of_float64 and torch.float64 not in given:
+            return out
         for x in out if isinstance(out, tuple | list) else (out,):
             if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
                 self.found.add((str(func), _caller()))
@@ -99,8 +103,11 @@ def _caller() -> str:
 
 
 @contextmanager
-def narrow() -> Iterator[set[tuple[str, str]]]:
-    """What is computed in less than float64 within the block: operations, and from where."""
-    mode = _Narrow()
+def narrow(of_float64: bool = False) -> Iterator[set[tuple[str, str]]]:
+    """What is computed in less than float64 within the block: operations, and from where.
+
+    With ``of_float64`` only what is made of float64: where a number loses what it had.
+    """
+    mode = _Narrow(of_float64)
     with mode:
         yield mode.found
