@@ -15,7 +15,7 @@ KINDS := query_stats q_filters kvzap_linear kvzap_mlp fastkvzip lukv
 # A worker for each core, with one thread; what takes longest is told at the end.
 PYTEST := -m pytest --numprocesses auto --durations 15 --durations-min 1
 
-.PHONY: demo test laws elsewhere bench benchmarks leaderboard presses lint types clean
+.PHONY: demo test fuzz laws elsewhere bench benchmarks leaderboard presses lint types clean
 
 demo: $(VENV)/ready
 	$(BIN)/cachepress demo
@@ -52,6 +52,12 @@ presses: $(VENV)/ready $(KINDS:%=$(LEARNED)/%.safetensors)
 
 $(LEARNED)/%.safetensors: | $(VENV)/ready
 	$(BIN)/cachepress train $* $(if $(filter lukv,$*),--press "expected_attention(epsilon=0.02)")
+
+# What is damaged or endless ends in one line; by hand, longer: make fuzz SECONDS=3600 SEED=1
+SECONDS ?= 60
+SEED ?= 0
+fuzz: $(VENV)/ready
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

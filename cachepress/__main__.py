@@ -11,6 +11,8 @@ def run() -> NoReturn:
     # as it ends others: with no traceback of what happened to be imported or cleaned up.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # A name may hold what the terminal cannot show.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore
     from cachepress.cli import main
 
     sys.exit(main())

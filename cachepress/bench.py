@@ -33,6 +33,7 @@ from cachepress.generation.prefill import check_prefill, prefill
 from cachepress.hf import cache_argument
 from cachepress.hf.observation import Watched
 from cachepress.hf.repeat import Repeater
+from cachepress.limits import is_whole, shown
 from cachepress.models import load
 from cachepress.ops import wait
 from cachepress.presses import BasePress
@@ -107,6 +108,7 @@ class BenchOptions:
         storage: "full", "int8", "int4" or "int2".
         beyond_trained_length: allow lengths that the model was not trained for; times and bytes
             mean what they say, answers would not.
+        trust_remote_code: run the code that a model's repository brings.
     """
 
     presses: Sequence[str] = ("snapkv",)
@@ -126,15 +128,17 @@ class BenchOptions:
     prefill_mode: str = "exact"
     storage: str = "full"
     beyond_trained_length: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         for name in ("lengths", "batch_sizes", "forks"):
             for n in getattr(self, name):
-                if n < 1:
-                    raise CachepressError(f"{name}: got {n}, wanted whole numbers above 0")
-        for name in ("steps", "repeats"):
-            if getattr(self, name) < 1:
-                raise CachepressError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+                if not is_whole(n, 1):
+                    raise CachepressError(f"{name}: got {shown(n)}, wanted whole numbers above 0")
+        for name in ("steps", "repeats", "layers"):
+            n = getattr(self, name)
+            if not is_whole(n, 1) and (name, n) != ("layers", None):
+                raise CachepressError(f"{name}: got {shown(n)}, wanted at least 1")
         if any(b > 1 and f > 1 for b in self.batch_sizes for f in self.forks):
             raise CachepressError("forks are continuations of one context: give batch size 1")
         for press in self.made():
@@ -370,7 +374,10 @@ def _status_bytes(status: Path, name: str) -> int:
 def _model_and_text(options: BenchOptions) -> tuple[PreTrainedModel, Tensor]:
     """The model, and a long row of token ids: English prose, or random ones for random weights."""
     if options.config is None:
-        model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+        trust = {"trust_remote_code": options.trust_remote_code}
+        model, tokenizer = load(
+            options.model, dtype=options.dtype, device=options.device, model_kwargs=trust
+        )
         text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
         return model, torch.tensor(tokenizer(text, verbose=False).input_ids)
     config = _shape(options.config)
@@ -389,7 +396,7 @@ def _shape(name: str) -> transformers.PretrainedConfig:
         kind, sizes = SHAPES[name]
         return AutoConfig.for_model(kind, **sizes)
     try:
-        return AutoConfig.from_pretrained(name, local_files_only=True)
+        return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CachepressError(
             f"config: got {name!r}, wanted one of {', '.join(SHAPES)}, or a folder with a "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cachepress.errors import CachepressError
+from cachepress.limits import LONGEST_SHOWN, MOST_BYTES, shown
 from cachepress.ops import wide
 from cachepress.ops.ragged_attention import PAGE
 from cachepress.view import LayerView
@@ -328,7 +329,8 @@ def apportion(weights: Tensor, total: int, least: int, most: int) -> Tensor:
 
 def floor_of(counts: Tensor, fraction: float) -> Tensor:
     """floor(counts * fraction), with the fraction read as the decimal it is written as."""
-    exact = Fraction(str(fraction))
+    # Nine decimals are exact; more would leave the 64 bits of the product.
+    exact = Fraction(str(fraction)).limit_denominator(10**9)
     # The nudge is far above the rounding of a double and far below one part of the denominator.
     return (counts * exact.numerator / exact.denominator + 1e-9).floor()
 
@@ -337,7 +339,7 @@ def check_ratio(ratio: float, name: str = "compression_ratio") -> None:
     """Raise unless ``ratio`` is a number with 0 <= ratio < 1."""
     if not _is_number(ratio) or not 0 <= ratio < 1:
         raise CachepressError(
-            f"{name} is the fraction of pairs removed: got {ratio!r}, wanted a number from 0 "
+            f"{name} is the fraction of pairs removed: got {shown(ratio)}, wanted a number from 0 "
             "up to but not including 1"
         )
 
@@ -345,7 +347,7 @@ def check_ratio(ratio: float, name: str = "compression_ratio") -> None:
 def check_fraction(fraction: float, name: str) -> None:
     """Raise unless ``fraction`` is a number with 0 <= fraction <= 1."""
     if not _is_number(fraction) or not 0 <= fraction <= 1:
-        raise CachepressError(f"{name}: got {fraction!r}, wanted a number from 0 to 1")
+        raise CachepressError(f"{name}: got {shown(fraction)}, wanted a number from 0 to 1")
 
 
 def parse_bytes(text: str | int) -> int:
@@ -354,13 +356,17 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         CachepressError: if it is not a number of bytes above 0.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    spelled = text if isinstance(text, str) else shown(text)
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", spelled[:LONGEST_SHOWN])
     unit = _UNITS.get(found[2].lower()) if found else None
     if found is None or unit is None or isinstance(text, bool) or not Fraction(found[1]):
         raise CachepressError(
-            f'max_bytes: got {text!r}, wanted a number of bytes such as 500000000 or "1.5GiB"'
+            f'max_bytes: got {shown(text)}, wanted a number of bytes such as 500000000 or "1.5GiB"'
         )
-    return floor(Fraction(found[1]) * unit)
+    n_bytes = floor(Fraction(found[1]) * unit)
+    if n_bytes > MOST_BYTES:
+        raise CachepressError(f"max_bytes: got {shown(text)}, wanted at most {MOST_BYTES} bytes")
+    return n_bytes
 
 
 def pin_sinks(scores: Tensor, view: LayerView, n: int) -> Tensor:

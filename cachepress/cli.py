@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import select
 import shlex
 import signal
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from cachepress import __version__
-from cachepress.errors import CachepressError
+from cachepress.errors import CachepressError, out_of_memory
 from cachepress.interrupts import Interrupts
+from cachepress.limits import MOST, MOST_SEED, is_out_of_memory, is_whole, shown, visible
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from cachepress.presses import BasePress
 
 logger = logging.getLogger(__name__)
@@ -30,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(FAILED, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(FAILED, f"{self.prog}: error: {visible(message)} (see {self.prog} --help)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +81,10 @@ def _ended(error: BaseException, interrupts: Interrupts, command: Command | None
 def _explanation(error: BaseException) -> str | None:
     if isinstance(error, CachepressError):
         return str(error)
+    if is_out_of_memory(error):
+        return str(out_of_memory(error))
+    if isinstance(error, RecursionError):
+        return "the input is nested too deeply"
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror or error}; nothing that was computed is lost"
@@ -85,9 +93,20 @@ def _explanation(error: BaseException) -> str | None:
     return None
 
 
+class _Visible(logging.Formatter):
+    """Log lines that a terminal does not obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def _say(text: str = "") -> None:
+    print(visible(text))
+
+
 def _fail(message: str) -> int:
     with suppress(BrokenPipeError):
-        print(f"cachepress: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"cachepress: error: {visible(' '.join(message.split()))}", file=sys.stderr)
     return FAILED
 
 
@@ -123,12 +142,12 @@ def _evaluate(options: dict[str, object]) -> None:
     _warn_of_nothing_dropped(config.make_press())
     runner = EvaluationRunner(config)
     metrics = runner.run_evaluation()
-    print(task_table(metrics))
-    print()
-    print(results_table([(config.press, metrics)]))
+    _say(task_table(metrics))
+    _say()
+    _say(results_table([(config.press, metrics)]))
     for note in notes_of(config, metrics):
-        print(f"\n{note}")
-    print(f"\nresults: {runner.results_dir}")
+        _say(f"\n{note}")
+    _say(f"\nresults: {runner.results_dir}")
 
 
 def _sweep(options: dict[str, object]) -> None:
@@ -142,11 +161,11 @@ def _sweep(options: dict[str, object]) -> None:
     results = run_sweep(config, only_plan=dry)
     if dry:
         return
-    print(sweep_text(results))
+    _say(sweep_text(results))
     if markdown is not None:
         command = f"cachepress {shlex.join(sys.argv[1:])}"
         write_atomically(Path(markdown), sweep_page(results, command))
-    print(f"\nresults: {config.output_dir}")
+    _say(f"\nresults: {config.output_dir}")
 
 
 def _score(options: dict[str, object]) -> None:
@@ -155,7 +174,7 @@ def _score(options: dict[str, object]) -> None:
 
     _log("INFO")
     found = score_again(Path(options["results"]), options["metric"])
-    print(results_table([(folder.name, metrics) for folder, metrics in found]))
+    _say(results_table([(folder.name, metrics) for folder, metrics in found]))
 
 
 def _data(options: dict[str, object]) -> None:
@@ -169,15 +188,16 @@ def _data(options: dict[str, object]) -> None:
     output = options.pop("output")
     if options["dataset"] is None:
         for task in DATASET_REGISTRY.values():
-            print(f"{task.name:14} {task.about}")
+            _say(f"{task.name:14} {task.about}")
             if task.parts:
-                print(f"{'':14} --data-dir {', '.join(task.parts)}")
+                _say(f"{'':14} --data-dir {', '.join(task.parts)}")
         return
     if output is None or Path(output).suffix != ".parquet":
         raise CachepressError(f"--output: got {output!r}, wanted a file that ends in .parquet")
-    table = load_table(EvaluationConfig(**options), load_tokenizer(options["model"]))
+    config = EvaluationConfig(**options)
+    table = load_table(config, load_tokenizer(config.model, config.loading))
     table[list(COLUMNS)].to_parquet(output)
-    print(f"written: {output}, {len(table)} samples of {table['context'].nunique()} contexts")
+    _say(f"written: {output}, {len(table)} samples of {table['context'].nunique()} contexts")
 
 
 def _report(options: dict[str, object]) -> None:
@@ -186,11 +206,10 @@ def _report(options: dict[str, object]) -> None:
     _log("INFO")
     output = None if options["output"] is None else Path(options["output"])
     for path in write_report(Path(options["results"]), output, options["formats"]):
-        print(f"written: {path}")
+        _say(f"written: {path}")
 
 
 def _inspect(options: dict[str, object]) -> None:
-    from cachepress.models import load
     from cachepress.pages.inspect import write_inspection
     from cachepress.spec import parse
 
@@ -205,7 +224,7 @@ def _inspect(options: dict[str, object]) -> None:
         context = Path(options["context"]).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CachepressError(f"{options['context']} is not a text in UTF-8: {error}") from error
-    model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
+    model, tokenizer = _loaded(options)
     names = ("max_new_tokens", "query_aware", "storage", "chat")
     path = write_inspection(
         model,
@@ -216,14 +235,14 @@ def _inspect(options: dict[str, object]) -> None:
         Path(options["output"]),
         **{name: options[name] for name in names},
     )
-    print(f"written: {path}")
+    _say(f"written: {path}")
 
 
 def _demo(options: dict[str, object]) -> None:
     from cachepress.evaluation.demo import run_demo
 
     _log("INFO")
-    print(run_demo(**options))
+    _say(run_demo(**options))
 
 
 def _models(options: dict[str, object]) -> None:
@@ -234,9 +253,9 @@ def _models(options: dict[str, object]) -> None:
             resolve(name)
     for model in describe():
         place = model.path or "not fetched yet: the first use fetches it"
-        print(f"{model.name}: {model.title}, {model.licence}, context {model.context_length}")
-        print(f"  {place}" + (f" ({model.bytes_on_disk / 1e6:.0f} MB)" if model.path else ""))
-    print("any other name is a local folder or a hub name, and goes to transformers as it is")
+        _say(f"{model.name}: {model.title}, {model.licence}, context {model.context_length}")
+        _say(f"  {place}" + (f" ({model.bytes_on_disk / 1e6:.0f} MB)" if model.path else ""))
+    _say("any other name is a local folder or a hub name, and goes to transformers as it is")
 
 
 def _presses(options: dict[str, object]) -> None:
@@ -254,14 +273,14 @@ def _presses(options: dict[str, object]) -> None:
     known = list(aliases().values())
     for kind in (k for k in known if issubclass(k, ScorerPress)):
         _print_press(kind)
-    print("\nwith budgets of their own, or around any of them and around each other:")
+    _say("\nwith budgets of their own, or around any of them and around each other:")
     for kind in (k for k in known if not issubclass(k, ScorerPress)):
         _print_press(kind)
 
 
 def _print_press(kind: "type[BasePress]") -> None:
     summary = (kind.__doc__ or "").strip().splitlines()[0]
-    print(f"{kind.alias:28} {kind.__name__}{_options_of(kind)}\n{'':28} {summary}")
+    _say(f"{kind.alias:28} {kind.__name__}{_options_of(kind)}\n{'':28} {summary}")
 
 
 def _options_of(kind: type) -> str:
@@ -280,13 +299,12 @@ def _bench(options: dict[str, object]) -> None:
     _log("INFO")
     path = options.pop("json", None)
     result = run_bench(BenchOptions(**options))
-    print(bench_table(result))
+    _say(bench_table(result))
     if path is not None:
         write_json(result, path)
 
 
 def _train(options: dict[str, object]) -> None:
-    from cachepress.models import load
     from cachepress.spec import parse
     from cachepress.train import Lesson, train, windows_of
 
@@ -296,13 +314,13 @@ def _train(options: dict[str, object]) -> None:
         text = None if path is None else Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CachepressError(f"{path} is not a text in UTF-8: {error}") from error
-    model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
+    model, tokenizer = _loaded(options)
     model.config.name_or_path = model.config.name_or_path or options["model"]
     windows = windows_of(tokenizer, text, options["tokens"], options["window"], options["seed"])
     press = None if options["press"] is None else parse(options["press"])
     how = {name: options[name] for name in ("seed", "steps")}
     lesson = Lesson(model, windows, tokenizer, press, **how)
-    print(f"written: {train(options['kind'], lesson, options['output'])}")
+    _say(f"written: {train(options['kind'], lesson, options['output'])}")
 
 
 _GOES_ON = "every finished context is on disk, the same command goes on"
@@ -311,6 +329,26 @@ _KEPT = {
     _train: "nothing was written, and nothing is lost",
 }
 """What is left of the commands that take long, when they are interrupted."""
+
+
+def _loaded(options: dict[str, object]) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    from cachepress.models import load
+
+    return load(
+        str(options["model"]),
+        dtype=options["dtype"],  # type: ignore
+        device=options["device"],  # type: ignore
+        model_kwargs={"trust_remote_code": options["trust_remote_code"]},
+    )
+
+
+def _add_trust(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--trust-remote-code",
+        action=argparse.BooleanOptionalAction,
+        help="run the code that a model's repository brings, having read it",
+        **({} if p.argument_default is argparse.SUPPRESS else {"default": False}),
+    )
 
 
 def _warn_of_nothing_dropped(press: "BasePress | None") -> None:
@@ -329,7 +367,9 @@ def _log(level: str) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Visible("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("cachepress").setLevel(level.upper())
 
 
@@ -368,26 +408,36 @@ def _train_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     p.add_argument("--tokens", type=_positive, default=20000, help="tokens to read (20000)")
     p.add_argument("--window", type=_positive, default=1000, help="tokens of one context (1000)")
     p.add_argument("--steps", type=_positive, default=300, help="steps of descent (300)")
-    p.add_argument("--seed", type=int, default=0, help="for what is drawn (0)")
+    p.add_argument("--seed", type=_seed, default=0, help="for what is drawn (0)")
     p.add_argument("--output", metavar="FILE", help="where to write (default: where presses look)")
     p.add_argument("--dtype", help="torch dtype by name")
     p.add_argument("--device", help="torch device")
+    _add_trust(p)
     p.set_defaults(command=_train)
 
 
 def _positive(text: str) -> int:
-    number = int(text) if text.isdigit() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number above 0")
-    return number
+    return _whole(text, 1)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, -MOST_SEED, MOST_SEED)
+
+
+def _whole(text: str, least: int = -MOST, most: int = MOST) -> int:
+    number = int(text) if re.fullmatch("-?[0-9]{1,18}", text) else None
+    if not is_whole(number, least, most):
+        wanted = f"a whole number from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"got {shown(text)}, wanted {wanted}")
+    return int(text)
 
 
 def _presses_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     p = commands.add_parser("presses", help="list the presses with their options")
     p.add_argument("--page", metavar="FILE", help="write the page of all presses (Markdown)")
-    p.add_argument("--length", type=int, default=2048, help="tokens to measure with (2048)")
-    p.add_argument("--steps", type=int, default=20, help="tokens to decode (20)")
-    p.add_argument("--repeats", type=int, default=3, help="repeats of everything (3)")
+    p.add_argument("--length", type=_whole, default=2048, help="tokens to measure with (2048)")
+    p.add_argument("--steps", type=_whole, default=20, help="tokens to decode (20)")
+    p.add_argument("--repeats", type=_whole, default=3, help="repeats of everything (3)")
     p.set_defaults(command=_presses)
 
 
@@ -488,8 +538,9 @@ def _data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     p.add_argument("--data-path", help="folder with its original files (default: the hub)")
     p.add_argument("--prompts", metavar="FILE", help="prompts instead of ours, as for evaluate")
     p.add_argument("--model", default="smollm2-135m", help="whose tokenizer counts (smollm2-135m)")
-    p.add_argument("--seed", type=int, default=0, help="seed of what is generated (0)")
+    p.add_argument("--seed", type=_seed, default=0, help="seed of what is generated (0)")
     p.add_argument("--output", required=True, metavar="FILE", help="the Parquet file")
+    _add_trust(p)
     p.set_defaults(command=_data)
 
 
@@ -517,6 +568,7 @@ def _inspect_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     p.add_argument("--max-new-tokens", type=_positive, default=50, help="of an answer (50)")
     p.add_argument("--dtype", help="torch dtype by name")
     p.add_argument("--device", help="torch device")
+    _add_trust(p)
     p.set_defaults(command=_inspect)
 
 
@@ -527,16 +579,17 @@ def _add_evaluation_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", help="torch dtype (default: float32 on CPU)")
     p.add_argument("--metric", help="what judges all answers (default: each sample's own)")
     p.add_argument("--fraction", type=float, help="fraction of the contexts to evaluate")
-    p.add_argument("--seed", type=int, help="seed of data and sampling")
-    p.add_argument("--max-new-tokens", type=int, help="instead of the data's own column")
-    p.add_argument("--max-context-length", type=int, help="most tokens of a context")
-    p.add_argument("--prefill-chunk-size", type=int, help="tokens of a context computed at once")
+    p.add_argument("--seed", type=_seed, help="seed of data and sampling")
+    p.add_argument("--max-new-tokens", type=_whole, help="instead of the data's own column")
+    p.add_argument("--max-context-length", type=_whole, help="most tokens of a context")
+    p.add_argument("--prefill-chunk-size", type=_whole, help="tokens of a context computed at once")
     p.add_argument(
         "--prefill-mode", help="exact: compress after the last chunk; online: after each"
     )
     p.add_argument("--storage", help="how kept rows are stored: full, int8, int4 or int2")
     p.add_argument("--output-dir", help="where results go (default: ./results)")
     p.add_argument("--model-kwargs", type=_mapping, help="YAML or JSON mapping for from_pretrained")
+    _add_trust(p)
     p.add_argument("--log-level", help="DEBUG, INFO, WARNING or ERROR")
     flag = argparse.BooleanOptionalAction
     p.add_argument(
@@ -576,22 +629,22 @@ def _bench_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     many = {"nargs": "+"}
     p.add_argument("--presses", **many, help="aliases or spellings (default: snapkv)")
     p.add_argument("--ratios", type=float, **many, help="ratios for each press")
-    p.add_argument("--lengths", type=int, **many, help="tokens of context (default: 4096)")
-    p.add_argument("--batch-sizes", type=int, **many, help="contexts read at once (default: 1)")
-    p.add_argument("--forks", type=int, **many, help="continuations of a context (default: 1)")
+    p.add_argument("--lengths", type=_whole, **many, help="tokens of context (default: 4096)")
+    p.add_argument("--batch-sizes", type=_whole, **many, help="contexts read at once (default: 1)")
+    p.add_argument("--forks", type=_whole, **many, help="continuations of a context (default: 1)")
     p.add_argument(
         "--baseline",
         action=argparse.BooleanOptionalAction,
         help="time transformers' own cache, too (default: yes)",
     )
-    p.add_argument("--steps", type=int, help="tokens decoded in each repeat (default: 32)")
-    p.add_argument("--repeats", type=int, help="of everything (default: 3)")
+    p.add_argument("--steps", type=_whole, help="tokens decoded in each repeat (default: 32)")
+    p.add_argument("--repeats", type=_whole, help="of everything (default: 3)")
     p.add_argument("--model", help="smollm2-135m, a local folder, or a hub name")
     p.add_argument("--config", help="random weights of a shape: llama-3.1-8b, qwen3-4b, a folder")
-    p.add_argument("--layers", type=int, help="layers of that shape (default: all)")
+    p.add_argument("--layers", type=_whole, help="layers of that shape (default: all)")
     p.add_argument("--dtype", help="torch dtype (default: float32 on CPU)")
     p.add_argument("--device", help="torch device (default: a GPU if there is one)")
-    p.add_argument("--prefill-chunk-size", type=int, help="tokens of a context computed at once")
+    p.add_argument("--prefill-chunk-size", type=_whole, help="tokens of a context computed at once")
     p.add_argument("--prefill-mode", help="exact or online")
     p.add_argument("--storage", help="full, int8, int4 or int2")
     p.add_argument(
@@ -600,16 +653,17 @@ def _bench_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="allow lengths that the model was not trained for",
     )
     p.add_argument("--json", metavar="FILE", help="write every timing to a file")
+    _add_trust(p)
     p.set_defaults(command=_bench)
 
 
 def _mapping(text: str) -> dict[str, object]:
-    import yaml
+    from cachepress.structured import parse_yaml
 
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not YAML") from error
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a mapping such as '{{key: value}}'")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a mapping such as '{{key: value}}'")
     return values

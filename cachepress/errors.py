@@ -11,3 +11,12 @@ class UnsupportedError(CachepressError):
 
 class ForeignAttentionError(CachepressError):
     """A compressed cache met an attention function that cannot read it."""
+
+
+def out_of_memory(error: BaseException) -> CachepressError:
+    """What to say where memory ran out while a model was loaded or computed."""
+    said = (str(error).strip() or "none was left").splitlines()[0]
+    return CachepressError(
+        f"out of memory: {said[:200]}; give a smaller batch size, a prefill chunk size, a shorter "
+        "context, or a smaller model or dtype; nothing that was computed is lost"
+    )

@@ -35,7 +35,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cachepress.errors import CachepressError
+from cachepress.errors import CachepressError, out_of_memory
+from cachepress.limits import is_out_of_memory, visible
 
 _FORMAT = 1
 _RECORD = "cachepress.json"
@@ -43,6 +44,20 @@ _SPACE = 800_000_000
 _GGUF_CONTROL = 3
 _DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 _SHARED = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+
+
+_UNLOADABLE = (
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+"""What from_pretrained raises at a folder that is damaged, foreign or too large."""
 
 
 class ModelError(CachepressError):
@@ -111,7 +126,7 @@ def load(
             model cannot be fetched or converted.
     """
     place = _device(device)
-    options: dict[str, object] = {"dtype": _dtype(dtype, place), **(model_kwargs or {})}
+    options = {"dtype": _dtype(dtype, place), "trust_remote_code": False, **(model_kwargs or {})}
     source = resolve(name)
     local = Path(source).is_dir()
     if local and not Path(source, str(options.get("subfolder", "")), "config.json").is_file():
@@ -124,14 +139,16 @@ def load(
     try:
         model = AutoModelForCausalLM.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **shared)
-    except (OSError, ValueError, TypeError) as error:
+    except _UNLOADABLE as error:
         wanted = f"a built-in model ({', '.join(BUILTIN_MODELS)}), a folder or a name on the hub"
         what = f"the model in {source}" if local else f"{name!r}, wanted {wanted}"
-        raise ModelError(f"could not load {what}: {_first_line(error)}") from error
+        raise _unloadable(what, error) from error
     if "device_map" not in options:
         try:
             model = model.to(place)
         except (RuntimeError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(error) from error
             raise ModelError(f"device {str(place)!r}: {_first_line(error)}") from error
     return model.eval(), tokenizer
 
@@ -145,15 +162,26 @@ def load_tokenizer(
         ModelError: if there is none.
     """
     source = resolve(name)
-    shared = {key: value for key, value in (model_kwargs or {}).items() if key in _SHARED}
+    shared: dict[str, object] = {"trust_remote_code": False}
+    shared |= {key: value for key, value in (model_kwargs or {}).items() if key in _SHARED}
     if not Path(source).is_dir() and "local_files_only" not in shared:
         shared["local_files_only"] = not hub_answers(source)
     try:
         return AutoTokenizer.from_pretrained(source, **shared)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"could not load the tokenizer of {name!r}: {_first_line(error)}"
-        ) from error
+    except _UNLOADABLE as error:
+        raise _unloadable(f"the tokenizer of {name!r}", error) from error
+
+
+def _unloadable(what: str, error: Exception) -> CachepressError:
+    if is_out_of_memory(error):
+        return out_of_memory(error)
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"could not load {what}: it brings code of its own, which runs only if you say so, "
+            "after reading it: --trust-remote-code, or in Python "
+            'model_kwargs={"trust_remote_code": True}'
+        )
+    return ModelError(f"could not load {what}: {_first_line(error)}")
 
 
 def positions_of(name: str, model_kwargs: Mapping[str, object] | None = None) -> int | None:
@@ -254,7 +282,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"cachepress: {text}", file=sys.stderr, flush=True)
+    print(f"cachepress: {visible(text)}", file=sys.stderr, flush=True)
 
 
 def _need(*packages: str) -> None:

@@ -158,4 +158,4 @@ def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 
 @lru_cache
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(name)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)

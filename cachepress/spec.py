@@ -8,6 +8,7 @@ import ast
 import difflib
 import inspect
 import logging
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, fields, replace
@@ -15,6 +16,7 @@ from functools import cache
 
 from cachepress.errors import CachepressError
 from cachepress.kvpress_names import PREFIX, SPELLINGS
+from cachepress.limits import DEEPEST_SPELLING, LONGEST_SHOWN, LONGEST_SPELLING, shown
 from cachepress.presses import BasePress
 from cachepress.presses.base import all_presses
 from cachepress.presses.composed import ComposedPress
@@ -22,6 +24,7 @@ from cachepress.presses.restorekv import REASON as RESTOREKV
 
 logger = logging.getLogger(__name__)
 NO_PRESS = "no_press"
+_ABSTRACT = {"ScorerPress", "WrapperPress"}
 REFUSED = {"restorekv": RESTOREKV}
 """Published methods that are not here, and why."""
 
@@ -41,22 +44,45 @@ def parse(text: str) -> BasePress | None:
     Raises:
         SpecError: if the text is not a spelling of a known press, or an option is wrong.
     """
+    if len(text) > LONGEST_SPELLING:
+        raise SpecError(
+            f"press: got {len(text):,} characters, wanted at most {LONGEST_SPELLING:,}: "
+            f"{shown(text)}"
+        )
     if text.strip() in (NO_PRESS, PREFIX + NO_PRESS):
         return None
-    spelling, theirs = text.strip().removeprefix(PREFIX), text.strip().startswith(PREFIX)
     try:
-        tree = ast.parse(spelling.strip(), mode="eval").body
-    except (SyntaxError, ValueError) as error:
-        raise SpecError(
-            f"press {text!r} cannot be read: wanted a name such as snapkv, or a spelling such as "
-            "SnapKVPress(compression_ratio=0.5)"
-        ) from error
+        press = _spelled(text)
+    except CachepressError:
+        raise
+    except (RecursionError, MemoryError) as error:
+        raise SpecError(f"press {shown(text)} is nested too deeply") from error
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+        raise SpecError(f"press {shown(text)}: {error}") from error
+    if not isinstance(press, BasePress):
+        raise SpecError(f"press {shown(text)} is not a press: known are {', '.join(known_names())}")
+    return press
+
+
+def _spelled(text: str) -> object:
+    spelling, theirs = text.strip().removeprefix(PREFIX), text.strip().startswith(PREFIX)
+    tree = _tree(spelling)
     if not theirs and isinstance(tree, ast.Name):
         _say_what_differs(tree.id)
-    press = _build_theirs(tree, text) if theirs else _build(tree, text)
-    if not isinstance(press, BasePress):
-        raise SpecError(f"press {text!r} is not a press: known are {', '.join(known_names())}")
-    return press
+    return _build_theirs(tree, text) if theirs else _build(tree, text)
+
+
+def _tree(text: str) -> ast.expr:
+    try:
+        with warnings.catch_warnings():
+            # What Python thinks of a text as code is of no interest to who spells a press.
+            warnings.simplefilter("ignore")
+            return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise SpecError(
+            f"press {shown(text)} cannot be read: wanted a name such as snapkv, or a spelling such "
+            "as SnapKVPress(compression_ratio=0.5)"
+        ) from error
 
 
 def brief(press: BasePress, ratio: float) -> str:
@@ -66,7 +92,7 @@ def brief(press: BasePress, ratio: float) -> str:
         press: the press.
         ratio: the compression ratio that is left out, wherever it stands.
     """
-    shown = []
+    parts = []
     for field in fields(press):  # type: ignore
         value = getattr(press, field.name)
         if field.name.endswith("compression_ratio"):
@@ -75,9 +101,9 @@ def brief(press: BasePress, ratio: float) -> str:
             plain = field.default is not MISSING and value == field.default
         if not plain:
             text = _brief_value(value, ratio)
-            shown.append(text if field.default is MISSING else f"{field.name}={text}")
+            parts.append(text if field.default is MISSING else f"{field.name}={text}")
     name = press.alias or type(press).__name__
-    return f"{name}({', '.join(shown)})" if shown else name
+    return f"{name}({', '.join(parts)})" if parts else name
 
 
 def aliases() -> dict[str, type[BasePress]]:
@@ -87,7 +113,7 @@ def aliases() -> dict[str, type[BasePress]]:
 
 def known_names() -> list[str]:
     """Every name that ``parse`` knows, aliases first."""
-    names = {kind.__name__ for kind in all_presses()} - {"ScorerPress", "WrapperPress"}
+    names = {kind.__name__ for kind in all_presses()} - _ABSTRACT
     classes = sorted(name for name in names if not name.startswith("_"))
     return [NO_PRESS, *aliases(), *classes]
 
@@ -106,17 +132,17 @@ def _build_theirs(node: ast.expr, text: str) -> BasePress:
     function = node.func if isinstance(node, ast.Call) else node
     if not isinstance(function, ast.Name) or function.id not in SPELLINGS:
         name = text.strip().removeprefix(PREFIX).partition("(")[0]
-        close = difflib.get_close_matches(name, SPELLINGS, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name[:LONGEST_SHOWN], SPELLINGS, n=1, cutoff=0.5)
         hint = f"did you mean {PREFIX + close[0]!r}? " if close else ""
-        raise SpecError(f"unknown press {text!r}: {hint}known are {', '.join(SPELLINGS)}")
+        raise SpecError(f"unknown press {shown(text)}: {hint}known are {', '.join(SPELLINGS)}")
     press = parse(SPELLINGS[function.id])
     if press is None:
-        raise SpecError(f"press {text!r}: {NO_PRESS} stands alone")
+        raise SpecError(f"press {shown(text)}: {NO_PRESS} stands alone")
     args = [_build(arg, text) for arg in node.args] if isinstance(node, ast.Call) else []
     named = node.keywords if isinstance(node, ast.Call) else []
     options = {str(k.arg): _build(k.value, text) for k in named}
     if len(args) > 1 or (args and "compression_ratio" in options):
-        raise SpecError(f"press {text!r}: wanted one ratio, and options by name")
+        raise SpecError(f"press {shown(text)}: wanted one ratio, and options by name")
     return _with_options(press, {"compression_ratio": args[0], **options} if args else options)
 
 
@@ -165,7 +191,9 @@ def _needs_arguments(kind: type[BasePress]) -> bool:
     return any(p.default is inspect.Parameter.empty for p in parameters)
 
 
-def _build(node: ast.expr, text: str) -> object:
+def _build(node: ast.expr, text: str, depth: int = 0) -> object:
+    if depth > DEEPEST_SPELLING:
+        raise SpecError(f"press {shown(text)} is nested more than {DEEPEST_SPELLING} deep")
     if isinstance(node, ast.Name):
         kind = aliases().get(node.id)
         if node.id in SPELLINGS and (kind is None or _needs_arguments(kind)):
@@ -175,28 +203,30 @@ def _build(node: ast.expr, text: str) -> object:
         if node.func.id in SPELLINGS and node.func.id not in aliases():
             return _build_theirs(node, text)
         kind = _class(node.func.id)
-        args = [_build(arg, text) for arg in node.args]
-        options = {str(k.arg): _build(k.value, text) for k in node.keywords}
+        args = [_build(arg, text, depth + 1) for arg in node.args]
+        options = {str(k.arg): _build(k.value, text, depth + 1) for k in node.keywords}
         return _call(kind, args, options)
     if isinstance(node, ast.List | ast.Tuple):
-        items = [_build(item, text) for item in node.elts]
+        items = [_build(item, text, depth + 1) for item in node.elts]
         return items if isinstance(node, ast.List) else tuple(items)
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError) as error:
         part = ast.unparse(node)
-        raise SpecError(f"press {text!r}: {part!r} is neither a literal nor a press") from error
+        raise SpecError(
+            f"press {shown(text)}: {shown(part)} is neither a literal nor a press"
+        ) from error
 
 
 def _class(name: str) -> type[BasePress]:
     for kind in all_presses():
-        if name in (kind.alias, kind.__name__):
+        if name in (kind.alias, kind.__name__) and kind.__name__ not in _ABSTRACT:
             return kind
     if (reason := REFUSED.get(name.lower().removesuffix("press"))) is not None:
-        raise SpecError(f"press {name!r}: {reason}")
-    close = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.5)
+        raise SpecError(f"press {shown(name)}: {reason}")
+    close = difflib.get_close_matches(name[:LONGEST_SHOWN], known_names(), n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise SpecError(f"unknown press {name!r}: {hint}known are {', '.join(known_names())}")
+    raise SpecError(f"unknown press {shown(name)}: {hint}known are {', '.join(known_names())}")
 
 
 def _call(kind: type[BasePress], args: list[object], options: dict[str, object]) -> BasePress:
@@ -204,8 +234,12 @@ def _call(kind: type[BasePress], args: list[object], options: dict[str, object])
     known += [name for name in inspect.signature(kind).parameters if name not in known]
     for name in options:
         if name not in known:
-            raise SpecError(f"{kind.__name__} has no option {name!r}: it has {', '.join(known)}")
+            raise SpecError(
+                f"{kind.__name__} has no option {shown(name)}: it has {', '.join(known)}"
+            )
     try:
         return kind(*args, **options)
-    except TypeError as error:
+    except CachepressError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
         raise SpecError(f"{kind.__name__}: {error}; its options are {', '.join(known)}") from error

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from cachepress.cli import main
 from cachepress.evaluation.cell import METRICS, PREDICTIONS, RECORDS
@@ -157,6 +160,114 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(arguments, capsys, monk
     assert main(arguments) == 0
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+)
+def test_out_of_memory_is_one_line_and_keeps_the_records(
+    arguments, tmp_path, capsys, monkeypatch, error
+):
+    real, calls = Reader.alone, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(Reader, "alone", full)
+    assert main(arguments) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("cachepress: error: out of memory: ")
+    assert err.endswith("or a smaller model or dtype; nothing that was computed is lost")
+    folder = next((tmp_path / "out").iterdir())
+    assert len((folder / RECORDS).read_text().splitlines()) == 2
+    monkeypatch.undo()
+    assert main(arguments) == 0
+    assert len((folder / RECORDS).read_text().splitlines()) == 8
+    monkeypatch.setattr("cachepress.models.AutoModelForCausalLM.from_pretrained", raiser(error))
+    assert main([*arguments, "--overwrite"]) == 2
+    assert "error: out of memory: " in capsys.readouterr().err
+
+
+def raiser(error):
+    def raises(*args, **kwargs):
+        raise error
+
+    return raises
+
+
+@pytest.fixture
+def own_code(model_dir, tmp_path):
+    """A model whose repository brings code, which leaves a file where it runs."""
+    folder, ran = tmp_path / "own", tmp_path / "ran"
+    shutil.copytree(model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnModel"}
+    config |= {"model_type": "own", "architectures": ["OwnModel"], "auto_map": names}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(ran)!r}).touch()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    return str(folder), ran
+
+
+def test_code_of_a_model_runs_only_if_it_is_trusted(arguments, own_code, tmp_path, capsys):
+    model, ran = own_code
+    run = [*arguments, f"--model={model}"]
+    context = tmp_path / "context.txt"
+    context.write_text(words(40, seed=1))
+    commands = [
+        run,
+        ["sweep", f"--datasets={arguments[1].partition('=')[2]}", f"--models={model}"],
+        ["inspect", f"--model={model}", f"--context={context}", "--question=w3"],
+        ["bench", f"--model={model}", "--lengths=8"],
+        ["train", "q_filters", f"--model={model}"],
+    ]
+    for command in commands:
+        assert main(command) == 2
+        err = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "it brings code of its own" in err and "--trust-remote-code" in err
+        assert not ran.exists()
+    assert main([*run, "--trust-remote-code"]) == 0
+    assert ran.exists()
+
+
+def test_a_perplexity_of_one_window_has_no_interval(arguments, tmp_path, capsys):
+    data = tmp_path / "one.jsonl"
+    row = {"context": words(20, seed=1), "question": "", "answer": [words(4, seed=2)]}
+    data.write_text(json.dumps({**row, "metric": "perplexity"}) + "\n")
+    own = [f"--dataset={data}", "--press=knorm", "--compression-ratio=0.5"]
+    assert main([*arguments, *own]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("knorm")]
+    assert re.match(r"knorm +0.[0-9]+ +ppl [0-9.]+ +[0-9.]+ MiB", line)
+    assert main(["score", str(tmp_path / "out")]) == 0
+    assert main(["report", str(tmp_path / "out"), "--formats", "md"]) == 0
+    found = json.loads(next((tmp_path / "out").glob(f"*/{METRICS}")).read_text())["perplexity"]
+    assert found["mean"] > 1 and found["high"] is None and found["samples"] == 1
+
+
+def test_names_are_shown_and_not_obeyed(arguments, data_file, tmp_path, capsys):
+    rows = [json.loads(line) for line in Path(data_file).read_text().splitlines()]
+    evil = tmp_path / "evil.jsonl"
+    evil.write_text("".join(json.dumps({**r, "task": "\x1b[2Jred\x07"}) + "\n" for r in rows))
+    assert main([*arguments, f"--dataset={evil}"]) == 0
+    assert main([*arguments, "--dataset=\x1b]0;title\x07\udcff.csv"]) == 2
+    with pytest.raises(SystemExit):
+        main(["\x1b[31m"])
+    out, err = capsys.readouterr()
+    assert r"\x1b[2Jred\x07" in out and r"\x1b]0;title\x07\udcff.csv" in err
+    assert not {"\x1b", "\x07"} & {*out, *err}
+
+
 def test_kill_9_in_the_middle_loses_and_doubles_nothing(arguments, tmp_path):
     """A real process, killed for real, and the same command again."""
     rows = [
@@ -277,6 +388,10 @@ def test_answers_can_be_scored_again_without_the_model(arguments, tmp_path, caps
     assert other["cache_bytes_after"] == json.loads(before[0])["cache_bytes_after"]
     assert main(["score", str(folder), "--metric", "rogue"]) == 2
     assert "unknown metric 'rogue'" in capsys.readouterr().err
+    for text in ("[]", "{}", "[" * 100_000, json.dumps({**other, "perplexity": 3})):
+        (folder / METRICS).write_text(text)
+        assert main(["score", str(folder)]) == 2
+        assert f"error: {folder / METRICS}" in capsys.readouterr().err
     (folder / PREDICTIONS).write_text("context_id\nx\n")
     assert main(["score", str(folder)]) == 2
     assert f"{folder / PREDICTIONS} is damaged" in capsys.readouterr().err

@@ -7,9 +7,10 @@ import platform
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pandas as pd
 import torch
@@ -26,8 +27,10 @@ from cachepress.evaluation.records import Records, write_atomically
 from cachepress.evaluation.registry import find_dataset
 from cachepress.evaluation.samples import Context, Sample
 from cachepress.evaluation.views import metrics_of, predictions_of, score
+from cachepress.limits import shown
 from cachepress.presses import BasePress
 from cachepress.presses.base import with_inner
+from cachepress.structured import read_mapping
 
 logger = logging.getLogger(__name__)
 RECORDS, PREDICTIONS, METRICS = ("records.jsonl", "predictions.csv", "metrics.json")
@@ -90,6 +93,25 @@ class Answer:
     step_seconds_high: float | None = None
 
 
+_KINDS, _MOST = get_type_hints(Answer), 1e18
+_ANY = ("kl", "nll")
+"""Numbers that rounding can bring below 0, and a model to infinity."""
+
+
+def check_answer(record: dict) -> None:
+    """Raise a ValueError unless a record holds an answer; fields with a default may lack."""
+    for f in fields(Answer):
+        kinds = get_args(_KINDS[f.name]) or (_KINDS[f.name],)
+        if f.name not in record and f.default is not MISSING:
+            record[f.name] = f.default
+        value, wider = record.get(f.name), (int,) if float in kinds else ()
+        if f.name not in record or isinstance(value, bool) or not isinstance(value, kinds + wider):
+            got = shown(value) if f.name in record else "nothing"
+            raise ValueError(f"{f.name}: got {got}")
+        if isinstance(value, int | float) and f.name not in _ANY and not 0 <= value < _MOST:
+            raise ValueError(f"{f.name}: got {shown(value)}")
+
+
 class Cell:
     """One press at one ratio on one data set with one model.
 
@@ -135,7 +157,7 @@ class Cell:
         self._held.enter_context(holding(self.folder))
         self._is_held = True
         if not self.config.overwrite:
-            self._records = Records(self.folder / RECORDS)
+            self._records = Records(self.folder / RECORDS, check_answer)
 
     def check_folder(self) -> None:
         """Refuse to mix the results of two configs.
@@ -171,7 +193,7 @@ class Cell:
         if self._records is None:
             for name in (RECORDS, PREDICTIONS, METRICS):
                 (self.folder / name).unlink(missing_ok=True)
-            self._records = Records(self.folder / RECORDS)
+            self._records = Records(self.folder / RECORDS, check_answer)
         if self._saved_config().get("digests", self.digests) != self.digests:
             # What they show was answered by other weights or artefacts.
             for name in (PREDICTIONS, METRICS):
@@ -181,7 +203,7 @@ class Cell:
     def peek(self) -> None:
         """Look at what is done, without holding the folder."""
         if (self.folder / RECORDS).exists() and not self.config.overwrite:
-            self._records = Records(self.folder / RECORDS)
+            self._records = Records(self.folder / RECORDS, check_answer)
 
     def adopt(self, contexts: Sequence[Context]) -> None:
         """Take over the answers that version 0.1.0 recorded, whose keys knew no digests.
@@ -302,7 +324,7 @@ class Cell:
     def _saved_config(self) -> dict[str, object]:
         """The options of the results that are there."""
         path = self.folder / CONFIG
-        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+        return {} if self.config.overwrite or not path.exists() else read_mapping(path)
 
     @property
     def _done(self) -> dict[str, dict]:

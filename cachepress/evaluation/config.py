@@ -10,24 +10,24 @@ from pathlib import Path
 from types import UnionType
 from typing import get_args, get_type_hints
 
-import yaml
-
 from cachepress.budgets import check_ratio
 from cachepress.errors import CachepressError
 from cachepress.evaluation.prompts import read_prompts
 from cachepress.files import real_path
 from cachepress.generation.prefill import check_prefill
+from cachepress.limits import MOST, MOST_SEED, is_whole, shown
 from cachepress.models import BUILTIN_MODELS
 from cachepress.pipeline import END, MIDDLE
 from cachepress.presses import BasePress
 from cachepress.presses.base import with_real_paths
 from cachepress.spec import NO_PRESS, brief, parse
+from cachepress.structured import read_mapping
 
 CONFIG = "config.yaml"
 """The file in a folder of results that says what they are of."""
 FREE_FIELDS = ("output_dir", "log_level", "overwrite", "device", "data_path", "metric")
 """Fields that may differ when a run is resumed: they do not change an answer."""
-ADDED_FIELDS = ("chat", "prompts")
+ADDED_FIELDS = ("trust_remote_code", "chat", "prompts")
 """Fields that came later: results from before them have their defaults."""
 TRUNCATIONS = (MIDDLE, END)
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -49,6 +49,7 @@ class EvaluationConfig:
         fraction: fraction of the contexts to evaluate.
         seed: seed of the data and of the sampling.
         metric: what judges all answers, instead of each sample's own.
+        trust_remote_code: run the code that a model's repository brings.
         query_aware: put the question into the context, so that the press sees it.
         max_new_tokens: instead of the data's own column.
         max_context_length: most tokens of a context; None for what the model has room for.
@@ -77,6 +78,7 @@ class EvaluationConfig:
     fraction: float = 1.0
     seed: int = 0
     metric: str | None = None
+    trust_remote_code: bool = False
     query_aware: bool = False
     max_new_tokens: int | None = None
     max_context_length: int | None = None
@@ -95,6 +97,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), kind)
+        _check_json("model_kwargs", self.model_kwargs)
         press = self.make_press()
         if press is None and self.compression_ratio:
             raise CachepressError(
@@ -140,6 +143,11 @@ class EvaluationConfig:
         return None if press is None else press.with_ratio(self.compression_ratio)
 
     @property
+    def loading(self) -> dict[str, object]:
+        """What a model and its tokenizer are loaded with."""
+        return {"trust_remote_code": self.trust_remote_code, **self.model_kwargs}
+
+    @property
     def ratio(self) -> float:
         """The nominal ratio."""
         return getattr(self.make_press(), "compression_ratio", self.compression_ratio) or 0.0
@@ -171,10 +179,9 @@ class EvaluationConfig:
     def _is_here(self, folder: Path) -> bool:
         """Whether a folder has results of these very options."""
         try:
-            there = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+            return self.difference(read_mapping(folder / CONFIG)) is None
+        except CachepressError:
             return False
-        return isinstance(there, dict) and self.difference(there) is None
 
     @property
     def press_name(self) -> str:
@@ -199,7 +206,7 @@ class EvaluationConfig:
             parts.append("chat" if self.chat else "no-chat")
         if isinstance(self.truncation, str):
             parts.append(f"truncation-{self.truncation}")
-        flags = ("query_aware", "truncation", "beyond_trained_length")
+        flags = ("trust_remote_code", "query_aware", "truncation", "beyond_trained_length")
         parts += [name for name in flags if getattr(self, name) is True]
         if self.model_kwargs:
             parts.append("model_kwargs-" + _digest(self.model_kwargs))
@@ -243,33 +250,29 @@ def load_config(path: str | None, options: Mapping[str, object]) -> EvaluationCo
     """
     values: dict[str, object] = {}
     if path is not None:
-        values |= read_yaml(Path(path))
-    values |= options
-    if "press_name" in values:
-        values["press"] = values.pop("press_name")
+        values |= _named(read_mapping(Path(path)))
+    values |= _named(options)
     known = [f.name for f in fields(EvaluationConfig)]
     for name in values:
         if name not in known:
-            raise CachepressError(f"unknown option {name!r}: wanted one of {', '.join(known)}")
+            raise CachepressError(f"unknown option {shown(name)}: wanted one of {', '.join(known)}")
     return replace(EvaluationConfig(), **values)
 
 
-def read_yaml(path: Path) -> dict[str, object]:
-    """A file of options.
+def _named(values: Mapping[str, object]) -> dict[str, object]:
+    """Options by the names of their fields."""
+    return {"press" if name == "press_name" else name: value for name, value in values.items()}
 
-    Raises:
-        CachepressError: if it is missing, or holds something else.
-    """
+
+def _check_json(name: str, values: Mapping[str, object]) -> None:
+    """Raise unless a mapping has names, and values that a file of results can hold."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CachepressError(f"config file {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise CachepressError(f"config file {path} is not YAML: {where}") from error
-    if not isinstance(values, dict):
-        raise CachepressError(f"config file {path}: wanted lines of the form option: value")
-    return {str(key): value for key, value in values.items()}
+        json.dumps(values, sort_keys=True)
+        fits = all(isinstance(key, str) for key in values)
+    except (TypeError, ValueError, RecursionError):
+        fits = False
+    if not fits:
+        raise CachepressError(f"{name}: got {shown(values)}, wanted names with values as in JSON")
 
 
 def _check_type(name: str, value: object, kind: type | UnionType) -> None:
@@ -281,7 +284,12 @@ def _check_type(name: str, value: object, kind: type | UnionType) -> None:
     ) or (float in kinds and isinstance(value, int) and not isinstance(value, bool))
     if not fits:
         wanted = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
-        raise CachepressError(f"{name}: got {value!r}, wanted {wanted}")
+        raise CachepressError(f"{name}: got {shown(value)}, wanted {wanted}")
+    most = MOST_SEED if name == "seed" else MOST
+    if isinstance(value, int) and not is_whole(int(value), -most, most):
+        raise CachepressError(f"{name}: got {shown(value)}, wanted at most {most}")
+    if isinstance(value, str) and "\0" in value:
+        raise CachepressError(f"{name}: got {shown(value)}, wanted a text without NUL")
 
 
 def _decimals(ratio: float) -> str:

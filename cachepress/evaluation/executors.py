@@ -16,12 +16,13 @@ from typing import NamedTuple, Protocol, Self, TypeVar
 import torch
 import transformers
 
-from cachepress.errors import CachepressError
+from cachepress.errors import CachepressError, out_of_memory
 from cachepress.evaluation.cell import Cell
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.reader import Found, Reader
 from cachepress.evaluation.samples import Context
 from cachepress.interrupts import deaf_children, start_worker
+from cachepress.limits import is_out_of_memory
 from cachepress.models import load
 
 T = TypeVar("T")
@@ -93,19 +94,20 @@ class Worker:
                 yield Answered([(cell.folder, answers)])
         except CachepressError as error:
             yield Answered([], str(error))
-        except torch.OutOfMemoryError as error:
-            hint = "give a smaller --batch-size, or a --prefill-chunk-size"
-            yield Answered([], f"{str(error).splitlines()[0]} {hint}")
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            yield Answered([], str(out_of_memory(error)))
 
     def _reader(self, config: EvaluationConfig) -> Reader:
         device = config.device
         if device is None and torch.cuda.is_available():
             device = f"cuda:{self._rank % torch.cuda.device_count()}"
-        which = (config.model, config.dtype, device, repr(config.model_kwargs))
+        which = (config.model, config.dtype, device, repr(config.loading))
         if self._held is None or self._held[0] != which:
             self._held = None
             model, tokenizer = load(
-                config.model, dtype=config.dtype, device=device, model_kwargs=config.model_kwargs
+                config.model, dtype=config.dtype, device=device, model_kwargs=config.loading
             )
             options = self._options
             self._held = which, Reader(model, tokenizer, options.batch_size, options.kl)

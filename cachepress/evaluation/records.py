@@ -2,11 +2,13 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cachepress.errors import CachepressError
 from cachepress.files import replacing
+from cachepress.limits import shown
+from cachepress.structured import parse_json
 
 
 class Records:
@@ -15,12 +17,16 @@ class Records:
     A line that was only half written, by a crash or a full disk, is cut off when the file is
     opened; every line before it stands.
 
+    Args:
+        path: the file.
+        check: raises a ValueError for a record that is none of ours.
+
     Attributes:
         done: the records by key.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, check: Callable[[dict], None] = lambda record: None) -> None:
+        self._path, self._check = path, check
         self.done: dict[str, dict] = {}
         if path.exists():
             self._read()
@@ -51,13 +57,21 @@ class Records:
             os.truncate(self._path, len(whole))
         for number, line in enumerate(whole.decode(errors="replace").split("\n")[:-1], start=1):
             try:
-                record = json.loads(line)
-                self.done[record.pop("key")] = record
-            except (ValueError, KeyError, AttributeError) as error:
+                key, record = _parsed(line)
+                self._check(record)
+                self.done[key] = record
+            except ValueError as error:
                 raise CachepressError(
-                    f"{self._path} line {number} is damaged: remove that line and run again, "
-                    "or start over with --overwrite"
+                    f"{self._path} line {number} is damaged: {error}; remove that line and run "
+                    "again, or start over with --overwrite"
                 ) from error
+
+
+def _parsed(line: str) -> tuple[str, dict]:
+    record = parse_json(line)
+    if not isinstance(record, dict) or not isinstance(record.get("key"), str):
+        raise ValueError(f"got {shown(record)}, wanted a mapping with a key")
+    return record.pop("key"), record
 
 
 def write_atomically(path: Path, text: str) -> None:

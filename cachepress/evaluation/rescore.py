@@ -13,10 +13,17 @@ from cachepress.evaluation.records import write_atomically
 from cachepress.evaluation.registry import find_metric
 from cachepress.evaluation.samples import check_metrics, judged_by
 from cachepress.evaluation.views import score, scores_of
+from cachepress.limits import shown
+from cachepress.structured import parse_json, read_mapping
 
 LISTS = ("answer", "choices")
 COLUMNS = (*LISTS, "context_id", "task", "metric", "predicted_answer")
 """What a score is made of."""
+SPEED = "decode_tokens_per_second"
+COSTS = (
+    *("compression_ratio", "cache_bytes_before", "cache_bytes_after", "prefill_seconds"),
+    SPEED,
+)
 
 
 def score_again(folder: Path, metric: str | None = None) -> list[tuple[Path, dict]]:
@@ -85,18 +92,40 @@ def _read(run: Path) -> tuple[pd.DataFrame, dict]:
         for name in LISTS:
             rows[name] = [_texts(cell) for cell in rows[name]]
         rows["context_id"] = rows["context_id"].astype(int)
-        path = run / METRICS
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(metrics, dict):
-            raise ValueError("wanted a mapping")
-        return rows, metrics
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise CachepressError(f"{path} is damaged: {reason}; run evaluate again") from error
+    return rows, _metrics(run / METRICS)
+
+
+def _metrics(path: Path) -> dict:
+    """The metrics of a run, which have what a table shows of costs."""
+    metrics = read_mapping(path)
+    for name in COSTS:
+        value = metrics.get(name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number and (value is not None or name != SPEED):
+            raise CachepressError(
+                f"{path} is damaged: {name} is {shown(value)}, wanted a number; run evaluate again"
+            )
+    perplexity = metrics.get("perplexity")
+    if perplexity is not None and not _is_estimate(perplexity):
+        raise CachepressError(
+            f"{path} is damaged: perplexity is {shown(perplexity)}; run evaluate again"
+        )
+    return {"perplexity": None, **metrics}
+
+
+def _is_estimate(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("mean"), int | float)
+        and all(isinstance(value.get(end), int | float | None) for end in ("low", "high"))
+    )
 
 
 def _texts(cell: str) -> list[str]:
-    texts = json.loads(cell)
+    texts = parse_json(cell)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{cell[:40]!r} is no list of texts")
     return texts

@@ -34,5 +34,5 @@ def _room(config: EvaluationConfig) -> int | None:
     """Most tokens that a context may have, question and answer left out; None for any number."""
     limits = [config.max_context_length]
     if not config.beyond_trained_length:
-        limits.append(positions_of(config.model, config.model_kwargs))
+        limits.append(positions_of(config.model, config.loading))
     return min((limit for limit in limits if limit is not None), default=None)

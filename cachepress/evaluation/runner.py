@@ -81,7 +81,7 @@ class EvaluationRunner:
                 config.model,
                 dtype=config.dtype,
                 device=config.device,
-                model_kwargs=config.model_kwargs,
+                model_kwargs=config.loading,
             )
         return Reader(*self._model)
 
@@ -89,7 +89,7 @@ class EvaluationRunner:
         config = self.config
         if self._model is not None:
             return load_table(config, self._model[1])
-        return load_table(config, load_tokenizer(config.model, config.model_kwargs))
+        return load_table(config, load_tokenizer(config.model, config.loading))
 
     def _run_inference(self, reader: Reader, contexts: Sequence[Context]) -> None:
         """Answer context by context; what is on disk already is not computed again."""

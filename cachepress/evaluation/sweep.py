@@ -13,13 +13,15 @@ from cachepress.catalogue import own_presses, recommended
 from cachepress.digests import model_digests
 from cachepress.errors import CachepressError
 from cachepress.evaluation.cell import Cell, allow_open_files, say_versions
-from cachepress.evaluation.config import EvaluationConfig, read_yaml, same_data, same_model
+from cachepress.evaluation.config import EvaluationConfig, same_data, same_model
 from cachepress.evaluation.executors import EXECUTORS, Executor, Unit, WorkerOptions
 from cachepress.evaluation.reader import shares_reading
 from cachepress.evaluation.samples import Context, contexts_of, load_table
 from cachepress.evaluation.statistics import Paired, paired
+from cachepress.limits import is_whole, shown
 from cachepress.models import load_tokenizer, resolve
 from cachepress.spec import parse
+from cachepress.structured import read_mapping
 
 logger = logging.getLogger(__name__)
 EVERY_PRESS = "all"
@@ -63,17 +65,22 @@ class SweepConfig:
             raise CachepressError(f"kl: got {self.kl!r}, wanted true or false")
         for name in ("presses", "ratios", "datasets", "models"):
             value = getattr(self, name)
-            if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-                raise CachepressError(f"{name}: got {value!r}, wanted a list")
+            kind = float | int if name == "ratios" else str
+            if not isinstance(value, list | tuple) or not value:
+                raise CachepressError(f"{name}: got {shown(value)}, wanted a list")
+            for part in value:
+                if not isinstance(part, kind) or isinstance(part, bool) or "\0" in str(part):
+                    wanted = "numbers" if name == "ratios" else "texts"
+                    raise CachepressError(f"{name}: got {shown(part)}, wanted {wanted}")
         for name, known in (("query_aware", AWARENESS), ("executor", EXECUTORS)):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in known:
                 raise CachepressError(
-                    f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(known)}"
+                    f"{name}: got {shown(getattr(self, name))}, wanted one of {', '.join(known)}"
                 )
         for name in ("workers", "batch_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CachepressError(f"{name}: got {value!r}, wanted a whole number above 0")
+            if not is_whole(value, 1):
+                raise CachepressError(f"{name}: got {shown(value)}, wanted a whole number above 0")
 
     @property
     def output_dir(self) -> Path:
@@ -145,7 +152,7 @@ class Group:
 
     def load(self) -> None:
         """Load the data set."""
-        tokenizer = load_tokenizer(self.config.model, self.config.model_kwargs)
+        tokenizer = load_tokenizer(self.config.model, self.config.loading)
         self.table = load_table(self.config, tokenizer)
         self.contexts = contexts_of(self.table)
         digests = model_digests(self.config.model, self.config.model_kwargs)
@@ -252,14 +259,14 @@ def load_sweep(path: str | None, options: Mapping[str, object]) -> SweepConfig:
     Raises:
         CachepressError: if the file is missing, is not YAML, or has an unknown or wrong field.
     """
-    values = {} if path is None else read_yaml(Path(path))
+    values = {} if path is None else read_mapping(Path(path))
     values |= options
     own = {f.name for f in fields(SweepConfig)} - {"options"}
     known = {f.name for f in fields(EvaluationConfig)} - set(_OWN)
     for name in values:
         if name not in own | known:
             wanted = ", ".join(sorted(own | known))
-            raise CachepressError(f"unknown option {name!r}: wanted one of {wanted}")
+            raise CachepressError(f"unknown option {shown(name)}: wanted one of {wanted}")
     given = {name: value for name, value in values.items() if name in own}
     return SweepConfig(**given, options={k: v for k, v in values.items() if k in known})
 

@@ -253,7 +253,7 @@ def _scored(metrics: Mapping) -> tuple[str, str]:
 
 def _spread(estimate: Mapping) -> str:
     """The interval, if one is known."""
-    return "" if estimate["low"] is None else _interval(estimate)
+    return "" if None in (estimate["low"], estimate["high"]) else _interval(estimate)
 
 
 def _interval(score: Mapping) -> str:

@@ -1,6 +1,7 @@
 """Reading a prompt into a cache, in one go or in chunks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -9,8 +10,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
 from cachepress.cache import note_text
-from cachepress.errors import CachepressError
+from cachepress.errors import CachepressError, out_of_memory
 from cachepress.hf import Observation, cache_argument, codec_of
+from cachepress.limits import is_out_of_memory, is_whole, shown
 from cachepress.presses.base import BasePress
 from cachepress.stores import Codec
 
@@ -77,7 +79,7 @@ def prefill(
     if press is not None:
         options = {"storage": storage, "question": question, "tokenizer": tokenizer}
         observation = Observation(press, model, **options)
-    with torch.no_grad():
+    with torch.no_grad(), _memory_explained():
         for start in bar:
             stop = min(start + chunk_size, n)
             inputs = {"input_ids": ids[:, start:stop], name: cache, "use_cache": True}
@@ -94,12 +96,22 @@ def prefill(
     return cache
 
 
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error) from error
+
+
 def check_prefill(
     press: BasePress | None, chunk_size: int | None, mode: str, storage: str | Codec
 ) -> None:
     """Raise unless a press and the options of ``prefill`` fit each other."""
     if mode not in MODES:
-        raise CachepressError(f"prefill mode: got {mode!r}, wanted one of {', '.join(MODES)}")
+        raise CachepressError(f"prefill mode: got {shown(mode)}, wanted one of {', '.join(MODES)}")
     if Codec.of(storage) is not None and press is None:
         raise CachepressError(f"storage={storage!r} needs a press: KnormPress(0.0) keeps all rows")
     if press is not None:
@@ -107,7 +119,7 @@ def check_prefill(
     if chunk_size is None:
         if mode == "online":
             raise CachepressError("online prefill compresses chunk by chunk: give a chunk size")
-    elif not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+    elif not is_whole(chunk_size, 1):
         raise CachepressError(
-            f"prefill chunk size: got {chunk_size!r}, wanted a whole number above 0"
+            f"prefill chunk size: got {shown(chunk_size)}, wanted a whole number above 0"
         )

@@ -1,18 +1,17 @@
 """Result folders: what each of them says, checked."""
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.cell import CONFIG, METRICS, PREDICTIONS
 from cachepress.evaluation.predictions import read_predictions
 from cachepress.evaluation.statistics import Estimate
+from cachepress.structured import parse_json, read_mapping
 
 COLUMNS = ("sample_id", "question", "answer", "context_id", "predicted_answer")
 TEXTS = ("question", "answer_prefix", "task", "metric", "context_id", "predicted_answer")
@@ -106,8 +105,8 @@ def read_cell(folder: Path) -> Run:
     Raises:
         CachepressError: if one of its files is damaged or foreign.
     """
-    metrics = _Fields(folder / METRICS, _mapping(folder / METRICS, json.loads))
-    config = _Fields(folder / CONFIG, _mapping(folder / CONFIG, yaml.safe_load))
+    metrics = _Fields(folder / METRICS, read_mapping(folder / METRICS))
+    config = _Fields(folder / CONFIG, read_mapping(folder / CONFIG))
     spelling = config.text("press")
     tasks = metrics.mapping("tasks")
     return Run(
@@ -208,19 +207,6 @@ class _Fields:
         return CachepressError(f"{self.path}: {name} is {_short(got)}, wanted {wanted}")
 
 
-def _mapping(path: Path, parse: Callable[[str], object]) -> Mapping[str, object]:
-    """The mapping that a JSON or YAML file holds."""
-    try:
-        values = parse(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CachepressError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise CachepressError(f"{path} is damaged: {_short(error)}") from error
-    if not isinstance(values, dict):
-        raise CachepressError(f"{path} is no file of ours: wanted a mapping")
-    return {str(name): value for name, value in values.items()}
-
-
 def _predictions(path: Path) -> pd.DataFrame:
     """A row for each sample: texts, lists, and numbers with NaN where there is none."""
     try:
@@ -251,7 +237,7 @@ def _column(table: pd.DataFrame, name: str) -> pd.Series:
 
 def _texts(cell: str) -> list[str]:
     """A JSON list, or one text."""
-    value = json.loads(cell) if cell else []
+    value = parse_json(cell) if cell else []
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 

@@ -25,6 +25,7 @@ from cachepress.core import Schedule, Turn
 from cachepress.errors import CachepressError
 from cachepress.files import real_path
 from cachepress.hf import Observation
+from cachepress.limits import MOST, MOST_BYTES, MOST_SEED, is_whole, shown
 from cachepress.ops import wide_dtype
 from cachepress.replay import Replay, ReplayView
 from cachepress.schedules import AfterPrefill
@@ -228,6 +229,7 @@ class ScorerPress(BasePress):
     max_bytes: int | str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_values(self)
         check_ratio(self.compression_ratio)
         if self.n_kept is not None:
             check_count(self, "n_kept")
@@ -267,9 +269,10 @@ class WrapperPress(BasePress):
     press: BasePress
 
     def __post_init__(self) -> None:
+        check_values(self)
         if not isinstance(self.press, BasePress):
             raise CachepressError(
-                f"{type(self).__name__} wraps a press: got {self.press!r}, wanted for example "
+                f"{type(self).__name__} wraps a press: got {shown(self.press)}, wanted for example "
                 f"{type(self).__name__}(SnapKVPress(compression_ratio=0.5))"
             )
 
@@ -422,11 +425,24 @@ def either(name: str, value: T | None, other_name: str, other: T | None) -> T | 
     return other if value is None else value
 
 
-def check_count(press: BasePress, name: str, least: int = 1) -> None:
-    """Raise unless the press's field ``name`` is an integer of at least ``least``."""
+def check_values(press: BasePress) -> None:
+    """Raise for values that no option takes: flags that are none, and endless numbers."""
+    for f in fields(press):  # type: ignore
+        value = getattr(press, f.name)
+        if f.type is bool and not isinstance(value, bool):
+            raise CachepressError(f"{f.name}: got {shown(value)}, wanted True or False")
+        if isinstance(value, int) and not is_whole(int(value), -MOST_BYTES, MOST_BYTES):
+            raise CachepressError(f"{f.name}: got {shown(value)}, wanted at most {MOST}")
+
+
+def check_count(press: BasePress, name: str, least: int = 1, most: int = MOST) -> None:
+    """Raise unless the press's field ``name`` is an integer from ``least`` to ``most``."""
     got = getattr(press, name)
-    if not isinstance(got, int) or isinstance(got, bool) or got < least:
-        raise CachepressError(f"{name}: got {got!r}, wanted a whole number of at least {least}")
+    most = MOST_SEED if name == "seed" else most
+    if not is_whole(got, least, most):
+        raise CachepressError(
+            f"{name}: got {shown(got)}, wanted a whole number of at least {least}, at most {most}"
+        )
 
 
 def counted(wrapper: WrapperPress) -> TopK:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cachepress.budgets import pin_sinks
 from cachepress.errors import CachepressError
+from cachepress.limits import MOST_POSITIONS
 from cachepress.ops import cholesky, wide, wide_dtype
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.view import LayerView, Needs
@@ -45,7 +46,7 @@ class CapPress(ScorerPress, alias="cap"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count(self, "n_future_positions")
+        check_count(self, "n_future_positions", most=MOST_POSITIONS)
         check_count(self, "n_sink", least=0)
         if not _is_number(self.tau) or not 0 <= self.tau < float("inf"):
             raise CachepressError(f"tau: got {self.tau!r}, wanted a number >= 0")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cachepress.budgets import pin_sinks
 from cachepress.errors import CachepressError
+from cachepress.limits import MOST_POSITIONS
 from cachepress.ops import wide
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.view import LayerView, Moments, Needs
@@ -38,7 +39,7 @@ class ExpectedAttentionPress(ScorerPress, alias="expected_attention"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count(self, "n_future_positions")
+        check_count(self, "n_future_positions", most=MOST_POSITIONS)
         check_count(self, "n_sink", least=0)
         if not isinstance(self.epsilon, int | float) or self.epsilon < 0:
             raise CachepressError(f"epsilon: got {self.epsilon!r}, wanted a number >= 0")

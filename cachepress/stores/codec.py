@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cachepress.errors import CachepressError
+from cachepress.limits import is_whole, shown
 from cachepress.ops.precision import wide
 from cachepress.ops.ragged_attention import PAGE
 
@@ -37,13 +38,13 @@ class Codec:
     value_group: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 4, 8):
-            raise CachepressError(f"bits: got {self.bits!r}, wanted 2, 4 or 8")
-        if not isinstance(self.residual, int) or self.residual < 0:
-            raise CachepressError(f"residual: got {self.residual!r}, wanted a number of rows")
+        if not is_whole(self.bits, 2) or self.bits not in (2, 4, 8):
+            raise CachepressError(f"bits: got {shown(self.bits)}, wanted 2, 4 or 8")
+        if not is_whole(self.residual, 0):
+            raise CachepressError(f"residual: got {shown(self.residual)}, wanted a number of rows")
         group = self.value_group
-        if group is not None and (not isinstance(group, int) or group < 1):
-            raise CachepressError(f"value_group: got {group!r}, wanted a number of channels")
+        if group is not None and not is_whole(group, 1):
+            raise CachepressError(f"value_group: got {shown(group)}, wanted a number of channels")
 
     @classmethod
     def of(cls, storage: "str | Codec") -> "Codec | None":
@@ -54,8 +55,10 @@ class Codec:
         """
         if isinstance(storage, Codec):
             return storage
-        if storage not in STORAGES:
-            raise CachepressError(f"storage: got {storage!r}, wanted one of {', '.join(STORAGES)}")
+        if not isinstance(storage, str) or storage not in STORAGES:
+            raise CachepressError(
+                f"storage: got {shown(storage)}, wanted one of {', '.join(STORAGES)}"
+            )
         if storage == "full":
             return None
         bits = int(storage[3:])

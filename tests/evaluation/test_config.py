@@ -105,7 +105,7 @@ def test_a_broken_file_is_one_clear_line(tmp_path, text, message):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(cp.CachepressError, match="config file no.yaml: No such file"):
+    with pytest.raises(cp.CachepressError, match="no.yaml: No such file"):
         load_config("no.yaml", {})
 
 

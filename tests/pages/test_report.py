@@ -279,10 +279,10 @@ def test_the_needle_has_a_picture_and_panels_have_numbers(tmp_path):
     ("name", "text", "message"),
     [
         ("metrics.json", "{", "metrics.json is damaged"),
-        ("metrics.json", "[]", "metrics.json is no file of ours"),
+        ("metrics.json", "[]", "metrics.json: got []"),
         ("metrics.json", '{"tasks": {}}', "metrics.json: "),
         ("config.yaml", "a: [", "config.yaml is damaged"),
-        ("config.yaml", "- a", "config.yaml is no file of ours"),
+        ("config.yaml", "- a", "config.yaml: got ['a']"),
         ("config.yaml", "press: 3", "config.yaml: press is 3, wanted a text"),
         ("predictions.csv", "", "predictions.csv is damaged"),
         ("predictions.csv", "a,b\n1,2\n", "no column 'sample_id'"),

@@ -1,0 +1,136 @@
+"""What no user can make the library do: count without end, obey a name, say more than a line."""
+
+import pytest
+import torch
+
+import cachepress as cp
+from cachepress.errors import out_of_memory
+from cachepress.limits import (
+    LONGEST_SHOWN,
+    LONGEST_SPELLING,
+    MOST,
+    MOST_BYTES,
+    MOST_SEED,
+    is_out_of_memory,
+    is_whole,
+    shown,
+    visible,
+)
+from tests.tiny import tiny, tokens
+
+ENDLESS = 10**5000
+
+
+def test_whole_numbers_have_one_bound():
+    assert is_whole(MOST, 1) and not is_whole(MOST + 1, 1)
+    assert not is_whole(0, 1) and not is_whole(True, 0) and not is_whole(1.0, 0)
+    for build in (
+        lambda n: cp.KnormPress(n_kept=n),
+        lambda n: cp.SnapKVPress(0.5, window_size=n),
+        lambda n: cp.AdaKVPress(cp.StreamingLLMPress(0.5, n_sink=n)),
+        lambda n: cp.ChunkPress(cp.KnormPress(0.5), n),
+        lambda n: cp.Codec(8, n),
+        lambda n: cp.prefill(tiny(), tokens(3), chunk_size=n),
+    ):
+        build(MOST)
+        for n in (MOST + 1, 2**63, 10**30, ENDLESS):
+            with pytest.raises(
+                cp.CachepressError, match="wanted (a (whole )?number|at most)"
+            ) as caught:
+                build(n)
+            assert len(str(caught.value)) < 2 * LONGEST_SHOWN
+    assert cp.RandomPress(0.5, seed=MOST_SEED).seed == 4294967295
+    with pytest.raises(cp.CachepressError, match=f"at most {MOST_SEED}"):
+        cp.RandomPress(0.5, seed=MOST_SEED + 1)
+    assert cp.KnormPress(max_bytes=MOST_BYTES).max_bytes == MOST_BYTES
+    with pytest.raises(cp.CachepressError, match="wanted at most"):
+        cp.KnormPress(max_bytes="9999999999999GiB")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: cp.CapPress(0.5, tau=ENDLESS),
+        lambda: cp.ExpectedAttentionPress(0.5, use_vnorm=ENDLESS),
+        lambda: cp.KVzipPress(0.5, layerwise="yes"),
+        lambda: cp.KnormPress(ENDLESS),
+    ],
+)
+def test_values_that_no_option_takes_are_refused_when_built(build):
+    with pytest.raises(cp.CachepressError, match="got") as caught:
+        build()
+    assert len(str(caught.value)) < 2 * LONGEST_SHOWN
+
+
+def test_a_ratio_of_any_number_of_decimals_keeps_what_it_says():
+    for ratio, kept in ((1e-320, 59), (0.123456789012345678, 52), (0.5, 30)):
+        cache = cp.prefill(tiny(), tokens(60), cp.H2OPress(ratio))
+        assert {int(n) for layer in cache.layers for n in layer.lengths.flatten()} == {kept}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a" * (LONGEST_SPELLING + 1), "got 10,001 characters, wanted at most 10,000"),
+        ("chunk(" * 100 + "knorm" + ")" * 100, "nested more than 40 deep"),
+        ("(" * 5000, "cannot be read"),
+        ("knorm(" + "-" * 9000 + "1)", "nested too deeply|cannot be read|neither"),
+        ("knorm(n_kept=0x" + "f" * 5000 + ")", "too large to show"),
+        ("knorm([1])", "got \\[1\\]"),
+        ("ScorerPress(0.5)", "unknown press 'ScorerPress'"),
+        ("WrapperPress(knorm)", "unknown press 'WrapperPress'"),
+        ("1()", "neither a literal nor a press"),
+        ("knorm\0", "cannot be read"),
+        ("\ud800", "cannot be read|unknown press"),
+    ],
+)
+def test_no_spelling_is_raw(text, message, recwarn):
+    with pytest.raises(cp.CachepressError, match=message):
+        cp.parse(text)
+    assert not recwarn.list
+
+
+def test_what_is_shown_fits_into_a_line():
+    assert shown("x" * 500) == "'" + "x" * 198 + "…"
+    assert shown(ENDLESS) == "<int that is too large to show>"
+    nested = []
+    for _ in range(100_000):
+        nested = [nested]
+    assert shown(nested) == "<list that is too large to show>"
+    while nested:  # Freeing it from outside in would recurse.
+        nested = nested.pop()
+
+
+def test_control_characters_are_shown_and_all_else_is_left():
+    assert visible("a\x1b[2J\r\x9b\u202eb\x7f\ud800") == r"a\x1b[2J\r\x9b\u202eb\x7f\ud800"
+    plain = "é, 日本語, 😀,\ttab\nline \u200d\\x1b"
+    assert visible(plain) == plain
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_out_of_memory_is_known_and_says_what_to_do(error):
+    assert is_out_of_memory(error)
+    assert "smaller batch size, a prefill chunk size" in str(out_of_memory(error))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_a_prefill_that_runs_out_of_memory_says_so(monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(cp.KnormPress, "score", full)
+    with pytest.raises(cp.CachepressError, match="out of memory: DefaultCPUAllocator: can't"):
+        cp.prefill(tiny(), tokens(30), cp.KnormPress(0.5))
+    monkeypatch.setattr(cp.KnormPress, "score", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cp.prefill(tiny(), tokens(30), cp.KnormPress(0.5))
