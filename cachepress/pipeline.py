@@ -46,7 +46,8 @@ class PromptOptions:
         max_new_tokens: most tokens of an answer, one number or one for each question.
         max_context_length: most tokens of a context; None for what the model has room for.
         truncation: where a longer context is cut instead of being refused: "middle" keeps as many
-            tokens of its beginning as of its end, "end" (or True) those of its beginning.
+            tokens of the beginning as of the end of the whole prompt, which the shortest question
+            belongs to, "end" (or True) those of the context's beginning.
         separator: text that stands where the context was cut.
         suffix: what the context ends with, such as a question that a press is to see; it is
             tokenised apart, as questions are, and a cut spares it.
@@ -369,7 +370,8 @@ def make_prompt(
     ]
     # An answer needs a token to start from, so a context without questions lends its last one.
     lent = int(not all(ids.shape[1] for ids in question_ids))
-    room = _room(model, [lent + ids.shape[1] for ids in question_ids], options)
+    lengths = [ids.shape[1] for ids in question_ids]
+    room = _room(model, [lent + length for length in lengths], options)
     n, cut = context_ids.shape[1] - lent, 0
     if n > room:
         if not options.truncation:
@@ -377,7 +379,8 @@ def make_prompt(
                 f"the context has {n} tokens, but there is room for {room}: shorten it, or ask for "
                 "truncation"
             )
-        context_ids, cut = _cut(tokenizer, context_ids, before, options, room + lent)
+        asked = max(0, min(lengths) - encode(tokenizer, after, special=False).shape[1])
+        context_ids, cut = _cut(tokenizer, context_ids, before, options, room + lent, asked)
     if lent:
         last = context_ids[:, -1:]
         context_ids = context_ids[:, :-1]
@@ -386,19 +389,24 @@ def make_prompt(
 
 
 def _cut(
-    tokenizer: PreTrainedTokenizerBase, ids: Tensor, before: str, options: PromptOptions, room: int
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    before: str,
+    options: PromptOptions,
+    room: int,
+    asked: int,
 ) -> tuple[Tensor, int]:
     """Cut a context that is too long, and say how many of its tokens are gone.
 
-    The chat template's part before it and the suffix stay; when the middle is cut, the suffix is
-    part of the half that is kept of the end.
+    The chat template's part before it and the suffix stay. Benchmarks cut the middle of the whole
+    prompt, so the suffix and the tokens that are asked behind it are part of the second half.
     """
     separator = encode(tokenizer, options.separator, special=False)
     fixed = encode(tokenizer, before, special=False).shape[1] if before else 0
     n, free = ids.shape[1], room - fixed - separator.shape[1]
     tail = encode(tokenizer, options.suffix, special=False).shape[1]
     if options.truncation == MIDDLE:
-        tail = max(tail, free - free // 2)
+        tail = max(tail, free - (free + asked) // 2)
     head = free - tail
     if head < 1:
         raise CachepressError(

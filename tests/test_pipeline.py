@@ -175,7 +175,7 @@ CUTS = [
     ({"truncation": "middle", "chat": False}, [*IDS[:10], *IDS[-10:]], 20),
     (
         {"truncation": "middle", "chat": False, "max_context_length": 21},
-        [*IDS[:10], *IDS[-11:]],
+        [*IDS[:11], *IDS[-10:]],
         19,
     ),
     ({"truncation": "end", **SEPARATOR}, [3, 4, *IDS[:16], 50, 51], 24),
@@ -200,6 +200,31 @@ def test_what_is_left_of_a_context_that_is_cut(options, ids, cut):
     prompt = make_prompt(tokenizer(), tiny(), context, PromptOptions(**options))
     assert prompt.context_ids.tolist() == [ids]
     assert prompt.cut == cut
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("length", [11, 19, 20, 31])
+@pytest.mark.parametrize("asked", [" w9", " w9 w8 w7 w6", " w9" * 7])
+def test_the_halves_are_of_the_whole_prompt_as_benchmarks_cut_it(asked, length, chat):
+    options = {"truncation": "middle", "max_context_length": length, "chat": chat}
+    question = [int(word[1:]) for word in asked.split()]
+    prompt, fixed = [*IDS, *question], 2 * chat
+    n = length - fixed + len(question)
+    head, tail = prompt[: n // 2], prompt[n // 2 - n :][: -len(question)]
+    assert len(tail) <= len(head)
+    for given in (
+        {"question": asked},
+        {"answer_prefix": asked},
+        {"questions": [f"{asked} w5 w4", asked]},
+    ):
+        cut = make_prompt(tokenizer(), tiny(), CONTEXT, PromptOptions(**given, **options))
+        assert cut.context_ids[0, fixed:].tolist() == [*head, *tail]
+        assert cut.cut == len(IDS) - len(head) - len(tail)
+
+
+def test_a_question_longer_than_half_the_prompt_leaves_the_beginning_of_the_context():
+    options = PromptOptions("w9 " * 20, truncation="middle", max_context_length=11, chat=False)
+    assert make_prompt(tokenizer(), tiny(), CONTEXT, options).context_ids.tolist() == [IDS[:11]]
 
 
 def test_a_cut_context_without_a_question_lends_the_last_token_that_is_left():

@@ -16,6 +16,8 @@ from cachepress.errors import CachepressError
 
 TABLES = (".csv", ".jsonl", ".parquet")
 TEXTS = (".txt", ".md")
+COLUMNS = ("prompt", "context", "question", "answer_prefix")
+"""Columns of a table that hold texts of a prompt."""
 EVERY_TASK = ""
 """The task of a template that is for all of them."""
 _DOCUMENT = "$DOC$"
@@ -138,8 +140,8 @@ class Prompts:
         return table
 
     def _limit(self, row: Mapping[str, object]) -> int:
-        text = _text(row["max_new_tokens"]).removesuffix(".0")
-        if not text.isdigit() or int(text) < 1:
+        text = str(row["max_new_tokens"]).removesuffix(".0")
+        if not re.fullmatch("0*[1-9][0-9]{0,11}", text):
             raise CachepressError(
                 f"{self.name}: max_new_tokens is {text[:40]!r}, wanted a whole number above 0"
             )
@@ -204,16 +206,28 @@ def _rows(path: Path) -> list[dict]:
     from cachepress.evaluation.tasks.sources import read_rows
 
     rows = read_rows(str(path.parent), [path.name])
-    if not all("prompt" in row or "context" in row for row in rows):
-        raise CachepressError(
-            f"prompts: {path} has no column 'prompt' or 'context': it has {', '.join(rows[0])}"
-        )
+    for number, row in enumerate(rows):
+        if "prompt" not in row and "context" not in row:
+            raise CachepressError(
+                f"prompts: {path}, row {number} has no column 'prompt' or 'context': it has "
+                f"{', '.join(row)}"
+            )
+        for column in COLUMNS:
+            if not (isinstance(row.get(column), str) or _is_empty(row.get(column))):
+                raise CachepressError(
+                    f"prompts: {path}, row {number}: {column} is a {type(row[column]).__name__}, "
+                    "wanted a text"
+                )
     return rows
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or value is pd.NA or (isinstance(value, float) and value != value)
 
 
 def _text(value: object) -> str:
     """A cell as text; nothing where it is empty."""
-    return "" if value is None or value != value else str(value)
+    return "" if _is_empty(value) else str(value)
 
 
 def _templates(path: Path, raw: bytes, name: str) -> dict[str, str]:
@@ -222,7 +236,7 @@ def _templates(path: Path, raw: bytes, name: str) -> dict[str, str]:
         f"table in {', '.join(TABLES)}"
     )
     try:
-        text = raw.decode()
+        text = raw.decode("utf-8-sig")
         if path.suffix in TEXTS:
             return {EVERY_TASK: text}
         if path.suffix == ".py":
@@ -252,9 +266,10 @@ def _assigned(text: str, name: str, path: str) -> dict[str, str]:
     """The mapping of texts that a module assigns to a name, or to the only one that it has."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.parse(text).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
             texts = _texts(node.value)
-            found |= {one.id: texts for one in node.targets if isinstance(one, ast.Name) and texts}
+            names = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {one.id: texts for one in names if isinstance(one, ast.Name) and texts}
     if name in found:
         return found[name]
     if not name and len(found) == 1:
@@ -266,13 +281,18 @@ def _assigned(text: str, name: str, path: str) -> dict[str, str]:
 
 
 def _texts(mapping: ast.Dict) -> dict[str, str]:
-    """The entries whose key and value are plain texts."""
-    found = {}
-    for key, value in zip(mapping.keys, mapping.values, strict=True):
-        plain = [x.value for x in (key, value) if isinstance(x, ast.Constant)]
-        if len(plain) == 2 and all(isinstance(text, str) for text in plain):
-            found[plain[0]] = plain[1]
-    return found
+    """The entries whose key and value are plain texts, or sums of such."""
+    pairs = zip(map(_plain, mapping.keys), map(_plain, mapping.values), strict=True)
+    return {key: value for key, value in pairs if key is not None and value is not None}
+
+
+def _plain(node: ast.expr | None) -> str | None:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = _plain(node.left), _plain(node.right)
+        return None if left is None or right is None else left + right
+    return None
 
 
 def _parsed(template: str, origin: str) -> list[tuple[str, str | None]]:

@@ -122,12 +122,12 @@ def test_infinitebench_s_templates(tmp_path, task, row, template, wanted):
 
 def test_templates_in_a_module_are_read_and_never_run(tmp_path):
     save(tmp_path / "passkey.jsonl", {"context": "T", "input": "W", "answer": "1"})
-    text = f"""
+    text = f"""\ufeff
 import nothing_that_exists
 open({str(tmp_path / "ran")!r}, "w")
 long = {{"passkey": "One: {{context}} "  # A remark.
         "and {{input}}", "other": "x" + y}}
-short = {{"passkey": "Two: {{context}}{{input}}"}}
+short: dict[str, str] = {{"passkey": "Two: " + "{{context}}" + "{{input}}"}}
 """
     own = templates(tmp_path, text, "prompt.py")
     for name, wanted in (("long", ("One: T", " and W")), ("short", ("Two: T", "W"))):
@@ -172,6 +172,19 @@ def test_mathematics_is_one_text(tmp_path, dataset):
     assert rows_of(tmp_path, dataset, None, own) == [("Solve 1+1? in \\boxed{}.", "", "")]
     own = templates(tmp_path, {dataset: "Do {problem}"})
     assert rows_of(tmp_path, dataset, None, own) == [("Do 1+1?", "", "")]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".csv"])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, suffix):
+    save(tmp_path / "qasper.jsonl", LONGBENCH)
+    text = {
+        ".txt": "See {context}\r\n{input}",
+        ".json": json.dumps({"qasper": "See {context}\r\n{input}"}),
+        ".csv": 'context,question\nSee By {Ada}.,"\r\nWho {wrote} it?"\n',
+    }[suffix]
+    (tmp_path / f"own{suffix}").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = rows_of(tmp_path, "longbench", "qasper", tmp_path / f"own{suffix}")
+    assert found == [("See By {Ada}.", "\r\nWho {wrote} it?", "")]
 
 
 def test_rows_of_a_local_file_in_the_templates_of_their_tasks(tmp_path):
@@ -251,6 +264,11 @@ BAD = [
     ("own.csv", "context\nanother\n", "own.csv, row 0: context does not hold the text"),
     ("own.csv", "prompt\nanother\n", "own.csv, row 0: prompt does not hold the text"),
     ("own.csv", "context,max_new_tokens\nBy {Ada}.,many\n", "max_new_tokens is 'many'"),
+    ("own.csv", "context,max_new_tokens\nBy {Ada}.,²\n", "max_new_tokens is '²'"),
+    ("own.csv", f"context,max_new_tokens\nBy {{Ada}}.,{'9' * 5000}\n", "is '9{40}', wanted"),
+    ("own.jsonl", '{"prompt": ["By {Ada}.", "x"]}', r"own.jsonl, row 0: prompt is a list, wanted"),
+    ("own.jsonl", '{"context": "By {Ada}.", "question": 3}', "row 0: question is a int, wanted"),
+    ("own.json", {"qasper": GOOD + "{answers}"}, r"names \{answers\}: wanted one of \{input\}"),
 ]
 
 

@@ -385,7 +385,8 @@ def _row(row: Mapping, prompt: Prompt, template: Template | None) -> dict[str, o
         raise ValueError("a row has no classes")
     context, question, prefix = _asked(row, prompt)
     if template is not None:
-        (context, question), prefix = template.around(row["context"], row), ""
+        fields = {name: value for name, value in row.items() if name != "answers"}
+        (context, question), prefix = template.around(row["context"], fields), ""
     return {
         "context": context,
         "question": question,

@@ -103,7 +103,7 @@ def _rows(path: Path, member: str | None) -> list[dict]:
         with zipfile.ZipFile(path) as archive:
             text = archive.read(member).decode("utf-8")
     else:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     if name.endswith((".csv", ".tsv")):
         return read_delimited(text, "\t" if name.endswith(".tsv") else ",").records()
     if name.endswith(".json"):
