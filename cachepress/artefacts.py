@@ -37,6 +37,7 @@ _EARLIER = "cachepress-artefact"
 _OWN_FIELDS = ("checksum", "kind", "model_class", "weights_float32")
 """Fields of which files of others have none."""
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_POINTER = b"version https://git-lfs"
 _REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
 _NAMES = ("{kind}.safetensors", "model.safetensors", "{kind}.npy", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".npy", ".pt", ".pth", ".bin")
@@ -344,7 +345,8 @@ def _read(
     except pickle.UnpicklingError as error:
         raise CachepressError(_refusal(path, error)) from error
     except Exception as error:  # What is damaged fails in any way.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # What torch says further is how to let a file run its code.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise CachepressError(
             f"{path} is damaged, or no file of tensors (safetensors, .npy, or .pt): {reason}"
         ) from error
@@ -366,13 +368,15 @@ def _check_unchanged(metadata: Mapping[str, str], content: object) -> None:
 def _contents(path: str) -> tuple[object, dict[str, str]]:
     """What a file holds, and what a safetensors file says of itself; its name does not count."""
     with Path(path).open("rb") as file:
-        start = file.read(9)
+        start = file.read(len(_POINTER))
     if start.startswith(b"\x93NUMPY"):
         array = np.load(path, allow_pickle=False)
         if array.dtype.kind not in "fiu":
             raise CachepressError(f"{path} is damaged: it holds {array.dtype}, wanted numbers")
         return torch.from_numpy(np.asarray(array, dtype=np.float64)), {}
-    if start.startswith((b"PK", b"\x80")) and start[8:] != b"{":
+    if start == _POINTER:
+        raise CachepressError(f"{path} only points to a file of Git LFS: get that, git lfs pull")
+    if start.startswith((b"PK", b"\x80")) and start[8:9] != b"{":
         # Given open, since torch would go by the name of a path.
         with Path(path).open("rb") as file, torch.serialization.safe_globals(_PLACEHOLDERS):
             return torch.load(file, map_location="cpu", weights_only=True), {}

@@ -29,6 +29,8 @@ LAYOUTS = {
 """What the file of each kind of artefact holds."""
 
 _ROUNDING = 1e-3
+_RATIOS = 99
+"""Ratios of a curve, from 0.01 to 0.99."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _GATES = {
     "q_proj.weight": "q_weight",
@@ -125,7 +127,8 @@ def of_layers(tensors: Tensors, kind: str, layers: Sequence[int]) -> Tensors:
 def _recognised(found: object) -> tuple[str, Tensors] | None:
     """What a file is, and its tensors as ours are written."""
     if isinstance(found, Tensor):
-        return "lukv", {"lukv": _kept(found)}
+        is_curve = _is_array(found) and found.ndim == 3 and len(found) == _RATIOS
+        return ("lukv", {"lukv": _kept(found)}) if is_curve else None
     if isinstance(found, Mapping) and isinstance(found.get("module"), list):
         found = found["module"]
     if isinstance(found, list):
@@ -176,8 +179,6 @@ def _kept(curve: Tensor) -> Tensor:
 
     Published curves hold what heads drop, which grows with the ratio; what they keep falls.
     """
-    if not _is_array(curve) or curve.ndim != 3 or len(curve) < 2:
-        return curve
     means = curve.double().flatten(1).mean(1)
     return curve if bool(means[-1] < means[0]) else 1 - curve
 

@@ -134,16 +134,21 @@ def _build_theirs(node: ast.expr, text: str) -> BasePress:
         name = text.strip().removeprefix(PREFIX).partition("(")[0]
         close = difflib.get_close_matches(name[:LONGEST_SHOWN], SPELLINGS, n=1, cutoff=0.5)
         hint = f"did you mean {PREFIX + close[0]!r}? " if close else ""
+        if name in known_names():
+            hint = f"{name} is a name of this package, leave {PREFIX!r} out; "
         raise SpecError(f"unknown press {shown(text)}: {hint}known are {', '.join(SPELLINGS)}")
     press = parse(SPELLINGS[function.id])
     if press is None:
         raise SpecError(f"press {shown(text)}: {NO_PRESS} stands alone")
     args = [_build(arg, text) for arg in node.args] if isinstance(node, ast.Call) else []
-    named = node.keywords if isinstance(node, ast.Call) else []
-    options = {str(k.arg): _build(k.value, text) for k in named}
+    options = _options(node, text)
     if len(args) > 1 or (args and "compression_ratio" in options):
         raise SpecError(f"press {shown(text)}: wanted one ratio, and options by name")
-    return _with_options(press, {"compression_ratio": args[0], **options} if args else options)
+    if args and isinstance(press, ComposedPress):
+        options["compression_ratio"] = args[0]
+    elif args:
+        press = press.with_ratio(args[0])  # type: ignore
+    return _with_options(press, options)
 
 
 def _with_options(press: BasePress, options: Mapping[str, object]) -> BasePress:
@@ -204,8 +209,7 @@ def _build(node: ast.expr, text: str, depth: int = 0) -> object:
             return _build_theirs(node, text)
         kind = _class(node.func.id)
         args = [_build(arg, text, depth + 1) for arg in node.args]
-        options = {str(k.arg): _build(k.value, text, depth + 1) for k in node.keywords}
-        return _call(kind, args, options)
+        return _call(kind, args, _options(node, text, depth + 1))
     if isinstance(node, ast.List | ast.Tuple):
         items = [_build(item, text, depth + 1) for item in node.elts]
         return items if isinstance(node, ast.List) else tuple(items)
@@ -216,6 +220,19 @@ def _build(node: ast.expr, text: str, depth: int = 0) -> object:
         raise SpecError(
             f"press {shown(text)}: {shown(part)} is neither a literal nor a press"
         ) from error
+
+
+def _options(node: ast.expr, text: str, depth: int = 0) -> dict[str, object]:
+    """What a call gives by name."""
+    options: dict[str, object] = {}
+    for keyword in node.keywords if isinstance(node, ast.Call) else []:
+        if keyword.arg is None or keyword.arg in options:
+            name = "**" if keyword.arg is None else keyword.arg
+            raise SpecError(
+                f"press {shown(text)}: wanted every option by its name and once, got {name}"
+            )
+        options[keyword.arg] = _build(keyword.value, text, depth)
+    return options
 
 
 def _class(name: str) -> type[BasePress]:

@@ -365,6 +365,7 @@ ODD: list[object] = [
     {"module": [gates_as_published()[0], gates_as_published(m=5)[0]]},
     torch.zeros(99, 4),
     torch.zeros(()),
+    torch.zeros(4, 2, 8),
 ]
 
 
@@ -373,7 +374,8 @@ def test_whatever_else_torch_saved_is_refused(kind, tmp_path):
     path = tmp_path / "x.pt"
     for content in ODD:
         torch.save(content, path)
-        assert str(path) in refusal(kind, path)
+        message = refusal(kind, path)
+        assert f"{path} is no {kind} artefact: it holds " in message and LAYOUTS[kind] in message
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -474,6 +476,17 @@ def test_code_is_not_smuggled_in_beside_the_arrays_of_a_trainer(tmp_path):
     torch.save({"module": gates_as_published(), "loss": beside}, path)
     assert "would run" in refusal("fastkvzip", path)
     assert not mark.exists()
+
+
+def test_what_is_read_no_further_is_said_in_a_sentence(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    message = refusal("q_filters", path)
+    assert "TorchScript" in message and "weights_only=False" not in message
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    assert refusal("q_filters", path) == (
+        f"{path} only points to a file of Git LFS: get that, git lfs pull"
+    )
 
 
 def test_a_zip_that_is_no_file_of_torch_is_refused(tmp_path):
