@@ -127,7 +127,7 @@ def _brief_value(value: object, ratio: float) -> str:
     return repr(value)
 
 
-def _build_theirs(node: ast.expr, text: str) -> BasePress:
+def _build_theirs(node: ast.expr, text: str, depth: int = 0) -> BasePress:
     """The press that kvpress means by a name, with options of its own."""
     function = node.func if isinstance(node, ast.Call) else node
     if not isinstance(function, ast.Name) or function.id not in SPELLINGS:
@@ -140,8 +140,9 @@ def _build_theirs(node: ast.expr, text: str) -> BasePress:
     press = parse(SPELLINGS[function.id])
     if press is None:
         raise SpecError(f"press {shown(text)}: {NO_PRESS} stands alone")
-    args = [_build(arg, text) for arg in node.args] if isinstance(node, ast.Call) else []
-    options = _options(node, text)
+    given = node.args if isinstance(node, ast.Call) else []
+    args = [_build(arg, text, depth + 1) for arg in given]
+    options = _options(node, text, depth + 1)
     if len(args) > 1 or (args and "compression_ratio" in options):
         raise SpecError(f"press {shown(text)}: wanted one ratio, and options by name")
     if args and isinstance(press, ComposedPress):
@@ -202,11 +203,11 @@ def _build(node: ast.expr, text: str, depth: int = 0) -> object:
     if isinstance(node, ast.Name):
         kind = aliases().get(node.id)
         if node.id in SPELLINGS and (kind is None or _needs_arguments(kind)):
-            return _build_theirs(node, text)
+            return _build_theirs(node, text, depth)
         return _call(_class(node.id), [], {})
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if node.func.id in SPELLINGS and node.func.id not in aliases():
-            return _build_theirs(node, text)
+            return _build_theirs(node, text, depth)
         kind = _class(node.func.id)
         args = [_build(arg, text, depth + 1) for arg in node.args]
         return _call(kind, args, _options(node, text, depth + 1))
@@ -222,7 +223,7 @@ def _build(node: ast.expr, text: str, depth: int = 0) -> object:
         ) from error
 
 
-def _options(node: ast.expr, text: str, depth: int = 0) -> dict[str, object]:
+def _options(node: ast.expr, text: str, depth: int) -> dict[str, object]:
     """What a call gives by name."""
     options: dict[str, object] = {}
     for keyword in node.keywords if isinstance(node, ast.Call) else []:

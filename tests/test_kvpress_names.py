@@ -227,6 +227,7 @@ def test_names_mean_what_they_mean_there(name, press):
         ("kvpress:SnapKVPress()", "SnapKVPress is a name of this package, leave 'kvpress:' out"),
         ("kvpress:snapkv(kernel_size=3, kernel_size=5)", "by its name and once, got kernel_size"),
         ("SnapKVPress(kernel_size=3, kernel_size=5)", "by its name and once, got kernel_size"),
+        ("adakv_snapkv(press=" * 60 + "knorm" + ")" * 60, "nested more than 40 deep"),
         ("kvpress:snapkv(**{'a': 1})", r"by its name and once, got \*\*"),
         ("kvpress:3", "unknown press"),
         ("kvpress:knorm(0.5, 3)", "wanted one ratio"),
