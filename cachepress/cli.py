@@ -382,7 +382,7 @@ def _parser() -> argparse.ArgumentParser:
     _result_parsers(commands)
     _data_parser(commands)
     _inspect_parser(commands)
-    demo = commands.add_parser("demo", help="compare four presses on the built-in model and data")
+    demo = commands.add_parser("demo", help="compare presses on the built-in model and data")
     demo.add_argument("--output-dir", default="./results", help="default: ./results")
     demo.set_defaults(command=_demo)
     models = commands.add_parser("models", help="say which models are built in, and where")

@@ -8,11 +8,13 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from cachepress.bench import timed_step
-from cachepress.cache import fork
+from cachepress.cache import fork, ordinary, size_of
+from cachepress.hf.survey import Survey
 from cachepress.presses import BasePress
 
 CONTEXTS = 1
@@ -50,6 +52,44 @@ def step_seconds(
                     found.append(seconds)
     quartiles = [statistics.quantiles(found, n=4, method="inclusive") for found in times]
     return [StepSeconds(median, low, high) for low, median, high in quartiles]
+
+
+class SpeedLine(NamedTuple):
+    """What decoding after a text takes.
+
+    Attributes:
+        press: the press; None for transformers' own uncompressed cache.
+        ratio: share of key-value pairs that it dropped.
+        seconds: of a decoded token.
+        cache_bytes: allocated for keys and values.
+    """
+
+    press: BasePress | None
+    ratio: float
+    seconds: StepSeconds
+    cache_bytes: int
+
+
+def speed_lines(
+    model: PreTrainedModel, ids: Tensor, presses: Sequence[BasePress]
+) -> list[SpeedLine]:
+    """Time decoding after a text, uncompressed first, then under each press.
+
+    Args:
+        model: the model.
+        ids: the text, ``[1, T]``; it is read once for all.
+        presses: presses that act on prompts, and do not look for a question.
+    """
+    survey = Survey(model, presses)
+    survey.read(ids)
+    caches: list[Cache] = [ordinary(survey.cache)]
+    caches += [survey.settled(press)[0] for press in presses]
+    sizes = [size_of(cache) for cache in caches]
+    found = step_seconds(model, [(cache, None) for cache in caches])
+    return [
+        SpeedLine(press, size.ratio, seconds, size.bytes_after)
+        for press, size, seconds in zip([None, *presses], sizes, found, strict=True)
+    ]
 
 
 def peak_memory(device: torch.device) -> int:

@@ -8,7 +8,9 @@ from tabulate import tabulate
 
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.prompts import shortened
+from cachepress.evaluation.speed import SpeedLine
 from cachepress.evaluation.sweep import Result
+from cachepress.spec import NO_PRESS, brief
 
 LONGEST_NAME = 72
 HEADERS = (
@@ -37,6 +39,16 @@ SWEEP_HEADERS = (
 )
 EQUAL = 1.15
 """Bytes that count as equal: pages that are not full, and positions, come on top of rows."""
+QUALITY_HEADERS = (
+    "press",
+    "question",
+    "dropped",
+    "score",
+    "95 % interval",
+    "difference to no press",
+    "cache",
+)
+SPEED_HEADERS = ("press", "dropped", "cache", "ms a token", "middle half", "times as fast")
 RANKING_MEANS = ("mean score", "mean KL", "mean bytes kept")
 HOW_TO_READ = (
     "Ratio: share of key-value pairs dropped, measured. Score: mean, with a 95 % interval "
@@ -79,6 +91,33 @@ def cut_text(metrics: Mapping) -> str:
 def sweep_table(results: Sequence[Result], style: str = "simple") -> str:
     """A line for each result of a group, the differences to no press beside it."""
     return _table([_sweep_line(result) for result in results], SWEEP_HEADERS, style)
+
+
+def quality_table(groups: Sequence[Sequence[Result]], style: str = "simple") -> str:
+    """A line for each result of all groups: what was asked, and what is left of score and bytes."""
+    lines = []
+    for group in groups:
+        question = "in sight" if group[0].cell.config.query_aware else "later"
+        for result in group:
+            name, ratio, score, spread, difference, _, _, cache, *_ = _sweep_line(result)
+            lines.append((name, question, ratio, score, spread, difference, cache))
+    return _table(lines, QUALITY_HEADERS, style)
+
+
+def speed_table(lines: Sequence[SpeedLine], style: str = "simple") -> str:
+    """A line for each cache that was decoded from, against the first one."""
+    rows = [
+        (
+            NO_PRESS if line.press is None else _cut(brief(line.press, line.ratio)),
+            f"{line.ratio:.3f}",
+            _mib(line.cache_bytes),
+            f"{1000 * line.seconds.median:.1f}",
+            f"{1000 * line.seconds.low:.1f} to {1000 * line.seconds.high:.1f}",
+            f"{lines[0].seconds.median / line.seconds.median:.2f}",
+        )
+        for line in lines
+    ]
+    return _table(rows, SPEED_HEADERS, style)
 
 
 def ranking_table(results: Sequence[Result], style: str = "simple") -> str | None:

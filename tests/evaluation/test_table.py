@@ -2,8 +2,17 @@
 
 from cachepress.evaluation import EvaluationConfig
 from cachepress.evaluation.cell import Cell
+from cachepress.evaluation.speed import SpeedLine, StepSeconds
 from cachepress.evaluation.sweep import Result
-from cachepress.evaluation.table import RANKING_MEANS, ranking_table, sweep_page, sweep_text
+from cachepress.evaluation.table import (
+    RANKING_MEANS,
+    quality_table,
+    ranking_table,
+    speed_table,
+    sweep_page,
+    sweep_text,
+)
+from cachepress.presses import KnormPress
 
 
 def result(press, ratio, score, kl=None, kept=None):
@@ -105,3 +114,26 @@ def test_the_page_has_the_ranking_before_everything():
     assert "dms(knorm, -17)" in first.split("Everything that was measured:")[1]
     assert "mean KL" not in second and "| knorm" in second
     assert page.count("Measured on: a machine") == 1
+
+
+def test_a_line_of_the_demo_says_what_was_asked_and_what_is_left():
+    aware = EvaluationConfig(press="knorm", compression_ratio=0.5, query_aware=True)
+    seen = Result(Cell(aware), result("knorm", 0.5, 0.25).metrics, None)
+    _, _, *rows = cells(quality_table([RESULTS[:2], [seen]], "github"))
+    assert [row[:4] + row[-1:] for row in rows] == [
+        ["no_press", "later", "0.000", "1.000", "1.0 MiB"],
+        ["knorm", "later", "0.500", "0.500", "0.5 MiB"],
+        ["knorm", "in sight", "0.500", "0.250", "0.5 MiB"],
+    ]
+
+
+def test_speed_is_told_against_the_first_line():
+    lines = [
+        SpeedLine(None, 0.0, StepSeconds(0.2, 0.1, 0.3), 4 << 20),
+        SpeedLine(KnormPress(0.75), 0.75, StepSeconds(0.08, 0.05, 0.09), 1 << 20),
+    ]
+    _, _, *rows = cells(speed_table(lines, "github"))
+    assert rows == [
+        ["no_press", "0.000", "4.0 MiB", "200.0", "100.0 to 300.0", "1.00"],
+        ["knorm", "0.750", "1.0 MiB", "80.0", "50.0 to 90.0", "2.50"],
+    ]
