@@ -55,6 +55,8 @@ class PromptOptions:
         chat: whether context and questions are put into the model's chat template, if it has one.
         beyond_trained_length: allow contexts that are longer than the model was trained for; what
             it answers there is not to be trusted.
+        forced: a text for each question that the model is to be made to say in place of an answer,
+            for which there has to be room as well; it is not part of the prompt.
     """
 
     question: str | None = None
@@ -68,6 +70,7 @@ class PromptOptions:
     enable_thinking: bool = False
     chat: bool = True
     beyond_trained_length: bool = False
+    forced: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.question is not None and self.questions is not None:
@@ -371,7 +374,11 @@ def make_prompt(
     # An answer needs a token to start from, so a context without questions lends its last one.
     lent = int(not all(ids.shape[1] for ids in question_ids))
     lengths = [ids.shape[1] for ids in question_ids]
-    room = _room(model, [lent + length for length in lengths], options)
+    said = [encode(tokenizer, text, special=False).shape[1] for text in options.forced]
+    said += [0] * (len(lengths) - len(said))
+    each = zip(lengths, options.limits, said, strict=True)
+    beside = lent + max(length + max(limit, n) for length, limit, n in each)
+    room = _room(model, beside, options)
     n, cut = context_ids.shape[1] - lent, 0
     if n > room:
         if not options.truncation:
@@ -480,18 +487,17 @@ def read_context(
     return cache, time.perf_counter() - start
 
 
-def _room(model: PreTrainedModel, asked: list[int], options: PromptOptions) -> int:
-    """Most tokens that a context may have, besides so many of each question."""
-    longest = max(n + limit for n, limit in zip(asked, options.limits, strict=True))
+def _room(model: PreTrainedModel, beside: int, options: PromptOptions) -> int:
+    """Most tokens that a context may have beside so many of a question and its answer."""
     positions = getattr(model.get_decoder().config, "max_position_embeddings", None)
     if options.beyond_trained_length:
         positions = None
-    room = None if positions is None else positions - longest
+    room = None if positions is None else positions - beside
     limits = [n for n in (room, options.max_context_length) if n is not None]
     least = min(limits, default=2**63)
     if least < 1:
         raise CachepressError(
-            f"no room for a context: {longest} tokens of question and answer, a limit of "
+            f"no room for a context: {beside} tokens of question and answer, a limit of "
             f"{positions} positions and max_context_length={options.max_context_length}"
         )
     return least

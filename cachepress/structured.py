@@ -71,9 +71,8 @@ def read_mapping(path: Path) -> dict[str, object]:
         kind = path.suffix[1:].upper()
         raise CachepressError(f"{path} is damaged, or is not {kind}: {_line(error)}") from error
     if not isinstance(values, Mapping):
-        raise CachepressError(
-            f"{path}: got {shown(values)}, wanted lines of the form option: value"
-        )
+        wanted = "an object" if path.suffix == ".json" else "lines of the form option: value"
+        raise CachepressError(f"{path}: got {shown(values)}, wanted {wanted}")
     return {str(name): value for name, value in values.items()}
 
 

@@ -61,7 +61,7 @@ def test_hostile_json_is_refused(text, message):
 def test_a_file_is_named_with_what_is_wrong(tmp_path):
     path = tmp_path / "a.json"
     for raw, message in (
-        (b"[]", "a.json: got \\[\\], wanted lines"),
+        (b"[]", "a.json: got \\[\\], wanted an object"),
         (b"\xff", "a.json is damaged, or is not JSON: 'utf-8'"),
         (b"{", "a.json is damaged, or is not JSON: Expecting"),
     ):

@@ -423,5 +423,6 @@ def _without(record: Mapping[str, object], names: Sequence[str]) -> dict[str, ob
 
 
 def as_json(texts: list[str]) -> str:
-    """Texts as they stand in predictions.csv."""
-    return json.dumps(texts, ensure_ascii=False)
+    """Texts as they stand in predictions.csv; half of a surrogate pair only as JSON escapes it."""
+    text = json.dumps(texts, ensure_ascii=False)
+    return text.encode(errors="backslashreplace").decode()

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 LONGEST_FIELD = 1 << 30
+_REMEDY = "name every column, and put what holds the delimiter into quotes"
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ def read_delimited(text: str, delimiter: str = ",") -> Delimited:
     """Split CSV into texts; quoted line ends are part of a text, empty lines are left out.
 
     Raises:
-        ValueError: if there is no header, a column is there twice, a quote is misplaced, or a row
-            has more or fewer fields than the header.
+        ValueError: if there is no header, a column is there twice, a quote is misplaced, a row has
+            more or fewer fields than the header, or a field is below no name.
     """
     csv.field_size_limit(LONGEST_FIELD)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -43,8 +44,7 @@ def read_delimited(text: str, delimiter: str = ",") -> Delimited:
             if fields and not header:
                 header = _distinct(fields)
             elif fields:
-                if len(fields) != len(header):
-                    raise ValueError(_misfit(line, len(rows), fields, header))
+                _check(fields, header, f"line {line}, row {len(rows)}")
                 rows.append(fields)
                 lines.append(line)
             line = reader.line_num + 1
@@ -71,13 +71,14 @@ def repeated(names: Iterable[str]) -> str | None:
     return None
 
 
-def _misfit(line: int, row: int, fields: list[str], header: list[str]) -> str:
-    """What is wrong with a row of another length than the header's."""
-    where = f"line {line}, row {row}: got {len(fields)} fields, wanted {len(header)} as the header"
+def _check(fields: list[str], header: list[str], where: str) -> None:
+    """Refuse a row whose fields do not stand below names one to one."""
+    counted = f"{where}: got {len(fields)} fields, wanted {len(header)} as the header names"
     if len(fields) < len(header):
-        return f"{where} names, and the column {header[len(fields)]!r} is left without"
-    surplus = fields[len(header)]
-    return (
-        f"{where} names, and {surplus[:40]!r} has no column: name every column, and put what holds "
-        "the delimiter into quotes"
-    )
+        raise ValueError(f"{counted}, and the column {header[len(fields)]!r} is left without")
+    if len(fields) > len(header):
+        raise ValueError(f"{counted}, and {fields[len(header)][:40]!r} has no column: {_REMEDY}")
+    # Other programs leave a first column of row numbers without a name, and columns of nothing.
+    for name, field in list(zip(header, fields, strict=True))[1:]:
+        if field and not name:
+            raise ValueError(f"{where}: {field[:40]!r} stands below no name: {_REMEDY}")

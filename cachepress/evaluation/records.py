@@ -55,9 +55,9 @@ class Records:
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) < len(raw):
             os.truncate(self._path, len(whole))
-        for number, line in enumerate(whole.decode(errors="replace").split("\n")[:-1], start=1):
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
-                key, record = _parsed(line)
+                key, record = _parsed(line.decode())
                 self._check(record)
                 self.done[key] = record
             except ValueError as error:

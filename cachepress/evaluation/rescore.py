@@ -12,6 +12,7 @@ from cachepress.evaluation.predictions import read_predictions, write_prediction
 from cachepress.evaluation.records import write_atomically
 from cachepress.evaluation.registry import find_metric
 from cachepress.evaluation.samples import check_metrics, judged_by
+from cachepress.evaluation.tasks.base import DIGITS
 from cachepress.evaluation.views import score, scores_of
 from cachepress.limits import shown
 from cachepress.structured import parse_json, read_mapping
@@ -91,7 +92,9 @@ def _read(run: Path) -> tuple[pd.DataFrame, dict]:
                 raise ValueError(f"no column {name!r}")
         for name in LISTS:
             rows[name] = [_texts(cell) for cell in rows[name]]
-        rows["context_id"] = rows["context_id"].astype(int)
+        rows["context_id"] = [_number(cell) for cell in rows["context_id"]]
+        if not len(rows):
+            raise ValueError("it has no rows")
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise CachepressError(f"{path} is damaged: {reason}; run evaluate again") from error
@@ -122,6 +125,12 @@ def _is_estimate(value: object) -> bool:
         and isinstance(value.get("mean"), int | float)
         and all(isinstance(value.get(end), int | float | None) for end in ("low", "high"))
     )
+
+
+def _number(cell: str) -> int:
+    if not (cell.isascii() and cell.isdecimal() and len(cell) <= DIGITS):
+        raise ValueError(f"the context_id is {shown(cell)}, wanted a whole number")
+    return int(cell)
 
 
 def _texts(cell: str) -> list[str]:

@@ -22,17 +22,18 @@ def check_size(task: Task, config: EvaluationConfig) -> None:
             f"{what}: its contexts have {size.total:.3g} tokens together, wanted at most "
             f"{MOST_TOKENS:.0e}: ask for fewer or shorter ones"
         )
-    room = None if config.truncation else _room(config)
-    if room is not None and size.longest > room:
+    room = _room(config, size.beside)
+    if room is not None and room < (1 if config.truncation else size.longest):
         raise CachepressError(
-            f"{what}: a context has at least {size.longest} tokens, but there is room for {room}: "
-            "ask for shorter ones, or for truncation"
+            f"{what}: a context has at least {size.longest} tokens, but there is room for "
+            f"{max(0, room)} beside what is asked and answered: ask for less, or for truncation"
         )
 
 
-def _room(config: EvaluationConfig) -> int | None:
-    """Most tokens that a context may have, question and answer left out; None for any number."""
+def _room(config: EvaluationConfig, beside: int) -> int | None:
+    """Most tokens that a context may have beside so many others; None for any number."""
     limits = [config.max_context_length]
     if not config.beyond_trained_length:
-        limits.append(positions_of(config.model, config.loading))
+        positions = positions_of(config.model, config.loading)
+        limits.append(None if positions is None else positions - beside)
     return min((limit for limit in limits if limit is not None), default=None)

@@ -1,5 +1,6 @@
 """What is asked: contexts, and the samples about each of them."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from cachepress.evaluation.room import check_size
 from cachepress.evaluation.tasks.base import PERPLEXITY
 from cachepress.pipeline import END, PromptOptions
 
+logger = logging.getLogger(__name__)
 _OF_CONTEXT = ("context", "chat", "truncation", "separator", "suffix")
 """What the rows of one context have in common."""
 PROMPTING = ("chat", "truncation", "separator", "suffix")
@@ -71,6 +73,7 @@ class Context:
             questions=[sample.question for sample in self.samples],
             answer_prefix=[sample.answer_prefix for sample in self.samples],
             max_new_tokens=[sample.max_new_tokens for sample in self.samples],
+            forced=[s.answer[0] if s.metric == PERPLEXITY else "" for s in self.samples],
             max_context_length=config.max_context_length,
             truncation=self.truncation if config.truncation is True else config.truncation,
             separator=self.separator,
@@ -110,6 +113,8 @@ def load_table(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> 
     check_size(task, config)
     table = task.table(config, tokenizer)
     table = judged_by(table.assign(**{OWN_METRIC: table["metric"]}), config.metric)
+    if config.metric is not None and table["metric"].isin(UNJUDGED).all():
+        logger.warning("%s: no metric judges it, %s neither", config.dataset, config.metric)
     check_metrics(table, config.dataset)
     if config.max_new_tokens is not None:
         table["max_new_tokens"] = config.max_new_tokens

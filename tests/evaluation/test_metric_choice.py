@@ -15,6 +15,7 @@ from cachepress.evaluation.predictions import read_predictions
 from cachepress.evaluation.reader import Reader
 from cachepress.evaluation.registry import METRIC_REGISTRY, check_metric
 from cachepress.evaluation.rescore import score_again
+from cachepress.evaluation.samples import load_table
 from cachepress.evaluation.sweep import load_sweep, run_sweep
 from cachepress.pages.report import write_report
 
@@ -212,6 +213,9 @@ def test_every_metric_needs_an_answer():
         lambda rows: rows.assign(choices="{}"),
         lambda rows: rows.assign(answer="[" * 100_000),
         lambda rows: rows.assign(context_id="x"),
+        lambda rows: rows.assign(context_id="9" * 30),
+        lambda rows: rows.assign(context_id="9" * 5000),
+        lambda rows: rows[:0],
     ],
 )
 def test_a_damaged_table_is_one_line(config, damage):
@@ -222,10 +226,31 @@ def test_a_damaged_table_is_one_line(config, damage):
         score_again(folder)
 
 
+def test_half_of_a_surrogate_pair_in_a_choice_comes_back(config):
+    folder, _ = run(config)
+    rows = read_predictions(folder / PREDICTIONS).drop(columns="own_metric")
+    rows.assign(choices='["\\ud800", "\\u0000"]').to_csv(folder / PREDICTIONS, index=False)
+    for _ in range(2):
+        score_again(folder)
+        cells = set(read_predictions(folder / PREDICTIONS)["choices"])
+        assert [json.loads(cell) for cell in cells] == [["\ud800", "\0"]]
+
+
+def test_a_metric_for_what_none_judges_is_told(config, tmp_path, caplog):
+    data = tmp_path / "t.jsonl"
+    rows = [{"context": "w3 w4", "question": "w9", "answer": "w1", "max_new_tokens": 1}] * 2
+    for metrics, told in ((["unscored"] * 2, 1), (["unscored", "string_match"], 0)):
+        lines = [json.dumps({**r, "metric": m}) for r, m in zip(rows, metrics, strict=True)]
+        data.write_text("\n".join(lines))
+        load_table(EvaluationConfig(**{**config, "dataset": str(data)}, metric="qa_f1"), None)
+        assert sum("no metric judges it, qa_f1 neither" in m for m in caplog.messages) == told
+        caplog.clear()
+
+
 def test_metrics_that_are_no_mapping_are_damaged(config):
     folder, _ = run(config)
     (folder / METRICS).write_text("[]")
-    with pytest.raises(cp.CachepressError, match=r"metrics\.json is damaged"):
+    with pytest.raises(cp.CachepressError, match=r"metrics\.json: got \[\], wanted an object"):
         score_again(folder)
 
 

@@ -38,9 +38,10 @@ def test_a_half_written_line_is_cut_off(tmp_path, cut):
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "r.jsonl"
-    path.write_text('{"key": "a"}\nrubbish\n{"key": "b"}\n')
-    with pytest.raises(cp.CachepressError, match="line 2 is damaged"):
-        Records(path)
+    for rubbish in (b"rubbish", b'{"key": "c", "predicted_answer": "\xff"}'):
+        path.write_bytes(b'{"key": "a"}\n%s\n{"key": "b"}\n' % rubbish)
+        with pytest.raises(cp.CachepressError, match="line 2 is damaged"):
+            Records(path)
 
 
 def test_a_full_disk_leaves_the_lines_before(tmp_path, monkeypatch):

@@ -27,25 +27,52 @@ def refused(**options):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "part", "longest"),
+    ("dataset", "part", "longest", "beside"),
     [
-        ("builtin", "multi_key-{n}", "{m}"),
-        ("builtin", "{n}", "{m}"),
-        ("needle", "50,{n}x2", "{n}"),
-        ("needle", "number-{n}x1", "{n}"),
-        ("perplexity", "{n}-5x2", "{n}"),
+        ("builtin", "multi_key-{n}", "{m}", 4),
+        ("builtin", "{n}", "{m}", 4),
+        ("needle", "50,{n}x2", "{n}", 11),
+        ("needle", "number-{n}x1", "{n}", 11),
+        ("perplexity", "{n}-5x2", "{n}", 5),
     ],
 )
 @pytest.mark.parametrize("limit", ["positions", "max_context_length"])
-def test_a_context_longer_than_there_is_room(model_dir, dataset, part, longest, limit):
+def test_a_context_longer_than_there_is_room(model_dir, dataset, part, longest, beside, limit):
     positions = positions_of(model_dir)
     assert positions == AutoConfig.from_pretrained(model_dir).max_position_embeddings
-    room = positions if limit == "positions" else 60
+    room = positions - beside if limit == "positions" else 60
     options = {} if limit == "positions" else {"max_context_length": 60}
     n = 2 * room
     said = refused(dataset=dataset, data_dir=part.format(n=n), model=model_dir, **options)
     least = longest.format(n=n, m=int(0.95 * n))
     assert f"a context has at least {least} tokens, but there is room for {room}" in said
+
+
+@pytest.mark.parametrize(
+    ("dataset", "most", "limit"),
+    [
+        ("needle", "{n}x1", 502),
+        ("needle", "number-{n}x3", 502),
+        ("perplexity", "{n}-100x1", 413),
+        ("perplexity", "400-{n}x1", 113),
+    ],
+)
+def test_what_is_asked_and_answered_needs_room_as_well(model_dir, dataset, most, limit):
+    assert positions_of(model_dir) == 512
+    options = {"dataset": dataset, "model": model_dir}
+    said = refused(**options, data_dir=most.format(n=limit))
+    assert "beside what is asked and answered" in said
+    with pytest.raises(AssertionError, match="nothing may be generated"):
+        refused(**options, data_dir=most.format(n=limit - 1))
+    said = refused(**options, data_dir=most.format(n=20), max_new_tokens=495)
+    assert "beside what is asked and answered" in said
+
+
+def test_a_cut_does_not_help_where_nothing_is_left(model_dir):
+    said = refused(dataset="perplexity", data_dir="5-512x1", model=model_dir, truncation=True)
+    assert "there is room for 0 beside what is asked and answered" in said
+    with pytest.raises(AssertionError, match="nothing may be generated"):
+        refused(dataset="perplexity", data_dir="5-511x1", model=model_dir, truncation=True)
 
 
 @pytest.mark.parametrize("cut", [{"truncation": True}, {"beyond_trained_length": True}])

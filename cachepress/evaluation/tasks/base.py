@@ -52,10 +52,12 @@ class Size:
     Attributes:
         longest: tokens that the longest context has at least.
         total: tokens of all contexts together.
+        beside: tokens at least of a question about it and of the room for its answer.
     """
 
     longest: int
     total: int
+    beside: int
 
 
 @dataclass(frozen=True)

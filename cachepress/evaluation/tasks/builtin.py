@@ -203,7 +203,8 @@ def _part(data_dir: str | None) -> tuple[Sequence[str], int]:
 
 def _size(config: EvaluationConfig) -> Size:
     tasks, length = _part(config.data_dir)
-    return Size(int(LEAST_FULL * length), len(tasks) * CONTEXTS * length)
+    asked = 1 + (config.max_new_tokens or _with_margin(1))
+    return Size(int(LEAST_FULL * length), len(tasks) * CONTEXTS * length, asked)
 
 
 BUILTIN = Task("builtin", "generated retrieval and counting tasks", _load, size=_size)

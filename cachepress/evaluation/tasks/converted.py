@@ -54,6 +54,8 @@ LAYOUT_COLUMNS = (
 """Columns that tell more of a row than those of every data set."""
 FOLDERS = 5
 """How far up folders are asked which benchmark a file is of."""
+SPLIT = re.compile("(test|train|validation|data)?[-_]?([0-9]+(-of-[0-9]+)?)?")
+"""Names of files as the hub has them, which do not say what is in them."""
 OPTIONS = ("longbook_choice_eng", "code_debug")
 """Tasks whose converted rows name the right option by its letter alone."""
 Row = dict[str, object]
@@ -71,8 +73,10 @@ def as_official(rows: Sequence[Row], path: Path) -> list[Row]:
     if _is_zero_scrolls(rows):
         return _zero_scrolls(rows)
     default = path.stem if all(row["task"] for row in rows) else _benchmark(rows, path)
-    folder = path.parent.name
-    by_length = {task for task in PROMPTS if _is_e(path.stem, task) or _is_e(folder, task)}
+    places = (path.stem, path.parent.name)
+    by_length = {task for task in PROMPTS if any(_is_e(place, task) for place in places)}
+    if any(_plain(place) == _plain(LONGBENCH_E.name) for place in places):
+        by_length = set(PROMPTS)
     found = [_official(row, default, by_length) for row in rows]
     brought: dict[object, set[str]] = {}
     for old, new in zip(rows, found, strict=True):
@@ -80,7 +84,7 @@ def as_official(rows: Sequence[Row], path: Path) -> list[Row]:
             brought.setdefault(new["metric"], set()).add(str(new["task"]))
     for metric, tasks in brought.items():
         names = ", ".join(sorted(tasks))
-        logger.info("%s: scored by %s, the official metric of %s", path, metric, names)
+        logger.info("%s: the official metric of %s is %s", path, names, metric)
     return found
 
 
@@ -117,7 +121,8 @@ def _is_e(name: str, task: str) -> bool:
 
 def _benchmark(rows: Sequence[Mapping[str, object]], path: Path) -> str:
     """The benchmark that a file, one of its folders or its columns tell of, or the file's name."""
-    for part in (path.stem, *(folder.name for folder in list(path.parents)[:FOLDERS])):
+    folders = list(path.parents)[:FOLDERS] if SPLIT.fullmatch(path.stem) else []
+    for part in (path.stem, *(folder.name for folder in folders)):
         if (plain := _plain(part.rpartition("--")[2])) in WHOLE:
             return WHOLE[plain]
     if all(row.keys() >= {"subject", "unique_id"} for row in rows):

@@ -26,6 +26,7 @@ from cachepress.evaluation.tasks.base import (
     whole_number,
 )
 from cachepress.evaluation.tasks.converted import LAYOUT_COLUMNS, Row, as_official
+from cachepress.limits import shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,6 +38,8 @@ ALIASES = {"answers": "answer", "all_classes": "choices"}
 LISTS = ("answers", "choices", "all_classes")
 """Columns whose cells are arrays of texts in a CSV file too."""
 SHOWN = 60
+LONGEST_WHOLE = 4000
+"""Digits of a number that Python reads and writes without being asked twice."""
 MOST_NAMES = 20
 
 
@@ -53,12 +56,12 @@ class _Raw:
     places: list[str]
 
 
-class _Decimal(float):
-    """A number with a fraction or an exponent, as it is spelt."""
+class _Spelt(float):
+    """A number that Python would spell in another way: one with a fraction, an exponent, "-0"."""
 
     spelling: str
 
-    def __new__(cls, spelling: str) -> "_Decimal":
+    def __new__(cls, spelling: str) -> "_Spelt":
         """Read a number, and keep its spelling."""
         made = super().__new__(cls, spelling)
         made.spelling = spelling
@@ -75,12 +78,13 @@ def load_file(path: Path) -> pd.DataFrame:
         CachepressError: if the file is missing, empty or unreadable, or lacks a column, or a cell
             is not what its column wants; the line says which row and column.
     """
-    if not path.is_file():
-        raise CachepressError(f"data file {path} does not exist")
     origin = f"data file {path}"
+    if not path.is_file():
+        reason = "is a folder, wanted a file in it" if path.is_dir() else "does not exist"
+        raise CachepressError(f"{origin} {reason}")
     try:
         raw = _read(path)
-    except (ValueError, OSError, RecursionError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise CachepressError(f"{origin} cannot be read: {reason}") from error
     names = _names(raw, origin)
@@ -123,7 +127,7 @@ def _array(cell: str, name: str, row: int) -> object:
     try:
         value = _parse(cell)
     except ValueError:
-        value = cell
+        value = None
     if not isinstance(value, list):
         raise ValueError(
             f"row {row}: the {name} is {_shown(cell)}, wanted an array in JSON such as "
@@ -167,7 +171,15 @@ def _columns(rows: list, places: list[str]) -> _Raw:
 
 
 def _parse(text: str) -> object:
-    return json.loads(text, parse_float=_Decimal, object_pairs_hook=_distinct)
+    try:
+        return json.loads(text, parse_float=_Spelt, parse_int=_whole, object_pairs_hook=_distinct)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _whole(spelling: str) -> int | _Spelt:
+    plain = spelling != "-0" and len(spelling) <= LONGEST_WHOLE
+    return int(spelling) if plain else _Spelt(spelling)
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -202,6 +214,9 @@ def _cells(column: "pa.ChunkedArray", name: str) -> list[object]:
             cells.append(cell.as_py())
         except UnicodeDecodeError as error:
             raise ValueError(f"row {row}: the {name} is not UTF-8: {error}") from error
+        except (ValueError, OverflowError) as error:  # Dates may be beyond those of Python.
+            kind = str(cell.type)[:SHOWN]
+            raise ValueError(f"row {row}: the {name} is a {kind}, not a text") from error
     return cells
 
 
@@ -281,7 +296,7 @@ def _text(cell: object, numbers: bool = False) -> str:
         except UnicodeEncodeError as error:
             raise ValueError(f"holds half of a surrogate pair: {_shown(cell)}") from error
         return cell
-    if numbers and isinstance(cell, _Decimal):
+    if numbers and isinstance(cell, _Spelt):
         return cell.spelling
     if numbers and isinstance(cell, int) and not isinstance(cell, bool):
         return str(cell)
@@ -321,18 +336,23 @@ def _limit(cell: object) -> int:
 
 
 def _number(cell: object) -> int | float | str | None:
-    """What a row says of its length or depth: a number, or a text that is none."""
+    """What a row says of its length or depth: a number, or a text that is none.
+
+    None where nothing is said, or a number that no length is.
+    """
     if cell is None or cell == "":
         return None
     if isinstance(cell, bool) or not isinstance(cell, str | int | float):
         raise ValueError(f"is {_kind(cell)}, not a number")
-    if isinstance(cell, str):
-        for kind in (int, float):
-            try:
-                return kind(cell)
-            except ValueError:
-                continue
-    return float(cell) if isinstance(cell, _Decimal) else cell
+    try:
+        number = float(cell)
+    except ValueError:
+        return cell
+    except OverflowError:
+        return None
+    if not abs(number) < MOST:
+        return None
+    return int(number) if number.is_integer() and not isinstance(cell, float) else number
 
 
 def _kind(cell: object) -> str:
@@ -346,8 +366,10 @@ def _kind(cell: object) -> str:
 
 def _shown(cell: object) -> str:
     """The beginning of a cell, as it would stand in a program."""
-    text = cell.spelling if isinstance(cell, _Decimal) else repr(cell)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}\u2026"
+    if not isinstance(cell, _Spelt):
+        return shown(cell, SHOWN)
+    spelling = cell.spelling
+    return spelling if len(spelling) <= SHOWN else f"{spelling[: SHOWN - 1]}\u2026"
 
 
 def _warn_of_lists(rows: list[Row], origin: str) -> None:

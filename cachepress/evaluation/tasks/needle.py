@@ -40,6 +40,8 @@ MOST_CELLS = {"sentence": 10_000, "number": 1_000_000, "rouge": 10_000}
 PIECE = re.compile(r"\S.*?(?:[.!?][\"')\u201d]*\s+|[\u3002\uff01\uff1f]\s*|\n\s*)")
 """A sentence or a line, with the white space after it."""
 FEWEST_PIECES = 64
+SPARE_ANSWER = 8
+LEAST_LIMIT = 2 + SPARE_ANSWER
 SPARE = 16
 """Pieces of text that an exact length may need besides those that fill it."""
 FAR = 8
@@ -127,7 +129,8 @@ def _size(config: EvaluationConfig) -> Size:
             f"needle: got a grid of {cells:.3g} needles, and there are only so many that differ: "
             f"wanted at most {MOST_CELLS[kind]}"
         )
-    return Size(max(lengths), sum(lengths) * number)
+    asked = 1 + (config.max_new_tokens or LEAST_LIMIT)
+    return Size(max(lengths), sum(lengths) * number, asked)
 
 
 def _pieces(folder: Path) -> list[str]:
@@ -227,7 +230,7 @@ def _row(
         "question": needle.question,
         "answer": [needle.rest] if kind == "rouge" else list(needle.keys),
         "answer_prefix": needle.start,
-        "max_new_tokens": 2 * count(needle.rest) + 8,
+        "max_new_tokens": 2 * count(needle.rest) + SPARE_ANSWER,
         "metric": KINDS[kind],
         "length": length,
         "depth": depth,

@@ -80,6 +80,8 @@ def test_longbench_with_classes(tmp_path):
         ("x", "test", "qasper_e", "qasper"),
         ("x", "test", "qasper", "qasper-e"),
         ("x", "test", "qasper", "qasper_e"),
+        ("x", "longbench-e", "qasper", "qasper"),
+        ("LongBench_E", "test-00000-of-00001", "qasper", "qasper"),
     ],
 )
 def test_longbench_e_is_told_by_length(tmp_path, folder, name, dataset, task, number):
@@ -212,6 +214,19 @@ def test_aime25(tmp_path, place):
     assert [judge(found, rf"\boxed{{{n}}}") for n in ("70", "71")] == [1, 0]
 
 
+@pytest.mark.parametrize("place", ["aime25/notes.parquet", "math500/data/my-facts.parquet"])
+def test_files_with_names_of_their_own_are_no_benchmark_for_their_folder(tmp_path, place):
+    found = table(tmp_path / place, {**COMMON, "answer": "Paris"}).iloc[0]
+    assert (found["task"], found["metric"]) == (tmp_path.joinpath(place).stem, "string_match")
+
+
+@pytest.mark.parametrize("name", ["test", "0000", "train-00000-of-00002", "data", "validation_1"])
+def test_files_that_are_named_for_a_split_are_of_their_folder(tmp_path, name):
+    path = tmp_path / "aime25" / "default" / f"{name}.parquet"
+    found = table(path, {**COMMON, "answer": 70}).iloc[0]
+    assert (found["task"], found["metric"]) == ("aime25", "boxed_integer")
+
+
 @pytest.mark.parametrize("place", ["math500/data/test.parquet", "MATH-500.parquet", "x.parquet"])
 def test_math500(tmp_path, place):
     about = {"subject": "Algebra", "level": 2, "unique_id": "test/1.json"}
@@ -219,6 +234,15 @@ def test_math500(tmp_path, place):
     found = table(tmp_path / place, row).iloc[0]
     assert (found["task"], found["metric"]) == ("Algebra", "math_verify")
     assert [judge(found, rf"\boxed{{{n}}}") for n in ("0.5", "2")] == [1, 0]
+
+
+def test_a_line_says_which_metric_is_official(tmp_path, caplog):
+    caplog.set_level("INFO")
+    row = {**COMMON, "answers": ["Bob"], "task": "hotpotqa"}
+    table(tmp_path / "t.parquet", row, {**row, "task": "musique"})
+    assert caplog.messages == [
+        f"{tmp_path / 't.parquet'}: the official metric of hotpotqa, musique is qa_f1"
+    ]
 
 
 def test_a_metric_of_the_row_comes_before_the_official_one(tmp_path):

@@ -143,9 +143,11 @@ def test_predictions_of_texts_that_look_like_others_are_scored_as_texts(tmp_path
 
 def test_a_number_in_json_is_the_text_that_spells_it(tmp_path):
     path = tmp_path / "t.jsonl"
-    rows = ["2.50", "7", "1E5", '["x", 3, 1.0]']
+    rows = ["2.50", "7", "1E5", '["x", 3, 1.0]', "-0", "-0.0", "1e400", "9" * 5000]
     path.write_text("".join(f'{{"context":"c","question":"q","answer":{x}}}\n' for x in rows))
-    assert list(load_file(path)["answer"]) == [["2.50"], ["7"], ["1E5"], ["x", "3", "1.0"]]
+    texts = [[x] for x in rows]
+    texts[3] = ["x", "3", "1.0"]
+    assert list(load_file(path)["answer"]) == texts
 
 
 def test_lists_in_csv_are_declared_by_their_column(tmp_path, caplog):
@@ -228,6 +230,32 @@ def test_what_parquet_has_no_text_for_is_refused(tmp_path, answer):
         load_file(one(tmp_path / "t.parquet", answer))
 
 
+@pytest.mark.parametrize("name", ["answer", "length", "metric"])
+@pytest.mark.parametrize(
+    "far",
+    [
+        pa.array([2**50], pa.timestamp("s")),
+        pa.array([2**62], pa.timestamp("us")),
+        pa.array([2**30], pa.int32()).cast(pa.date32()),
+        pa.array([2**60], pa.duration("s")),
+    ],
+    ids=lambda array: str(array.type),
+)
+def test_dates_beyond_those_of_python_are_refused_with_their_row(tmp_path, name, far):
+    path = one(tmp_path / "t.parquet", **{"answer": "a", name: far})
+    with pytest.raises(cp.CachepressError, match=f"row 0: the {name} is a .*, not a "):
+        load_file(path)
+
+
+def test_a_cell_that_is_nested_deeply_is_refused_in_one_short_line(tmp_path):
+    path = tmp_path / "t.jsonl"
+    for depth in (50, 900, 5000, 200_000):
+        path.write_text(f'{{"context":"c","question":"q","answer":{"[" * depth}{"]" * depth}}}')
+        with pytest.raises(cp.CachepressError, match="line 1, row 0: ") as caught:
+            load_file(path)
+        assert len(str(caught.value)) < 300 + len(str(path)) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -292,12 +320,48 @@ def test_a_column_of_row_numbers_without_a_name_is_left_out(tmp_path):
     assert list(load_file(path)["answer"]) == [["007"]]
 
 
+@pytest.mark.parametrize("row", ["c,q,Denver, Colorado,", "c,q,a,,b", "c,q,a, ,"])
+def test_a_field_below_no_name_is_refused(tmp_path, row):
+    path = tmp_path / "t.csv"
+    path.write_text(f"context,question,answer,,\nc,q,a,,\n{row}\n")
+    with pytest.raises(cp.CachepressError, match="line 3, row 1: '.*' stands below no name: name"):
+        load_file(path)
+
+
+def test_columns_of_nothing_are_left_out(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(",context,question,answer,,\n7,c,q,a,,\n,c,q,b,,\n")
+    assert list(load_file(path)["answer"]) == [["a"], ["b"]]
+
+
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
 def test_a_mark_of_byte_order_is_no_part_of_the_first_name(tmp_path, name):
     path = tmp_path / name
     texts = {"t.csv": "context,question,answer\nc,q,a\n", "t.jsonl": json.dumps(ROWS[0]) + "\n"}
     path.write_text(texts[name], encoding="utf-8-sig")
     assert load_file(path)["answer"][0][0] in "ac"
+
+
+@pytest.mark.parametrize(
+    ("spelt", "number"),
+    [
+        ('"4096"', 4096),
+        ("0.5", 0.5),
+        ('"0.25"', 0.25),
+        ("-0", 0),
+        ('"nan"', None),
+        ('"inf"', None),
+        ("1e400", None),
+        ("1" + "0" * 400, None),
+        (f'"{"9" * 5000}"', None),
+        ('"8k"', None),
+        ("null", None),
+    ],
+)
+def test_what_no_length_is_is_none(tmp_path, spelt, number):
+    path = tmp_path / "t.jsonl"
+    path.write_text(f'{{"context":"c","question":"q","answer":"a","length":{spelt}}}')
+    assert list(load_file(path)["length"]) == [number]
 
 
 def test_lengths_and_depths_are_numbers(tmp_path):
@@ -390,3 +454,9 @@ def test_names_of_columns_that_are_many_or_odd_stay_one_short_line(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(cp.CachepressError, match="does not exist"):
         load_file(tmp_path / "no.csv")
+
+
+def test_a_folder_is_called_one(tmp_path):
+    (tmp_path / "t.parquet").mkdir()
+    with pytest.raises(cp.CachepressError, match=r"t\.parquet is a folder, wanted a file in it"):
+        load_file(tmp_path / "t.parquet")

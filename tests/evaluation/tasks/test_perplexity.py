@@ -1,5 +1,6 @@
 """Perplexity: windows of exactly so many tokens, and the likelihood that the model itself gives."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -59,6 +60,29 @@ def test_a_compressed_beginning_changes_it_and_ratio_0_does_not(config):
     )
     assert zero.run_evaluation()["perplexity"]["mean"] == pytest.approx(whole, rel=1e-4)
     assert abs(half.run_evaluation()["perplexity"]["mean"] / whole - 1) > 1e-3
+
+
+def local(config, tmp_path, **options):
+    """The config with a local file, whose text goes on for 100 of the model's 512 positions."""
+    path = tmp_path / "t.jsonl"
+    context, text = words(450, seed=7), words(100, seed=8)
+    row = {"context": context, "question": "", "answer": text, "metric": "perplexity"}
+    path.write_text(json.dumps({**row, "max_new_tokens": 1}))
+    return replace(config, dataset=str(path), data_dir=None, data_path=None, **options)
+
+
+def test_a_text_that_goes_on_beyond_the_trained_length_is_refused(config, tmp_path):
+    with pytest.raises(cp.CachepressError, match="has 449 tokens, but there is room for 411:"):
+        EvaluationRunner(local(config, tmp_path), quiet=True).run_evaluation()
+
+
+def test_a_cut_leaves_room_for_the_text_that_goes_on(config, tmp_path):
+    whole = local(config, tmp_path, beyond_trained_length=True)
+    assert EvaluationRunner(whole, quiet=True).run_evaluation()["context_tokens"] == 449
+    cut = local(config, tmp_path, truncation="end")
+    metrics = EvaluationRunner(cut, quiet=True).run_evaluation()
+    assert (metrics["context_tokens"], metrics["cut_tokens"]) == (411, 38)
+    assert metrics["perplexity"]["samples"] == 1
 
 
 def test_another_text_under_the_same_name_is_read_anew(config, tmp_path):
