@@ -80,7 +80,7 @@ def _rows(data: bytes) -> object:
     """What should be rows of numbers, of a file of any of the known layouts."""
     if data.startswith(b"\x93NUMPY"):
         return np.load(io.BytesIO(data), allow_pickle=False).tolist()
-    text = data.decode()
+    text = data.decode("utf-8-sig")
     if text.lstrip()[:1] in ("[", "{"):
         found = json.loads(text)
         return _by_name(found) if isinstance(found, dict) else found

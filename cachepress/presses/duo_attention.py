@@ -1,6 +1,5 @@
 """DuoAttention: some heads keep the whole text, the others stream."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -23,6 +22,7 @@ from cachepress.presses._heads import (
     read_scores,
 )
 from cachepress.presses.base import BasePress, check_count
+from cachepress.structured import parse_json
 from cachepress.view import LayerView
 
 _SIZES = {"sink_size": 128, "recent_size": 256}
@@ -137,8 +137,8 @@ def _published_sizes(path: str) -> dict[str, int]:
     """The sizes in the ``config.json`` beside a pattern, if there is one."""
     file = pattern_file(path).with_name("config.json")
     try:
-        known = json.loads(file.read_text())
-        sizes = {name: known[name] for name in _SIZES if name in known}
+        known = parse_json(file.read_text())
+        sizes = {name: known[name] for name in _SIZES if name in known}  # type: ignore
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError) as error:

@@ -67,7 +67,11 @@ def test_a_published_pattern_brings_its_sizes(tmp_path):
         assert_streams(cache, ORDER[:4], 40, 2, 5)
     mine = pressed(model, DuoAttentionPress(0.5, str(file), recent_size=9), ids)
     assert_streams(mine, ORDER[:4], 40, 2, 9)
-    for text, message in (("[1", "cannot be read"), ('{"sink_size": "x"}', "wanted numbers")):
+    for text, message in (
+        ("[1", "cannot be read"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"sink_size": "x"}', "wanted numbers"),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(cp.CachepressError, match=f"pattern: .*config.json .*{message}"):
             DuoAttentionPress(0.5, str(file)).for_model(model)

@@ -105,7 +105,7 @@ def test_looking_does_not_disturb_a_press_that_is_active():
 
 def test_files_are_read_or_refused(tmp_path):
     file = tmp_path / "full_attention_heads.tsv"
-    file.write_text("1.000000000000000000e+00\t5.0e-01\n\n0\t2.5e-01\n")
+    file.write_text("\ufeff1.000000000000000000e+00\t5.0e-01\n\n0\t2.5e-01\n")
     assert read_scores(str(file), "pattern") == ((1.0, 0.5), (0.0, 0.25))
     assert read_scores(str(tmp_path), "pattern") == ((1.0, 0.5), (0.0, 0.25))
     with pytest.raises(cp.CachepressError, match="pattern: got .*nowhere.*No such file"):
