@@ -263,13 +263,14 @@ def _templates(path: Path, raw: bytes, name: str) -> dict[str, str]:
 
 
 def _assigned(text: str, name: str, path: str) -> dict[str, str]:
-    """The mapping of texts that a module assigns to a name, or to the only one that it has."""
+    """The templates that a module assigns to a name, or the only ones that it has."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
             texts = _texts(node.value)
             names = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {one.id: texts for one in names if isinstance(one, ast.Name) and texts}
+            if any("{" in text or _DOCUMENT in text for text in texts.values()):
+                found |= {one.id: texts for one in names if isinstance(one, ast.Name)}
     if name in found:
         return found[name]
     if not name and len(found) == 1:

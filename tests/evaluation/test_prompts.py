@@ -124,6 +124,7 @@ def test_templates_in_a_module_are_read_and_never_run(tmp_path):
     save(tmp_path / "passkey.jsonl", {"context": "T", "input": "W", "answer": "1"})
     text = f"""\ufeff
 import nothing_that_exists
+paths = {{"passkey": "passkey.jsonl"}}
 open({str(tmp_path / "ran")!r}, "w")
 long = {{"passkey": "One: {{context}} "  # A remark.
         "and {{input}}", "other": "x" + y}}
