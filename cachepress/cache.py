@@ -119,6 +119,21 @@ def _of_text(cache: Cache) -> object:
     return next(iter(stores(cache)), cache.layers[0])
 
 
+def trim(cache: Cache) -> None:
+    """Let layers with sliding windows hold their own tokens alone.
+
+    After a prompt these are a view of all of its tokens, which would stay in memory, and be copied
+    with the layer, until the next token comes.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, Store) or not getattr(layer, "is_sliding", False):
+            continue
+        for name in ("keys", "values"):
+            x = getattr(layer, name, None)
+            if x is not None and not x.requires_grad and x.untyped_storage().nbytes() > x.nbytes:
+                setattr(layer, name, x.clone())
+
+
 def fork(cache: Cache, n: int = 1) -> Cache:
     """A continuation of a cache that leaves the original untouched, ``n`` times as a batch.
 

@@ -190,10 +190,7 @@ def settle(press: Press, store: Store, forward: Forward, trace: Trace) -> Pendin
     view = replace(view, n_kept=average)
     idle = not press.rewrites and budget.holds_all(view.valid, n_kept)
     if idle and budget.scope != "model":
-        if store.recodes or not bool(view.valid.all()):
-            _drop(press, store, view, view.valid, forward.text_valid)
-        else:
-            store.restore()
+        _keep_all(press, store, view, forward.text_valid)
         return None
     view = trace.show(view, forward)
     scores = press.score(view)
@@ -224,10 +221,23 @@ def settle_together(press: Press, layers: list[Pending]) -> None:
     valid = joined([layer.view.valid for layer in layers])
     h = layers[0].scores.shape[1]
     counts = torch.stack([layer.view.n_kept for layer in layers])  # [layers, B]
-    mask = press.budget.select(scores, valid, counts.sum(0) / len(layers))
+    n_kept = counts.sum(0) / len(layers)
+    if not press.rewrites and press.budget.holds_all(valid, n_kept):
+        for layer in layers:
+            _keep_all(press, layer.store, layer.view, layer.known)
+        return
+    mask = press.budget.select(scores, valid, n_kept)
     for layer, part in zip(layers, mask.split(h, dim=1), strict=True):
         part = part[..., longest - layer.scores.shape[-1] :]
         _drop(press, layer.store, layer.view, part, layer.known)
+
+
+def _keep_all(press: Press, store: Store, view: LayerView, known: Tensor | None) -> None:
+    """Leave every row in the store, as it came where nothing speaks against it."""
+    if store.recodes or not bool(view.valid.all()):
+        _drop(press, store, view, view.valid, known)
+    else:
+        store.restore()
 
 
 def _drop(press: Press, store: Store, view: LayerView, mask: Tensor, known: Tensor | None) -> None:

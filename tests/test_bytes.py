@@ -74,6 +74,45 @@ def test_where_nothing_is_dropped_after_is_before(chunk, dtype):
     assert cp.size_of(ordinary(cache)) == size
 
 
+@pytest.mark.parametrize("n", [1, 75])
+def test_presses_whose_layers_compete_leave_what_they_do_not_drop_as_it_came(n):
+    scores = cp.KnormPress(0.0)
+    for press in (
+        cp.AdaKVPress(scores, scope="model"),
+        cp.MergingPress(cp.AdaKVPress(scores, scope="model")),
+        cp.HeadKVPress(scores, ((0.1, 0.9), (0.5, 0.2), (0.0, 0.3), (0.8, 0.4))),
+        cp.KVzipPress(0.0),
+        cp.KVComposePress(0.0),
+        cp.AdaKVPress(cp.KnormPress(n_kept=200), scope="model"),
+    ):
+        cache = cp.prefill(tiny(), tokens(n, 2), press)
+        size = cp.size_of(cache)
+        assert size.bytes_after == size.bytes_before == before(2, n, torch.float32)
+        plain = cp.prefill(tiny(), tokens(n, 2))
+        for ours, wanted in zip(cache.layers, plain.layers, strict=True):
+            assert torch.equal(ours.keys, wanted.keys) and torch.equal(ours.values, wanted.values)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("chunk", [None, 20])
+def test_a_sliding_window_holds_its_own_tokens_only(name, chunk):
+    """And not the prompt that transformers leaves it a view of."""
+    model, full, window = tiny(name), 2 * HEADS * 75 * ROW * 4, 2 * HEADS * 15 * ROW * 4
+    plain = DynamicCache(config=model.config)
+    forward(model, plain, input_ids=tokens(75))
+    for press in (None, cp.KnormPress(0.0), cp.KnormPress(0.5)):
+        cache = cp.prefill(model, tokens(75), press, chunk_size=chunk)
+        size = cp.size_of(cache)
+        assert size.bytes_before == full + window
+        kept = 2 * HEADS * 64 * (ROW * 4 + 4) if press == cp.KnormPress(0.5) else full
+        assert size.bytes_after == kept + window
+        if chunk is None:
+            assert torch.equal(cache.layers[0].keys, plain.layers[0].keys)
+            assert torch.equal(cache.layers[0].values, plain.layers[0].values)
+        again = forward(model, cp.fork(cache), input_ids=tokens(3)).logits
+        assert torch.equal(forward(model, cache, input_ids=tokens(3)).logits, again)
+
+
 def test_what_forks_share_is_held_as_it_came_once_it_is_compressed_to_everything():
     model, press = tiny(), cp.KnormPress(n_kept=500)
     cache = cp.prefill(model, tokens(75), press)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
-from cachepress.cache import note_text
+from cachepress.cache import note_text, trim
 from cachepress.errors import CachepressError, out_of_memory
 from cachepress.hf import Observation, cache_argument, codec_of
 from cachepress.limits import is_out_of_memory, is_whole, shown
@@ -88,6 +88,7 @@ def prefill(
                 inputs["position_ids"] = positions[:, seen + start : seen + stop]
             if observation is None:
                 decoder(**inputs)
+                trim(cache)
                 continue
             observation.chunk = "last" if stop == n else "hold" if mode == "exact" else "settle"
             with observation:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PretrainedConfig
 
-from cachepress.cache import note_text
+from cachepress.cache import note_text, trim
 from cachepress.core import Pending, Press, Turn, settle, settle_together
 from cachepress.errors import CachepressError
 from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen, attach
@@ -128,6 +128,7 @@ class Observation:
         self._repeater = Repeater(press, model, tokenizer, self.capture)
         self._pending: dict[Press, list[Pending]] = {}
         self._stores: list[Store] = []
+        self._read: Cache | None = None
         self._covered = {m for m in model.modules() if isinstance(m, PreTrainedModel)}
         self._hooks: list[RemovableHandle] = []
         self._depth = self._passed = 0
@@ -212,6 +213,7 @@ class Observation:
         press = self._press.acting(turn)
         due = self._due(turn)
         self._passed = n if turn.prompt and not due else 0
+        self._read = cache if turn.prompt else None
         if press.replay is not None and turn.prompt:
             self._repeater.read(cache, given.get("input_ids"))
         self._prepare(stores)
@@ -261,6 +263,8 @@ class Observation:
                     self._settle(layer)
                 for press, layers in self._pending.items():
                     settle_together(press, layers)
+                if self._read is not None:
+                    trim(self._read)
         self._end_forward()
 
     def _repeat(self) -> list[Read]:
@@ -279,6 +283,7 @@ class Observation:
             WATCHED.pop(store, None)
             READ_WHOLE.discard(store)
         self._stores.clear()
+        self._read = None
 
 
 def prepared(press: "BasePress", model: PreTrainedModel) -> "BasePress":
