@@ -105,7 +105,7 @@ def grows(kind: type[BasePress]) -> str | None:
     if said is not None:
         return said[1]
     needs = example(kind, 0.5).needs
-    if needs.attention_sums or needs.attention_peaks:
+    if needs.attention_sums:
         return "the square of the prompt, as attention itself does"
     return None
 
@@ -217,7 +217,6 @@ def _looks_at(press: BasePress) -> str:
         found.append(_queries(needs.queries))
     words = {
         "attention_sums": "attention sums",
-        "attention_peaks": "attention peaks",
         "rotary": "the rotary embedding",
         "projection": "the output projection",
         "hidden": "hidden states",

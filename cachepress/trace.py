@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cachepress.forward import Forward
 from cachepress.ops import (
-    attention_column_peaks,
     attention_column_sums,
     gather,
     valid_last,
@@ -44,7 +43,6 @@ class Trace:
     _queries: Tensor | None = None
     _voters: Tensor | None = None
     _sums: Tensor | None = None
-    _peaks: Tensor | None = None
     _noted: Tensor | None = None
     _moments: "_Running | None" = None
     _decoded: list[_Decoded] = field(default_factory=list)
@@ -62,7 +60,7 @@ class Trace:
         most = self._most_queries(forward)
         if most:
             self._add_queries(query, counted, most)
-        if self.needs.attention_sums or self.needs.attention_peaks:
+        if self.needs.attention_sums:
             self._add_attention(query, counted, forward)
         if self.needs.moments_after is not None:
             self._add_moments(query, counted, forward)
@@ -87,12 +85,9 @@ class Trace:
             query, rope = torch.cat(queries, dim=2), torch.cat(ropes, dim=1)
             self.add(replace(forward, query=query, rope=rope, hidden=None))
         view = replace(view, queries=self._queries, voters=self._voters)
-        if self._sums is not None or self._peaks is not None:
-            sums, peaks = _ordered(self._sums, forward), _ordered(self._peaks, forward)
-            counts = _times_seen(view, self._length)
-            view = replace(
-                view, attention_sums=sums, attention_peaks=peaks, attention_counts=counts
-            )
+        if self._sums is not None:
+            sums, counts = _ordered(self._sums, forward), _times_seen(view, self._length)
+            view = replace(view, attention_sums=sums, attention_counts=counts)
         if self.needs.notes or self._noted is not None:
             view = replace(view, noted=self._noted_rows(view))
         if self.needs.question:
@@ -118,7 +113,6 @@ class Trace:
             of(self._queries),
             of(self._voters),
             of(self._sums),
-            of(self._peaks),
             of(self._noted),
             None if self._moments is None else _Running(*(x[sequences] for x in self._moments)),
             [_Decoded(*(x[sequences] for x in token)) for token in self._decoded],
@@ -159,15 +153,8 @@ class Trace:
 
     def _add_attention(self, query: Tensor, counted: Tensor, forward: Forward) -> None:
         keys, valid = forward.rows.keys.detach(), _valid_rows(forward)
-        table = (query, keys, valid, counted, forward.rule)
-        if self.needs.attention_sums:
-            sums = attention_column_sums(*table)
-            self._sums = sums if self._sums is None else sums + _widened(self._sums, sums)
-        if self.needs.attention_peaks:
-            peaks = attention_column_peaks(*table)
-            if self._peaks is not None:
-                peaks = torch.maximum(peaks, _widened(self._peaks, peaks))
-            self._peaks = peaks
+        sums = attention_column_sums(query, keys, valid, counted, forward.rule)
+        self._sums = sums if self._sums is None else sums + _widened(self._sums, sums)
 
     def _add_moments(self, query: Tensor, counted: Tensor, forward: Forward) -> None:
         n = query.shape[-2]
@@ -214,9 +201,9 @@ def _widened(old: Tensor, new: Tensor) -> Tensor:
     return F.pad(old, (0, new.shape[-1] - old.shape[-1]))
 
 
-def _ordered(column: Tensor | None, forward: Forward) -> Tensor | None:
+def _ordered(column: Tensor, forward: Forward) -> Tensor:
     """A column ``[B, H, G, T]`` in the order of the view."""
-    if column is None or (forward.text_valid is None and forward.rows.full):
+    if forward.text_valid is None and forward.rows.full:
         return column
     order = valid_last(_valid_rows(forward))
     return column.gather(-1, order.unsqueeze(2).expand_as(column))

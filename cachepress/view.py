@@ -31,7 +31,6 @@ class Needs:
         moments_after: mean and covariance of the queries before RoPE, over all queries but the
             first ``moments_after`` of the text; None for none.
         attention_sums: attention that each row received, summed over the queries of the turn.
-        attention_peaks: the most attention that each row received from a query of the turn.
         rotary: the layer's position embedding.
         projection: the layer's output projection.
         question: the queries of the question at the end of the text.
@@ -41,7 +40,6 @@ class Needs:
     queries: int = 0
     moments_after: int | None = None
     attention_sums: bool = False
-    attention_peaks: bool = False
     rotary: bool = False
     projection: bool = False
     question: bool = False
@@ -50,7 +48,7 @@ class Needs:
     @property
     def watches(self) -> bool:
         """Whether something must be noted at every forward, not only when a layer is settled."""
-        asked = self.attention_sums or self.attention_peaks or self.question
+        asked = self.attention_sums or self.question
         return bool(self.queries) or self.moments_after is not None or asked or self.notes
 
     @property
@@ -80,7 +78,6 @@ class Needs:
             queries=max(self.queries, other.queries),
             moments_after=after[0] if after else None,
             attention_sums=self.attention_sums or other.attention_sums,
-            attention_peaks=self.attention_peaks or other.attention_peaks,
             rotary=self.rotary or other.rotary,
             projection=self.projection or other.projection,
             question=self.question or other.question,
@@ -89,7 +86,7 @@ class Needs:
 
 
 _NUMBERS = ("positions", "index", "rope", "valid", "carried", "noted")
-_ATTENTION = ("attention_sums", "attention_peaks", "attention_counts")
+_ATTENTION = ("attention_sums", "attention_counts")
 """Columns of a view with a number for each row."""
 
 
@@ -155,7 +152,6 @@ class LayerView:
         rotary: the layer's position embedding, or None.
         projection: ``[H, G, E, M]`` output projection of each query head to M channels, or None.
         attention_sums: ``[B, H, G, T]`` attention received from all queries, or None.
-        attention_peaks: ``[B, H, G, T]`` the most attention from one query, or None.
         attention_counts: ``[B, H, T]`` how many queries could attend to the row, or None.
         carried: ``[B, H, T]`` what the press left with the row when the layer was last settled, NaN
             for rows that are new; None if it left nothing.
@@ -184,7 +180,6 @@ class LayerView:
     rotary: Rotary | None = None
     projection: Tensor | None = None
     attention_sums: Tensor | None = None
-    attention_peaks: Tensor | None = None
     attention_counts: Tensor | None = None
     carried: Tensor | None = None
     noted: Tensor | None = None

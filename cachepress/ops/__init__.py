@@ -2,7 +2,6 @@
 
 from cachepress.ops.attention import (
     AttentionRule,
-    attention_column_peaks,
     attention_column_sums,
     attention_weights,
 )
@@ -13,7 +12,6 @@ from cachepress.ops.solve import cholesky
 
 __all__ = [
     "AttentionRule",
-    "attention_column_peaks",
     "attention_column_sums",
     "attention_weights",
     "cholesky",

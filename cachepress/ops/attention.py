@@ -60,28 +60,6 @@ def attention_column_sums(
     return sums
 
 
-def attention_column_peaks(
-    queries: Tensor,
-    keys: Tensor,
-    valid: Tensor,
-    counted: Tensor,
-    rule: AttentionRule,
-    block: int = 128,
-) -> Tensor:
-    """The most attention that each row receives from one of the queries.
-
-    Args and result are those of ``attention_column_sums``.
-    """
-    b, h, g = queries.shape[:3]
-    size = (b, h, g, keys.shape[2])
-    peaks = torch.zeros(size, dtype=wide_dtype(keys), device=keys.device)
-    for some, weights in attention_weights(queries, keys, valid, rule, block):
-        weights = weights.mul_(counted[:, None, None, some, None])
-        part = peaks[..., : weights.shape[-1]]
-        torch.maximum(part, weights.amax(-2), out=part)
-    return peaks
-
-
 def attention_weights(
     queries: Tensor, keys: Tensor, valid: Tensor, rule: AttentionRule, block: int = 128
 ) -> Iterator[tuple[slice, Tensor]]:

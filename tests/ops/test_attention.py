@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cachepress.ops import AttentionRule, attention_column_sums
+from cachepress.ops import AttentionRule, attention_column_sums, attention_weights
 from tests.bounds import close
 from tests.tiny import randn
 
@@ -44,3 +44,10 @@ def test_sums_over_all_and_over_the_last_queries(rule):
                 queries[..., -last:, :], keys, valid, valid[:, 0, -last:], rule, block
             )
             close(sums, wanted)
+            for some, weights in attention_weights(
+                queries[..., -last:, :], keys, valid, rule, block
+            ):
+                seen, part = weights.shape[-1], whole[..., -last:, :][..., some, :]
+                assert not part[..., seen:].any()
+                real = valid[:, :, None, -last:, None][..., some, :].expand_as(weights)
+                close(weights[real], part[..., :seen][real])
