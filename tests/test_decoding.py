@@ -6,6 +6,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import cachepress as cp
 from cachepress.cache import stores
+from tests.bounds import no_near_ties
 from tests.laws.presses import SMALL, every_press, name_of
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tokenizer, tokens, words
@@ -150,11 +151,13 @@ def test_several_questions_decode_under_the_bound():
     from transformers import pipeline
 
     pipe = pipeline("kv-press-text-generation", model=tiny(), tokenizer=tokenizer())
-    press = cp.DecodingPress(cp.KnormPress(), 8, 20)
-    questions = [words(3, seed=5), words(3, seed=8)]
+    # A norm would not do: a token that comes twice has it twice, but for rounding.
+    press = cp.DecodingPress(cp.KeyDiffPress(), 8, 20)
+    questions = [words(3, seed=5), words(3, seed=6)]
     options = {"press": press, "max_new_tokens": 30, "eos_token_id": []}
-    both = pipe(words(60), questions=questions, **options)["answers"]
-    alone = [pipe(words(60), question=q, **options)["answer"] for q in questions]
+    with no_near_ties():
+        both = pipe(words(60), questions=questions, **options)["answers"]
+        alone = [pipe(words(60), question=q, **options)["answer"] for q in questions]
     assert both == alone
     assert both != pipe(words(60), questions=questions, **{**options, "press": None})["answers"]
 

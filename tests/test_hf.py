@@ -8,6 +8,7 @@ import cachepress as cp
 from cachepress.cache import stores
 from cachepress.hf import attach
 from tests.bounds import close
+from tests.presses.test_snapkv import noting, plainly
 from tests.tiny import ARCHITECTURES, exact_tiny, tiny, tokens
 from tests.tiny_cache import forward, kept, pressed
 
@@ -107,6 +108,19 @@ def test_eager_and_sdpa_decode_alike(name):
         cache = pressed(model, PRESS, ids)
         logits.append(forward(model, cache, input_ids=tokens(2)).logits)
     close(*logits)
+
+
+def test_a_score_has_no_cap_where_attention_has_none():
+    """Older versions choose an attention for Gemma 2 that leaves out the cap it asks for."""
+    model = exact_tiny("gemma2")
+    if not model._supports_sdpa:
+        pytest.skip("this version refuses it")
+    model.set_attn_implementation("sdpa")
+    press, seen = noting(cp.SnapKVPress(0.5, window_size=4, kernel_size=3))
+    pressed(model, press, tokens(22))
+    assert len(seen) == 2
+    for depth, [(view, score)] in seen.items():
+        close(score[..., :-4], plainly(view, depth, 4, 3, "avg", None, None)[..., :-4])
 
 
 def test_two_models_that_share_a_config_do_not_disturb_each_other():

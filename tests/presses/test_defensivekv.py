@@ -13,6 +13,7 @@ from tests.bounds import close
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
     assert_second_turns_are_as_if_alone,
+    eager,
     extras,
     noting,
     weights_of,
@@ -76,7 +77,7 @@ def plainly(view, depth, n, kernel, weight, softcap, sinks):
 @pytest.mark.parametrize("ratio", [0.3, 0.6])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_score_is_that_of_the_authors(name, ratio):
-    model = tiny(name)
+    model = eager(name)
     press, seen = noting(PRESS.with_ratio(ratio))
     pressed(model, press, tokens(20, batch=2))
     counts = set()

@@ -16,6 +16,7 @@ from tests.bounds import close, near
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
     assert_second_turns_are_as_if_alone,
+    eager,
     extras,
     noting,
 )
@@ -83,7 +84,7 @@ def check(press, view, score, layer_sinks=None, softcap=None):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_oss"])
 def test_score_is_that_of_the_paper(name, block, monkeypatch):
     monkeypatch.setattr(rkv, "_BLOCK", block)
-    model = tiny(name)
+    model = eager(name)
     press, seen = noting(RKVPress(0.5, 4, 3, mix_lambda=0.4, threshold=0.3))
     pressed(model, press, tokens(21, batch=2))
     softcap, sinks = extras(name, model)
