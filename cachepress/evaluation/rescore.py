@@ -10,7 +10,7 @@ from cachepress.errors import CachepressError
 from cachepress.evaluation.cell import METRICS, PREDICTIONS, as_json, holding
 from cachepress.evaluation.predictions import read_predictions, write_predictions
 from cachepress.evaluation.records import write_atomically
-from cachepress.evaluation.registry import find_metric
+from cachepress.evaluation.registry import UNJUDGED, find_metric
 from cachepress.evaluation.samples import check_metrics, judged_by
 from cachepress.evaluation.tasks.base import DIGITS
 from cachepress.evaluation.views import score, scores_of
@@ -78,9 +78,22 @@ def _scored(run: Path, metric: str | None) -> dict:
 def _judged(run: Path, metric: str | None) -> tuple[pd.DataFrame, dict]:
     """The rows of a run with what is to judge them, which fits, and its metrics so far."""
     rows, metrics = _read(run)
+    _check_number(run, rows, metrics)
     rows = judged_by(rows, metric)
     check_metrics(rows, str(run))
     return rows, metrics
+
+
+def _check_number(run: Path, rows: pd.DataFrame, metrics: dict) -> None:
+    """Refuse a table that has lost rows, whose mean would be another one."""
+    before = metrics.get("score")
+    wanted = before.get("samples") if isinstance(before, dict) else None
+    judged = len(rows) - int(rows["metric"].isin(UNJUDGED).sum())
+    if isinstance(wanted, int) and wanted != judged:
+        raise CachepressError(
+            f"{run / PREDICTIONS} is damaged: got {judged} samples with a score, wanted {wanted} "
+            f"as {METRICS} says; run evaluate again"
+        )
 
 
 def _read(run: Path) -> tuple[pd.DataFrame, dict]:

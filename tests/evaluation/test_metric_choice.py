@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import cachepress as cp
@@ -216,6 +217,9 @@ def test_every_metric_needs_an_answer():
         lambda rows: rows.assign(context_id="9" * 30),
         lambda rows: rows.assign(context_id="9" * 5000),
         lambda rows: rows[:0],
+        lambda rows: rows[1:],
+        lambda rows: pd.concat([rows, rows[:1]]),
+        lambda rows: rows.assign(metric="unscored"),
     ],
 )
 def test_a_damaged_table_is_one_line(config, damage):
