@@ -7,6 +7,7 @@ files that the authors of a method publish are read as they are. No code in a fi
 import hashlib
 import json
 import logging
+import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from cachepress.files import replacing
 from cachepress.fingerprint import weights_digest
 from cachepress.hf import compressed_layers
 from cachepress.hf.wiring import full_attention
+from cachepress.limits import shown
 from cachepress.models import BUILTIN_MODELS, cache_home, hub_answers, resolve
 from cachepress.published import converted, n_layers, of_layers
 
@@ -38,7 +40,7 @@ _OWN_FIELDS = ("checksum", "kind", "model_class", "weights_float32")
 """Fields of which files of others have none."""
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _POINTER = b"version https://git-lfs"
-_REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
+_REPOSITORY = r"\w[\w.-]{0,95}/\w[\w.-]{0,95}"
 _NAMES = ("{kind}.safetensors", "model.safetensors", "{kind}.npy", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".npy", ".pt", ".pth", ".bin")
 _PUBLISHED = {
@@ -204,19 +206,22 @@ def locate_artefact(kind: str, source: str | None, name: str, queries: int | Non
             f"nothing was learned of {name} for {kind} yet: {hint}{_or_published(kind, name)}"
         )
     source = source.replace("{model}", name.replace("/", "_"))
-    given, names = Path(source).expanduser(), _names(kind, name, queries)
-    for path in (given, *(given / name for name in names)):
-        if path.is_file():
-            return str(path)
-    files = sorted(path for path in given.glob("*") if path.suffix in _SUFFIXES)
+    given, names = os.path.expanduser(source), _names(kind, name, queries)  # noqa: PTH111
+    plain = source.isprintable() and 0 < len(source) <= 1000
+    folder, told = Path(given), source if plain else shown(source)
+    for path in (given, *(str(folder / name) for name in names)):
+        if os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for some texts.
+            return str(Path(path))
+    there = os.path.exists(given)  # noqa: PTH110
+    files = sorted(path for path in folder.glob("*") if path.suffix in _SUFFIXES) if there else []
     if len(files) == 1:
         return str(files[0])
     if files:
         raise CachepressError(
-            f"{source} has several files that may be the {kind}: name one, such as {files[0]}"
+            f"{told} has several files that may be the {kind}: name one, such as {files[0]}"
         )
-    if given.exists() or given.is_absolute() or not re.fullmatch(_REPOSITORY, source):
-        raise CachepressError(f"{source} has no {names[0]}: {hint}")
+    if there or folder.is_absolute() or not re.fullmatch(_REPOSITORY, source):
+        raise CachepressError(f"{told} has no {names[0]}: {hint}")
     return _from_hub(source, names, hint)
 
 

@@ -1,6 +1,7 @@
 """Where artefacts are found, and what is said of those that are no use."""
 
 import os
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -15,6 +16,7 @@ from cachepress.artefacts import (
     default_path,
     find_artefact,
     load_artefact,
+    locate_artefact,
     save_artefact,
     sizes,
 )
@@ -102,6 +104,28 @@ def test_a_place_without_the_file_says_what_to_do(tmp_path, model):
         assert message.startswith(f"{place} has no q_filters.safetensors")
         assert f"cachepress train q_filters --model {name}" in message
         assert "\n" not in message
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "x/" + "y" * 300, "a\nb/c", "\0", "~nobody-here/x"])
+def test_a_text_that_can_be_no_place_is_one_short_line(source):
+    with pytest.raises(
+        cp.CachepressError, match=r"has no q_filters\.safetensors: make one"
+    ) as error:
+        locate_artefact("q_filters", source, "owner/name")
+    assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("source", [3, "", ["a"], Path("a")])
+def test_what_names_no_place_is_refused_when_the_press_is_made(source):
+    for kind, option in (
+        (cp.QFilterPress, "filters"),
+        (cp.KVzapPress, "surrogate"),
+        (cp.FastKVzipPress, "gates"),
+        (cp.LUKVPress, "curve"),
+        (cp.ExpectedAttentionStatsPress, "stats"),
+    ):
+        with pytest.raises(cp.CachepressError, match=f"{option}: got .*, wanted a file, a folder"):
+            kind(**{option: source})
 
 
 def test_what_is_no_place_here_is_asked_of_the_hub(model, monkeypatch):

@@ -426,11 +426,15 @@ def either(name: str, value: T | None, other_name: str, other: T | None) -> T | 
 
 
 def check_values(press: BasePress) -> None:
-    """Raise for values that no option takes: flags that are none, and endless numbers."""
+    """Raise for values that no option takes: flags and names that are none, endless numbers."""
     for f in fields(press):  # type: ignore
         value = getattr(press, f.name)
         if f.type is bool and not isinstance(value, bool):
             raise CachepressError(f"{f.name}: got {shown(value)}, wanted True or False")
+        if f.type == str | None and value is not None and not (isinstance(value, str) and value):
+            raise CachepressError(
+                f"{f.name}: got {shown(value)}, wanted a file, a folder or a name, as a text"
+            )
         if isinstance(value, int) and not is_whole(int(value), -MOST_BYTES, MOST_BYTES):
             raise CachepressError(f"{f.name}: got {shown(value)}, wanted at most {MOST}")
 
