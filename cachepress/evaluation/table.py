@@ -201,7 +201,9 @@ def _place(results: Sequence[Result | None]) -> tuple[int, float, float]:
     found = [result for result in results if result is not None]
     if not found:
         return len(results), 0.0, 0.0
-    return len(results) - len(found), -_mean_score(found), _mean_kl(found)
+    kl = _mean_kl(found)
+    # One that was not measured comes last of equals: NaN would leave their order to chance.
+    return len(results) - len(found), -_mean_score(found), math.inf if math.isnan(kl) else kl
 
 
 def _ranking_line(name: str, results: Sequence[Result | None]) -> list[str]:

@@ -74,6 +74,13 @@ def test_the_best_mean_is_first_and_the_divergence_decides_ties():
     ]
 
 
+def test_of_equals_one_without_a_divergence_comes_last():
+    measured = {"knorm": 0.3, "tova": None, "keydiff": 0.1, "snapkv": 0.2}
+    some = [result(name, r, 0.5, kl) for name, kl in measured.items() for r in (0.25, 0.5)]
+    names = [row[0] for row in cells(ranking_table(some, "github"))[2:]]
+    assert names == ["keydiff", "snapkv", "knorm", "tova"]
+
+
 def test_presses_that_keep_more_than_their_ratio_says_are_ranked_at_equal_bytes():
     """By what they scored with fewer bytes; below all others where they never kept so few."""
     more = [
