@@ -106,3 +106,37 @@ def no_near_ties(least: float = EXACT) -> Iterator[None]:
         for module in places:
             module.best = best
         Threshold.select = select
+
+
+@contextmanager
+def no_close_answers(terms: int = 1, depth: int = 1) -> Iterator[None]:
+    """Assert within the block that no token of an answer hangs on rounding.
+
+    Wherever the most likely token is taken, the second one must be further away than rounding can
+    move the two, or have the same logit to the last bit.
+
+    Args:
+        terms: numbers that are summed in the type of the logits in a layer; 1 of float64 models,
+            of which ``generate()`` takes the logits as float32.
+        depth: layers.
+    """
+    free, method = torch.argmax, torch.Tensor.argmax
+
+    def check(logits: Tensor) -> None:
+        if not logits.is_floating_point() or logits.ndim == 0 or logits.shape[-1] < 2:
+            return
+        first, second = logits.detach().topk(2, dim=-1).values.double().unbind(-1)
+        size = logits.detach().double().nan_to_num(0, 0, 0).abs().amax(-1)
+        bound = 2 * rounding(logits.dtype, terms, depth) * size.clamp(min=1)
+        close_by = (first - second)[(first != second) & (first - second <= bound)]
+        assert not len(close_by), f"a token hangs on {close_by.tolist()}"
+
+    def checked(x: Tensor, *args: object, **options: object) -> Tensor:
+        check(x)
+        return free(x, *args, **options)
+
+    torch.argmax = torch.Tensor.argmax = checked
+    try:
+        yield
+    finally:
+        torch.argmax, torch.Tensor.argmax = free, method

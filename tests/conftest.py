@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
 
 import transformers
 
+from cachepress.evaluation import executors, runner
+from tests.bounds import no_close_answers
+from tests.exact import doubled
 from tests.tiny import tiny, tokenizer, words
 
 
@@ -18,6 +21,26 @@ def _quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture
+def clear_answers():
+    """No token of an answer of a float64 model hangs on rounding."""
+    with no_close_answers():
+        yield
+
+
+@pytest.fixture
+def exact_models(monkeypatch, clear_answers):
+    """Evaluations of this process compute in float64."""
+    load = executors.load
+
+    def exactly(*args, **options):
+        model, made = load(*args, **options)
+        return doubled(model), made
+
+    for module in (executors, runner):
+        monkeypatch.setattr(module, "load", exactly)
 
 
 @pytest.fixture(scope="session")

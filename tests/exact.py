@@ -72,6 +72,7 @@ def doubled(model: PreTrainedModel) -> PreTrainedModel:
         for name, value in WHOLE.items():
             if hasattr(part, name):
                 setattr(part, name, value)
+    copied.generation_config = model.generation_config
     return copied.eval()
 
 

@@ -6,11 +6,13 @@ from transformers import DynamicCache, TextIteratorStreamer, pipeline
 
 import cachepress as cp
 from cachepress.cache import stores
-from tests.tiny import tiny, tokenizer, tokens, words
+from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokenizer, tokens, words
 from tests.tiny_cache import kept
 
 PRESS = cp.AdaKVPress(cp.KnormPress(0.5))
 TEXT = words(40)
+pytestmark = pytest.mark.usefixtures("clear_answers")
 
 
 def read(name="llama", press=PRESS, chat=True):

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from cachepress import budgets
-from tests.bounds import close, margin, near, no_near_ties, rounding
+from tests.bounds import close, margin, near, no_close_answers, no_near_ties, rounding
 from tests.elsewhere import elsewhere
 from tests.exact import narrow
 from tests.tiny import ARCHITECTURES, distinct, exact_tiny, tiny, tokens
@@ -78,6 +78,20 @@ def test_a_choice_that_hangs_on_rounding_is_found_out():
         with pytest.raises(AssertionError, match="hangs on"):
             budgets.best(torch.tensor([[[1.0, 1 + 1e-12, 0.5]]], dtype=torch.float64), valid, one)
     assert budgets.best is best
+
+
+def test_a_token_that_hangs_on_rounding_is_found_out():
+    before = torch.argmax, torch.Tensor.argmax
+    clear, tied = torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[3.0, 3.0, -torch.inf]])
+    near_by = torch.tensor([[1.0, 3.0, 3.0 + 5e-7]])
+    with no_close_answers():
+        assert torch.argmax(clear, dim=-1).tolist() == clear.argmax(-1).tolist() == [1]
+        assert tied.argmax(-1).shape == (1,)
+        assert near_by.double().argmax(-1).tolist() == [2]
+        for take in (torch.argmax, torch.Tensor.argmax):
+            with pytest.raises(AssertionError, match="hangs on"):
+                take(near_by, dim=-1)
+    assert (torch.argmax, torch.Tensor.argmax) == before
 
 
 def test_no_token_comes_twice():

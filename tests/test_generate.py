@@ -9,10 +9,11 @@ from transformers import DynamicCache
 import cachepress as cp
 from cachepress.cache import stores
 from tests.bounds import close
-from tests.tiny import ARCHITECTURES, exact_tiny, tiny, tokens
+from tests.tiny import ARCHITECTURES, exact_tiny, tokens
 from tests.tiny_cache import forward, kept, pressed
 
 PRESS = cp.KnormPress(0.5)
+pytestmark = pytest.mark.usefixtures("clear_answers")
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -29,7 +30,7 @@ def by_hand(model, cache, token, n):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_continues_from_the_full_text_and_from_new_ids(name):
-    model, ids, question = tiny(name), tokens(30), tokens(3, seed=7)
+    model, ids, question = exact_tiny(name), tokens(30), tokens(3, seed=7)
     expected = pressed(model, PRESS, ids)
     forward(model, expected, input_ids=question[:, :-1])
     wanted = by_hand(model, expected, question[:, -1:], 8)
@@ -47,7 +48,7 @@ def test_continues_from_the_full_text_and_from_new_ids(name):
 
 
 def test_the_prompt_is_compressed_once():
-    model, ids = tiny(), tokens(30)
+    model, ids = exact_tiny(), tokens(30)
     with torch.no_grad(), PRESS(model):
         out = model.generate(ids, return_dict_in_generate=True, **OPTIONS)
     cache = out["cache"] if "cache" in out else out["past_key_values"]
@@ -59,7 +60,7 @@ def test_the_prompt_is_compressed_once():
 
 
 def test_sampling_repeats_with_its_seed():
-    model, ids = tiny(), tokens(30)
+    model, ids = exact_tiny(), tokens(30)
     runs = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -70,7 +71,7 @@ def test_sampling_repeats_with_its_seed():
 
 
 def test_beams_follow_their_rows():
-    model, ids = tiny(), tokens(30)
+    model, ids = exact_tiny(), tokens(30)
     with torch.no_grad():
         plain = model.generate(ids, num_beams=3, **OPTIONS)
         with cp.KnormPress(0.0)(model):
@@ -82,7 +83,7 @@ def test_beams_follow_their_rows():
 
 
 def test_a_padded_batch_generates_like_each_row_alone():
-    model, short, long = tiny(), tokens(12, seed=1), tokens(20, seed=2)
+    model, short, long = exact_tiny(), tokens(12, seed=1), tokens(20, seed=2)
     ids = torch.cat([torch.cat([torch.zeros(1, 8, dtype=torch.long), short], -1), long])
     with torch.no_grad(), PRESS(model):
         both = model.generate(ids, attention_mask=(ids > 0).long(), **OPTIONS)
@@ -93,7 +94,7 @@ def test_a_padded_batch_generates_like_each_row_alone():
 
 
 def test_appending_does_not_copy_the_cache():
-    model = tiny()
+    model = exact_tiny()
     cache = pressed(model, PRESS, tokens(30))
     store = stores(cache)[0]
     forward(model, cache, input_ids=tokens(1))
@@ -105,7 +106,7 @@ def test_appending_does_not_copy_the_cache():
 
 
 def test_crop_undoes_decoding_but_not_the_settle():
-    model, ids = tiny(), tokens(30)
+    model, ids = exact_tiny(), tokens(30)
     cache = pressed(model, PRESS, ids)
     once = forward(model, cache, input_ids=tokens(4)).logits
     cache.crop(-4)
@@ -116,7 +117,7 @@ def test_crop_undoes_decoding_but_not_the_settle():
 
 
 def test_reset_makes_a_cache_new():
-    model, ids = tiny(), tokens(30)
+    model, ids = exact_tiny(), tokens(30)
     cache = pressed(model, PRESS, ids)
     cache.reset()
     assert cache.get_seq_length() == 0
@@ -158,7 +159,7 @@ def answer(model, cache, question, **options):
 @pytest.mark.parametrize("press", [PRESS, RAGGED], ids=["dense", "ragged"])
 @pytest.mark.parametrize("storage", ["full", cp.Codec(8, residual=4)], ids=["full", "int8"])
 def test_a_cache_of_one_expands_itself_for_beams_and_sequences(press, storage):
-    model, question = tiny(), tokens(3, seed=7)
+    model, question = exact_tiny(), tokens(3, seed=7)
     cache = cp.prefill(model, tokens(60), press, storage=storage)
     beams = answer(model, cp.fork(cache), question, num_beams=3, num_return_sequences=3)
     wanted = answer(model, cp.fork(cache, 3), question.expand(3, -1)[:1], num_beams=3)
@@ -173,7 +174,7 @@ def test_a_cache_of_one_expands_itself_for_beams_and_sequences(press, storage):
 
 def test_beams_on_ragged_rows_are_those_of_a_search_by_hand():
     """The best of all continuations of two tokens, found by trying each."""
-    model, ids, question = tiny(), tokens(60), tokens(3, seed=7)
+    model, ids, question = exact_tiny(), tokens(60), tokens(3, seed=7)
     cache = cp.prefill(model, ids, RAGGED)
     found = answer(model, cp.fork(cache), question, num_beams=97, max_new_tokens=2)
     first = cp.fork(cache)
@@ -185,14 +186,14 @@ def test_beams_on_ragged_rows_are_those_of_a_search_by_hand():
 
 
 def test_another_number_of_sequences_is_refused():
-    model = tiny()
+    model = exact_tiny()
     cache = cp.fork(cp.prefill(model, tokens(30), PRESS), 2)
     with pytest.raises(cp.CachepressError, match="holds 2 sequences and the forward has 3"):
         forward(model, cache, input_ids=tokens(1, batch=3))
 
 
 def test_streaming_hands_out_every_token():
-    model, question = tiny(), tokens(3, seed=7)
+    model, question = exact_tiny(), tokens(3, seed=7)
     cache = cp.prefill(model, tokens(60), RAGGED)
 
     class Streamer:
@@ -211,10 +212,12 @@ def test_streaming_hands_out_every_token():
 
 
 @pytest.mark.parametrize("press", [PRESS, RAGGED], ids=["dense", "ragged"])
-@pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny()}])
+@pytest.mark.parametrize(
+    "how", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": exact_tiny()}]
+)
 def test_assisted_decoding_gives_the_greedy_tokens_or_is_refused(press, how):
     """Older versions of transformers crop by the length of the new ids, which is refused."""
-    model, question = tiny(), tokens(3, seed=7)
+    model, question = exact_tiny(), tokens(3, seed=7)
     cache = cp.prefill(model, tokens(60), press)
     options = {"max_new_tokens": 20, "eos_token_id": 96}
     greedy = answer(model, cp.fork(cache), question, **options)
@@ -227,7 +230,7 @@ def test_assisted_decoding_gives_the_greedy_tokens_or_is_refused(press, how):
 
 
 def test_assisted_decoding_inside_the_context_is_refused():
-    model = tiny()
+    model = exact_tiny()
     options = {**OPTIONS, "max_new_tokens": 30, "eos_token_id": 96}
     with (
         torch.no_grad(),
@@ -273,13 +276,13 @@ def test_a_compiled_model_gives_the_same_logits_and_is_compressed(how):
 
 
 def test_eight_questions_hold_the_context_once():
-    model = tiny()
+    model = exact_tiny()
     cache = cp.prefill(model, tokens(400), RAGGED)
     forked = cp.fork(cache, 8)
     one, eight = cp.size_of(cache).bytes_after, cp.size_of(forked).bytes_after
     assert eight == one
     forward(model, forked, input_ids=tokens(5, batch=8))
-    row = 2 * 8 * 4
+    row = 2 * 8 * 8
     assert cp.size_of(forked).bytes_after == one + 4 * 2 * 8 * 5 * row
     storages = {x.data_ptr() for store in stores(cache) for x in store.tensors()}
     shared = {x.data_ptr() for store in stores(forked) for x in store.tensors()} & storages

@@ -10,16 +10,17 @@ import cachepress as cp
 from cachepress.cache import stores
 from cachepress.pipeline import TASK, PromptOptions, make_prompt, read_context
 from tests.bounds import close
-from tests.tiny import ARCHITECTURES, exact_tiny, tiny, tokenizer, words
+from tests.tiny import ARCHITECTURES, exact_tiny, tokenizer, words
 from tests.tiny_cache import forward
 
 CONTEXT = words(40)
 QUESTIONS = [words(3, seed=1), words(7, seed=2), words(1, seed=3)]
 PRESS = cp.KnormPress(0.5)
+pytestmark = pytest.mark.usefixtures("clear_answers")
 
 
 def make_pipe(name="llama", chat=True):
-    return pipeline(TASK, model=tiny(name), tokenizer=tokenizer(chat), device=-1)
+    return pipeline(TASK, model=exact_tiny(name), tokenizer=tokenizer(chat), device=-1)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,7 @@ CUTS = [
 def test_what_is_left_of_a_context_that_is_cut(options, ids, cut):
     options = {"question": "w9", "max_context_length": 20, **options}
     context = options.pop("context", CONTEXT)
-    prompt = make_prompt(tokenizer(), tiny(), context, PromptOptions(**options))
+    prompt = make_prompt(tokenizer(), exact_tiny(), context, PromptOptions(**options))
     assert prompt.context_ids.tolist() == [ids]
     assert prompt.cut == cut
 
@@ -240,11 +241,11 @@ def test_texts_that_are_put_into_the_models_mouth_need_room(limit, room):
 
 def test_a_cut_context_without_a_question_lends_the_last_token_that_is_left():
     options = PromptOptions(max_context_length=19, truncation="middle", chat=False)
-    prompt = make_prompt(tokenizer(), tiny(), CONTEXT, options)
+    prompt = make_prompt(tokenizer(), exact_tiny(), CONTEXT, options)
     assert prompt.context_ids.tolist() == [[*IDS[:10], *IDS[-10:-1]]]
     assert [ids.tolist() for ids in prompt.question_ids] == [[[IDS[-1]]]]
     options = PromptOptions(max_context_length=19, truncation="end", chat=False)
-    prompt = make_prompt(tokenizer(), tiny(), CONTEXT, options)
+    prompt = make_prompt(tokenizer(), exact_tiny(), CONTEXT, options)
     assert prompt.context_ids.tolist() == [IDS[:19]]
     assert [ids.tolist() for ids in prompt.question_ids] == [[[IDS[19]]]]
 

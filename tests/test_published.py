@@ -18,7 +18,8 @@ from transformers import DynamicCache
 import cachepress as cp
 from cachepress.artefacts import load_artefact, save_artefact
 from cachepress.published import LAYOUTS
-from tests.tiny import tiny
+from tests.bounds import EXACT, close
+from tests.tiny import exact_tiny as tiny
 from tests.tiny_cache import forward, kept, pressed
 
 L, H, G, D, M, T = 4, 2, 2, 8, 32, 60
@@ -55,7 +56,7 @@ def best(scores, n: int) -> list[int]:
     """The places of the ``n`` highest scores, which must lead by more than rounding."""
     order = sorted(range(len(scores)), key=lambda t: float(scores[t]), reverse=True)
     lead = float(scores[order[n - 1]]) - float(scores[order[n]])
-    assert lead > 1e-6 * max(abs(float(scores[order[n]])), 1e-3)
+    assert lead > EXACT * abs(float(scores[order[n]]))
     return sorted(order[:n])
 
 
@@ -424,7 +425,8 @@ def test_arrays_of_another_byte_order_or_width_are_read(tmp_path):
     for dtype in (">f8", "<f4", "f2"):
         np.save(tmp_path / "ea_avg_ratio.npy", drop.astype(dtype))
         found = load_artefact(str(tmp_path / "ea_avg_ratio.npy"), "lukv")["lukv"]
-        np.testing.assert_allclose(found.numpy(), 1 - drop, atol=1e-3)
+        kept = np.float64(1) - drop.astype(dtype).astype(np.float64)
+        close(found.double(), kept)
 
 
 class Bomb:

@@ -30,7 +30,7 @@ class CAMPress(DecodingPress, alias="cam"):
     row, unless the inner press leaves a number of its own: then a counts the queries since the
     last compression. ``compression_interval=1`` is the paper's algorithm, which drops a row with
     every token; with more, all rows that are dropped at once are merged. Needs what the inner
-    press needs, the attention sums, and 4 bytes with each row.
+    press needs, the attention sums, and 4 bytes with each row (8 in float64).
     Best for small targets, where much attention falls on rows that have to go.
 
     Attributes:

@@ -19,7 +19,7 @@ class H2OPress(ScorerPress, alias="h2o"):
     ``DecodingPress(H2OPress(), compression_interval=1, target_size=n)`` is the paper's algorithm,
     which drops a row with every token. Attention is averaged over the query heads of a KV head,
     which the paper leaves open. Decoded tokens count where the schedule settles them. Needs the
-    attention sums, and 4 bytes with each row.
+    attention sums, and 4 bytes with each row (8 in float64).
     Best for long generations, inside of DecodingPress.
 
     Attributes:

@@ -30,7 +30,8 @@ from cachepress.evaluation.samples import contexts_of, load_table
 from cachepress.evaluation.sweep import SweepConfig, load_sweep, run_sweep
 from cachepress.hf.survey import Survey
 from cachepress.pipeline import make_prompt
-from tests.tiny import tiny, tokenizer, words
+from tests.bounds import EXACT
+from tests.tiny import exact_tiny, tiny, tokenizer, words
 from tests.tiny_cache import forward
 
 PRESSES = (
@@ -60,7 +61,7 @@ def rows_of(folder):
     }
 
 
-def test_the_answers_are_those_of_separate_runs(model_dir, data_file, tmp_path):
+def test_the_answers_are_those_of_separate_runs(model_dir, data_file, tmp_path, exact_models):
     results = run_sweep(sweep(model_dir, data_file, tmp_path / "sweep"), quiet=True)
     cells = [result.cell for group in results for result in group]
     assert len(cells) == 1 + 2 * 8 + 1  # The decoding press has no ratio.
@@ -75,7 +76,7 @@ def test_the_answers_are_those_of_separate_runs(model_dir, data_file, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_next"])
-def test_models_with_other_layers_are_swept_too(name, data_file, tmp_path):
+def test_models_with_other_layers_are_swept_too(name, data_file, tmp_path, exact_models):
     folder = tmp_path / name
     model = tiny(name)
     model.generation_config.suppress_tokens = [0, 1, 2, 96]
@@ -83,7 +84,7 @@ def test_models_with_other_layers_are_swept_too(name, data_file, tmp_path):
     tokenizer().save_pretrained(folder)
     config = sweep(str(folder), data_file, tmp_path / "sweep", presses=("knorm", "kvzip"), kl=True)
     (results,) = run_sweep(config, quiet=True)
-    assert results[0].metrics["kl"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert results[0].metrics["kl"]["mean"] == pytest.approx(0, abs=EXACT)
     for result in results:
         config = {**vars(result.cell.config), "output_dir": str(tmp_path / "apart")}
         metrics = EvaluationRunner(EvaluationConfig(**config), quiet=True).run_evaluation()
@@ -173,12 +174,12 @@ def test_a_context_is_read_once_for_all_that_share(model_dir, data_file, tmp_pat
     assert [n for n in read if n > 8] == [42] * 4  # Presses are tried on a few words before.
 
 
-def test_the_divergence_is_that_of_single_steps(model_dir, data_file, tmp_path):
+def test_the_divergence_is_that_of_single_steps(model_dir, data_file, tmp_path, exact_models):
     config = sweep(model_dir, data_file, tmp_path, presses=("knorm",), ratios=(0.0, 0.5), kl=True)
     (results,) = run_sweep(config, quiet=True)
     none, zero, half = (result.metrics["kl"]["mean"] for result in results)
-    assert none == pytest.approx(0, abs=1e-6) and zero == pytest.approx(0, abs=1e-6)
-    model, cell = tiny(), results[2].cell
+    assert none == pytest.approx(0, abs=EXACT) and zero == pytest.approx(0, abs=EXACT)
+    model, cell = exact_tiny(), results[2].cell
     model.generation_config.suppress_tokens = [0, 1, 2, 96]
     values = []
     for context in contexts_of(load_table(cell.config, tokenizer())):
@@ -191,7 +192,7 @@ def test_the_divergence_is_that_of_single_steps(model_dir, data_file, tmp_path):
             text = torch.cat([ids, torch.tensor([said], dtype=torch.long)], dim=1)
             p, q = (expected(model, cache, text, len(said) + 1) for cache in (whole, pressed))
             values.append((p.exp() * (p - q)).sum(-1).mean().item())
-    assert half == pytest.approx(sum(values) / len(values), rel=1e-3)
+    assert half == pytest.approx(sum(values) / len(values), rel=EXACT)
     assert half > 0.01
 
 

@@ -12,6 +12,7 @@ from tests.tiny import rand, randn, tokens
 from tests.tiny_cache import forward, kept, pressed
 
 SEEN = {}
+RIDGE = 1e-2
 
 
 class Noted(LeverageScorePress):
@@ -42,11 +43,24 @@ def leverages(x, ridge):
     return np.diag(x @ np.linalg.inv(x.T @ x + ridge * np.eye(x.shape[1])) @ x.T)
 
 
-def check(scores, wanted, atol):
-    """To rounding, or to what the ridge does where the reference has none."""
+def check(scores, wanted):
     wanted = np.array(wanted)
-    wanted = (wanted - wanted.mean()) / wanted.std(ddof=1)
-    torch.testing.assert_close(scores, torch.from_numpy(wanted), atol=atol, rtol=0)
+    close(scores, (wanted - wanted.mean()) / wanted.std(ddof=1))
+
+
+def check_exact(scores, keys, matrix):
+    """Scores are leverages of projected ``keys [H, T, D]``, which are those of the keys.
+
+    But for the ridge: it takes of each direction what it is of the square of its length.
+    """
+    ridged = [leverages(x @ m, RIDGE) for x, m in zip(keys, matrix, strict=True)]
+    check(scores, ridged)
+    for x, m, ours in zip(keys, matrix, ridged, strict=True):
+        exact = leverages(x, 0)
+        lengths = np.linalg.svd((x - x.mean(0)) @ m)[1][: x.shape[1]]
+        loss = RIDGE / (RIDGE + lengths[-1] ** 2)
+        assert loss < 0.02
+        assert (ours <= exact + EXACT).all() and (ours >= (1 - loss) * exact - EXACT).all()
 
 
 @pytest.mark.parametrize("size", [3, 8, 48])
@@ -56,7 +70,7 @@ def test_scores_are_leverages_of_projected_keys_before_rope(size):
     for layer, keys in enumerate(bare_keys(tiny(), ids)):
         view, scores = SEEN[layer]
         matrix = gaussian(view, 8, size, 0).double().numpy()
-        check(scores[0], [leverages(keys[:, h] @ matrix[h], 1e-2) for h in range(2)], EXACT)
+        check(scores[0], [leverages(keys[:, h] @ matrix[h], RIDGE) for h in range(2)])
 
 
 def test_a_projection_that_loses_nothing_gives_exact_leverage():
@@ -64,14 +78,15 @@ def test_a_projection_that_loses_nothing_gives_exact_leverage():
     model, ids = tiny(), tokens(40)
     pressed(model, Noted(0.5, sketch_dimension=200), ids)
     for layer, keys in enumerate(bare_keys(tiny(), ids)):
-        check(SEEN[layer][1][0], [leverages(keys[:, h], 0) for h in range(2)], 0.02)
+        view, scores = SEEN[layer]
+        matrix = gaussian(view, 8, 200, 0).double().numpy()
+        check_exact(scores[0], keys.transpose(1, 0, 2), matrix)
 
 
 def test_a_model_without_rope_is_scored_by_its_keys():
     pressed(tiny("gpt2"), Noted(0.5, sketch_dimension=64), tokens(40))
     view, scores = SEEN[1]
-    keys = view.keys[0].double().numpy()
-    check(scores[0], [leverages(keys[h], 0) for h in range(4)], 0.02)
+    check_exact(scores[0], view.keys[0].numpy(), gaussian(view, 8, 64, 0).double().numpy())
 
 
 def test_rotated_keys_of_a_further_turn_are_rotated_back():

@@ -13,7 +13,7 @@ from cachepress.ops import AttentionRule
 from cachepress.ops.ragged_attention import PAGE
 from cachepress.ops.ragged_attention.naive import naive_attention
 from cachepress.presses.quest import QuestPress
-from tests.bounds import close
+from tests.bounds import EXACT, close
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import randn, tokens
 from tests.tiny import tiny as single
@@ -88,7 +88,7 @@ def test_the_bound_is_one():
         pages = [part.amax((1, 2)) for part in products.split(PAGE, dim=-1)]
         worth = block.worth(query, None)
         assert worth.shape == (2, ceil(200 / PAGE))
-        assert (torch.stack(pages, dim=1) <= worth + 1e-4).all()
+        assert (torch.stack(pages, dim=1) <= worth + EXACT).all()
 
 
 @pytest.mark.parametrize(

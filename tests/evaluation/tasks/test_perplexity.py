@@ -10,7 +10,8 @@ import torch
 import cachepress as cp
 from cachepress.evaluation import EvaluationConfig, EvaluationRunner
 from cachepress.evaluation.samples import contexts_of, load_table
-from tests.tiny import tiny, tokenizer, words
+from tests.bounds import EXACT
+from tests.tiny import exact_tiny, tokenizer, words
 from tests.tiny_cache import forward
 
 
@@ -37,9 +38,9 @@ def test_windows_are_spread_over_the_text(config):
         assert answer[0].split() == text[50 * i + 40 : 50 * i + 48]
 
 
-def test_it_is_what_one_forward_over_all_says(config):
+def test_it_is_what_one_forward_over_all_says(config, exact_models):
     metrics = EvaluationRunner(config, quiet=True).run_evaluation()
-    model, wanted = tiny(), []
+    model, wanted = exact_tiny(), []
     for context in contexts_of(load_table(config, tokenizer())):
         text = f"{context.text} {context.samples[0].answer[0]}"
         ids = torch.tensor([tokenizer()(text).input_ids])
@@ -47,19 +48,19 @@ def test_it_is_what_one_forward_over_all_says(config):
         n = ids.shape[1] - 8
         expected = logits[n - 1 : -1].gather(-1, ids[0, n:, None])
         wanted.append(-expected.mean().item())
-    assert metrics["perplexity"]["mean"] == pytest.approx(math.exp(sum(wanted) / 4), rel=1e-4)
+    assert metrics["perplexity"]["mean"] == pytest.approx(math.exp(sum(wanted) / 4), rel=EXACT)
     assert metrics["perplexity"]["low"] < metrics["perplexity"]["mean"]
     assert metrics["score"] is None and metrics["tasks"] == {}
 
 
-def test_a_compressed_beginning_changes_it_and_ratio_0_does_not(config):
+def test_a_compressed_beginning_changes_it_and_ratio_0_does_not(config, exact_models):
     whole = EvaluationRunner(config, quiet=True).run_evaluation()["perplexity"]["mean"]
     zero, half = (
         EvaluationRunner(replace(config, press="knorm", compression_ratio=ratio), quiet=True)
         for ratio in (0.0, 0.5)
     )
-    assert zero.run_evaluation()["perplexity"]["mean"] == pytest.approx(whole, rel=1e-4)
-    assert abs(half.run_evaluation()["perplexity"]["mean"] / whole - 1) > 1e-3
+    assert zero.run_evaluation()["perplexity"]["mean"] == pytest.approx(whole, rel=EXACT)
+    assert abs(half.run_evaluation()["perplexity"]["mean"] / whole - 1) > 0.01
 
 
 def local(config, tmp_path, **options):
