@@ -218,25 +218,27 @@ def test_the_halves_are_of_the_whole_prompt_as_benchmarks_cut_it(asked, length, 
         {"answer_prefix": asked},
         {"questions": [f"{asked} w5 w4", asked]},
     ):
-        cut = make_prompt(tokenizer(), tiny(), CONTEXT, PromptOptions(**given, **options))
+        cut = make_prompt(tokenizer(), exact_tiny(), CONTEXT, PromptOptions(**given, **options))
         assert cut.context_ids[0, fixed:].tolist() == [*head, *tail]
         assert cut.cut == len(IDS) - len(head) - len(tail)
 
 
 def test_a_question_longer_than_half_the_prompt_leaves_the_beginning_of_the_context():
     options = PromptOptions("w9 " * 20, truncation="middle", max_context_length=11, chat=False)
-    assert make_prompt(tokenizer(), tiny(), CONTEXT, options).context_ids.tolist() == [IDS[:11]]
+    assert make_prompt(tokenizer(), exact_tiny(), CONTEXT, options).context_ids.tolist() == [
+        IDS[:11]
+    ]
 
 
 @pytest.mark.parametrize(("limit", "room"), [(5, 501), (20, 490)])
 def test_texts_that_are_put_into_the_models_mouth_need_room(limit, room):
     forced = {"questions": ["w9", "w9 w8"], "forced": ["", words(9, seed=0)]}
     options = PromptOptions(**forced, max_new_tokens=limit, chat=False)
-    assert tiny().config.max_position_embeddings == 512
-    prompt = make_prompt(tokenizer(), tiny(), words(room, seed=0), options)
+    assert exact_tiny().config.max_position_embeddings == 512
+    prompt = make_prompt(tokenizer(), exact_tiny(), words(room, seed=0), options)
     assert [ids.shape[1] for ids in (prompt.context_ids, *prompt.question_ids)] == [room, 1, 2]
     with pytest.raises(cp.CachepressError, match=f"has {room + 1} tokens, .* room for {room}:"):
-        make_prompt(tokenizer(), tiny(), words(room + 1, seed=0), options)
+        make_prompt(tokenizer(), exact_tiny(), words(room + 1, seed=0), options)
 
 
 def test_a_cut_context_without_a_question_lends_the_last_token_that_is_left():
