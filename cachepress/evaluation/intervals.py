@@ -78,6 +78,11 @@ class Clusters:
         return float(self.samples**2 / (self.sizes**2).sum())
 
     @cached_property
+    def even(self) -> bool:
+        """Whether all clusters have as many samples."""
+        return bool((self.sizes == self.sizes[0]).all())
+
+    @cached_property
     def quantile(self) -> float:
         """Student's quantile for a variance between as many clusters."""
         return float(t.ppf(1 - TAIL, max(self.effective - 1, 1.0)))
@@ -93,7 +98,8 @@ class Moments(NamedTuple):
 
     Attributes:
         mean: mean over the samples.
-        variance: of the mean, from differences between clusters (jackknife); 0 for one cluster.
+        variance: of the mean, from differences between clusters (jackknife), of unequal ones at
+            least what the correlation within them says; 0 for one cluster.
         spread: variance of a sample.
         independent: number of independent samples whose mean would vary as much.
     """
@@ -115,10 +121,29 @@ def moments(values: np.ndarray, clusters: Clusters) -> Moments:
         residuals = clusters.sums(values) - mean[:, None] * sizes
         left_out = residuals / (n - sizes)  # What leaving a cluster out does to the mean.
         variance = (left_out**2).sum(-1) * (len(sizes) - 1) / len(sizes)
+        if not clusters.even:
+            variance = np.maximum(variance, _of_tied(residuals, spread, clusters))
     alike = variance <= _ROUNDING * spread + (_ROUNDING * mean) ** 2
     variance = np.where(alike, 0.0, variance)
     independent = np.clip(spread / np.where(alike, 1.0, variance), clusters.effective, n)
     return Moments(mean, variance, spread, np.where(alike, clusters.effective, independent))
+
+
+def _of_tied(residuals: np.ndarray, spread: np.ndarray, clusters: Clusters) -> np.ndarray:
+    """Variance of the mean ``[R]``, from how alike the samples of a cluster are.
+
+    Where the few large clusters happen to agree, the differences between clusters are those of the
+    small ones, and say nothing of the large. What all clusters together say of the correlation
+    within a cluster does.
+    """
+    n, sizes = clusters.samples, clusters.sizes
+    total, between = spread * n, (residuals**2 / sizes).sum(-1)
+    freedom = n - len(sizes)
+    within = np.maximum(total - between, 0.0) / freedom
+    share = within * n / np.where(total > 0, total, 1.0)
+    tie = np.clip(1 - share, 0.0, 1.0)
+    independent = n / (1 + (n / clusters.effective - 1) * tie)
+    return spread / np.maximum(independent - 1, 1.0)
 
 
 def student(values: np.ndarray, clusters: Clusters) -> Bounds:
@@ -288,8 +313,14 @@ def _farthest(
     Of ``k`` changes the largest was found, and another is larger with probability
     ``1 / (k + 1)``: it moves that far on to 1, if most samples agree or all changes go one way,
     the large ones rare. Where no sample changed, anything is possible.
+
+    ``k`` is the number of equal and independent changes whose sum would vary as much: those that
+    are next to nothing, and those that a context repeats, say little of how large another can be.
     """
-    k, largest = (values != 0).sum(-1), np.abs(values).max(-1)
+    sizes = np.abs(values)
+    squares, largest = (sizes**2).sum(-1), sizes.max(-1)
+    k = sizes.sum(-1) ** 2 / np.where(squares > 0, squares, 1.0)
+    k *= changed.independent / values.shape[-1]
     one_way = np.abs(whole.mean) / np.where(changed.mean > 0, changed.mean, 1.0)
     skewed = one_way * _doubt(changed, changed.mean, (np.array(CHANGES[0]), np.array(CHANGES[1])))
     far = largest + (1 - largest) * np.maximum(agree, skewed) / (k + 1)
