@@ -239,7 +239,8 @@ def bytes_of(amount: Amount) -> Bytes | None:
 def with_bytes(amount: Amount, uneven: bool) -> Amount:
     """The amount with the number of bytes in it, if there is one, for heads of uneven lengths."""
     if isinstance(amount, Bytes):
-        return replace(amount, uneven=uneven)
+        most = None if amount.most is None else with_bytes(amount.most, uneven)
+        return replace(amount, uneven=uneven, most=most)
     changed: dict[str, object] = {}
     for name, parts in _inner(amount).items():
         new = tuple(with_bytes(part, uneven) for part in parts)

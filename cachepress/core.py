@@ -24,14 +24,16 @@ class Turn(NamedTuple):
         seen: tokens before it.
         new: tokens of it.
         since: tokens since a press last looked at the layer, those of this forward included, and
-            those of prompts that were left as they are not.
+            those of prompts that were left as they are not, unless the schedule is ``bounded``.
         prompt: whether it reads a text, rather than decoding a token.
+        later: whether that is a text after the first one, which is to be left as it is.
     """
 
     seen: int
     new: int
     since: int
     prompt: bool
+    later: bool = False
 
 
 class Budget(Protocol):
@@ -67,6 +69,11 @@ class Schedule(Protocol):
     @property
     def decodes(self) -> bool:
         """Whether layers are settled while tokens are decoded."""
+        ...
+
+    @property
+    def bounded(self) -> bool:
+        """Whether every token counts, since the bytes of the cache are limited while it grows."""
         ...
 
     def due(self, turn: Turn) -> bool:

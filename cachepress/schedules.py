@@ -10,10 +10,11 @@ class AfterPrefill:
     """Settle after the prompt and after every further turn of several tokens; never in decode."""
 
     decodes: bool = False
+    bounded: bool = False
 
     def due(self, turn: Turn) -> bool:
         """Whether a forward settles the layer."""
-        return turn.prompt
+        return turn.prompt and not turn.later
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,16 @@ class Every:
 
     Attributes:
         interval: tokens between two settles.
+        bounded: whether no more may come in between, those of prompts that are left as they are
+            included.
     """
 
     interval: int
+    bounded: bool = False
     decodes: bool = True
 
     def due(self, turn: Turn) -> bool:
         """Whether a forward settles the layer."""
+        if turn.later:
+            return self.bounded and turn.since >= self.interval
         return turn.prompt or turn.since >= self.interval

@@ -207,3 +207,90 @@ def test_the_smaller_of_target_size_and_max_bytes_is_kept():
     press = cp.DecodingPress(cp.KnormPress(max_bytes="1MB"), 8, target_size=20)
     cache = cp.prefill(tiny(), tokens(90), press)
     assert all(bool((store.lengths == 20).all()) for store in stores(cache))
+
+
+def questioned(press: BasePress, storage: str, dtype: torch.dtype, batch: int, lengths) -> list:
+    """Bytes after a prompt, and after every forward of questions and the tokens of their answers.
+
+    Questions are left alone, and the later sequences of a batch begin with padding.
+    """
+    model, ids = model_of(dtype), tokens(150, batch)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        mask[row, : 30 * row] = 0
+    mask = mask if batch > 1 else None
+    cache = cp.prefill(model, ids, press, storage=storage, attention_mask=mask)
+    sizes = [cp.size_of(cache).bytes_after]
+    with press(model, turns="first", storage=storage):
+        for step, n in enumerate(lengths):
+            if mask is not None:
+                mask = torch.cat([mask, torch.ones(batch, n, dtype=torch.long)], dim=1)
+            new = tokens(n, batch, seed=step)
+            forward(model, cache, input_ids=new, attention_mask=mask)
+            sizes.append(cp.size_of(cache).bytes_after)
+    return sizes
+
+
+GROWING = {
+    "head": lambda n, i: cp.DecodingPress(cp.KnormPress(max_bytes=n), i, 10**4),
+    "layer": lambda n, i: cp.DecodingPress(cp.AdaKVPress(cp.KnormPress(max_bytes=n)), i, 10**4),
+    "model": lambda n, i: cp.DecodingPress(
+        cp.AdaKVPress(cp.KnormPress(max_bytes=n), scope="model"), i, 10**4
+    ),
+    "ratio": lambda n, i: cp.CompressionRatioDecodingPress(cp.KnormPress(max_bytes=n), i, 0.1),
+    "left_with_rows": lambda n, i: cp.CAMPress(cp.KnormPress(max_bytes=n), i, 10**4),
+    "prompt_left_whole": lambda n, i: cp.PrefillDecodingPress(
+        None, cp.DecodingPress(cp.KnormPress(max_bytes=n), i, 10)
+    ),
+    "prompt_by_ratio": lambda n, i: cp.PrefillDecodingPress(
+        cp.AdaKVPress(cp.TOVAPress(0.1)), cp.DecodingPress(cp.KnormPress(max_bytes=n), i, 10)
+    ),
+    "prompt_by_pyramid": lambda n, i: cp.PrefillDecodingPress(
+        cp.PyramidKVPress(0.1, window_size=4), cp.DecodingPress(cp.KnormPress(max_bytes=n), i, 10)
+    ),
+    "prompt_by_bytes": lambda n, i: cp.PrefillDecodingPress(
+        cp.AdaKVPress(cp.KnormPress(max_bytes=10**7)),
+        cp.DecodingPress(cp.KnormPress(max_bytes=n), i, 10),
+    ),
+}
+QUESTIONS = [9, *[1] * 5, 41, 1, 130, *[1] * 9, 3, 3, 3, *[1] * 9]
+
+
+@pytest.mark.parametrize(
+    ("kind", "storage", "dtype", "interval", "batch"),
+    [
+        pytest.param(*case, batch, id=f"{case[0]}-{case[1]}-{case[3]}-{batch}")
+        for batch in (1, 3)
+        for case in zip(
+            GROWING, cycle(STORAGES[batch:] + STORAGES), cycle(DTYPES), cycle([4, 33, 100])
+        )
+    ],
+)
+def test_max_bytes_of_a_press_for_decoding_bounds_prompts_questions_and_answers(
+    kind, storage, dtype, interval, batch
+):
+    def run(limit: int) -> list:
+        return questioned(GROWING[kind](limit, interval), storage, dtype, batch, QUESTIONS)
+
+    limit = least_of(run) + 2_000 * batch
+    assert max(run(limit)) <= limit
+
+
+def test_a_prompt_that_fits_is_left_whole_until_its_interval():
+    press = cp.DecodingPress(cp.KnormPress(max_bytes="1MB"), 8, target_size=20)
+    cache = cp.prefill(tiny(), tokens(90), cp.PrefillDecodingPress(None, press))
+    assert [store.lengths.tolist() for store in stores(cache)] == [[[90, 90]]] * LAYERS
+    with pytest.raises(cp.CachepressError, match="beside max_bytes in decoding_press"):
+        cp.PrefillDecodingPress(cp.DMSPress(cp.KnormPress(), threshold=0.0), press)
+
+
+def test_questions_count_only_where_bytes_are_bounded():
+    model, held = tiny(), []
+    for options in ({"max_bytes": "1MB"}, {}):
+        press = cp.DecodingPress(cp.KnormPress(**options), 8, target_size=20)
+        cache = cp.prefill(model, tokens(90), press)
+        with press(model, turns="first"):
+            for n in (5, 1, 1, 1):
+                forward(model, cache, input_ids=tokens(n))
+        held.append(int(stores(cache)[0].lengths[0, 0]))
+    assert held == [20, 28]

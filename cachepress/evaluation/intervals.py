@@ -288,7 +288,7 @@ def wilson(
 
 def _are(values: np.ndarray, known: tuple[float, ...]) -> np.ndarray:
     """Which data sets have no other values than those ``known``."""
-    return np.isin(values, known).all(-1)
+    return np.asarray(np.isin(values, known).all(-1))
 
 
 def _by_kind(ones: np.ndarray, of_ones: Trust, others: Trust) -> tuple[np.ndarray, np.ndarray]:

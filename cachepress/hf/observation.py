@@ -209,9 +209,11 @@ class Observation:
         self.question_of(tokens)
         seen = cache.get_seq_length()
         since = seen + n - next(iter(stores.values())).looked_at
-        turn = Turn(seen, n, since, prompt=n > 1 or self.chunk is not None)
+        prompt = n > 1 or self.chunk is not None
+        later = prompt and self.chunk is None and seen > 0 and self._turns == "first"
+        turn = Turn(seen, n, since, prompt, later)
         press = self._press.acting(turn)
-        due = self._due(turn)
+        due = self.chunk != "hold" and self._press.schedule.due(turn)
         self._passed = n if turn.prompt and not due else 0
         self._read = cache if turn.prompt else None
         if press.replay is not None and turn.prompt:
@@ -241,12 +243,6 @@ class Observation:
                 # Rows that are settled chunk by chunk would be quantized again and again.
                 store.codec = None
 
-    def _due(self, turn: Turn) -> bool:
-        if self.chunk == "hold":
-            return False
-        later = self.chunk is None and turn.prompt and turn.seen > 0 and self._turns == "first"
-        return not later and self._press.schedule.due(turn)
-
     def _watches(self, turn: Turn) -> bool:
         """Whether a forward that settles nothing has to be noted for one that will."""
         return self.chunk == "hold" or (self._press.schedule.decodes and not turn.prompt)
@@ -258,7 +254,7 @@ class Observation:
         if output is not None:
             with torch.inference_mode(False), torch.no_grad():
                 for store in self._stores:
-                    store.passed(self._passed)
+                    store.passed(self._passed, self._press.schedule.bounded)
                 for layer in self._repeat():
                     self._settle(layer)
                 for press, layers in self._pending.items():

@@ -44,7 +44,8 @@ class _WhileDecodingPress(WrapperPress):
     @property
     def schedule(self) -> Schedule:
         """After the prompt, and whenever ``compression_interval`` tokens came."""
-        return Every(self.compression_interval)
+        bounded = bytes_of(counted(self).amount) is not None
+        return Every(self.compression_interval, bounded)
 
     def _within(self, amount: Amount) -> Amount:
         """The amount, and no more than the bytes of the inner press hold until the next time."""

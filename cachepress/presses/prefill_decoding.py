@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from cachepress.budgets import Threshold, TopK
+from cachepress.budgets import Bytes, Threshold, TopK, bytes_of
 from cachepress.core import Schedule, Turn
 from cachepress.errors import CachepressError
-from cachepress.presses.base import BasePress
+from cachepress.presses.base import BasePress, WrapperPress
 from cachepress.replay import Replay
 from cachepress.stores import Codec
 from cachepress.view import Needs
@@ -22,7 +22,8 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
     Attributes:
         prefilling_press: compresses prompts; None leaves them whole.
         decoding_press: a ``DecodingPress`` or ``CompressionRatioDecodingPress`` that compresses
-            what is decoded, the prompt's rows included; None for none.
+            what is decoded, the prompt's rows included; None for none. Its ``max_bytes`` holds for
+            prompts, too: they are compressed so far that the first tokens fit.
     """
 
     prefilling_press: BasePress | None = None
@@ -57,7 +58,8 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
     @property
     def schedule(self) -> Schedule:
         """That of both."""
-        return _Both(self.prefilling_press, self.decoding_press)
+        first = self.prefilling_press if self._limit is None else self._first
+        return _Both(first, self.decoding_press)
 
     @property
     def compacts(self) -> bool:
@@ -91,7 +93,7 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
 
     def acting(self, turn: Turn) -> BasePress:
         """The press for prompts, or the one for decoding."""
-        return self._first if turn.prompt else self._second
+        return self._first if turn.prompt and not turn.later else self._second
 
     def check_layers(self, n_layers: int) -> None:
         """Raise if one of the presses does not fit the model."""
@@ -116,13 +118,53 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
     def _first(self) -> BasePress:
         press = self.prefilling_press or self.decoding_press
         assert press is not None
-        return press
+        limit = self._limit
+        if limit is None:
+            return press
+        amount = None if self.prefilling_press is None else _counted(press).amount
+        return _Limited(press, replace(limit, most=amount))
+
+    @property
+    def _limit(self) -> Bytes | None:
+        """The bytes that the press for decoding allows."""
+        budget = None if self.decoding_press is None else self.decoding_press.budget
+        return bytes_of(budget.amount) if isinstance(budget, TopK) else None
 
     @property
     def _second(self) -> BasePress:
         press = self.decoding_press or self.prefilling_press
         assert press is not None
         return press
+
+
+@dataclass(frozen=True)
+class _Limited(WrapperPress):
+    """A press whose rows have to fit into a number of bytes besides.
+
+    Attributes:
+        amount: the bytes, and what the press keeps of what fits.
+    """
+
+    amount: Bytes
+
+    @property
+    def budget(self) -> TopK:
+        """The inner budget, of the amount."""
+        return replace(_counted(self.press), amount=self.amount)
+
+
+def _counted(press: BasePress) -> TopK:
+    """The budget of a press that has to fit into a number of bytes.
+
+    Raises:
+        CachepressError: if the press keeps no number of rows.
+    """
+    if not isinstance(press.budget, TopK):
+        raise CachepressError(
+            f"prefilling_press: got {press!r}, which keeps as many rows as its own rule says, "
+            "beside max_bytes in decoding_press: give one with a budget, such as SnapKVPress(0.5)"
+        )
+    return press.budget
 
 
 @dataclass(frozen=True)
@@ -137,7 +179,12 @@ class _Both:
         """Whether there is a press for decoding."""
         return self.second is not None
 
+    @property
+    def bounded(self) -> bool:
+        """Whether the press for decoding counts every token."""
+        return self.second is not None and self.second.schedule.bounded
+
     def due(self, turn: Turn) -> bool:
         """Whether the press that acts is due."""
-        press = self.first if turn.prompt else self.second
+        press = self.first if turn.prompt and not turn.later else self.second
         return press is not None and press.schedule.due(turn)

@@ -221,9 +221,16 @@ class Store(CacheLayerMixin):
         """Note that a press looked at the rows, whether or not it dropped any."""
         self.looked_at, self.trace = self._seen, None
 
-    def passed(self, n: int) -> None:
-        """Note that a press left the ``n`` tokens of a prompt as they are."""
-        self.looked_at += n
+    def passed(self, n: int, bounded: bool = False) -> None:
+        """Note that a press left the ``n`` tokens of a prompt as they are.
+
+        Where the bytes are ``bounded`` they count as if they had been decoded, and are put into
+        pages at once, as decoded ones are.
+        """
+        if not bounded:
+            self.looked_at += n
+        elif n and self._pages_tail:
+            self._page_tail()
 
     def fork(self) -> "Store":
         """A store with the same rows, which it shares; what is appended to one stays with it."""
@@ -371,7 +378,7 @@ class Store(CacheLayerMixin):
                     "the same number, or a cache of one sequence, which is shared by all"
                 )
             self.reorder_cache(torch.zeros(batch, dtype=torch.long))
-        if (self.codec is not None or self.reads is not None) and self._settled_at:
+        if self._pages_tail:
             self._page_tail()
         if self._tail is None:
             self._tail = Tail.of(keys, values, slack_after(keys))
@@ -404,6 +411,11 @@ class Store(CacheLayerMixin):
     ) -> Block:
         """The rows of ``mask [B, H, T]`` as one block."""
         return Block.of(rows, mask, codec, channels, self.reads is not None)
+
+    @property
+    def _pages_tail(self) -> bool:
+        """Whether the oldest rows of a long tail are put into pages."""
+        return self.recodes and bool(self._settled_at)
 
     def _page_tail(self) -> None:
         """Put the oldest rows of a tail that is longer than the residual into pages, full ones."""
