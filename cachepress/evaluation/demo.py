@@ -12,12 +12,18 @@ from cachepress.models import load
 from cachepress.spec import parse
 from cachepress.train import windows_of
 
-PRESSES = ("kvzip", "keydiff", "adakv(expected_attention)", "snapkv", "knorm", "random")
+PRESSES = (
+    "kvzip",
+    "keydiff",
+    "adakv(expected_attention(epsilon=0.01))",
+    "snapkv",
+    "knorm",
+    "random",
+)
 IN_SIGHT = ("snapkv(window_size=16)",)
 """Presses that are shown with the question in sight: the window is about as long as a question."""
 RATIOS = (0.5, 0.75)
-PART = "multi_key-1000"
-FRACTION = 0.5
+PART = "single_prose-1000"
 FAST = ("keydiff(0.5)", "keydiff(0.75)", "keydiff(0.9)")
 """Presses whose decoding is timed; what they keep is alike for all presses of a ratio."""
 LENGTH = 8000
@@ -66,7 +72,7 @@ def _swept(presses: Sequence[str], aware: str, output_dir: str, data_dir: str) -
         ratios=RATIOS,
         datasets=[f"builtin:{data_dir}"],
         query_aware=aware,
-        options={"output_dir": output_dir, "fraction": FRACTION},
+        options={"output_dir": output_dir},
     )
     (results,) = run_sweep(config)
     return results
