@@ -108,7 +108,7 @@ def save_artefact(
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             save_file({k: x.contiguous() for k, x in tensors.items()}, partial, metadata)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CachepressError(f"cannot write {path}: {error}") from error
 
 

@@ -9,8 +9,25 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
+from cachepress.errors import CachepressError
 from cachepress.hf import cache_argument
+from cachepress.limits import shown
 from cachepress.ops import wide
+
+_ONE_ANSWER: Mapping[str, object] = {
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "use_cache": True,
+}
+"""Said in so many words, since what is left out comes from the model's own generation config."""
+_FIXED = {
+    "max_new_tokens": (),
+    "cache_implementation": (None,),
+    "prefill_chunk_size": (None,),
+    **{name: (None, value) for name, value in _ONE_ANSWER.items()},
+}
+"""Options of transformers that do not go together with an answer from a cache, and the values that
+they may have."""
 
 
 def generate(
@@ -32,13 +49,61 @@ def generate(
         max_new_tokens: most tokens of an answer.
         generation: options of transformers' ``GenerationConfig``.
         streamer: gets the tokens as they come, those of the question first.
+
+    Raises:
+        CachepressError: if transformers refuses the options, or they do not go together with one
+            answer from a cache.
     """
+    check_generation(generation)
+    try:
+        return _generate(
+            model, tokenizer, cache, question_ids, max_new_tokens, generation, streamer
+        )
+    except CachepressError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        if not generation:
+            raise
+        said = " ".join(str(error).split())
+        raise CachepressError(f"generation options {shown(dict(generation))}: {said}") from error
+
+
+def check_generation(generation: Mapping[str, object]) -> None:
+    """Raise unless options are those of transformers that leave an answer one, and the cache used.
+
+    Raises:
+        CachepressError: if one is unknown, or set here.
+    """
+    if not isinstance(generation, Mapping):
+        raise CachepressError(
+            f"generation: got {shown(generation)}, wanted a mapping of options of GenerationConfig"
+        )
+    known = GenerationConfig().to_dict()
+    for name, value in generation.items():
+        if name not in known:
+            raise CachepressError(f"generation: {shown(name)} is no option of GenerationConfig")
+        if name in _FIXED and not any(value is same for same in _FIXED[name]):
+            raise CachepressError(
+                f"generation: {name}={shown(value)} does not go here, where each question gets one "
+                "answer from its cache: leave it out"
+            )
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Cache,
+    question_ids: Sequence[Tensor],
+    max_new_tokens: int,
+    generation: Mapping[str, object],
+    streamer: BaseStreamer | None,
+) -> list[list[int]]:
     ends = end_tokens(model, tokenizer, generation)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     ids, mask = _padded(question_ids, cache.get_seq_length(), pad)
+    options = {"do_sample": False, "pad_token_id": pad, **generation, **_ONE_ANSWER}
     config = GenerationConfig(
-        **{"do_sample": False, "pad_token_id": pad, **generation, "eos_token_id": ends or None},
-        max_new_tokens=max_new_tokens,
+        **{**options, "eos_token_id": ends or None}, max_new_tokens=max_new_tokens
     )
     stops = generation.get("stop_strings")
     with torch.no_grad():

@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cachepress.errors import CachepressError
-from cachepress.files import replacing
-from cachepress.models import builtin_digest, cache_home, resolve
+from cachepress.files import real_path, replacing
+from cachepress.models import builtin_digest, cache_home
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _SETTINGS = (".json", ".jinja", ".model", ".py", ".tiktoken", ".spm", ".bpe", ".vocab")
@@ -67,19 +67,7 @@ def model_digests(name: str, model_kwargs: Mapping[str, object] | None = None) -
         name: a built-in name, a folder, or a name on the hub.
         model_kwargs: arguments of ``from_pretrained`` that say where files come from.
     """
-    if (own := builtin_digest(name)) is not None:
-        return {"weights": own, "tokenizer": own}
-    options = model_kwargs or {}
-    folder, source = resolve(name), Path(resolve(name))
-    if not source.is_dir():
-        found = _snapshot(folder, options)
-        if found is None:
-            return {"weights": "unknown", "tokenizer": "unknown"}
-        source = found
-    source = source / str(options.get("subfolder") or "")
-    if (commit := _commit(source)) is not None:
-        return {"weights": commit, "tokenizer": commit}
-    return _contents(source, options.get("gguf_file"))
+    return _model_digests(name, model_kwargs or {}, frozenset())
 
 
 def checksum_of(tensors: Mapping[str, Tensor], header: str) -> str:
@@ -98,7 +86,22 @@ def file_digests(files: Iterable[Path]) -> str | None:
     return digest_of(named) if named else None
 
 
-def _contents(folder: Path, gguf: object) -> dict[str, str]:
+def _model_digests(
+    name: str, options: Mapping[str, object], above: frozenset[str]
+) -> dict[str, str]:
+    """``model_digests``, of what is put on the folders ``above``."""
+    if (own := builtin_digest(name)) is not None:
+        return {"weights": own, "tokenizer": own}
+    source = Path(name) if os.path.isdir(name) else _snapshot(name, options)  # noqa: PTH112
+    folder = None if source is None else source / str(options.get("subfolder") or "")
+    if folder is None or not folder.is_dir():
+        return {"weights": "unknown", "tokenizer": "unknown"}
+    if (commit := _commit(folder)) is not None:
+        return {"weights": commit, "tokenizer": commit}
+    return _contents(folder, options.get("gguf_file"), above)
+
+
+def _contents(folder: Path, gguf: object, above: frozenset[str]) -> dict[str, str]:
     weights, tokenizer = _listed(folder), {}
     templates = (folder / "additional_chat_templates").glob("*.jinja")
     for path in sorted([*folder.iterdir(), *templates]):
@@ -114,8 +117,10 @@ def _contents(folder: Path, gguf: object) -> dict[str, str]:
             tokenizer[str(path.relative_to(folder))] = path
     if not any(Path(name).suffix in _WEIGHTS for name in weights):
         return {"weights": "unknown", "tokenizer": digest_of(tokenizer)}
-    base = _base_of(folder)
-    below = "" if base is None else f" on {model_digests(base)['weights']}"
+    base, above = _base_of(folder), above | {real_path(str(folder))}
+    below = ""
+    if base is not None and real_path(base) not in above:
+        below = f" on {_model_digests(base, {}, above)['weights']}"
     return {"weights": digest_of(weights) + below, "tokenizer": digest_of(tokenizer)}
 
 
@@ -123,7 +128,7 @@ def _listed(folder: Path) -> dict[str, Path]:
     """Weights that an index names, which may lie in folders further down."""
     found: dict[str, Path] = {}
     for index in folder.glob("*.index.json"):
-        with suppress(OSError, ValueError, AttributeError, TypeError):
+        with suppress(OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             found |= {name: folder / name for name in names if (folder / name).is_file()}
     return found
@@ -131,10 +136,10 @@ def _listed(folder: Path) -> dict[str, Path]:
 
 def _base_of(folder: Path) -> str | None:
     """The model that an adapter in the folder is put on."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         told = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base = told["base_model_name_or_path"]
-        return base if isinstance(base, str) and base != str(folder) else None
+        return base if isinstance(base, str) else None
     return None
 
 
@@ -143,7 +148,7 @@ def _snapshot(name: str, options: Mapping[str, object]) -> Path | None:
     where = {key: options[key] for key in ("cache_dir", "revision") if options.get(key)}
     for file in ("config.json", "tokenizer_config.json", "tokenizer.json"):
         inside = f"{options['subfolder']}/{file}" if options.get("subfolder") else file
-        with suppress(ValueError, OSError):
+        with suppress(ValueError, OSError, TypeError):
             # What is on this machine only; the tokenizer was asked for just before.
             found = try_to_load_from_cache(name, inside, **where)  # pyright: ignore
             if isinstance(found, str):

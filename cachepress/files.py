@@ -1,5 +1,6 @@
 """Files: one path for each of them, and writing that leaves a whole file or none."""
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -40,6 +41,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Its permissions are those that the umask says, whoever writes it.
     """
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     partial.touch(exist_ok=False)
     try:

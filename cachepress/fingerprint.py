@@ -147,11 +147,12 @@ def _marks(weights: Mapping[str, Tensor]) -> dict[str, object]:
     """What changes with each weight.
 
     A weight's version does not see what is written through its ``.data``; the sample mostly does.
+    A weight of inference mode has no version, so that it never counts as unchanged.
     """
     samples = _numbers([_sample(x) for x in weights.values()])
     return {
         name: (
-            None if x.is_inference() else x._version,
+            object() if x.is_inference() else x._version,
             None if x.is_meta else x.data_ptr(),
             (x.dtype, x.shape, x.stride(), str(x.device)),
             sample,

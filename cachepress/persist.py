@@ -67,7 +67,7 @@ def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedMode
     try:
         with replacing(target) as partial:
             save_file(tensors, partial, {"format": _FORMAT, "header": header, "checksum": checksum})
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CachepressError(f"cannot write the cache to {target}: {error}") from error
 
 

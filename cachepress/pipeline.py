@@ -20,7 +20,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from cachepress.cache import CacheSize, fork, size_of, text_of
 from cachepress.chat import encode, template
-from cachepress.decode import generate
+from cachepress.decode import check_generation, generate
 from cachepress.errors import CachepressError
 from cachepress.generation.prefill import prefill
 from cachepress.hf import has_only_full_attention
@@ -220,6 +220,7 @@ class KVPressTextGenerationPipeline(Pipeline):
                 f"{', '.join(names)}, return_stats, or an option of GenerationConfig"
             )
         if options:
+            check_generation(options)
             run["generation"] = options
         preprocess = {"options": PromptOptions(**prompt)} if prompt else {}
         return preprocess, run, post

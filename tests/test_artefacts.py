@@ -272,3 +272,10 @@ def test_a_file_is_read_once_and_anew_when_it_was_written_anew(saved):
 )
 def test_sizes_are_those_of_the_compressed_layers(name, wanted):
     assert sizes(tiny(name)) == wanted
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "/" + "x" * 5000, "x" * 300 + "/y"])
+def test_a_source_that_no_disk_takes_is_refused(model, source):
+    with pytest.raises(cp.CachepressError, match="train q_filters") as refused:
+        find_artefact("q_filters", source, model)
+    assert "\n" not in str(refused.value)

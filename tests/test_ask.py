@@ -79,6 +79,54 @@ def test_options_of_generation_reach_it():
     assert beams and greedy == cp.ask(model, made, cache, "w8 w9")
 
 
+ODD = [
+    {"num_return_sequences": 2, "do_sample": True},
+    {"return_dict_in_generate": True},
+    {"use_cache": False},
+    {"cache_implementation": "static"},
+    {"max_new_tokens": 3},
+    {"prefill_chunk_size": 1},
+    {"nothing": 1},
+    {"do_sample": True, "temperature": 0.0},
+    {"num_beams": 0},
+    {"eos_token_id": "x"},
+    [1],
+]
+
+
+@pytest.mark.parametrize("options", ODD, ids=str)
+def test_options_that_give_no_one_answer_from_the_cache_are_refused(options):
+    model, made, cache, pipe = read()
+    before = cp.ask(model, made, cache, "w8 w9")
+    with pytest.raises(cp.CachepressError, match="^generation") as refused:
+        cp.ask(model, made, cache, "w8 w9", generation=options)
+    assert "\n" not in str(refused.value)
+    assert cp.ask(model, made, cache, "w8 w9", generation={"use_cache": True}) == before
+    ours = ("max_new_tokens", "prefill_chunk_size", "nothing")
+    if isinstance(options, dict) and options.keys().isdisjoint(ours):
+        with pytest.raises(cp.CachepressError, match="^generation"):
+            pipe(TEXT, question="w8", press=PRESS, **options)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"use_cache": False},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"return_dict_in_generate": True},
+    ],
+    ids=str,
+)
+def test_what_a_model_says_of_generation_leaves_an_answer_as_it_is(odd):
+    model, made, cache, pipe = read()
+    wanted = cp.ask(model, made, cache, "w8 w9", max_new_tokens=6)
+    for name, value in odd.items():
+        setattr(model.generation_config, name, value)
+    assert cp.ask(model, made, cache, "w8 w9", max_new_tokens=6) == wanted
+    piped = pipe(TEXT, question="w8 w9", cache=cp.fork(cache), max_new_tokens=6)
+    assert piped["answer"] == wanted and len(wanted.split()) == 6
+
+
 def test_what_cannot_be_asked_is_refused():
     model, made, cache, _ = read()
     for question in (None, 5, ["w3"]):

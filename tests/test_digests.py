@@ -161,6 +161,46 @@ def test_an_adapter_counts_with_what_it_is_put_on(tmp_path):
     assert model_digests(str(path))["weights"] != before["weights"]
 
 
+def test_adapters_in_a_circle_end(tmp_path):
+    def adapter(name, base):
+        told = json.dumps({"base_model_name_or_path": str(base)})
+        return folder(tmp_path / name, adapter_config__json=told, adapter__safetensors=name)
+
+    one, other = adapter("a", tmp_path / "b"), adapter("b", tmp_path / "b" / ".." / "a")
+    alone = adapter("c", tmp_path / "c" / ".." / "c")
+    found = [model_digests(str(path))["weights"] for path in (one, other, alone)]
+    assert [text.count(" on ") for text in found] == [1, 1, 0]
+    (other / "adapter.safetensors").write_text("x")
+    assert model_digests(str(one))["weights"] != found[0]
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", '{"weight_map": {"a": 5}}', "null"])
+def test_damaged_files_beside_weights_end_nothing(tmp_path, name, text):
+    path = folder(tmp_path / "m", model__safetensors="a")
+    (path / name).write_text(text)
+    first = model_digests(str(path))["weights"]
+    (path / "model.safetensors").write_text("b")
+    assert len(first) == 64 and model_digests(str(path))["weights"] != first
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a" * 5000, {}),
+        ("a\0b", {}),
+        ("", {}),
+        ("org/name", {"cache_dir": 5, "revision": 7}),
+        ("m", {"subfolder": "nothing"}),
+        ("m", {"subfolder": 7}),
+    ],
+)
+def test_what_is_nowhere_is_unknown(tmp_path, monkeypatch, name, options):
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "m", model__safetensors="a", tokenizer__json="{}")
+    assert model_digests(name, options) == {"weights": "unknown", "tokenizer": "unknown"}
+
+
 def snapshot(root):
     """A model as the hub's cache has it."""
     repository = root / "models--org--name"

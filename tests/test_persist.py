@@ -266,6 +266,18 @@ def test_sums_are_remembered_until_a_weight_changes(monkeypatch):
     assert weights_digest(model) == second and len(counted) == n + 2
 
 
+def test_weights_of_inference_mode_are_summed_each_time(monkeypatch):
+    monkeypatch.setattr(fingerprint_of, "_sample", lambda x: torch.zeros(2, dtype=torch.int64))
+    model = tiny()
+    first = weights_digest(model)
+    with torch.inference_mode():
+        for x in model.parameters():
+            x.data = x.clone()
+        assert weights_digest(model) == first
+        of_k(model)[3, 3] += 1
+        assert weights_digest(model) != first
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8])
 @pytest.mark.parametrize("n", [0, 1, 3, 8, 8191, 8193, 3_000_001])
 def test_a_sum_is_that_of_integers(dtype, n):
@@ -485,6 +497,18 @@ def test_counts_positions_shapes_and_layers_are_checked(tmp_path, name):
     rewritten(path, DAMAGES[name])
     with pytest.raises(cp.CachepressError, match="is damaged: "):
         cp.load_cache(path, model)
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "a\0b", "x" * 300, "nothing/x"])
+def test_a_path_that_is_none_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    model = tiny()
+    cache = cp.prefill(model, tokens(20), PRESS)
+    with pytest.raises(cp.CachepressError, match="cannot write the cache to"):
+        cp.save_cache(cache, name, model)
+    with pytest.raises(cp.CachepressError, match="no such file|damaged or not"):
+        cp.load_cache(name, model)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_saved_cache_follows_the_umask(tmp_path):

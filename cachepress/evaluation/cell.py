@@ -6,7 +6,7 @@ import logging
 import platform
 import resource
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from cachepress.structured import read_mapping
 
 logger = logging.getLogger(__name__)
 RECORDS, PREDICTIONS, METRICS = ("records.jsonl", "predictions.csv", "metrics.json")
+LOCK = ".lock"
 SCHEMA = 1
 """What the fields of records, metrics and saved options mean; version 0.1.0 gave no number."""
 SUBMISSION = "submission"
@@ -127,6 +128,7 @@ class Cell:
         self._records: Records | None = None
         self._held = ExitStack()
         self._is_held = False
+        self._made: list[Path] = []
 
     @cached_property
     def press(self) -> BasePress | None:
@@ -142,22 +144,38 @@ class Cell:
     def held(self) -> Iterator[None]:
         """Hold the folder of results, so that two runs do not write into each other.
 
-        A folder that is not there yet is made when there is something to write.
+        A folder that is not there yet is made when there is something to write, and is gone again
+        where a run ends before its first answer.
         """
         with ExitStack() as self._held:
-            if self.folder.exists():
-                self._hold()
             try:
+                if self.folder.exists():
+                    self._hold()
                 yield
+            except BaseException:
+                self._leave_nothing()
+                raise
             finally:
                 self._is_held = False
 
     def _hold(self) -> None:
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(holding(self.folder))
         self._is_held = True
         if not self.config.overwrite:
             self._records = Records(self.folder / RECORDS, check_answer)
+
+    def _leave_nothing(self) -> None:
+        """Remove the folders that this run made, unless they hold something by now."""
+        if self._done or not self._made:
+            return
+        for name in (CONFIG, RECORDS, LOCK):
+            with suppress(OSError):
+                (self.folder / name).unlink()
+        for path in self._made:
+            with suppress(OSError):
+                path.rmdir()
 
     def check_folder(self) -> None:
         """Refuse to mix the results of two configs.
@@ -347,7 +365,7 @@ def holding(folder: Path) -> Iterator[None]:
     Raises:
         CachepressError: if another process holds it.
     """
-    lock = FileLock(folder / ".lock", blocking=False)
+    lock = FileLock(folder / LOCK, blocking=False)
     try:
         lock.acquire()
     except Timeout as error:

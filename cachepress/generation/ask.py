@@ -9,8 +9,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from cachepress.cache import fork, stores
 from cachepress.chat import encode, template
-from cachepress.decode import generate
+from cachepress.decode import check_generation, generate
 from cachepress.errors import CachepressError
+from cachepress.limits import is_whole, shown
 
 
 def ask(
@@ -49,16 +50,15 @@ def ask(
         CachepressError: if the cache is empty or holds several sequences, there is no question, or
             no room for an answer.
     """
-    after = template(tokenizer, enable_thinking)[1] if chat else ""
-    if not isinstance(question, str) or not question + after + answer_prefix:
-        raise CachepressError(f"question: got {question!r}, wanted a text")
-    if (
-        isinstance(max_new_tokens, bool)
-        or not isinstance(max_new_tokens, int)
-        or max_new_tokens < 1
-    ):
+    if not isinstance(cache, Cache):
+        raise CachepressError(f"cache: got {shown(cache)}, wanted one that holds a text")
+    for name, text in (("question", question), ("answer_prefix", answer_prefix)):
+        if not isinstance(text, str):
+            raise CachepressError(f"{name}: got {shown(text)}, wanted a text")
+    check_generation({} if generation is None else generation)
+    if not is_whole(max_new_tokens, 1):
         raise CachepressError(
-            f"max_new_tokens: got {max_new_tokens!r}, wanted a whole number above 0"
+            f"max_new_tokens: got {shown(max_new_tokens)}, wanted a whole number above 0"
         )
     seen, sequences = cache.get_seq_length(), _sequences(cache)
     if not seen:
@@ -67,7 +67,10 @@ def ask(
         raise CachepressError(
             f"the cache holds {sequences} sequences: ask one that holds a single text"
         )
+    after = template(tokenizer, enable_thinking)[1] if chat else ""
     ids = encode(tokenizer, question + after + answer_prefix, special=False)
+    if not ids.shape[1]:
+        raise CachepressError(f"question: got {shown(question)}, wanted a text that has tokens")
     most = getattr(model.get_decoder().config, "max_position_embeddings", None)
     if most is not None and seen + ids.shape[1] + max_new_tokens > most:
         raise CachepressError(

@@ -12,9 +12,13 @@ from cachepress.evaluation.statistics import Estimate, Paired, paired
 from cachepress.pages.cells import Run
 from cachepress.spec import NO_PRESS
 
+DIGESTS = "digests"
+"""The setting that says what a run was answered by, part by part."""
 PLACES = ("device", "data_path", "output_dir", "log_level", "overwrite")
 """Settings that change no answer."""
 OF_PRESS = ("press", "press_name", "compression_ratio")
+OF_MODEL = ("weights", "tokenizer")
+"""Digests of what answered; those of artefacts are a press's own."""
 OF_STORAGE = ("storage", "prefill_mode", "prefill_chunk_size")
 """Settings that a run without a press cannot have, so that it is compared with across them."""
 PROMPTING = ("chat", "prompts")
@@ -97,8 +101,10 @@ def shown(value: object) -> str:
 
 
 def settings_of(cell: Run) -> dict[str, str]:
-    """Every setting and version of a cell, and the machine."""
-    return {**{name: shown(value) for name, value in cell.config.items()}, "machine": cell.machine}
+    """Every setting, version and digest of a cell, and the machine."""
+    told = {name: shown(value) for name, value in cell.config.items() if name != DIGESTS}
+    digests = {f"{name} digest": shown(value) for name, value in _digests(cell).items()}
+    return {**told, **digests, "machine": cell.machine}
 
 
 def finite(value: float | None) -> float | None:
@@ -108,13 +114,19 @@ def finite(value: float | None) -> float | None:
 
 def _settings(cell: Run) -> dict[str, str]:
     """What sets a panel apart."""
-    left_out = (*PLACES, *OF_PRESS, "versions")
+    left_out = (*PLACES, *OF_PRESS, "versions", "schema", DIGESTS)
     settings = {
         name: shown(value)
         for name, value in cell.config.items()
         if name not in left_out and not name.endswith("_version")
     }
-    return {**settings, "query_aware": shown(cell.query_aware)}
+    digests = {f"{name} digest": shown(_digests(cell).get(name, "unknown")) for name in OF_MODEL}
+    return {**settings, **digests, "query_aware": shown(cell.query_aware)}
+
+
+def _digests(cell: Run) -> Mapping[str, object]:
+    told = cell.config.get(DIGESTS)
+    return told if isinstance(told, Mapping) else {}
 
 
 def _reading(cell: Run) -> str:

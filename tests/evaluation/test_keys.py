@@ -338,6 +338,65 @@ def test_a_refused_run_leaves_no_folder(work, options, monkeypatch):
     assert not (work / "results").exists()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, cp.CachepressError("no")])
+def test_a_run_that_ends_before_its_first_answer_leaves_no_folder(work, error, monkeypatch):
+    answer, stop = Reader.alone, [0]
+
+    def stopped(self, cell, context, reference=None):
+        if context.number == stop[0]:
+            raise error
+        return answer(self, cell, context, reference)
+
+    monkeypatch.setattr(Reader, "alone", stopped)
+    (work / "there").mkdir()
+    for output in ("deep/er/results", "there"):
+        with pytest.raises(type(error) if isinstance(error, Exception) else error):
+            run(output_dir=output)
+    assert not (work / "deep").exists() and list((work / "there").iterdir()) == []
+    stop[0] = 1
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        run()
+    (folder,) = (work / "results").iterdir()
+    assert len(records(folder)) == 2 and (folder / CONFIG).exists()
+    stop[0] = 0
+    (work / "facts.jsonl").write_text((work / "facts.jsonl").read_text().replace("w", "v", 1))
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        run()
+    assert len(records(folder)) == 2 and (folder / CONFIG).exists()
+
+
+def test_a_press_that_is_refused_at_work_leaves_no_folder(work, monkeypatch):
+    with pytest.raises(cp.CachepressError, match="max_bytes: got 3"):
+        run(press="knorm(max_bytes=3)", compression_ratio=None)
+    assert not (work / "results").exists()
+    together = Reader.together
+
+    def refused(self, cells, context, *rest):
+        for i, found in enumerate(together(self, cells, context, *rest)):
+            if i == 2:
+                raise cp.CachepressError("no more")
+            yield found
+
+    monkeypatch.setattr(Reader, "together", refused)
+    config = SweepConfig(
+        presses=["knorm"],
+        ratios=[0.25, 0.5, 0.75],
+        datasets=["facts.jsonl"],
+        models=["model"],
+        options={"output_dir": "deep/er", "device": "cpu"},
+    )
+    with pytest.raises(cp.CachepressError, match="no more"):
+        run_sweep(config, quiet=True)
+    left = sorted((work / "deep" / "er").iterdir())
+    assert len(left) == 2 and all(len(records(folder)) == 2 for folder in left)
+
+
+def test_a_name_that_no_disk_takes_leaves_no_folder(work):
+    with pytest.raises(OSError, match="too long"):
+        run(output_dir="deep/" + "x" * 300)
+    assert not (work / "deep").exists()
+
+
 def test_files_follow_the_umask(work):
     before = os.umask(0o027)
     try:

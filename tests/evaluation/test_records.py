@@ -44,6 +44,14 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
             Records(path)
 
 
+def test_a_damaged_byte_is_no_other_answer(tmp_path):
+    path = tmp_path / "r.jsonl"
+    Records(path).append({"a": {"answer": "é"}, "b": {"answer": "x"}})
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xc3("))
+    with pytest.raises(cp.CachepressError, match="line 1 is damaged"):
+        Records(path)
+
+
 def test_a_full_disk_leaves_the_lines_before(tmp_path, monkeypatch):
     path = tmp_path / "r.jsonl"
     records = Records(path)

@@ -115,6 +115,7 @@ def test_a_killed_run_goes_on_where_it_was(config, monkeypatch, tmp_path, stop_a
     folder = EvaluationConfig(**config).get_results_dir()
     assert not (folder / METRICS).exists()
     half = (folder / RECORDS).read_bytes() if stop_after else b""
+    folder.mkdir(exist_ok=True)  # An interrupt before the first answer leaves none, a kill does.
     (folder / RECORDS).write_bytes(half + b'{"key": "torn')
 
     monkeypatch.setattr(Reader, "alone", counting(answered, answer))

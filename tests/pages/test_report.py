@@ -129,6 +129,27 @@ def test_the_page_is_one_file(results):
     assert report(results).refers_to_nothing()
 
 
+def test_other_weights_make_a_panel_of_their_own_and_a_learned_file_none(tmp_path):
+    new, old = ({"weights": name, "tokenizer": "t"} for name in ("new", "old"))
+    write_cell(tmp_path, "no_press", 0.0, ONES, digests=new, schema=1)
+    write_cell(tmp_path, "qfilter", 0.5, ONES, digests={**new, "0 q_filters": "f"}, schema=2)
+    write_cell(tmp_path, "knorm", 0.5, ONES, digests=old, schema=1)
+    write_cell(tmp_path, "snapkv", 0.5, ONES)
+    page = report(tmp_path)
+    cells = [
+        [(cell["press"], cell["difference"] is not None) for cell in panel["cells"]]
+        for panel in page.data["data"][0]
+    ]
+    assert cells == [
+        [("no_press", False), ("qfilter", True)],
+        [("knorm", False)],
+        [("snapkv", False)],
+    ]
+    text = " ".join(page.texts)
+    assert all(f"weights digest: {name}" in text for name in ("new", "old", "unknown"))
+    assert "tokenizer digest: t" in text and "digests" not in text
+
+
 def test_query_awareness_and_storage_make_panels_of_their_own(tmp_path):
     write_cell(tmp_path, "no_press", 0.0, ONES)
     write_cell(tmp_path, "knorm", 0.5, ONES, storage="int4", kept=0.125)
