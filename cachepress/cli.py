@@ -153,9 +153,10 @@ def _evaluate(options: dict[str, object]) -> None:
 def _sweep(options: dict[str, object]) -> None:
     from cachepress.evaluation.records import write_atomically
     from cachepress.evaluation.sweep import load_sweep, run_sweep
-    from cachepress.evaluation.table import sweep_page, sweep_text
+    from cachepress.evaluation.table import sweep_page, sweep_sheet, sweep_text
 
-    markdown, dry = options.pop("markdown", None), options.pop("dry_run", False)
+    markdown, sheet = options.pop("markdown", None), options.pop("csv", None)
+    dry = options.pop("dry_run", False)
     config = load_sweep(options.pop("config", None), options)
     _log(str(config.options.get("log_level", "INFO")))
     results = run_sweep(config, only_plan=dry)
@@ -165,6 +166,8 @@ def _sweep(options: dict[str, object]) -> None:
     if markdown is not None:
         command = f"cachepress {shlex.join(sys.argv[1:])}"
         write_atomically(Path(markdown), sweep_page(results, command))
+    if sheet is not None:
+        write_atomically(Path(sheet), sweep_sheet(results))
     _say(f"\nresults: {config.output_dir}")
 
 
@@ -492,6 +495,7 @@ def _sweep_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="measure the divergence from what the uncompressed model expects (no)",
     )
     p.add_argument("--markdown", metavar="FILE", help="write the tables to a file, too")
+    p.add_argument("--csv", metavar="FILE", help="write a table for spreadsheets, too")
     p.add_argument("--dry-run", action="store_true", help="print the plan, and do nothing")
     _add_evaluation_options(p)
     p.set_defaults(command=_sweep)
@@ -510,7 +514,7 @@ def _result_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParse
         "--formats",
         nargs="+",
         default=["html"],
-        help="html, png and svg for papers, md and latex for tables (html)",
+        help="html, png and svg for papers, md and latex for tables, csv for spreadsheets (html)",
     )
     p.set_defaults(command=_report)
     p = commands.add_parser(

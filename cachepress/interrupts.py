@@ -6,7 +6,7 @@ import pickle
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from types import FrameType
@@ -66,12 +66,38 @@ def deaf_children() -> Iterator[None]:
     """Processes that are started here see no SIGINT, not even while Python starts in them.
 
     A terminal sends it to all of a command's processes, and it is the command that ends the others.
+    Signals to this process come after the start: a child that was begun by half is not yet among
+    those that are ended, and would say that what it is to do has not reached it.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    with _signals_wait():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Have the signals handled at the end, as far as this process handles any.
+
+    A mask alone does not hold them back: the system gives them to another thread, and Python has
+    its handlers run in the main one all the same.
+    """
+    came: list[int] = []
+    before: dict[int, Callable[[int, FrameType | None], object]] = {}
     try:
+        if threading.current_thread() is threading.main_thread():
+            for number in NUMBERS:
+                if callable(handler := signal.getsignal(number)):
+                    before[number] = handler
+                    signal.signal(number, lambda number, frame: came.append(number))
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def start_worker(start: bytes, *shared: object) -> None:

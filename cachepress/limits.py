@@ -3,8 +3,11 @@
 import re
 
 MOST = 10**7
-"""Most that a whole number in an option may be: above any number of tokens, steps or workers, and
-small enough that products of two stay within 64 bits, and work on each of them ends."""
+"""Most that a whole number in an option may be for which something is done or allocated: steps,
+workers, channels."""
+MOST_TOKENS = 2**31 - 1
+"""Most that one may be that is only compared with tokens, whose positions are 32-bit numbers: large
+values often stand for all tokens."""
 MOST_POSITIONS = 10**6
 """Most positions that a score looks at one by one."""
 MOST_SEED = 2**32 - 1

@@ -47,6 +47,16 @@ class TextMask:
         return self._mask is not None and self._mask.ndim == 4 and self._mask.shape[1] > 1
 
     @cached_property
+    def given(self) -> Tensor | None:
+        """The mask as it came, none of it lower than float32 goes.
+
+        Functions of transformers take the softmax of a float64 model in float32, where the lowest
+        float64 is -inf, and a query that may attend to nothing, as one of padding, becomes NaN.
+        """
+        mask = self._mask
+        return mask if mask is None or mask.dtype != torch.float64 else mask.clamp(min=_LOWEST)
+
+    @cached_property
     def valid(self) -> Tensor | None:
         """Which text columns are tokens, ``[B, S]``: those that the last token may attend to."""
         mask = self._mask

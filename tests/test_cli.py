@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -337,13 +338,20 @@ def swept(arguments, data_file, model_dir, tmp_path):
 def test_sweep_prints_a_table_and_writes_it(swept, tmp_path, capsys):
     arguments, folder = swept
     markdown = tmp_path / "table.md"
+    sheet = tmp_path / "table.csv"
     more = ["--presses", "knorm", "tova", "--ratios", "0.5", "--kl", f"--markdown={markdown}"]
+    more += [f"--csv={sheet}"]
     assert main([*arguments, *more]) == 0
     out = capsys.readouterr().out
     assert "query-agnostic, 4 contexts, 8 samples" in out
     for text in (out, markdown.read_text()):
         assert [name in text for name in ("no_press", "knorm", "tova", "flips", "KL")] == [True] * 5
     assert len(list(folder.glob(f"*/{METRICS}"))) == 3
+    table = pd.read_csv(sheet)
+    assert table["press"].tolist() == ["no_press", "knorm", "tova"]
+    assert table["nominal ratio"].tolist()[1:] == [0.5, 0.5]
+    scores = [json.loads(path.read_text())["score"] for path in sorted(folder.glob(f"*/{METRICS}"))]
+    assert sorted(table["score"]) == sorted(score["mean"] for score in scores)
     assert main([*arguments, *more]) == 0
 
 

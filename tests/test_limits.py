@@ -11,11 +11,13 @@ from cachepress.limits import (
     MOST,
     MOST_BYTES,
     MOST_SEED,
+    MOST_TOKENS,
     is_out_of_memory,
     is_whole,
     shown,
     visible,
 )
+from tests.bounds import near
 from tests.tiny import tiny, tokens
 
 ENDLESS = 10**5000
@@ -24,16 +26,18 @@ ENDLESS = 10**5000
 def test_whole_numbers_have_one_bound():
     assert is_whole(MOST, 1) and not is_whole(MOST + 1, 1)
     assert not is_whole(0, 1) and not is_whole(True, 0) and not is_whole(1.0, 0)
+    cp.LeverageScorePress(0.5, sketch_dimension=MOST)
+    with pytest.raises(cp.CachepressError, match=f"at most {MOST}"):
+        cp.LeverageScorePress(0.5, sketch_dimension=MOST + 1)
     for build in (
-        lambda n: cp.KnormPress(n_kept=n),
         lambda n: cp.SnapKVPress(0.5, window_size=n),
         lambda n: cp.AdaKVPress(cp.StreamingLLMPress(0.5, n_sink=n)),
         lambda n: cp.ChunkPress(cp.KnormPress(0.5), n),
         lambda n: cp.Codec(8, n),
         lambda n: cp.prefill(tiny(), tokens(3), chunk_size=n),
     ):
-        build(MOST)
-        for n in (MOST + 1, 2**63, 10**30, ENDLESS):
+        build(MOST_TOKENS)
+        for n in (MOST_TOKENS + 1, 2**63, 10**30, ENDLESS):
             with pytest.raises(
                 cp.CachepressError, match="wanted (a (whole )?number|at most)"
             ) as caught:
@@ -45,6 +49,64 @@ def test_whole_numbers_have_one_bound():
     assert cp.KnormPress(max_bytes=MOST_BYTES).max_bytes == MOST_BYTES
     with pytest.raises(cp.CachepressError, match="wanted at most"):
         cp.KnormPress(max_bytes="9999999999999GiB")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda n: cp.KnormPress(n_kept=n),
+        lambda n: cp.SnapKVPress(0.5, window_size=4, kernel_size=n),
+        lambda n: cp.SnapKVPress(0.5, window_size=4, kernel_size=n, pooling="max"),
+        lambda n: cp.SnapKVPress(0.5, window_size=n),
+        lambda n: cp.StreamingLLMPress(0.5, n_sink=n),
+        lambda n: cp.ChunkKVPress(cp.KnormPress(0.5), n),
+        lambda n: cp.BlockPress(cp.KeyDiffPress(0.5), n),
+        lambda n: cp.CompactorPress(0.5, sink_size_start=n),
+    ],
+)
+def test_numbers_far_beyond_the_text_are_all_of_it_and_allocate_nothing(build):
+    held = [
+        [layer.positions.sort().values for layer in cp.prefill(tiny(), tokens(40), build(n)).layers]
+        for n in (101, MOST_TOKENS)
+    ]
+    for few, all_ in zip(*held, strict=True):
+        assert torch.equal(few, all_)
+
+
+def test_keeping_more_than_any_text_has_keeps_all():
+    for n in (2**31, 10**12, MOST_BYTES):
+        assert cp.size_of(cp.prefill(tiny(), tokens(40), cp.KnormPress(n_kept=n))).ratio == 0
+
+
+def test_merging_far_is_merging_with_all():
+    model, said = tiny(), []
+    for n in (100, MOST_TOKENS):
+        cache = cp.prefill(model, tokens(40), cp.CAMPress(cp.KnormPress(), 4, 12, merge_budget=n))
+        with torch.no_grad():
+            said.append([model(tokens(1), past_key_values=cache).logits for _ in range(6)])
+    few, far = said
+    assert torch.equal(torch.stack(few), torch.stack(far))
+
+
+@pytest.mark.parametrize("press", [cp.KnormPress(0.5), cp.AdaKVPress(cp.KnormPress(0.5))])
+@pytest.mark.parametrize("n", [1, 20])
+def test_padding_of_a_float64_model_with_eager_attention_is_nothing(press, n):
+    model = tiny().double()
+    model.set_attn_implementation("eager")
+    ids = tokens(60, 2)
+    ids[1, :20] = 0
+    mask = (ids > 0).long()
+    length, more = mask.sum(-1, keepdim=True), tokens(n, 2)
+    after = {"attention_mask": torch.cat([mask, torch.ones_like(more)], 1)}
+    after["position_ids"] = length + torch.arange(n)
+    with torch.no_grad():
+        both = model(
+            more, past_key_values=cp.prefill(model, ids, press, attention_mask=mask), **after
+        ).logits
+        alone = model(more[1:], past_key_values=cp.prefill(model, ids[1:, 20:], press)).logits
+    assert both.isfinite().all()
+    # Norms, rotary and softmax are float32 in transformers, whatever the model is.
+    near(both[1:], alone, torch.float32, terms=80, depth=4)
 
 
 @pytest.mark.parametrize(

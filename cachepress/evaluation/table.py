@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import fmean
 
 from tabulate import tabulate
@@ -9,6 +10,7 @@ from tabulate import tabulate
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.prompts import shortened
 from cachepress.evaluation.speed import SpeedLine
+from cachepress.evaluation.spreadsheet import SheetCell, estimated, spreadsheet
 from cachepress.evaluation.sweep import Result
 from cachepress.spec import NO_PRESS, brief
 
@@ -162,6 +164,40 @@ def sweep_page(results: Sequence[Sequence[Result]], command: str) -> str:
     parts = [_section(group) for group in results]
     machines = sorted({result.metrics["machine"] for group in results for result in group})
     return "\n".join([top, *parts, *(f"Measured on: {machine}\n" for machine in machines)])
+
+
+def sweep_sheet(results: Sequence[Sequence[Result]]) -> str:
+    """A line for each result of every group, for spreadsheets: numbers in full."""
+    return spreadsheet([_sheet_row(result) for group in results for result in group])
+
+
+def _sheet_row(result: Result) -> dict[str, SheetCell]:
+    config, metrics, compared = result.cell.config, result.metrics, result.paired
+    difference = None if compared is None else asdict(compared.difference)
+    sizes = metrics["score"] or metrics["kl"] or metrics["perplexity"] or {}
+    return {
+        "model": config.model,
+        "dataset": config.dataset,
+        "part": config.data_dir,
+        "press sees": "question" if config.query_aware else "context",
+        "press": config.press_name,
+        "nominal ratio": config.compression_ratio,
+        "ratio": metrics["compression_ratio"],
+        **estimated("score", metrics["score"]),
+        **estimated("difference to no press", difference),
+        "flips": None if compared is None else compared.flips,
+        **estimated("KL", metrics["kl"]),
+        **estimated("perplexity", metrics["perplexity"]),
+        "bytes before": metrics["cache_bytes_before"],
+        "bytes after": metrics["cache_bytes_after"],
+        "prefill s": metrics["prefill_seconds"],
+        "press s": metrics["press_seconds"],
+        "tokens/s": metrics["decode_tokens_per_second"],
+        "samples": sizes.get("samples"),
+        "contexts": sizes.get("contexts"),
+        "notes": "; ".join(notes_of(config, metrics)),
+        "machine": metrics["machine"],
+    }
 
 
 def _table(lines: Sequence[Sequence[str]], headers: Sequence[str], style: str) -> str:

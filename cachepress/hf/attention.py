@@ -139,10 +139,10 @@ def _attention(
     rows = None
     if key.fresh is not None:
         rows = Rows(*key.fresh)
-        output = function(module, query, *key.fresh, attention_mask, **kwargs)
+        output = function(module, query, *key.fresh, mask.given, **kwargs)
     elif _differentiates(key.store):
         rows = _with_gradient(key)
-        bias = attention_mask
+        bias = mask.given
         if rows.positions is not None:
             bias = _mask_of_rows(mask, key.held, rows, query)
         output = function(module, query, rows.keys, rows.values, bias, **kwargs)
@@ -151,9 +151,10 @@ def _attention(
         output = held.attend(query, mask, rule), None
     else:
         rows = key.held.rows()
+        bias = mask.given
         if rows.positions is not None:
-            attention_mask = _mask_of_rows(mask, key.held, rows, query)
-        output = function(module, query, rows.keys, rows.values, attention_mask, **kwargs)
+            bias = _mask_of_rows(mask, key.held, rows, query)
+        output = function(module, query, rows.keys, rows.values, bias, **kwargs)
     watcher = WATCHED.pop(key.store, None)
     if watcher is not None:
         with torch.no_grad():

@@ -24,9 +24,9 @@ from cachepress.pages.panels import (
     quality_of,
 )
 from cachepress.pages.pictures import write_pictures
-from cachepress.pages.tables import columns, latex, markdown
+from cachepress.pages.tables import columns, latex, markdown, sheet
 
-FORMATS = ("html", "png", "svg", "md", "latex")
+FORMATS = ("html", "png", "svg", "md", "latex", "csv")
 
 
 def write_report(
@@ -37,7 +37,7 @@ def write_report(
     Args:
         folder: a folder of result folders.
         output: folder for what is written; None for ``folder`` itself.
-        formats: any of "html", "png", "svg", "md" and "latex".
+        formats: any of "html", "png", "svg", "md", "latex" and "csv", which is for spreadsheets.
 
     Returns:
         The files that were written.
@@ -66,6 +66,8 @@ def _write(name: str, panels: list[Panel], unfinished: list[str], output: Path) 
         path, text = output / "report.html", report_page(panels, unfinished)
     elif name == "md":
         path, text = output / "table.md", markdown(panels)
+    elif name == "csv":
+        path, text = output / "table.csv", sheet(panels)
     else:
         path, text = output / "table.tex", latex(panels)
     write_atomically(path, text)

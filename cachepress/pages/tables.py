@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from cachepress.evaluation.spreadsheet import SheetCell, estimated, spreadsheet
 from cachepress.evaluation.statistics import Estimate
 from cachepress.pages.panels import Entry, Panel, finite, settings_of
 
@@ -22,6 +23,7 @@ class Column:
         sort: what it is sorted by; None comes last.
         printed: whether it has a place in the narrow tables, Markdown and LaTeX.
         numeric: whether it holds numbers.
+        sheet: what it is in a table for spreadsheets; None for its text.
     """
 
     title: str
@@ -30,6 +32,7 @@ class Column:
     sort: Callable[[Entry], Sort]
     printed: bool = False
     numeric: bool = True
+    sheet: Callable[[Entry], dict[str, SheetCell]] | None = None
 
 
 def columns(panel: Panel) -> list[Column]:
@@ -53,6 +56,25 @@ def markdown(panels: Sequence[Panel]) -> str:
 def latex(panels: Sequence[Panel]) -> str:
     r"""A table for each panel, in LaTeX; it needs ``\usepackage{booktabs}``."""
     return "% needs \\usepackage{booktabs}\n" + "\n".join(_latex_panel(panel) for panel in panels)
+
+
+def sheet(panels: Sequence[Panel]) -> str:
+    """All panels as one table for spreadsheets: a line for each result, numbers in full."""
+    return spreadsheet([_sheet_row(panel, entry) for panel in panels for entry in panel.entries])
+
+
+def _sheet_row(panel: Panel, entry: Entry) -> dict[str, SheetCell]:
+    row: dict[str, SheetCell] = {"of": panel.title, "notes": "; ".join(panel.notes)}
+    for column in columns(panel):
+        row |= _sheet_cells(column, entry)
+    return row
+
+
+def _sheet_cells(column: Column, entry: Entry) -> dict[str, SheetCell]:
+    if column.sheet is not None:
+        return column.sheet(entry)
+    text = column.text(entry)
+    return {column.title: None if text == NOTHING else text}
 
 
 def interval_text(estimate: Estimate | None, digits: int = 2) -> str:
@@ -87,7 +109,10 @@ def _number(
         value = finite(of(entry))
         return NOTHING if value is None else format(value, form)
 
-    return Column(title, hint, text, lambda entry: finite(of(entry)), printed)
+    def value(entry: Entry) -> float | None:
+        return finite(of(entry))
+
+    return Column(title, hint, text, value, printed, sheet=lambda entry: {title: value(entry)})
 
 
 def _estimate(
@@ -101,7 +126,14 @@ def _estimate(
         estimate = of(entry)
         return None if estimate is None else finite(estimate.mean)
 
-    return Column(title, hint, lambda entry: estimate_text(of(entry), sign=sign), sort, printed)
+    def text(entry: Entry) -> str:
+        return estimate_text(of(entry), sign=sign)
+
+    def sheet(entry: Entry) -> dict[str, SheetCell]:
+        estimate = of(entry)
+        return estimated(title, None if estimate is None else asdict(estimate))
+
+    return Column(title, hint, text, sort, printed, sheet=sheet)
 
 
 def _difference(entry: Entry) -> Estimate | None:
@@ -199,11 +231,19 @@ def _settings(panel: Panel) -> list[Column]:
     cells = [entry.cell for entry in panel.entries]
     names = dict.fromkeys(name for cell in cells for name in settings_of(cell))
     left = [name for name in names if name not in shown_already]
-    return [_text(name, "A setting.", _setting(name)) for name in left]
+    return [_setting(name) for name in left]
 
 
-def _setting(name: str) -> Callable[[Entry], str]:
-    return lambda entry: settings_of(entry.cell).get(name, NOTHING)
+def _setting(name: str) -> Column:
+    def text(entry: Entry) -> str:
+        return settings_of(entry.cell).get(name, NOTHING)
+
+    def sheet(entry: Entry) -> dict[str, SheetCell]:
+        value = entry.cell.config.get(name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return {name: value if is_number else settings_of(entry.cell).get(name)}
+
+    return Column(name, "A setting.", text, text, numeric=False, sheet=sheet)
 
 
 def _markdown_panel(panel: Panel) -> str:

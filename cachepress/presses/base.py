@@ -25,7 +25,7 @@ from cachepress.core import Schedule, Turn
 from cachepress.errors import CachepressError
 from cachepress.files import real_path
 from cachepress.hf import Observation
-from cachepress.limits import MOST, MOST_BYTES, MOST_SEED, is_whole, shown
+from cachepress.limits import MOST_BYTES, MOST_SEED, MOST_TOKENS, is_whole, shown
 from cachepress.ops import wide_dtype
 from cachepress.replay import Replay, ReplayView
 from cachepress.schedules import AfterPrefill
@@ -232,7 +232,7 @@ class ScorerPress(BasePress):
         check_values(self)
         check_ratio(self.compression_ratio)
         if self.n_kept is not None:
-            check_count(self, "n_kept")
+            check_count(self, "n_kept", most=MOST_BYTES)
         if self.max_bytes is not None:
             parse_bytes(self.max_bytes)
         given = [n for n in ("compression_ratio", "n_kept", "max_bytes") if getattr(self, n)]
@@ -436,10 +436,12 @@ def check_values(press: BasePress) -> None:
                 f"{f.name}: got {shown(value)}, wanted a file, a folder or a name, as a text"
             )
         if isinstance(value, int) and not is_whole(int(value), -MOST_BYTES, MOST_BYTES):
-            raise CachepressError(f"{f.name}: got {shown(value)}, wanted at most {MOST}")
+            raise CachepressError(
+                f"{f.name}: got {shown(value)}, wanted a number from {-MOST_BYTES} to {MOST_BYTES}"
+            )
 
 
-def check_count(press: BasePress, name: str, least: int = 1, most: int = MOST) -> None:
+def check_count(press: BasePress, name: str, least: int = 1, most: int = MOST_TOKENS) -> None:
     """Raise unless the press's field ``name`` is an integer from ``least`` to ``most``."""
     got = getattr(press, name)
     most = MOST_SEED if name == "seed" else most

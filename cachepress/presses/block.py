@@ -44,10 +44,12 @@ class BlockPress(WrapperPress, alias="block"):
         scores = view.keys.new_zeros((b, h, t + 1), dtype=wide_dtype(view.keys))
         left = view.index.new_zeros(b, h, 0, dtype=torch.long)
         there = torch.zeros_like(left, dtype=torch.bool)
-        starts = torch.arange(0, int(view.n_seen.max()) + self.block_size, self.block_size)
+        seen = int(view.n_seen.max())
+        size = min(self.block_size, max(seen, 1))
+        starts = torch.arange(0, seen + size, size)
         edges = view.columns_from(starts.to(device))
         for i, stop in enumerate(starts.tolist()[1:]):
-            fresh = edges[..., i, None] + torch.arange(self.block_size, device=device)
+            fresh = edges[..., i, None] + torch.arange(size, device=device)
             new = fresh < edges[..., i + 1, None]
             fresh = fresh.clamp(max=t - 1)
             left = torch.cat([left, fresh], dim=-1)

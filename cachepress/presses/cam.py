@@ -109,15 +109,16 @@ class CAMPress(DecodingPress, alias="cam"):
     ) -> None:
         """Share out the rows ``lost [n]`` of ``values [T, E]`` among ``kept [m]``, in place."""
         first = torch.searchsorted(kept, lost)  # [n], where the window begins
-        size = (len(kept) - first).clamp(max=self.merge_budget)
+        reach = min(self.merge_budget, len(kept))
+        size = (len(kept) - first).clamp(max=reach)
         so_far = F.pad(received[kept].double().cumsum(0), (1, 0))
         total = so_far[first + size] - so_far[first]
         odds = received[lost] * size / total.clamp(min=torch.finfo().tiny)
         some = (size > 0) & (draws[lost] < odds)
         shares = values[lost[some]].double() / size[some, None]
         begun = shares.new_zeros(len(kept), values.shape[1]).index_add_(0, first[some], shares)
-        so_far = F.pad(begun.cumsum(0), (0, 0, self.merge_budget, 0))
-        sums = so_far[self.merge_budget :] - so_far[: len(kept)]
+        so_far = F.pad(begun.cumsum(0), (0, 0, reach, 0))
+        sums = so_far[reach:] - so_far[: len(kept)]
         values[kept] = (values[kept].double() + sums).to(values.dtype)
         values[lost[some]] = 0
 

@@ -71,7 +71,9 @@ class Chunks:
     def of(cls, scores: Tensor, view: LayerView, length: int) -> "Chunks":
         """The chunks of ``scores [B, H, T]``."""
         free = view.valid & ~pinned(scores)
-        size = -(-int(view.n_seen.max()) // length) * length
+        seen = int(view.n_seen.max())
+        length = min(length, max(seen, 1))
+        size = -(-seen // length) * length
         column = view.index.long().masked_fill(~free, size)
 
         def placed(x: Tensor) -> Tensor:

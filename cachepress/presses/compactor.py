@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cachepress.budgets import pin_sinks, pin_window
 from cachepress.errors import CachepressError
+from cachepress.limits import MOST
 from cachepress.ops import wide_dtype
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.presses.leverage import LeverageScorePress
@@ -48,7 +49,7 @@ class CompactorPress(ScorerPress, alias="compactor"):
         check_count(self, "sink_size_start", least=0)
         check_count(self, "sink_size_end", least=0)
         check_count(self, "chunk_size")
-        check_count(self, "sketch_dimension")
+        check_count(self, "sketch_dimension", most=MOST)
         given = 0 if self.blending is None else self.blending
         number = isinstance(given, int | float) and not isinstance(given, bool)
         if not number or not 0 <= given < float("inf"):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cachepress.limits import MOST
 from cachepress.ops import cholesky, wide, wide_dtype
 from cachepress.presses.base import ScorerPress, check_count
 from cachepress.presses.noncausal import standardised
@@ -38,7 +39,7 @@ class LeverageScorePress(ScorerPress, alias="leverage"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count(self, "sketch_dimension")
+        check_count(self, "sketch_dimension", most=MOST)
         check_count(self, "seed", least=0)
 
     @property

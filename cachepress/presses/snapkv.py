@@ -72,6 +72,7 @@ def in_window(view: LayerView, n: int) -> Tensor:
 
 def pool(x: Tensor, kernel_size: int, pooling: str) -> Tensor:
     """``x [B, H, G, T]`` smoothed along the rows; beyond the first and the last there is zero."""
+    reach = min(kernel_size, max(2 * x.shape[-1] - 1, 1))  # What is farther away is zero.
     pooled = F.max_pool1d if pooling == "max" else F.avg_pool1d
-    smooth = pooled(x.flatten(0, 1), kernel_size, stride=1, padding=kernel_size // 2)
-    return smooth.view_as(x)
+    smooth = pooled(x.flatten(0, 1), reach, stride=1, padding=reach // 2).view_as(x)
+    return smooth if pooling == "max" or reach == kernel_size else smooth * (reach / kernel_size)

@@ -1,5 +1,7 @@
 """The tables of a sweep."""
 
+import csv
+
 from cachepress.evaluation import EvaluationConfig
 from cachepress.evaluation.cell import Cell
 from cachepress.evaluation.speed import SpeedLine, StepSeconds
@@ -10,6 +12,7 @@ from cachepress.evaluation.table import (
     ranking_table,
     speed_table,
     sweep_page,
+    sweep_sheet,
     sweep_text,
 )
 from cachepress.presses import KnormPress
@@ -57,6 +60,21 @@ def test_a_heading_says_what_is_out_of_the_ordinary_in_how_samples_were_asked():
     plain = Result(Cell(EvaluationConfig(chat=False)), one.metrics, None)
     heading = "8 samples, no chat template, 3 contexts cut, 12,345 tokens in all\n"
     assert heading in sweep_text([[plain]]) and heading in sweep_page([[plain]], "a command")
+
+
+def test_a_sheet_has_a_line_for_each_result_with_numbers_in_full():
+    one = result("AdaKVPress(SnapKVPress(0.5))", 0.25, 1 / 3, kl=0.2)
+    one.metrics.update(machine="=1+1", cut_contexts=1, cut_tokens=5, compression_ratio=-0.001)
+    named = Result(Cell(EvaluationConfig(dataset="builtin", model="-m")), RESULTS[0].metrics, None)
+    lines = sweep_sheet([[RESULTS[0], one], [named]]).splitlines(keepends=True)
+    head, base, press, other = csv.reader(lines, quoting=csv.QUOTE_NONNUMERIC)
+    base, press, other = (dict(zip(head, row, strict=True)) for row in (base, press, other))
+    assert (base["press"], base["nominal ratio"], base["score"]) == ("no_press", "", 1)
+    assert press["press"] == "adakv(snapkv)" and press["nominal ratio"] == 0.25
+    assert press["score"] == 1 / 3 and (press["score low"], press["score high"]) == (0.1, 0.9)
+    assert press["ratio"] == -0.001 and press["KL"] == 0.2 and press["bytes after"] == 786432
+    assert (press["machine"], press["samples"]) == ("'=1+1", 8) and press["flips"] == ""
+    assert press["notes"] == "1 context cut, 5 tokens in all" and other["model"] == "'-m"
 
 
 def cells(table):

@@ -1,5 +1,6 @@
 """The report of results: values, comparisons, hostile texts, tables, damaged files."""
 
+import csv
 import json
 
 import pytest
@@ -262,6 +263,29 @@ def test_tables(results):
     assert "$-$0.250 ($-$0." in text
     rows = [line for line in text.splitlines() if line.endswith(r" \\")]
     assert len({line.count(" & ") for line in rows}) == 1 and len(rows) == 5
+
+
+def rows_of(path):
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    head, *rows = csv.reader(lines, quoting=csv.QUOTE_NONNUMERIC)
+    assert len(set(head)) == len(head)
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_a_table_for_spreadsheets_has_numbers_in_full_and_no_formulas(results):
+    write_cell(results, "=cmd|' /C calc'!A0", 0.5, ONES, device="-1")
+    write_cell(results, "tova", 0.5, ONES, model="@other")
+    (path,) = write_report(results, None, ["csv"])
+    assert path == results / "table.csv"
+    rows = rows_of(path)
+    assert len(rows) == 6 and {row["of"].split(" ")[0] for row in rows} == {"tiny", "'@other"}
+    (row,) = [row for row in rows if row["folder"].startswith("'=cmd")]
+    assert row["press"] == "'=cmd|' /C calc'!A0" and row["device"] == "'-1" and row["score"] == 1
+    (row,) = [row for row in rows if (row["press"], row["nominal ratio"]) == ("snapkv", 0.5)]
+    assert (row["score"], row["vs no_press"], row["KL"], row["tokens/s"]) == (0.75, -0.25, 0.5, 12)
+    assert 0 < row["score low"] < 0.75 < row["score high"] < 1
+    assert row["vs no_press low"] < -0.25 < row["vs no_press high"]
+    assert row["samples"] == 8 and row["perplexity"] == "" and row["Pareto front"] == ""
 
 
 def test_tables_escape_what_their_language_reads(tmp_path):
