@@ -31,8 +31,10 @@ import cachepress as cp
 from cachepress.artefacts import save_artefact
 from cachepress.cli import main
 from cachepress.evaluation.config import load_config
+from cachepress.evaluation.prompts import read_prompts
 from cachepress.evaluation.sweep import load_sweep
 from cachepress.evaluation.tasks.files import load_file
+from cachepress.kvpress_names import PREFIX, SPELLINGS
 from cachepress.spec import aliases
 from tests.tiny import tiny, tokenizer, tokens, words
 
@@ -55,6 +57,7 @@ KINDS = {
     "results": "results",
     "data": "data_file",
     "yaml": "yaml_file",
+    "prompts": "prompts",
     "spelling": "spelling",
     "number": "number",
     "artefact": "artefact",
@@ -119,9 +122,26 @@ class Fuzz:
         path.write_bytes(_mutated(draw, raw) if draw.random() < 0.5 else raw)
         draw.choice([load_config, load_sweep])(str(path), {})
 
+    def prompts(self, draw: random.Random) -> None:
+        """A file of prompts, and what it makes of a task."""
+        path = self.folder / f"prompts{draw.choice(['.json', '.txt', '.csv', '.jsonl'])}"
+        parts = ["{context}", "{input}", "{", "}", "{a.b[0]!r:>9}", "$DOC$", "$Q$", "text", *ODD]
+        template = "".join(draw.choice(parts) for _ in range(draw.randint(1, 5)))
+        text = {
+            ".json": json.dumps({"qasper": template, "other": draw.choice(["{context}", 5, None])}),
+            ".txt": template,
+            ".csv": f"prompt,task\n{draw.choice(parts)},{draw.choice(parts)}\n",
+            ".jsonl": json.dumps({draw.choice(["prompt", "context", "x"]): template}) + "\n",
+        }[path.suffix]
+        raw = text.encode("utf-8", "surrogatepass")
+        path.write_bytes(_mutated(draw, raw) if draw.random() < 0.5 else raw)
+        found = read_prompts(str(path)).template(["qasper"])
+        found.around("document", {"input": "question", "context": "document"})
+
     def spelling(self, draw: random.Random) -> None:
         """A text that may be a press."""
         names = [*aliases(), "ScorerPress", "AdaKVPress", "nothing", "restorekv"]
+        names += [f"{PREFIX}{name}" for name in ("nothing", *SPELLINGS)]
         text = draw.choice(names)
         for _ in range(draw.choice([0, 1, 2, 5, 30, 2000])):
             inner = draw.choice([text, draw.choice(ODD), f"{text}, {draw.choice(ODD)}"])
