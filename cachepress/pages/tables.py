@@ -240,8 +240,9 @@ def _setting(name: str) -> Column:
 
     def sheet(entry: Entry) -> dict[str, SheetCell]:
         value = entry.cell.config.get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return {name: value if is_number else settings_of(entry.cell).get(name)}
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return {name: value}
+        return {name: settings_of(entry.cell).get(name)}
 
     return Column(name, "A setting.", text, text, numeric=False, sheet=sheet)
 
