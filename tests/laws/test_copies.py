@@ -78,6 +78,8 @@ def test_joined_caches_go_on_as_each_by_itself(press):
     caches = [read(press, seed) for seed in (1, 2)]
     assert len({form_of(cache) for cache in caches}) == 1
     ids, joined = tokens(5, batch=4, seed=3), join([caches], 2)
+    for layer, *own in zip(kept(joined), *map(kept, caches), strict=True):
+        assert layer == [own[i % 2][0] for i in range(4)]
     for step, logits in enumerate(go_on(joined, ids)):
         for i, row in enumerate(logits):
             own = go_on(cp.fork(caches[i % 2]), ids[i : i + 1, : step + 1])[-1]
