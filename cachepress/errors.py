@@ -2,7 +2,15 @@
 
 
 class CachepressError(ValueError):
-    """Base of every error that cachepress raises on purpose; its text is one line."""
+    """Base of every error that cachepress raises on purpose; its text is one line.
+
+    Args:
+        message: what is wrong; lines, as they come with what others say, become one.
+    """
+
+    def __init__(self, message: str) -> None:
+        lines = (line.strip() for line in message.splitlines())
+        super().__init__(" ".join(line for line in lines if line))
 
 
 class UnsupportedError(CachepressError):

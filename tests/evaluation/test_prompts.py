@@ -398,3 +398,11 @@ def test_a_converted_file_has_the_user_s_prompts(tmp_path, model_dir):
     assert (row["chat"], row["truncation"]) == (False, "middle")
     (context,) = contexts_of(load_table(EvaluationConfig(dataset=str(output)), tokenizer()))
     assert (context.chat, context.truncation) == (False, "middle")
+
+
+def test_a_table_of_prompts_that_is_nested_too_deeply_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "deep.jsonl"
+    path.write_text('{"prompt": ' + "[" * 100_000 + "\n")
+    with pytest.raises(cp.CachepressError, match="deep.jsonl.*it is nested too deeply") as caught:
+        read_prompts(str(path))
+    assert "\n" not in str(caught.value)

@@ -1,6 +1,5 @@
 """The original files of a benchmark: in a local folder, or on the hub."""
 
-import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import pandas as pd
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.delimited import read_delimited
+from cachepress.structured import parse_json
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ def _rows(path: Path, member: str | None) -> list[dict]:
     if name.endswith((".csv", ".tsv")):
         return read_delimited(text, "\t" if name.endswith(".tsv") else ",").records()
     if name.endswith(".json"):
-        rows = json.loads(text)
+        rows = parse_json(text)
         rows = list(rows.values()) if isinstance(rows, dict) else rows
     else:
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        rows = [parse_json(line) for line in text.split("\n") if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("a row is not a mapping of columns")
     return rows
