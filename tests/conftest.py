@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -7,6 +8,11 @@ import torch
 if not torch.cuda.is_available():
     # Read when triton is first imported, which other libraries do as well.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell lets what it starts in the background ignore it, and every process that is started
+    # from there would: commands that tests interrupt are to be as in a terminal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import transformers
 
