@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from cachepress import __version__
 from cachepress.errors import CachepressError, out_of_memory
-from cachepress.interrupts import Interrupts
+from cachepress.interrupts import WORDS, Interrupts
 from cachepress.limits import MOST, MOST_SEED, is_out_of_memory, is_whole, shown, visible
 
 if TYPE_CHECKING:
@@ -64,9 +64,8 @@ def _ended(error: BaseException, interrupts: Interrupts, command: Command | None
     """
     if interrupts.number is not None or isinstance(error, KeyboardInterrupt):
         number = interrupts.number or signal.SIGINT
-        word = "terminated" if number == signal.SIGTERM else "interrupted"
         hint = f": {_KEPT[command]}" if command in _KEPT else ""
-        _fail(f"{word}{hint}")
+        _fail(f"{WORDS[number]}{hint}")
         return 128 + number
     # argparse, whose way out is SystemExit, says nothing of a broken pipe.
     ends_quietly = isinstance(error, BrokenPipeError | SystemExit)

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Self
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
+WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _AGAIN = 0.1
 
 
@@ -49,6 +50,9 @@ class Interrupts:
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self.number = number
+        if _importing(frame):
+            os.write(2, f"cachepress: error: {WORDS[number]}\n".encode())
+            os._exit(128 + number)
         raise Interrupted
 
     def _unraisable(self, found: "sys.UnraisableHookArgs") -> None:
@@ -59,6 +63,13 @@ class Interrupts:
         again = threading.Timer(_AGAIN, os.kill, (os.getpid(), self.number))
         again.daemon = True
         again.start()
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: compiled ones abort where an exception hits them."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager

@@ -7,6 +7,7 @@ names it. ``tests/test_exact.py`` finds by running whether a float32 number is l
 """
 
 import ast
+import copy
 import importlib.util
 import inspect
 import sys
@@ -72,7 +73,7 @@ def doubled(model: PreTrainedModel) -> PreTrainedModel:
         for name, value in WHOLE.items():
             if hasattr(part, name):
                 setattr(part, name, value)
-    copied.generation_config = model.generation_config
+    copied.generation_config = copy.deepcopy(model.generation_config)
     return copied.eval()
 
 

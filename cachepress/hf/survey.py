@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
-from cachepress.cache import fork, size_of, stores
+from cachepress.cache import fork, size_of, stores, trim
 from cachepress.core import Pending, Press, Turn, settle, settle_together
 from cachepress.errors import CachepressError
 from cachepress.forward import Forward
@@ -131,6 +131,7 @@ class Survey:
                 self._watch(begin, end, last=end == n)
                 inputs = {cache_argument(decoder): self.cache, "use_cache": True}
                 decoder(input_ids=self._ids[:, begin:end], **inputs)
+                trim(self.cache)
                 self.capture.clear()
         wait(self.model.device)
         self.seconds = time.perf_counter() - start - self.note_seconds

@@ -227,7 +227,7 @@ def test_bytes_never_exceed_the_limit_and_come_close(wrap, storage, limit):
 
 
 def test_too_few_bytes_are_refused_with_what_is_needed():
-    with pytest.raises(cp.CachepressError, match="max_bytes: got 100, wanted at least 17409"):
+    with pytest.raises(cp.CachepressError, match="max_bytes: got 100, wanted at least 17408"):
         cp.prefill(single(), tokens(50), cp.KnormPress(max_bytes=100))
 
 
