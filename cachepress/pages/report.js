@@ -86,34 +86,41 @@ function hoverOf(cell) {
   return lines.join("<br>");
 }
 
-/* The distance from the mean to each end; 0 where it is not known. */
-function bars(cells, quality, color) {
-  const of = (cell) => cell.qualities[quality];
-  const known = (e) => e.low !== null && e.high !== null;
+/* Error bars of cells by their distance upwards and downwards. */
+function errorBars(cells, color, above, below) {
   return {
     type: "data",
     symmetric: false,
     color,
     thickness: 1,
     width: 3,
-    array: cells.map((c) => (known(of(c)) ? of(c).high - of(c).mean : 0)),
-    arrayminus: cells.map((c) => (known(of(c)) ? of(c).mean - of(c).low : 0)),
+    array: cells.map(above),
+    arrayminus: cells.map(below),
   };
+}
+
+/* The distance from the mean to each end; 0 where it is not known. */
+function bars(cells, quality, color) {
+  const of = (cell) => cell.qualities[quality];
+  const known = (e) => e.low !== null && e.high !== null;
+  return errorBars(
+    cells,
+    color,
+    (c) => (known(of(c)) ? of(c).high - of(c).mean : 0),
+    (c) => (known(of(c)) ? of(c).mean - of(c).low : 0),
+  );
 }
 
 /* The quartiles of a speed; bytes are exact. */
 function quartiles(cells, cost, color) {
   if (cost !== "speed") return { visible: false };
   const known = (c) => c.speed_low !== null && c.speed_high !== null;
-  return {
-    type: "data",
-    symmetric: false,
+  return errorBars(
+    cells,
     color,
-    thickness: 1,
-    width: 3,
-    array: cells.map((c) => (known(c) ? Math.max(0, c.speed_high - c.speed) : 0)),
-    arrayminus: cells.map((c) => (known(c) ? Math.max(0, c.speed - c.speed_low) : 0)),
-  };
+    (c) => (known(c) ? Math.max(0, c.speed_high - c.speed) : 0),
+    (c) => (known(c) ? Math.max(0, c.speed - c.speed_low) : 0),
+  );
 }
 
 function pressTrace(panel, press, cells, cost, quality) {
