@@ -10,14 +10,14 @@ def test_a_moment_of_every_kind_finds_nothing_raw(capsys):
     assert all(line.endswith("0 raw") for line in lines)
 
 
-def test_what_is_raw_hangs_or_says_several_lines_is_found(monkeypatch, capsys):
+def test_what_is_raw_or_hangs_is_found_and_what_is_refused_is_not(monkeypatch, capsys):
     def broken(self, draw):
-        raise [KeyError("x"), fuzz.cp.CachepressError("a\nb")][draw.randrange(2)]
+        raise [KeyError("x"), fuzz.cp.CachepressError("refused")][draw.randrange(2)]
 
     monkeypatch.setattr(fuzz.Fuzz, "spelling", broken)
     assert fuzz.run(["--seconds", "0.2", "--kinds", "spelling"]) == 1
     out = capsys.readouterr().out
-    assert "KeyError in test_fuzz.py" in out and "an error of several lines: a" in out
+    assert "KeyError in test_fuzz.py" in out and "refused" not in out
     assert "python -m tests.fuzz --seed 0 --kinds spelling --case 0" in out
     monkeypatch.setattr(fuzz, "SLOW", 0.01)
     monkeypatch.setattr(fuzz.Fuzz, "spelling", lambda self, draw: fuzz.time.sleep(5))
