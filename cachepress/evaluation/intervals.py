@@ -264,7 +264,10 @@ def _end_points(
     room = found.mean * (1 - found.mean)
     alike = (found.variance == 0) | (room <= _ROUNDING)
     n = np.where(alike, of_zeros, room / np.where(alike, 1.0, found.variance))
-    known = alike | (ones & (len(clusters.sizes) == clusters.samples))
+    # Where the zeros and ones of a cluster are all alike they say as much as one, and the variance
+    # of single ones follows from their mean.
+    single = found.spread <= found.variance * (len(clusters.sizes) - 1) * (1 + 1e-9)
+    known = alike | (ones & single & clusters.even)
     low, high = wilson(found.mean, n, np.where(known, Z_95, clusters.quantile))
     doubt = np.where(alike, 0.0, doubt)
     mean, spread = found.mean / far, found.spread / far**2

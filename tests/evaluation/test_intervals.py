@@ -30,6 +30,11 @@ def ones(contexts: int, questions: int, true: float, seed: int = 0) -> np.ndarra
     return (tied(contexts, questions, 0.3, seed) < true).astype(float)
 
 
+def alike(contexts: int, questions: int, true: float, seed: int = 0) -> np.ndarray:
+    """Contexts whose questions are all answered, or none."""
+    return (tied(contexts, questions, 1.0, seed) < true).astype(float)
+
+
 def fractions(
     contexts: int, questions: int, true: float, seed: int = 0, narrow: float = 5
 ) -> np.ndarray:
@@ -62,7 +67,7 @@ def check_width(
         assert width(found, least) <= 1.5 * width(student, least)
 
 
-@pytest.mark.parametrize("kind", [ones, fractions])
+@pytest.mark.parametrize("kind", [ones, alike, fractions])
 @pytest.mark.parametrize("contexts,questions", SIZES)
 def test_scores_of_every_size_are_covered(contexts, questions, kind: Callable):
     together, covered = clusters(contexts, questions), []
