@@ -1,11 +1,15 @@
-"""Whether the parts of a cache fit together: counts, positions, shapes and layers."""
+"""Whether a cache from a file fits its model and itself: counts, positions, shapes, layers."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from cachepress.limits import MOST, MOST_TOKENS, is_whole
+from cachepress.ops import wide_dtype
 from cachepress.ops.ragged_attention import PAGE, Layout
 from cachepress.stores import Codec, Store
 from cachepress.stores.block import Block
@@ -13,30 +17,53 @@ from cachepress.stores.codec import Quantized
 from cachepress.stores.tail import Tail
 
 
-def check_cache(cache: Cache) -> None:
-    """Raise ValueError unless all layers hold what layers can hold, of one text."""
-    known = [layer for layer in cache.layers if isinstance(layer, Store)]
-    for layer in known:
-        _check_store(layer)
-    if len({(layer.batch_size, layer.get_seq_length()) for layer in known}) > 1:
-        raise ValueError("its layers are of texts of several lengths")
-    for layer in cache.layers:
-        keys = getattr(layer, "keys", None) if not isinstance(layer, Store) else None
-        values = getattr(layer, "values", None) if keys is not None else None
-        if keys is not None:
-            _need(isinstance(keys, Tensor) and isinstance(values, Tensor), "keys and values")
-            _need(keys.ndim == 4 and keys.shape[:3] == values.shape[:3], "keys like values")
-            _need(not known or len(keys) == known[0].batch_size, "as many sequences in all layers")
-        seen = getattr(layer, "cumulative_length", None)
-        if isinstance(seen, int) and known:
-            _need(seen == known[0].get_seq_length(), "the same text in all layers")
-    _need(cache.get_seq_length() > 0, "tokens")
+@dataclass(frozen=True)
+class Fitting:
+    """What every cache of a model has in common, told by two that the model filled.
 
+    Attributes:
+        one: a cache of one sequence of one token.
+        two: a cache of two sequences of two tokens.
+        vocabulary: number of tokens that the model knows.
+        positions: most tokens of a text, where the model has an embedding for each position.
+    """
 
-def check_text(ids: Tensor, cache: Cache) -> None:
-    """Raise ValueError unless token ids are those of what a cache saw, or of its beginning."""
-    _need(ids.dtype == torch.int64 and ids.ndim == 2 and len(ids) == 1, "token ids")
-    _need(0 < ids.shape[1] <= cache.get_seq_length() and int(ids.min()) >= 0, "ids of its text")
+    one: Cache
+    two: Cache
+    vocabulary: int
+    positions: int | None
+
+    def check_layer(self, index: int, state: Mapping[str, object], batch: int) -> None:
+        """Raise ValueError unless a layer of transformers can be in this state."""
+        one, two = (vars(cache.layers[index]) for cache in (self.one, self.two))
+        for name, sample in one.items():
+            grown = state.get("record_past") is True
+            if not _is_like(state.get(name), sample, two[name], batch, grown):
+                raise ValueError(f"layer {index}: its {name} is not what the model makes")
+
+    def check_text(self, ids: Tensor, cache: Cache) -> None:
+        """Raise ValueError unless token ids are those of what a cache saw, or of its beginning."""
+        _need(ids.dtype == torch.int64 and ids.ndim == 2 and len(ids) == 1, "token ids")
+        _need(0 < ids.shape[1] <= cache.get_seq_length() and int(ids.min()) >= 0, "ids of its text")
+        _need(int(ids.max()) < self.vocabulary, "ids that the model knows")
+
+    def check(self, cache: Cache) -> None:
+        """Raise ValueError unless all layers hold what layers can hold, of one text."""
+        seen, batch = cache.get_seq_length(), _sequences(cache)
+        # Masks have a column for each token.
+        most = MOST if self.positions is None else self.positions
+        _need(is_whole(seen, 1, most), "a number of tokens that the model can have seen")
+        _need(is_whole(batch, 1), "sequences")
+        for index, layer in enumerate(cache.layers):
+            sample = self.one.layers[index]
+            if isinstance(layer, Store):
+                _need((layer.batch_size, layer.get_seq_length()) == (batch, seen), "one text")
+                _StoreCheck(layer, sample.keys, sample.values).run()  # type: ignore
+                continue
+            self.check_layer(index, vars(layer), batch)
+            if isinstance(keys := getattr(layer, "keys", None), Tensor):
+                _need(layer.get_seq_length() == seen, "one text in all layers")
+                _check_length(layer, keys, layer.values)
 
 
 def check_pages(parts: Mapping[str, object]) -> None:
@@ -48,109 +75,230 @@ def check_pages(parts: Mapping[str, object]) -> None:
     _need(isinstance(positions, Tensor), "positions")
     pages = (layout.n_pages, PAGE)  # type: ignore
     _need(positions.dtype == torch.int32 and positions.shape == pages, "positions in pages")  # type: ignore
+    _need(layout.device == positions.device, "pages on its device")  # type: ignore
 
 
-def _check_store(store: Store) -> None:
-    state = vars(store)
-    counts = [state[name] for name in ("_batch", "_seen", "_settled_at", "looked_at")]
-    _need(_counts(counts, least=0), "counts")
-    batch, seen, settled, looked = counts
-    _need(batch > 0 and seen > 0 and max(settled, looked) <= seen, "counts that fit")
-    _need(state["_groups"] == () and state["trace"] is None, "one group of sequences")
-    _need(isinstance(state["_encoded"], bool), "flags")
-    _need(store.codec is None or isinstance(store.codec, Codec), "a codec")
-    _need(store.reads is None or _counts([store.reads]), "pages to read")
-    blocks, tail = state["_blocks"], state["_tail"]
-    _need(isinstance(blocks, tuple) and all(isinstance(x, Block) for x in blocks), "blocks")
-    _need(tail is None or isinstance(tail, Tail), "a tail")
-    _need(bool(blocks) or tail is not None, "rows")
-    _check_known(store.known, batch, seen)
-    heads = {block.shape[1] for block in blocks} | ({tail.keys.shape[1]} if tail else set())
-    _need(len(heads) == 1, "as many heads everywhere")
-    last: Tensor | None = None
-    for block in blocks:
-        _need(batch % block.shape[0] == 0, "sequences that share rows")
-        first, end = _check_block(block, seen)
-        if last is not None and last.shape == first.shape:
-            _need(bool((first > last).all()), "positions that rise from block to block")
-        last = end if last is None or last.shape != end.shape else torch.maximum(last, end)
-    if tail is not None:
-        _check_tail(tail, batch, seen, last)
-    _need(int(store.lengths.max()) <= seen, "no more rows than tokens")
+@dataclass(frozen=True)
+class _StoreCheck:
+    """The checks of a store of a layer whose keys and values are like these."""
+
+    store: Store
+    key: Tensor
+    value: Tensor
+
+    def run(self) -> None:
+        """Raise ValueError unless everything fits together."""
+        store, state = self.store, vars(self.store)
+        counts = [state[name] for name in ("_batch", "_seen", "_settled_at", "looked_at")]
+        _need(_counts(tuple(counts), least=0), "counts")
+        batch, seen, settled, looked = counts
+        _need(max(settled, looked) <= seen, "counts that fit")
+        _need(state["_groups"] == () and state["trace"] is None, "one group of sequences")
+        _need(isinstance(state["_encoded"], bool), "flags")
+        _need(store.codec is None or isinstance(store.codec, Codec), "a codec")
+        _need(store.reads is None or is_whole(store.reads, 1), "pages to read")
+        blocks, tail = state["_blocks"], state["_tail"]
+        _need(isinstance(blocks, tuple) and all(isinstance(x, Block) for x in blocks), "blocks")
+        _need(tail is None or isinstance(tail, Tail), "a tail")
+        self._check_known(batch, settled)
+        if tail is not None:
+            self._check_tail(tail, batch)
+        start = seen - (0 if tail is None else tail.n)
+        _need(start >= settled, "as many tokens as there are rows")
+        _need(bool(blocks) or not settled, "the rows that were kept")
+        self._check_blocks(blocks, batch, start, settled)
+        if state["_encoded"]:
+            self._check_encoded(blocks)
+
+    def _check_known(self, batch: int, settled: int) -> None:
+        known = self.store.known
+        if known is None:
+            return
+        _need(isinstance(known, Tensor) and known.dtype == torch.bool, "a mask")
+        _need(known.shape == (batch, settled), "a mask of the text")
+
+    def _check_tail(self, tail: Tail, batch: int) -> None:
+        rows = tail.read()
+        for x, like in ((rows.keys, self.key), (rows.values, self.value)):
+            heads, width = like.shape[1], like.shape[3]
+            _need(x.shape == (batch, heads, tail.n, width) and tail.n > 0, "a tail of its heads")
+            _need(x.dtype == like.dtype, "numbers in the tail as the model makes them")
+
+    def _check_blocks(self, blocks: Sequence[Block], batch: int, start: int, settled: int) -> None:
+        """Rows rise from block to block, and every token since the store was settled is there."""
+        ends: Tensor | None = None
+        held = torch.zeros(1, self.key.shape[1], dtype=torch.long)
+        for block in blocks:
+            _need(batch % block.shape[0] == 0, "sequences that share rows")
+            _need(block.shape[1] == self.key.shape[1], "as many heads as the layer")
+            first, last, newer = self._check_block(block, start, settled)
+            if ends is None:
+                ends, held = last, newer
+                continue
+            sequences = math.lcm(len(ends), len(first))
+            ends, held, first, last, newer = (
+                _repeated(x, sequences) for x in (ends, held, first, last, newer)
+            )
+            _need(bool((first > ends).all()), "positions that rise from block to block")
+            ends, held = torch.maximum(ends, last), held + newer
+        _need(bool((held == start - settled).all()), "the rows of all tokens since it was settled")
+
+    def _check_block(self, block: Block, start: int, settled: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first and last position of each head, and the rows since, ``[F, H]`` each.
+
+        Those of empty heads exclude nothing.
+        """
+        layout, pages = block.layout, block.layout.n_pages
+        table, real = layout.padded()
+        positions = torch.where(real, block.positions.flatten()[table], -1)
+        used = int((block.positions >= 0).sum())
+        _need(used == sum(layout.lengths) == int((positions >= 0).sum()), "positions in used slots")
+        _need(not used or int(positions.max()) < start, "positions in the text")
+        rising = (positions[:, 1:] > positions[:, :-1]) | ~real[:, 1:]
+        _need(bool(rising.all()), "rising positions")
+        width = self.key.shape[3]
+        stored = width if block.channels is None else self._stored_channels(block)
+        _need(is_whole(block.width, width, width), "channels")
+        _check_numbers(block.keys, self.key, (pages, PAGE, stored), of_channels=True)
+        size = self.value.shape[3]
+        _check_numbers(block.values, self.value, (pages, PAGE, size), of_channels=False)
+        self._check_columns(block, stored)
+        shape = block.shape
+        if not positions.shape[1]:
+            nothing = torch.full(shape, start, device=positions.device)
+            return nothing, torch.full_like(nothing, -1), torch.zeros(shape, dtype=torch.long)
+        first = positions[:, 0].masked_fill(~real[:, 0], start)
+        newer = (positions >= settled).sum(-1)
+        return first.view(shape), positions.amax(-1).view(shape), newer.view(shape).cpu()
+
+    def _stored_channels(self, block: Block) -> int:
+        """The number of key channels that are stored."""
+        channels = block.channels
+        _need(isinstance(channels, Tensor) and channels.dtype == torch.int64, "channels")
+        assert channels is not None
+        _need(channels.ndim == 2 and len(channels) == len(block.layout.lengths), "channels")
+        _need(channels.shape[1] > 0 and bool((channels.diff(dim=-1) > 0).all()), "rising channels")
+        _need(int(channels.min()) >= 0 and int(channels.max()) < self.key.shape[3], "key channels")
+        return channels.shape[1]
+
+    def _check_columns(self, block: Block, stored: int) -> None:
+        pages, rope, carried, bounds = (
+            block.layout.n_pages,
+            block.rope,
+            block.carried,
+            block.bounds,
+        )
+        if rope is not None:
+            _need(_is(rope, torch.int32, (pages, PAGE)), "positions that keys are rotated to")
+            least, most = (int(x) for x in rope.aminmax()) if rope.numel() else (0, 0)
+            _need(least >= -1 and most < self.store.get_seq_length(), "rotations in the text")
+        if carried is not None:
+            _need(_is(carried, wide_dtype(self.key), (pages, PAGE)), "a number for each slot")
+        if bounds is not None:
+            _need(isinstance(block.keys, Tensor), "bounds of keys that are not quantized")
+            _need(_is(bounds, self.key.dtype, (pages, 2, stored)), "bounds of each page")
+
+    def _check_encoded(self, blocks: Sequence[Block]) -> None:
+        """Full pages follow the last block: it has to end with one, and to hold nothing else."""
+        _need(bool(blocks), "pages that grow")
+        last = blocks[-1]
+        _need((last.layout.even or 1) % PAGE == 0, "full pages")
+        _need(last.rope is last.carried is last.channels is None, "pages of rows as they came")
 
 
-def _check_known(known: Tensor | None, batch: int, seen: int) -> None:
-    if known is None:
-        return
-    _need(isinstance(known, Tensor) and known.dtype == torch.bool and known.ndim == 2, "a mask")
-    _need(known.shape[0] == batch and known.shape[1] <= seen, "a mask of the text")
-
-
-def _check_tail(tail: Tail, batch: int, seen: int, last: Tensor | None) -> None:
-    keys, values = tail.read().keys, tail.read().values
-    _need(keys.ndim == values.ndim == 4 and keys.shape[:3] == values.shape[:3], "a tail")
-    _need(keys.shape[0] == batch and 0 < tail.n <= seen, "a tail of the text")
-    _need(keys.dtype == values.dtype and keys.is_floating_point(), "numbers in the tail")
-    _need(last is None or int(last.max()) < seen - tail.n, "a tail that is newer than the blocks")
-
-
-def _check_block(block: Block, seen: int) -> tuple[Tensor, Tensor]:
-    """The first and the last position of each head, ``[F, H]``; those of empty heads exclude."""
-    layout, pages = block.layout, block.layout.n_pages
-    table, real = layout.padded()
-    positions = torch.where(real, block.positions.flatten()[table], -1)
-    used = int((block.positions >= 0).sum())
-    _need(used == sum(layout.lengths) == int((positions >= 0).sum()), "positions in used slots")
-    _need(not used or int(positions.max()) < seen, "positions in the text")
-    _need(bool(((positions[:, 1:] > positions[:, :-1]) | ~real[:, 1:]).all()), "rising positions")
-    width, stored = block.width, block.width
-    _need(_counts([width]), "channels")
-    if block.channels is not None:
-        stored = block.channels.shape[-1]
-        _need(block.channels.shape == (len(layout.lengths), stored), "channels of each head")
-        rising = block.channels.diff(dim=-1) > 0
-        _need(bool(rising.all()) and int(block.channels.min()) >= 0, "rising channels")
-        _need(int(block.channels.max()) < width, "channels of keys")
-    _check_numbers(block.keys, (pages, PAGE, stored))
-    size = _width(block.values)
-    _check_numbers(block.values, (pages, PAGE, size))
-    for x in (block.rope, block.carried):
-        _need(x is None or x.shape == (pages, PAGE), "a number for each slot")
-    bounds = block.bounds
-    _need(bounds is None or bounds.shape == (pages, 2, stored), "bounds of each page")
-    shape = block.shape
-    if not positions.shape[1]:
-        nothing = torch.full(shape, seen, device=positions.device)
-        return nothing, torch.full_like(nothing, -1)
-    first = positions[:, 0].masked_fill(~real[:, 0], seen)
-    return first.view(shape), positions.amax(-1).view(shape)
-
-
-def _width(x: Tensor | Quantized) -> int:
-    """Numbers of a row."""
-    return x.codes.shape[-1] * 8 // x.bits if isinstance(x, Quantized) else x.shape[-1]
-
-
-def _check_numbers(x: Tensor | Quantized, shape: tuple[int, int, int]) -> None:
+def _check_numbers(
+    x: Tensor | Quantized, like: Tensor, shape: tuple[int, int, int], of_channels: bool
+) -> None:
+    """Numbers of pages are such as the model makes; scales are of channels, or of rows."""
     if isinstance(x, Tensor):
-        _need(x.shape == shape and x.is_floating_point(), "numbers in pages")
+        _need(_is(x, like.dtype, shape), "numbers in pages as the model makes them")
         return
-    _need(isinstance(x, Quantized) and x.bits in (2, 4, 8), "bits")
-    _need(x.codes.dtype == torch.uint8 and x.codes.shape[:2] == shape[:2], "codes in pages")
-    _need(_width(x) == shape[2] and isinstance(x.dtype, torch.dtype), "codes of each number")
-    _need(x.scale.shape == x.zero.shape and x.scale.is_floating_point(), "scales")
-    each = x.scale.shape
-    if x.group is None:
-        _need(each in ((shape[0], 1, shape[2]), (*shape[:2], 1)), "scales of channels or rows")
+    _need(isinstance(x, Quantized) and is_whole(x.bits, 2) and x.bits in (2, 4, 8), "bits")
+    pages, rows, width = shape
+    _need(width * x.bits % 8 == 0, "whole bytes")
+    _need(_is(x.codes, torch.uint8, (pages, rows, width * x.bits // 8)), "codes of each number")
+    _need(x.dtype is like.dtype, "codes of numbers as the model makes them")
+    if of_channels:
+        _need(x.group is None, "a scale for each channel")
+        each = (pages, 1, width)
     else:
-        _need(_counts([x.group]) and each == (*shape[:2], -(-shape[2] // x.group)), "scales")
+        _need(x.group is None or is_whole(x.group, 1), "channels that share a scale")
+        each = (pages, rows, -(-width // (x.group or width)))
+    kind = getattr(x.scale, "dtype", None)
+    _need(kind in (torch.float16, torch.float32), "scales")
+    _need(_is(x.scale, kind, each) and _is(x.zero, kind, each), "scales")  # type: ignore
+
+
+def _check_length(layer: object, keys: Tensor, values: object) -> None:
+    """A layer of transformers hands out as many keys and values as it tells the mask."""
+    _need(isinstance(values, Tensor) and keys.shape[2] == values.shape[2], "as many values as keys")  # type: ignore
+    promised, _ = layer.get_mask_sizes(1)  # type: ignore
+    held = keys.shape[2] + 1
+    recording = getattr(layer, "record_past", False)
+    _need(held == promised or (recording and promised <= held), "the keys that its mask is for")
+
+
+def _is_like(value: object, one: object, two: object, batch: int, grown: bool) -> bool:
+    """Whether a value can stand where two samples have these.
+
+    What the samples have in common is in every cache; where they differ it is a number of sequences
+    or tokens. ``grown`` is for layers that keep more of the past than they need.
+    """
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return isinstance(value, Tensor) and _is_tensor_like(value, one, two, batch, grown)
+    if isinstance(one, torch.device):
+        return isinstance(value, torch.device)
+    if type(value) is not type(one):
+        return False
+    if isinstance(one, Mapping) and isinstance(two, Mapping) and isinstance(value, Mapping):
+        same = list(value) == list(one)
+        return same and all(_is_like(value[k], one[k], two[k], batch, grown) for k in one)
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
+        inner = list(zip(value, one, two, strict=False))  # type: ignore
+        same = len(value) == len(one)  # type: ignore
+        return same and all(_is_like(v, x, y, batch, grown) for v, x, y in inner)
+    if isinstance(one, int) and not isinstance(one, bool) and one != two:
+        return is_whole(value, 1, MOST_TOKENS)
+    return value == one
+
+
+def _is_tensor_like(x: Tensor, one: Tensor, two: Tensor, batch: int, grown: bool) -> bool:
+    if x.dtype != one.dtype or x.ndim != one.ndim:
+        return False
+    if not one.is_floating_point() and one.shape == two.shape and torch.equal(one, two):
+        return torch.equal(x, one)
+    for place, (size, least, other) in enumerate(zip(x.shape, one.shape, two.shape, strict=True)):
+        if least != other:
+            fits = size == batch if place == 0 else size > 0
+        else:
+            fits = size == least or (grown and 0 < place == x.ndim - 1 and size > least)
+        if not fits:
+            return False
+    return True
+
+
+def _sequences(cache: Cache) -> int:
+    """Sequences that a cache holds."""
+    for layer in cache.layers:
+        if isinstance(layer, Store):
+            return layer.batch_size
+        if isinstance(keys := getattr(layer, "keys", None), Tensor) and keys.ndim:
+            return len(keys)
+    raise ValueError("it holds no keys")
+
+
+def _repeated(x: Tensor, sequences: int) -> Tensor:
+    """Numbers ``[F, H]`` of sequences that stand for others in turns, for more of them."""
+    return x.repeat(sequences // len(x), 1)
+
+
+def _is(x: object, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return isinstance(x, Tensor) and x.dtype == dtype and x.shape == shape
 
 
 def _counts(values: object, least: int = 1) -> bool:
-    """Whether values are whole numbers of at least so much."""
-    return isinstance(values, list | tuple) and all(
-        isinstance(x, int) and not isinstance(x, bool) and x >= least for x in values
-    )
+    """Whether values are a tuple of whole numbers of at least so much."""
+    return isinstance(values, tuple) and all(is_whole(x, least, MOST_TOKENS) for x in values)
 
 
 def _need(condition: bool, what: str) -> None:

@@ -13,15 +13,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from cachepress.cache import TEXT, note_text, text_of
 from cachepress.digests import checksum_of
 from cachepress.errors import CachepressError
 from cachepress.files import replacing
 from cachepress.fingerprint import fingerprint, other_model
-from cachepress.hf import attach
-from cachepress.intact import check_cache, check_pages, check_text
+from cachepress.hf import attach, learned_positions, sample_cache
+from cachepress.intact import Fitting, check_pages
 from cachepress.ops.ragged_attention import Layout
 from cachepress.stores import Codec, Store
 from cachepress.stores.block import Block
@@ -122,31 +122,41 @@ def _filled(
     layers: list, tensors: Mapping[str, Tensor], model: PreTrainedModel, path: object
 ) -> Cache:
     """A cache with layers as they were packed; whatever does not fit together is damage."""
-    cache = DynamicCache(config=model.get_decoder().config)
+    cache, fitting = DynamicCache(config=model.get_decoder().config), _fitting(model)
     left = dict(tensors)
     text = left.pop(TEXT, None)
     try:
         if len(layers) != len(cache.layers):
             raise ValueError(f"{len(layers)} layers, where the model has {len(cache.layers)}")
         for i, (kind, packed) in enumerate(layers):
-            if kind == Store.__name__:
+            if kind == Store.__name__ and type(cache.layers[i]) is DynamicLayer:
                 cache.layers[i] = Store()
             layer = cache.layers[i]
             if type(layer).__name__ != kind:
                 raise ValueError(f"layer {i} is a {kind}, where the model has none")
             state = _unpack(packed, left, model.device)
-            if kind == Store.__name__:  # Layers of transformers get some fields when filled.
-                state = {k: x for k, x in state.items() if hasattr(layer, k)}  # type: ignore
-            vars(layer).update(state)  # type: ignore
+            # Layers of transformers get some fields when filled; other versions know others.
+            names = vars(layer if isinstance(layer, Store) else fitting.one.layers[i])
+            vars(layer).update({k: x for k, x in state.items() if k in names})  # type: ignore
         if left:
             raise ValueError(f"nothing holds {next(iter(left))}")
-        check_cache(cache)
+        fitting.check(cache)
         if text is not None:
-            check_text(text, cache)
+            fitting.check_text(text, cache)
             note_text(cache, text, 0)
     except Exception as error:  # Whatever a damaged header leads to.
         raise _damage(path, error) from error
     return cache
+
+
+def _fitting(model: PreTrainedModel) -> Fitting:
+    """What a cache of the model has to be like."""
+    return Fitting(
+        one=sample_cache(model, 1),
+        two=sample_cache(model, 2),
+        vocabulary=model.get_input_embeddings().weight.shape[0],  # type: ignore
+        positions=learned_positions(model),
+    )
 
 
 def _damage(path: object, error: Exception) -> CachepressError:
@@ -201,7 +211,10 @@ def _unpack(packed: object, left: dict[str, Tensor], device: torch.device) -> ob
             raise TypeError(f"{content} is no dtype")
         return dtype
     if kind == "dict":
-        return {k: _unpack(v, left, device) for k, v in content}
+        found = {k: _unpack(v, left, device) for k, v in content}
+        if len(found) < len(content):
+            raise ValueError("two values of one name")
+        return found
     if kind == "part":
         parts = _unpack(packed["of"], left, device)
         if content == Block.__name__:
@@ -211,7 +224,8 @@ def _unpack(packed: object, left: dict[str, Tensor], device: torch.device) -> ob
         raise ValueError(f"{kind} is no kind of value")
     items = [_unpack(item, left, device) for item in content]
     if kind == "tail":
-        return Tail.of(*items)  # type: ignore
+        keys, values = items
+        return Tail.of(keys, values)  # type: ignore
     return tuple(items) if kind == "tuple" else items
 
 

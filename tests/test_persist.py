@@ -1,8 +1,8 @@
 """Caches on disk: the same next tokens in another process, and clear errors."""
 
 import copy
-import json
 import os
+import random
 import struct
 import subprocess
 import sys
@@ -11,17 +11,15 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import cachepress as cp
 from cachepress import fingerprint as fingerprint_of
 from cachepress.cache import stores, text_of
-from cachepress.digests import checksum_of
 from cachepress.fingerprint import fingerprint, other_model, weights_digest
 from tests.bounds import near, no_close_answers, no_near_ties, rounding
 from tests.exact import doubled
+from tests.forging import forge, made, rewritten, use
 from tests.tiny import ARCHITECTURES, exact_tiny, tiny, tokenizer, tokens, words
 from tests.tiny_cache import forward, kept
 
@@ -395,18 +393,6 @@ def test_no_flipped_bit_of_the_header_gives_another_cache(tmp_path):
     assert not other
 
 
-def rewritten(path, change):
-    """The file with another header, and the checksum that it should have."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    header = json.loads(metadata["header"])
-    change(header["layers"], tensors)
-    metadata["header"] = json.dumps(header)
-    metadata["checksum"] = checksum_of(tensors, metadata["header"])
-    save_file(tensors, path, metadata)
-
-
 def of_layer(layers, name, i=0):
     """The pair of a field's name and value."""
     return next(pair for pair in layers[i][1]["dict"] if pair[0] == name)
@@ -497,6 +483,170 @@ def test_counts_positions_shapes_and_layers_are_checked(tmp_path, name):
     rewritten(path, DAMAGES[name])
     with pytest.raises(cp.CachepressError, match="is damaged: "):
         cp.load_cache(path, model)
+
+
+def fields(value):
+    """Every field of a packed layer, at any depth, as the pair of its name and value."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from inner if name == "dict" else ()
+            yield from fields(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from fields(inner)
+
+
+def header_field(name, value):
+    """Another value of a field, wherever there is one."""
+
+    def change(layers, tensors):
+        found = [pair for pair in fields(layers) if pair[0] == name]
+        assert found
+        for pair in found:
+            pair[1] = value
+
+    return change
+
+
+def all_tensors(ending, of):
+    """Other tensors in place of those whose names end so."""
+
+    def change(layers, tensors):
+        found = [name for name in tensors if name.endswith(ending)]
+        assert found
+        for name in found:
+            tensors[name] = of(tensors[name])
+
+    return change
+
+
+def seen_by_all(n):
+    def change(layers, tensors):
+        for name in ("_seen", "_settled_at", "looked_at"):
+            header_field(name, n)(layers, tensors)
+
+    return change
+
+
+def halved(x):
+    return x.half() if x.is_floating_point() else x
+
+
+FORGED = {
+    "values in float64": ("plain", all_tensors("values", torch.Tensor.double)),
+    "keys and values in float16": (
+        "plain",
+        all_tensors("s", lambda x: x.half() if x.ndim == 3 else x),
+    ),
+    "longer values": ("plain", all_tensors("values", lambda x: torch.cat([x, x], -1))),
+    "a longer tail": ("decoded", all_tensors("_tail.values", lambda x: torch.cat([x, x], -1))),
+    "heads of a tail": ("decoded", all_tensors("_tail.keys", lambda x: torch.cat([x, x], 1))),
+    "room in a tail": (
+        "decoded",
+        lambda layers, _: of_layer(layers, "_tail")[1]["tail"].append(10**12),
+    ),
+    "rows are missing": (
+        "decoded",
+        lambda _, t: t.update({n: t[n][:, :, 1:] for n in t if "_tail" in n}),
+    ),
+    "layers of several lengths": (
+        "whole",
+        lambda _, t: t.update({n: t[n][:, :, 1:] for n in t if n.startswith("1.")}),
+    ),
+    "tokens are missing": ("decoded", header_field("_settled_at", 0)),
+    "zero in float64": ("int4", all_tensors("zero", torch.Tensor.double)),
+    "zero of another shape": ("int4", all_tensors("zero", lambda x: x[:, :1, :1])),
+    "scales are whole numbers": ("int4", all_tensors("scale", torch.Tensor.int)),
+    "a huge group": ("int2", header_field("group", 10**12)),
+    "bits": ("int4", header_field("bits", 2)),
+    "quantized to another type": ("int4", header_field("dtype", {"dtype": "float64"})),
+    "pages grow": ("plain", header_field("_encoded", True)),
+    "bounds": ("pages", all_tensors("bounds", torch.Tensor.double)),
+    "channels": ("channels", all_tensors("channels", lambda x: x + 5)),
+    "channels in int32": ("channels", all_tensors("channels", torch.Tensor.int)),
+    "rotated to no number": ("turned", all_tensors("rope", lambda x: x * float("nan"))),
+    "rotated beyond the text": ("turned", all_tensors("rope", lambda x: x + 1)),
+    "carried whole numbers": ("carried", all_tensors("carried", torch.Tensor.int)),
+    "a mask of numbers": ("padded", all_tensors("known", torch.Tensor.float)),
+    "a mask that is too short": ("padded", all_tensors("known", lambda x: x[:, 1:])),
+    "a mask of one": ("padded", all_tensors("known", lambda x: x[:1])),
+    "ids beyond the vocabulary": ("plain", all_tensors("text_ids", lambda x: x + 90)),
+    "ids below 0": ("plain", all_tensors("text_ids", lambda x: x - 90)),
+    "more tokens than any text has": ("plain", seen_by_all(2**31 - 1)),
+    "more tokens than positions": ("gpt2", seen_by_all(513)),
+    "a window of another size": ("gemma3", header_field("sliding_window", 17)),
+    "more keys than the window": (
+        "gemma3",
+        lambda _, t: t.update({n: torch.cat([t[n], t[n]], 2) for n in ("0.keys", "0.values")}),
+    ),
+    "keys of a window in float64": ("gemma3", all_tensors("0.keys", torch.Tensor.double)),
+    "a window is not filled": ("gemma3", header_field("is_initialized", False)),
+    "a window saw more": ("gemma3", header_field("cumulative_length", 41)),
+    "recurrent states of another size": (
+        "qwen3_next",
+        lambda _, t: t.update({(n := next(n for n in t if "recurrent" in n)): t[n][:, 1:]}),
+    ),
+    "two values of a name": (
+        "plain",
+        lambda layers, _: layers[0][1]["dict"].append(["_encoded", False]),
+    ),
+    "our layer in place of a window": (
+        "gemma3",
+        lambda layers, _: layers[0].__setitem__(0, "Store"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def every_form():
+    return made()
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_what_does_not_fit_the_model_or_itself_is_damage(tmp_path, every_form, name):
+    form, change = FORGED[name]
+    model, cache = every_form[form]
+    cp.save_cache(cache, tmp_path / "c", model)
+    rewritten(tmp_path / "c", lambda layers, tensors: None)
+    assert kept(cp.load_cache(tmp_path / "c", model)) == kept(cache)
+    rewritten(tmp_path / "c", change)
+    with pytest.raises(cp.CachepressError, match="is damaged: ValueError") as refused:
+        cp.load_cache(tmp_path / "c", model)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_form_is_of_use_when_it_is_loaded(tmp_path, every_form):
+    for model, cache in every_form.values():
+        cp.save_cache(cache, tmp_path / "c", model)
+        loaded = cp.load_cache(tmp_path / "c", model)
+        use(model, loaded, tmp_path)
+        again = cp.load_cache(tmp_path / "again", model)
+        assert kept(again) == kept(cache) and again.get_seq_length() == cache.get_seq_length()
+
+
+def test_a_forged_cache_is_refused_or_of_use(tmp_path, every_form):
+    refused = 0
+    for seed in range(150):
+        draw = random.Random(seed)
+        model, cache = every_form[draw.choice(list(every_form))]
+        cp.save_cache(cache, tmp_path / "c", model)
+        rewritten(tmp_path / "c", lambda layers, tensors, draw=draw: forge(draw, layers, tensors))
+        try:
+            loaded = cp.load_cache(tmp_path / "c", model)
+        except cp.CachepressError as error:
+            refused += "is damaged" in str(error)
+            continue
+        use(model, loaded, tmp_path)
+    assert refused >= 100
+
+
+def test_a_cache_loads_while_a_press_watches(tmp_path):
+    model, path = save(tmp_path)
+    with cp.SnapKVPress(0.5, window_size=4)(model):
+        loaded = cp.load_cache(path, model)
+        assert kept(loaded) == kept(cp.load_cache(path, model))
+        forward(model, loaded, input_ids=tokens(20, seed=1))
+    assert stores(loaded)[0].lengths.tolist() == [[30, 30]]
 
 
 @pytest.mark.parametrize("name", ["", ".", "/", "a\0b", "x" * 300, "nothing/x"])

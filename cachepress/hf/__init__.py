@@ -12,6 +12,8 @@ from cachepress.hf.wiring import (
     check_model,
     compressed_layers,
     has_only_full_attention,
+    learned_positions,
+    sample_cache,
 )
 
 __all__ = [
@@ -23,4 +25,6 @@ __all__ = [
     "compressed_layers",
     "detach",
     "has_only_full_attention",
+    "learned_positions",
+    "sample_cache",
 ]

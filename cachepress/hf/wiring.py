@@ -4,6 +4,7 @@ import copy
 import inspect
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -14,6 +15,7 @@ from cachepress.rotary import CosSin
 from cachepress.stores import Store
 
 CACHE_NAMES = ("cache", "past_key_values")
+_SPARE = 4
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -64,6 +66,30 @@ def install_stores(cache: Cache, model: PreTrainedModel) -> dict[int, Store]:
             cache.layers[index] = layer
         stores[index] = layer
     return stores
+
+
+def sample_cache(model: PreTrainedModel, n: int) -> Cache:
+    """A cache of ``n`` sequences of as many tokens, as the model itself fills it.
+
+    The forward is called past the decoder's hooks, so that no press that watches takes part.
+    """
+    decoder = model.get_decoder()
+    cache = DynamicCache(config=decoder.config)
+    ids = torch.zeros(n, n, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        decoder.forward(input_ids=ids, **{cache_argument(decoder): cache, "use_cache": True})
+    return cache
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """Most tokens of a text where the model has an embedding for each position; else None."""
+    decoder = model.get_decoder()
+    most = getattr(decoder.config, "max_position_embeddings", None)
+    words = {id(decoder.get_input_embeddings()), id(model.get_input_embeddings())}
+    tables = [m for m in decoder.modules() if isinstance(m, nn.Embedding) and id(m) not in words]
+    # Some models leave a few places of the table for padding.
+    learned = any(most <= m.num_embeddings <= most + _SPARE for m in tables) if most else False
+    return most if learned else None
 
 
 def compressed_layers(model: PreTrainedModel) -> int:

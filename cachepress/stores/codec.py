@@ -211,4 +211,4 @@ def _unpacked(codes: Tensor, bits: int) -> Tensor:
 
 def _each(x: Tensor, group: int | None, size: int) -> Tensor:
     """A number for each of ``size`` channels, from one for each group of them."""
-    return x if group is None else x.repeat_interleave(group, dim=-1)[..., :size]
+    return x if group is None else x.repeat_interleave(min(group, size), dim=-1)[..., :size]

@@ -270,6 +270,7 @@ class Store(CacheLayerMixin):
             stacked.append((tuple(Block.stack(blocks) for blocks in parts), len(group) * n))
         joined._batch, joined.trace = sum(size for _, size in stacked), None
         joined.text_ids = None
+        joined._settled_at = max(store._settled_at for group in groups for store in group)
         joined._blocks = stacked[0][0] if len(stacked) == 1 else ()
         joined._groups = () if len(stacked) == 1 else tuple(stacked)
         return joined
@@ -427,7 +428,7 @@ class Store(CacheLayerMixin):
         some = torch.ones(rows.keys.shape[:3], dtype=torch.bool, device=rows.keys.device)
         some[:, :, n:] = False
         block = self._block(rows, some, self.codec)
-        if self._encoded:
+        if self._encoded and self._blocks[-1].form == block.form:
             block, self._blocks = self._blocks[-1].join(block), self._blocks[:-1]
         self._blocks, self._encoded = (*self._blocks, block), True
         self._tail = Tail.of(rows.keys[:, :, n:], rows.values[:, :, n:])
