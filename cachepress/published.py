@@ -32,7 +32,7 @@ _ROUNDING = 1e-3
 _RATIOS = 99
 """Ratios of a curve, from 0.01 to 0.99."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_GATES = {
+GATES = {
     "q_proj.weight": "q_weight",
     "q_proj.bias": "q_bias",
     "k_proj.weight": "k_weight",
@@ -41,10 +41,11 @@ _GATES = {
     "k_base": "base",
     "b": "bias",
 }
+"""What the authors of Fast KVzip call the parts of a gate, and what we do."""
 _OWN = {
     "q_filters": {"filters"},
     "query_stats": {"mean", "covariance"},
-    "fastkvzip": set(_GATES.values()),
+    "fastkvzip": set(GATES.values()),
     "lukv": {"lukv"},
 }
 _KVZAP = {
@@ -76,12 +77,19 @@ def converted(found: object, kind: str, path: str) -> Tensors:
         raise CachepressError(f"{path} holds {known[0]}, wanted {kind}: {LAYOUTS[kind]}")
     tensors = _checked(known[1], path)
     if kind == "lukv":
-        low, high = (float(x) for x in tensors[kind].aminmax()) if tensors[kind].numel() else (0, 0)
-        if low < -_ROUNDING or high > 1 + _ROUNDING:
-            raise CachepressError(
-                f"{path} holds numbers from {low:g} to {high:g}, wanted fractions from 0 to 1"
-            )
+        _check_fractions(tensors[kind], path)
+        # Our own are the right way round; an array without a name is one that was published.
+        return {kind: _kept(tensors[kind])} if isinstance(found, Tensor) else tensors
     return tensors
+
+
+def _check_fractions(curve: Tensor, path: str) -> None:
+    """Raise CachepressError unless the numbers of a file are fractions, but for rounding."""
+    low, high = (float(x) for x in curve.aminmax()) if curve.numel() else (0.0, 0.0)
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
+        raise CachepressError(
+            f"{path} holds numbers from {low:g} to {high:g}, wanted fractions from 0 to 1"
+        )
 
 
 def _checked(tensors: Tensors, path: str) -> Tensors:
@@ -128,7 +136,7 @@ def _recognised(found: object) -> tuple[str, Tensors] | None:
     """What a file is, and its tensors as ours are written."""
     if isinstance(found, Tensor):
         is_curve = _is_array(found) and found.ndim == 3 and len(found) == _RATIOS
-        return ("lukv", {"lukv": _kept(found)}) if is_curve else None
+        return ("lukv", {"lukv": found}) if is_curve else None
     if isinstance(found, Mapping) and isinstance(found.get("module"), list):
         found = found["module"]
     if isinstance(found, list):
@@ -154,13 +162,13 @@ def _recognised(found: object) -> tuple[str, Tensors] | None:
 def _gates(layers: list[object]) -> tuple[str, Tensors] | None:
     """The gates of all layers, stacked; None if these are others."""
     for gate in layers:
-        if not isinstance(gate, Mapping) or set(gate) != set(_GATES):
+        if not isinstance(gate, Mapping) or set(gate) != set(GATES):
             return None
         if not all(map(_is_array, gate.values())):
             return None
     if not layers:
         return None
-    gates = [{ours: gate[name].detach() for name, ours in _GATES.items()} for gate in layers]  # type: ignore
+    gates = [{ours: gate[name].detach() for name, ours in GATES.items()} for gate in layers]  # type: ignore
     if any({k: x.shape for k, x in gate.items()} != _shapes(gates[0]) for gate in gates):
         return None
     stacked = {name: torch.stack([gate[name] for gate in gates]) for name in gates[0]}

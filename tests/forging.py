@@ -81,7 +81,7 @@ def forge(draw: random.Random, layers: list, tensors: Tensors) -> None:
         if draw.random() < 0.55:
             _forge_header(draw, layers)
         elif tensors:
-            _forge_tensor(draw, tensors)
+            forge_tensor(draw, tensors)
 
 
 def use(model: PreTrainedModel, cache: Cache, folder: Path) -> None:
@@ -142,7 +142,8 @@ def _forge_header(draw: random.Random, layers: list) -> None:
         where[key] = copy.deepcopy(draw.choice(SCALARS))
 
 
-def _forge_tensor(draw: random.Random, tensors: Tensors) -> None:
+def forge_tensor(draw: random.Random, tensors: Tensors) -> None:
+    """Change one of some tensors: its type, its shape, its place, or its numbers."""
     name = draw.choice(list(tensors))
     x, way = tensors[name], draw.randrange(9)
     if way == 0:

@@ -14,7 +14,6 @@ import random
 import signal
 import string
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -24,18 +23,25 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import torch
 import transformers
+from safetensors.torch import save
+from transformers.cache_utils import Cache
 
 import cachepress as cp
-from cachepress.artefacts import save_artefact
+from cachepress.artefacts import load_artefact, save_artefact
 from cachepress.cli import main
 from cachepress.evaluation.config import load_config
 from cachepress.evaluation.prompts import read_prompts
 from cachepress.evaluation.sweep import load_sweep
 from cachepress.evaluation.tasks.files import load_file
 from cachepress.kvpress_names import PREFIX, SPELLINGS
+from cachepress.published import GATES
 from cachepress.spec import aliases
+from tests.forging import forge, forge_tensor, made, rewritten, use
+from tests.published import good
+from tests.scratch import scratch
 from tests.tiny import tiny, tokenizer, tokens, words
 
 SLOW = 20.0
@@ -61,9 +67,23 @@ KINDS = {
     "spelling": "spelling",
     "number": "number",
     "artefact": "artefact",
+    "learned": "learned",
     "cache": "cache",
+    "forged": "forged",
 }
 """The kinds of cases, and the methods that try one."""
+LEARNED = {
+    "q_filters": "QFilterPress(0.5, filters={!r})",
+    "query_stats": "ExpectedAttentionStatsPress(0.5, stats={!r})",
+    "fastkvzip": "FastKVzipPress(0.5, gates={!r})",
+    "kvzap_linear": "KVzapPress(0.5, 'linear', surrogate={!r})",
+    "kvzap_mlp": "KVzapPress(0.5, surrogate={!r})",
+    "lukv": "LUKVPress(KnormPress(0.5), curve={!r})",
+}
+"""The kinds of what is learned, and a press that reads it."""
+THEIRS = {"filters": "q_filters", "mean": "query_mean", "covariance": "query_cov"}
+THEIRS |= {ours: theirs for theirs, ours in GATES.items()}
+"""What the authors call the tensors of what is learned."""
 
 
 class Fuzz:
@@ -86,6 +106,8 @@ class Fuzz:
         assert main(self.evaluate) == 0
         (self.cell,) = self.out.iterdir()
         self.good = {path.name: path.read_bytes() for path in self.cell.iterdir() if path.is_file()}
+        self.own: dict[str, Path] = {}
+        self.forms: dict[str, tuple[transformers.PreTrainedModel, Cache]] = {}
         self.artefacts = self._artefacts(folder)
 
     def results(self, draw: random.Random) -> None:
@@ -168,12 +190,27 @@ class Fuzz:
 
     def artefact(self, draw: random.Random) -> None:
         """A damaged file of what a press has learned."""
-        name, path = draw.choice(list(self.artefacts.items()))
+        spelling, path = draw.choice(self.artefacts)
         damaged = self.folder / f"damaged{path.suffix}"
         damaged.write_bytes(_mutated(draw, path.read_bytes()))
-        cp.prefill(
-            self.model, tokens(40), cp.parse(name.format(str(damaged))), tokenizer=tokenizer()
-        )
+        self._press(spelling.format(str(damaged)))
+
+    def learned(self, draw: random.Random) -> None:
+        """A whole file of what a press has learned, with other numbers, types, shapes or names."""
+        kind = draw.choice(list(LEARNED))
+        tensors = dict(load_artefact(str(self.own[kind]), kind))
+        for _ in range(draw.choice([0, 1, 1, 2])):
+            if tensors:
+                forge_tensor(draw, tensors)
+        if draw.random() < 0.2:
+            tensors[draw.choice([*LEARNED, "layers.9.weight", "b", ""])] = torch.ones(2)
+        path = self.folder / "forged.safetensors"
+        if draw.random() < 0.5:
+            told = {draw.choice(["files", "dtypes", "model_class", "weights_float32"]): "x"}
+            save_artefact(path, kind, tensors, draw.choice([{}, {}, told]))
+        else:
+            path.write_bytes(_as_published(draw, kind, tensors))
+        self._press(LEARNED[kind].format(str(path)))
 
     def cache(self, draw: random.Random) -> None:
         """A saved cache whose header is damaged; whatever loads has to be the cache."""
@@ -191,19 +228,36 @@ class Fuzz:
             got = self.model(tokens(2), past_key_values=cache).logits
         assert torch.equal(got, self.wanted), "a damaged file loaded as another cache"
 
-    def _artefacts(self, folder: Path) -> dict[str, Path]:
-        """A file for each of some spellings."""
-        config, path = self.model.config, folder / "filters.safetensors"
-        shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
-        save_artefact(path, "q_filters", {"filters": torch.randn(shape)}, {})
+    def forged(self, draw: random.Random) -> None:
+        """A saved cache of another content, whose checksum is right: refused, or of use."""
+        if not self.forms:
+            self.forms |= made()
+        model, cache = self.forms[draw.choice(list(self.forms))]
+        path = self.folder / "forged"
+        cp.save_cache(cache, path, model)
+        rewritten(path, lambda layers, tensors: forge(draw, layers, tensors))
+        use(model, cp.load_cache(path, model), self.folder)
+
+    def _press(self, spelling: str) -> None:
+        """Press a prompt."""
+        cp.prefill(self.model, tokens(40), cp.parse(spelling), tokenizer=tokenizer())
+
+    def _artefacts(self, folder: Path) -> list[tuple[str, Path]]:
+        """Spellings of presses, with a file that each can read: ours, and as they are published."""
         duo, heads = folder / "duo.tsv", folder / "heads.json"
-        duo.write_text("\n".join("\t".join(["0.5", "0.9"]) for _ in range(shape[0])))
+        duo.write_text("\n".join("\t".join(["0.5", "0.9"]) for _ in range(4)))
         heads.write_text(json.dumps({f"{i}-{j}": [0.5, 0.6] for i in range(4) for j in range(4)}))
-        return {
-            "QFilterPress(0.5, filters={!r})": path,
-            "DuoAttentionPress(0.5, {!r})": duo,
-            "HeadKVPress(KnormPress(0.5), {!r})": heads,
-        }
+        found = [
+            ("DuoAttentionPress(0.5, {!r})", duo),
+            ("HeadKVPress(KnormPress(0.5), {!r})", heads),
+        ]
+        for kind, spelling in LEARNED.items():
+            (folder / kind).mkdir()
+            theirs, ours = good(kind, folder / kind), folder / f"{kind}.safetensors"
+            save_artefact(ours, kind, load_artefact(str(theirs), kind), {})
+            self.own[kind] = ours
+            found += [(spelling, ours), (spelling, theirs)]
+        return found
 
     def _damaged(self, draw: random.Random, name: str) -> bytes:
         """A file of results with one value replaced, or with damaged bytes."""
@@ -228,6 +282,24 @@ class Fuzz:
             path.mkdir()
         else:
             path.write_bytes(content)
+
+
+def _as_published(draw: random.Random, kind: str, tensors: dict[str, torch.Tensor]) -> bytes:
+    """Tensors under the names and in one of the forms that others write files in."""
+    found = {THEIRS.get(name, name): x.contiguous().clone() for name, x in tensors.items()}
+    out, first = io.BytesIO(), next(iter(found.values()), torch.ones(1))
+    layers = min((len(x) for x in found.values() if x.ndim), default=0)
+    gates = [{k: x[i] for k, x in found.items() if x.ndim} for i in range(layers)]
+    forms = {"lukv": ["array"], "fastkvzip": ["gates"]}.get(kind, ["tensors", "torch"])
+    form = draw.choice([*forms, *forms, "tensors", "torch", "gates", "array", "odd"])
+    if form == "tensors":
+        return save(found)
+    if form == "array":
+        np.save(out, first.double().numpy())
+        return out.getvalue()
+    contents = {"torch": found, "gates": {"module": gates, "loss": [1.0]}, "odd": [first, None, 5]}
+    torch.save(contents[form], out)
+    return out.getvalue()
 
 
 def _mutated(draw: random.Random, raw: bytes) -> bytes:
@@ -301,24 +373,23 @@ def run(arguments: list[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     signal.signal(signal.SIGALRM, hangs)
     failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            fuzz = Fuzz(Path(folder))
-        chosen = options.kinds or list(KINDS)
-        for kind in chosen:
-            end, tried, raw = time.monotonic() + options.seconds / len(chosen), 0, {}
-            for number in numbers(options.case):
-                tried += 1
-                what = failure_of(getattr(fuzz, KINDS[kind]), f"{options.seed} {kind} {number}")
-                if what is not None:
-                    raw.setdefault(what, []).append(number)
-                if time.monotonic() > end:
-                    break
-            failed += len(raw)
-            print(f"{kind:10} {tried:6} cases, {sum(map(len, raw.values()))} raw", flush=True)
-            for what, at in raw.items():
-                again = f"python -m tests.fuzz --seed {options.seed} --kinds {kind} --case {at[0]}"
-                print(f"    {len(at)} times: {what}\n        {again}", flush=True)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        fuzz = Fuzz(scratch())
+    chosen = options.kinds or list(KINDS)
+    for kind in chosen:
+        end, tried, raw = time.monotonic() + options.seconds / len(chosen), 0, {}
+        for number in numbers(options.case):
+            tried += 1
+            what = failure_of(getattr(fuzz, KINDS[kind]), f"{options.seed} {kind} {number}")
+            if what is not None:
+                raw.setdefault(what, []).append(number)
+            if time.monotonic() > end:
+                break
+        failed += len(raw)
+        print(f"{kind:10} {tried:6} cases, {sum(map(len, raw.values()))} raw", flush=True)
+        for what, at in raw.items():
+            again = f"python -m tests.fuzz --seed {options.seed} --kinds {kind} --case {at[0]}"
+            print(f"    {len(at)} times: {what}\n        {again}", flush=True)
     return 1 if failed else 0
 
 

@@ -19,15 +19,23 @@ import cachepress as cp
 from cachepress.artefacts import load_artefact, save_artefact
 from cachepress.published import LAYOUTS
 from tests.bounds import EXACT, close
+from tests.published import (
+    D,
+    G,
+    H,
+    L,
+    T,
+    drawn,
+    gates_as_published,
+    good,
+    published_curve,
+    published_kvzap,
+    published_q_filters,
+    published_stats,
+    save_gates,
+)
 from tests.tiny import exact_tiny as tiny
 from tests.tiny_cache import forward, kept, pressed
-
-L, H, G, D, M, T = 4, 2, 2, 8, 32, 60
-"""Layers, KV heads, query heads of each, head size and hidden size of the tiny Llama; tokens."""
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def words() -> Tensor:
@@ -60,16 +68,6 @@ def best(scores, n: int) -> list[int]:
     return sorted(order[:n])
 
 
-def published_q_filters(path: Path, binary: bool = False) -> Tensor:
-    filters = drawn(L, H, D, seed=1)
-    if binary:
-        torch.save({"q_filters": filters}, path / "pytorch_model.bin")
-    else:
-        save_file({"q_filters": filters}, path / "model.safetensors")
-        (path / "config.json").write_text("{}")
-    return filters
-
-
 @pytest.mark.parametrize("binary", [False, True])
 def test_q_filters_are_published_against_the_queries(tmp_path, binary):
     filters, ids = published_q_filters(tmp_path, binary), words()
@@ -82,14 +80,6 @@ def test_q_filters_are_published_against_the_queries(tmp_path, binary):
                 for key in keys[layer][h].tolist()
             ]
             assert held[layer][0][h] == best(scores, 24)
-
-
-def published_stats(path: Path) -> tuple[Tensor, Tensor]:
-    half = drawn(L, H * G, D, D, seed=2)
-    mean, covariance = drawn(L, H * G, D), half @ half.mT / D
-    stats = {"query_mean": mean.bfloat16(), "query_cov": covariance.bfloat16()}
-    save_file(stats, path / "model.safetensors", {"format": "pt"})
-    return stats["query_mean"].double(), stats["query_cov"].double()
 
 
 def average_rotation(model, positions) -> Tensor:
@@ -127,31 +117,6 @@ def test_statistics_of_queries_are_published_by_query_head(tmp_path):
             scores = shares * values[layer][h][n_sink:].norm(dim=-1)
             wanted = [*range(n_sink), *(n_sink + t for t in best(scores, T // 2 - n_sink))]
             assert held[layer][0][h] == wanted
-
-
-def gates_as_published(layers: int = L, d: int = 4, n_base: int = 3, m: int = M):
-    """A state of each layer's gate: halves, but for the norms and the base."""
-    gates = []
-    for layer in range(layers):
-        gates.append(
-            {
-                "k_base": drawn(H, 1, n_base, d, seed=layer),
-                "b": drawn(H, 1, G, seed=layer + 10).bfloat16(),
-                "q_proj.weight": drawn(H * G * d, m, seed=layer + 20).bfloat16() / 4,
-                "q_proj.bias": drawn(H * G * d, seed=layer + 30).bfloat16(),
-                "k_proj.weight": drawn(H * d, m, seed=layer + 40).bfloat16() / 4,
-                "q_norm.weight": 1 + drawn(d, seed=layer + 50) / 4,
-                "k_norm.weight": 1 + drawn(d, seed=layer + 60) / 4,
-            }
-        )
-    return gates
-
-
-def save_gates(path: Path, gates) -> None:
-    """Write gates as their trainer does, with the curves of its losses beside them."""
-    curve = np.random.default_rng(0).normal(size=(5, len(gates)))
-    beside = {"loss": curve, "acc": curve, "loss_train": curve, "acc_train": curve.mean()}
-    torch.save({"module": gates, **beside}, path)
 
 
 def naive_gate(gate, hidden: Tensor) -> list[list[float]]:
@@ -200,17 +165,6 @@ def test_gates_are_published_with_what_their_trainer_noted(tmp_path, place):
             assert held[layer][0][h] == [x - h * T for x in chosen if x // T == h]
 
 
-def published_kvzap(path: Path, model_type: str, layers: int = L) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for i in range(layers):
-        parts = {"": (H, M)} if model_type == "linear" else {".0": (5, M), ".2": (H, 5)}
-        for j, (name, shape) in enumerate(parts.items()):
-            found[f"layers.{i}{name}.weight"] = drawn(*shape, seed=9 * i + j).bfloat16()
-            found[f"layers.{i}{name}.bias"] = drawn(shape[0], seed=9 * i + j + 4).bfloat16()
-    save_file(found, path / "model.safetensors", {"format": "pt"})
-    return found
-
-
 @pytest.mark.parametrize("model_type", ["linear", "mlp"])
 def test_surrogates_of_kvzap_are_published_by_layer(tmp_path, model_type):
     found, ids = published_kvzap(tmp_path, model_type), words()
@@ -232,15 +186,6 @@ def test_surrogates_of_kvzap_are_published_by_layer(tmp_path, model_type):
                 rows.append(linear(f"layers.{i}", x))
         for h in range(H):
             assert held[i][0][h] == best([row[h] for row in rows], T // 2)
-
-
-def published_curve(path: Path, layers: int = L) -> np.ndarray:
-    """What each head drops at ratios 0.01 to 0.99, the ratio on average."""
-    drop = np.arange(1, 100)[:, None, None] / 100 * np.ones((99, layers, H))
-    lean = np.minimum(drop, 1 - drop) * 0.8
-    sign = np.where(np.arange(layers * H).reshape(layers, H) % 2, 1, -1)
-    np.save(path / "ea_avg_ratio.npy", drop + lean * sign)
-    return drop + lean * sign
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
@@ -291,22 +236,6 @@ PRESSES = {
     "kvzap_mlp": lambda path: cp.KVzapPress(0.5, surrogate=path),
     "lukv": lambda path: cp.LUKVPress(cp.KnormPress(0.5), curve=path),
 }
-
-
-def good(kind: str, folder: Path, layers: int = L) -> Path:
-    """A published file of a kind, for models of so many layers."""
-    if kind == "q_filters":
-        save_file({"q_filters": drawn(layers, H, D)}, folder / "model.safetensors")
-    elif kind == "query_stats":
-        stats = {"query_mean": drawn(layers, H * G, D), "query_cov": drawn(layers, H * G, D, D)}
-        save_file(stats, folder / "model.safetensors")
-    elif kind == "fastkvzip":
-        save_gates(folder / "model.pt", gates_as_published(layers))
-    elif kind == "lukv":
-        published_curve(folder, layers)
-    else:
-        published_kvzap(folder, kind.removeprefix("kvzap_"), layers)
-    return next(path for path in folder.iterdir() if path.suffix != ".json")
 
 
 def refusal(kind: str, path: object) -> str:
@@ -418,6 +347,19 @@ def test_odd_arrays_are_refused(tmp_path):
     data = huge.read_bytes().replace(b"(99, 4, 2), }", b"(999999999999999, 4, 2), }")
     huge.write_bytes(data)
     assert str(huge) in refusal("lukv", huge)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.5, 3.0), (-2.0, 0.25), (0.0, 1.5)])
+@pytest.mark.parametrize("rises", [True, False])
+def test_the_numbers_of_a_curve_are_named_as_they_stand_in_the_file(tmp_path, low, high, rises):
+    curve = published_curve(tmp_path)
+    curve = curve if rises else 1 - curve
+    curve[40, 1, 0], curve[41, 2, 1] = low, high
+    np.save(tmp_path / "ea_avg_ratio.npy", curve)
+    # What the file holds else lies within 0.01 and 0.99.
+    low, high = min(low, curve.min()), max(high, curve.max())
+    said = refusal("lukv", tmp_path / "ea_avg_ratio.npy")
+    assert said.endswith(f"holds numbers from {low:g} to {high:g}, wanted fractions from 0 to 1")
 
 
 def test_arrays_of_another_byte_order_or_width_are_read(tmp_path):

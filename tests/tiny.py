@@ -1,9 +1,6 @@
 """Tiny random models of many architectures: small enough for every test, on CPU, offline."""
 
-import atexit
-import shutil
 from functools import cache, partial
-from tempfile import mkdtemp
 
 import torch
 import transformers
@@ -13,6 +10,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.exact import doubled
+from tests.scratch import scratch
 
 SMALL = {
     "vocab_size": 97,
@@ -123,8 +121,7 @@ def tiny(name: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedM
 @cache
 def _tokenizer_folder() -> str:
     """A folder with a tokenizer, as there is where a model comes from."""
-    folder = mkdtemp()
-    atexit.register(shutil.rmtree, folder)
+    folder = str(scratch())
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -6,6 +6,7 @@ import torch
 import cachepress as cp
 from cachepress.cache import stores
 from cachepress.stores import Codec
+from cachepress.stores.codec import Quantized
 from tests.bounds import EXACT, close, near, rounding
 from tests.tiny import exact_tiny, tiny, tokens
 from tests.tiny_cache import allocated, forward, kept
@@ -269,3 +270,22 @@ def test_scales_beyond_float16_are_saved_and_read(tmp_path):
         assert store.nbytes == again.nbytes
     assert stores(loaded)[1].held.blocks[0].values.scale.dtype == torch.float32
     assert stores(loaded)[1].values.abs().max() > 65504
+
+
+def test_pages_of_another_storage_follow_those_that_are_there():
+    model = tiny()
+    cache = cp.prefill(model, tokens(100), PRESS, storage="int8")
+    for step in range(260):
+        if step == 130:
+            for store in stores(cache):
+                store.codec = Codec.of("int4")
+        forward(model, cache, input_ids=tokens(1, seed=step))
+    bits = [x.keys.bits for x in stores(cache)[0].held.blocks if isinstance(x.keys, Quantized)]
+    assert bits == [8, 4] and int(stores(cache)[0].lengths.sum()) == 2 * 310
+
+
+def test_a_group_wider_than_a_value_costs_no_memory():
+    pages = torch.randn(2, 32, 8)
+    found = Codec(4, value_group=10**7).encode_values(pages)
+    assert found.scale.shape == (2, 32, 1)
+    assert (found.decode() - pages).abs().max() <= found.scale.max()
