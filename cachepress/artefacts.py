@@ -24,7 +24,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from cachepress.digests import checksum_of, model_digests
 from cachepress.errors import CachepressError
-from cachepress.files import replacing
+from cachepress.files import expanded, replacing
 from cachepress.fingerprint import weights_digest
 from cachepress.hf import compressed_layers
 from cachepress.hf.wiring import full_attention
@@ -206,7 +206,7 @@ def locate_artefact(kind: str, source: str | None, name: str, queries: int | Non
             f"nothing was learned of {name} for {kind} yet: {hint}{_or_published(kind, name)}"
         )
     source = source.replace("{model}", name.replace("/", "_"))
-    given, names = os.path.expanduser(source), _names(kind, name, queries)  # noqa: PTH111
+    given, names = expanded(source), _names(kind, name, queries)
     plain = source.isprintable() and 0 < len(source) <= 1000
     folder, told = Path(given), source if plain else shown(source)
     for path in (given, *(str(folder / name) for name in names)):

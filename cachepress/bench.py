@@ -33,7 +33,7 @@ from cachepress.generation.prefill import check_prefill, prefill
 from cachepress.hf import cache_argument
 from cachepress.hf.observation import Watched
 from cachepress.hf.repeat import Repeater
-from cachepress.limits import is_whole, shown
+from cachepress.limits import check_whole
 from cachepress.models import load
 from cachepress.ops import wait
 from cachepress.presses import BasePress
@@ -133,12 +133,10 @@ class BenchOptions:
     def __post_init__(self) -> None:
         for name in ("lengths", "batch_sizes", "forks"):
             for n in getattr(self, name):
-                if not is_whole(n, 1):
-                    raise CachepressError(f"{name}: got {shown(n)}, wanted whole numbers above 0")
+                check_whole(name, n)
         for name in ("steps", "repeats", "layers"):
-            n = getattr(self, name)
-            if not is_whole(n, 1) and (name, n) != ("layers", None):
-                raise CachepressError(f"{name}: got {shown(n)}, wanted at least 1")
+            if (n := getattr(self, name)) is not None or name != "layers":
+                check_whole(name, n)
         if any(b > 1 and f > 1 for b in self.batch_sizes for f in self.forks):
             raise CachepressError("forks are continuations of one context: give batch size 1")
         for press in self.made():

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from cachepress.errors import CachepressError
+from cachepress.limits import check_whole
 from cachepress.stores import Store
 from cachepress.stores.store import allocated_bytes
 
@@ -143,8 +144,7 @@ def fork(cache: Cache, n: int = 1) -> Cache:
     Raises:
         CachepressError: if ``n`` is less than 1.
     """
-    if n < 1:
-        raise CachepressError(f"fork: got n={n}, wanted at least 1")
+    check_whole("fork: n", n)
     copied = copy.deepcopy(cache)
     if n > 1:
         copied.reorder_cache(torch.zeros(n, dtype=torch.long))

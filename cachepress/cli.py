@@ -12,12 +12,22 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cachepress import __version__
 from cachepress.errors import CachepressError, out_of_memory
+from cachepress.files import expanded
 from cachepress.interrupts import WORDS, Interrupts
-from cachepress.limits import MOST, MOST_SEED, is_out_of_memory, is_whole, shown, visible
+from cachepress.limits import (
+    MOST,
+    MOST_SEED,
+    MOST_TOKENS,
+    is_out_of_memory,
+    is_whole,
+    shown,
+    visible,
+    wanted,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +37,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 FAILED, CLOSED_PIPE = 2, 128 + signal.SIGPIPE
 Command = Callable[[dict[str, object]], None]
+_FILE: dict[str, Any] = {"type": expanded, "metavar": "FILE"}
+_FOLDER: dict[str, Any] = {"type": expanded, "metavar": "FOLDER"}
 _TRAINABLE = ("query_stats", "q_filters", "kvzap_linear", "kvzap_mlp", "fastkvzip", "lukv")
 
 
@@ -385,7 +397,7 @@ def _parser() -> argparse.ArgumentParser:
     _data_parser(commands)
     _inspect_parser(commands)
     demo = commands.add_parser("demo", help="compare presses on the built-in model and data")
-    demo.add_argument("--output-dir", default="./results", help="default: ./results")
+    demo.add_argument("--output-dir", type=expanded, default="./results", help="default: ./results")
     demo.set_defaults(command=_demo)
     models = commands.add_parser("models", help="say which models are built in, and where")
     models.add_argument("--fetch", action="store_true", help="fetch what is not there yet")
@@ -406,19 +418,19 @@ def _train_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     p.add_argument("kind", choices=_TRAINABLE, metavar="kind", help=", ".join(_TRAINABLE))
     p.add_argument("--model", default="smollm2-135m", help="default: smollm2-135m")
     p.add_argument("--press", help="the press whose scores are judged (for lukv)")
-    p.add_argument("--text", metavar="FILE", help="text to learn from (default: built-in prose)")
-    p.add_argument("--tokens", type=_positive, default=20000, help="tokens to read (20000)")
-    p.add_argument("--window", type=_positive, default=1000, help="tokens of one context (1000)")
-    p.add_argument("--steps", type=_positive, default=300, help="steps of descent (300)")
+    p.add_argument("--text", **_FILE, help="text to learn from (default: built-in prose)")
+    p.add_argument("--tokens", type=_count, default=20000, help="tokens to read (20000)")
+    p.add_argument("--window", type=_count, default=1000, help="tokens of one context (1000)")
+    p.add_argument("--steps", type=_count, default=300, help="steps of descent (300)")
     p.add_argument("--seed", type=_seed, default=0, help="for what is drawn (0)")
-    p.add_argument("--output", metavar="FILE", help="where to write (default: where presses look)")
+    p.add_argument("--output", **_FILE, help="where to write (default: where presses look)")
     p.add_argument("--dtype", help="torch dtype by name")
     p.add_argument("--device", help="torch device")
     _add_trust(p)
     p.set_defaults(command=_train)
 
 
-def _positive(text: str) -> int:
+def _count(text: str) -> int:
     return _whole(text, 1)
 
 
@@ -426,20 +438,24 @@ def _seed(text: str) -> int:
     return _whole(text, -MOST_SEED, MOST_SEED)
 
 
-def _whole(text: str, least: int = -MOST, most: int = MOST) -> int:
+def _tokens(text: str) -> int:
+    """A number that is only compared with tokens."""
+    return _whole(text, 1, MOST_TOKENS)
+
+
+def _whole(text: str, least: int, most: int = MOST) -> int:
     number = int(text) if re.fullmatch("-?[0-9]{1,18}", text) else None
     if not is_whole(number, least, most):
-        wanted = f"a whole number from {least} to {most}"
-        raise argparse.ArgumentTypeError(f"got {shown(text)}, wanted {wanted}")
+        raise argparse.ArgumentTypeError(f"got {shown(text)}, wanted {wanted(least, most)}")
     return int(text)
 
 
 def _presses_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     p = commands.add_parser("presses", help="list the presses with their options")
-    p.add_argument("--page", metavar="FILE", help="write the page of all presses (Markdown)")
-    p.add_argument("--length", type=_whole, default=2048, help="tokens to measure with (2048)")
-    p.add_argument("--steps", type=_whole, default=20, help="tokens to decode (20)")
-    p.add_argument("--repeats", type=_whole, default=3, help="repeats of everything (3)")
+    p.add_argument("--page", **_FILE, help="write the page of all presses (Markdown)")
+    p.add_argument("--length", type=_count, default=2048, help="tokens to measure with (2048)")
+    p.add_argument("--steps", type=_count, default=20, help="tokens to decode (20)")
+    p.add_argument("--repeats", type=_count, default=3, help="repeats of everything (3)")
     p.set_defaults(command=_presses)
 
 
@@ -451,7 +467,7 @@ def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         "that comes before the defaults: no_press with the built-in model and data, offline.",
         argument_default=argparse.SUPPRESS,
     )
-    p.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
+    p.add_argument("--config", **_FILE, help="YAML file with any of these options")
     p.add_argument("--dataset", help="a benchmark's name, or a .csv, .jsonl or .parquet file")
     p.add_argument("--data-dir", help="part of the data set, such as multi_key-1000 of builtin")
     p.add_argument("--model", help="smollm2-135m, a local folder, or a hub name")
@@ -475,7 +491,7 @@ def _sweep_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         argument_default=argparse.SUPPRESS,
     )
     many = {"nargs": "+"}
-    p.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
+    p.add_argument("--config", **_FILE, help="YAML file with any of these options")
     p.add_argument("--presses", **many, help="aliases or spellings, or all (default: snapkv knorm)")
     p.add_argument(
         "--ratios", type=float, **many, help="for each press (default: 0.25 0.5 0.75 0.9)"
@@ -486,15 +502,15 @@ def _sweep_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     p.add_argument("--models", **many, help="default: smollm2-135m")
     p.add_argument("--query-aware", help="no, yes or both: let presses see the question (no)")
     p.add_argument("--executor", help="serial, process or ray (serial)")
-    p.add_argument("--workers", type=_positive, help="workers of process and ray (1)")
-    p.add_argument("--batch-size", type=_positive, help="most answers decoded at once (128)")
+    p.add_argument("--workers", type=_count, help="workers of process and ray (1)")
+    p.add_argument("--batch-size", type=_count, help="most answers decoded at once (128)")
     p.add_argument(
         "--kl",
         action=argparse.BooleanOptionalAction,
         help="measure the divergence from what the uncompressed model expects (no)",
     )
-    p.add_argument("--markdown", metavar="FILE", help="write the tables to a file, too")
-    p.add_argument("--csv", metavar="FILE", help="write a table for spreadsheets, too")
+    p.add_argument("--markdown", **_FILE, help="write the tables to a file, too")
+    p.add_argument("--csv", **_FILE, help="write a table for spreadsheets, too")
     p.add_argument("--dry-run", action="store_true", help="print the plan, and do nothing")
     _add_evaluation_options(p)
     p.set_defaults(command=_sweep)
@@ -507,8 +523,8 @@ def _result_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParse
         description="Make one page of a folder of results that opens offline: quality against "
         "kept bytes and decode speed, a table of all that was measured, and every sample.",
     )
-    p.add_argument("results", help="folder of results, such as ./results")
-    p.add_argument("--output", metavar="FOLDER", help="where to write (default: the results)")
+    p.add_argument("results", type=expanded, help="folder of results, such as ./results")
+    p.add_argument("--output", **_FOLDER, help="where to write (default: the results)")
     p.add_argument(
         "--formats",
         nargs="+",
@@ -521,7 +537,7 @@ def _result_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParse
         help="score answers again, without the model",
         description="Score the answers of finished runs again, by their own metric or another.",
     )
-    p.add_argument("results", help="folder of results, such as ./results")
+    p.add_argument("results", type=expanded, help="folder of results, such as ./results")
     p.add_argument("--metric", help="a metric for all samples (default: each sample's own)")
     p.set_defaults(command=_score)
 
@@ -539,10 +555,10 @@ def _data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     p.add_argument("dataset", help="name of a benchmark")
     p.add_argument("--data-dir", help="part of it")
     p.add_argument("--data-path", help="folder with its original files (default: the hub)")
-    p.add_argument("--prompts", metavar="FILE", help="prompts instead of ours, as for evaluate")
+    p.add_argument("--prompts", **_FILE, help="prompts instead of ours, as for evaluate")
     p.add_argument("--model", default="smollm2-135m", help="whose tokenizer counts (smollm2-135m)")
     p.add_argument("--seed", type=_seed, default=0, help="seed of what is generated (0)")
-    p.add_argument("--output", required=True, metavar="FILE", help="the Parquet file")
+    p.add_argument("--output", required=True, **_FILE, help="the Parquet file")
     _add_trust(p)
     p.set_defaults(command=_data)
 
@@ -556,7 +572,7 @@ def _inspect_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     )
     p.add_argument("--press", default="snapkv", help="an alias or a spelling (snapkv)")
     p.add_argument("--compression-ratio", type=float, help="fraction of pairs removed, 0 to 1")
-    p.add_argument("--context", required=True, metavar="FILE", help="the text")
+    p.add_argument("--context", required=True, **_FILE, help="the text")
     p.add_argument("--question", required=True, help="what is asked about it")
     p.add_argument("--query-aware", action="store_true", help="let the press see the question")
     p.add_argument(
@@ -567,8 +583,8 @@ def _inspect_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     )
     p.add_argument("--storage", default="full", help="full, int8, int4 or int2 (full)")
     p.add_argument("--model", default="smollm2-135m", help="default: smollm2-135m")
-    p.add_argument("--output", metavar="FILE", default="inspect.html", help="(inspect.html)")
-    p.add_argument("--max-new-tokens", type=_positive, default=50, help="of an answer (50)")
+    p.add_argument("--output", **_FILE, default="inspect.html", help="(inspect.html)")
+    p.add_argument("--max-new-tokens", type=_count, default=50, help="of an answer (50)")
     p.add_argument("--dtype", help="torch dtype by name")
     p.add_argument("--device", help="torch device")
     _add_trust(p)
@@ -583,9 +599,11 @@ def _add_evaluation_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--metric", help="what judges all answers (default: each sample's own)")
     p.add_argument("--fraction", type=float, help="fraction of the contexts to evaluate")
     p.add_argument("--seed", type=_seed, help="seed of data and sampling")
-    p.add_argument("--max-new-tokens", type=_whole, help="instead of the data's own column")
-    p.add_argument("--max-context-length", type=_whole, help="most tokens of a context")
-    p.add_argument("--prefill-chunk-size", type=_whole, help="tokens of a context computed at once")
+    p.add_argument("--max-new-tokens", type=_count, help="instead of the data's own column")
+    p.add_argument("--max-context-length", type=_tokens, help="most tokens of a context")
+    p.add_argument(
+        "--prefill-chunk-size", type=_tokens, help="tokens of a context computed at once"
+    )
     p.add_argument(
         "--prefill-mode", help="exact: compress after the last chunk; online: after each"
     )
@@ -597,7 +615,7 @@ def _add_evaluation_options(p: argparse.ArgumentParser) -> None:
     flag = argparse.BooleanOptionalAction
     p.add_argument(
         "--prompts",
-        metavar="FILE",
+        **_FILE,
         help="prompts in the benchmark's published format, or those of a table, instead of ours",
     )
     p.add_argument(
@@ -632,22 +650,28 @@ def _bench_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     many = {"nargs": "+"}
     p.add_argument("--presses", **many, help="aliases or spellings (default: snapkv)")
     p.add_argument("--ratios", type=float, **many, help="ratios for each press")
-    p.add_argument("--lengths", type=_whole, **many, help="tokens of context (default: 4096)")
-    p.add_argument("--batch-sizes", type=_whole, **many, help="contexts read at once (default: 1)")
-    p.add_argument("--forks", type=_whole, **many, help="continuations of a context (default: 1)")
+    p.add_argument("--lengths", type=_count, **many, help="tokens of context (default: 4096)")
+    p.add_argument("--batch-sizes", type=_count, **many, help="contexts read at once (default: 1)")
+    p.add_argument("--forks", type=_count, **many, help="continuations of a context (default: 1)")
     p.add_argument(
         "--baseline",
         action=argparse.BooleanOptionalAction,
         help="time transformers' own cache, too (default: yes)",
     )
-    p.add_argument("--steps", type=_whole, help="tokens decoded in each repeat (default: 32)")
-    p.add_argument("--repeats", type=_whole, help="of everything (default: 3)")
+    p.add_argument("--steps", type=_count, help="tokens decoded in each repeat (default: 32)")
+    p.add_argument("--repeats", type=_count, help="of everything (default: 3)")
     p.add_argument("--model", help="smollm2-135m, a local folder, or a hub name")
-    p.add_argument("--config", help="random weights of a shape: llama-3.1-8b, qwen3-4b, a folder")
-    p.add_argument("--layers", type=_whole, help="layers of that shape (default: all)")
+    p.add_argument(
+        "--config",
+        type=expanded,
+        help="random weights of a shape: llama-3.1-8b, qwen3-4b, a folder",
+    )
+    p.add_argument("--layers", type=_count, help="layers of that shape (default: all)")
     p.add_argument("--dtype", help="torch dtype (default: float32 on CPU)")
     p.add_argument("--device", help="torch device (default: a GPU if there is one)")
-    p.add_argument("--prefill-chunk-size", type=_whole, help="tokens of a context computed at once")
+    p.add_argument(
+        "--prefill-chunk-size", type=_tokens, help="tokens of a context computed at once"
+    )
     p.add_argument("--prefill-mode", help="exact or online")
     p.add_argument("--storage", help="full, int8, int4 or int2")
     p.add_argument(
@@ -655,7 +679,7 @@ def _bench_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         action=argparse.BooleanOptionalAction,
         help="allow lengths that the model was not trained for",
     )
-    p.add_argument("--json", metavar="FILE", help="write every timing to a file")
+    p.add_argument("--json", **_FILE, help="write every timing to a file")
     _add_trust(p)
     p.set_defaults(command=_bench)
 

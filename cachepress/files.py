@@ -8,12 +8,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+def expanded(name: str) -> str:
+    """A path whose ``~`` stands for a home folder, as a shell reads it; other names as they are.
+
+    No name of a data set or on the hub begins so, and a shell leaves it where an option is written
+    ``--model=~/x``, in YAML and in the spelling of a press.
+    """
+    return os.path.expanduser(name)  # noqa: PTH111 - Path.expanduser raises for unknown users.
+
+
 def real_path(name: str) -> str:
     """The one absolute path of a file or folder that several names lead to.
 
     A text that names no file or folder, such as a repository on the hub, is left as it is.
     """
-    given = os.path.expanduser(name)  # noqa: PTH111 - Path.expanduser raises for unknown users.
+    given = expanded(name)
     if not given or not os.path.exists(given):  # noqa: PTH110 - nor does this, for any text.
         return name
     path = Path(os.path.realpath(given))

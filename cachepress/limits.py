@@ -2,12 +2,14 @@
 
 import re
 
+from cachepress.errors import CachepressError
+
 MOST = 10**7
 """Most that a whole number in an option may be for which something is done or allocated: steps,
-workers, channels."""
+workers, channels, tokens of an answer."""
 MOST_TOKENS = 2**31 - 1
-"""Most that one may be that is only compared with tokens, whose positions are 32-bit numbers: large
-values often stand for all tokens."""
+"""Most that one may be that is only compared with tokens, whose positions are 32-bit numbers, such
+as the longest context, a chunk, a window: large values often stand for all tokens."""
 MOST_POSITIONS = 10**6
 """Most positions that a score looks at one by one."""
 MOST_SEED = 2**32 - 1
@@ -30,6 +32,17 @@ _NO_MEMORY = re.compile(
 def is_whole(value: object, least: int, most: int = MOST) -> bool:
     """Whether a value is a whole number within bounds; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def wanted(least: int, most: int = MOST) -> str:
+    """What an error says of a whole number that is none, or out of bounds."""
+    return f"a whole number of at least {least}, at most {most}"
+
+
+def check_whole(name: str, value: object, least: int = 1, most: int = MOST) -> None:
+    """Raise CachepressError unless an option is a whole number within bounds."""
+    if not is_whole(value, least, most):
+        raise CachepressError(f"{name}: got {shown(value)}, wanted {wanted(least, most)}")
 
 
 def shown(value: object, most: int = LONGEST_SHOWN) -> str:

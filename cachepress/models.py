@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from cachepress.errors import CachepressError, out_of_memory
+from cachepress.files import expanded
 from cachepress.limits import is_out_of_memory, visible
 
 _FORMAT = 1
@@ -202,14 +203,14 @@ def positions_of(name: str, model_kwargs: Mapping[str, object] | None = None) ->
 
 
 def resolve(name: str) -> str:
-    """Folder of a built-in model, fetched and converted on first use; other names as they are.
+    """Folder of a built-in model, fetched and converted on first use; other names but for a ``~``.
 
     Raises:
         ModelError: if the built-in model cannot be fetched or converted.
     """
     spec = BUILTIN_MODELS.get(name)
     if spec is None:
-        return name
+        return expanded(name)
     home = cache_home()
     if not _is_ready(home / name, spec):
         _need("accelerate", "filelock", "gguf")
@@ -296,7 +297,7 @@ def _need(*packages: str) -> None:
 def cache_home() -> Path:
     """Where models, and what is learned of them, are kept."""
     if home := os.environ.get("CACHEPRESS_HOME"):
-        return Path(home).expanduser().absolute()
+        return Path(expanded(home)).absolute()
     _need("platformdirs")
     from platformdirs import user_cache_dir
 

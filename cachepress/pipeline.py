@@ -24,6 +24,7 @@ from cachepress.decode import check_generation, generate
 from cachepress.errors import CachepressError
 from cachepress.generation.prefill import prefill
 from cachepress.hf import has_only_full_attention
+from cachepress.limits import MOST_TOKENS, check_whole
 from cachepress.ops import wait
 from cachepress.presses import BasePress
 from cachepress.stores import Codec
@@ -85,10 +86,10 @@ class PromptOptions:
                 f"truncation: got {self.truncation!r}, wanted {MIDDLE!r}, {END!r}, True for "
                 f"{END!r}, or False to refuse what is too long"
             )
-        if not all(isinstance(n, int) and n > 0 for n in self.limits):
-            raise CachepressError(
-                f"max_new_tokens: got {self.max_new_tokens!r}, wanted whole numbers above 0"
-            )
+        for n in self.limits:
+            check_whole("max_new_tokens", n)
+        if self.max_context_length is not None:
+            check_whole("max_context_length", self.max_context_length, most=MOST_TOKENS)
 
     @property
     def asked(self) -> list[str]:

@@ -26,6 +26,7 @@ from cachepress.artefacts import (
 from cachepress.budgets import Ratio, TopK
 from cachepress.chat import encode
 from cachepress.errors import CachepressError
+from cachepress.files import expanded
 from cachepress.generation.prefill import prefill
 from cachepress.presses import fastkvzip, kvzap, lukv
 from cachepress.presses._looking import _LookingPress
@@ -105,7 +106,7 @@ def train(kind: str, lesson: Lesson, output: str | None = None) -> Path:
 
 def _target(kind: str, model: PreTrainedModel, output: str | None) -> Path:
     """Where an artefact goes; checked before the work, which may be long."""
-    path = default_path(kind, model) if output is None else Path(output).expanduser()
+    path = default_path(kind, model) if output is None else Path(expanded(output))
     path = path / f"{kind}.safetensors" if path.is_dir() else path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,17 @@
 """What no user can make the library do: count without end, obey a name, say more than a line."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import cachepress as cp
+from cachepress.bench import BenchOptions
+from cachepress.catalogue import example, own_presses
+from cachepress.cli import main
 from cachepress.errors import out_of_memory
+from cachepress.evaluation import EvaluationConfig
+from cachepress.evaluation.sweep import SweepConfig
 from cachepress.limits import (
     LONGEST_SHOWN,
     LONGEST_SPELLING,
@@ -18,7 +25,7 @@ from cachepress.limits import (
     visible,
 )
 from tests.bounds import near
-from tests.tiny import tiny, tokens
+from tests.tiny import tiny, tokenizer, tokens
 
 ENDLESS = 10**5000
 
@@ -196,3 +203,81 @@ def test_a_prefill_that_runs_out_of_memory_says_so(monkeypatch):
     monkeypatch.setattr(cp.KnormPress, "score", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cp.prefill(tiny(), tokens(30), cp.KnormPress(0.5))
+
+
+FIELDS = [
+    (kind, f.name)
+    for kind in own_presses().values()
+    for f in dataclasses.fields(kind)
+    if f.type in ("int", "int | None", int)
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS, ids=lambda x: getattr(x, "__name__", x))
+def test_every_whole_number_of_a_press_is_within_bounds(kind, name):
+    press = example(kind, 0.5)
+    for got in (MOST_BYTES + 1, -MOST_BYTES - 1, 10**30, ENDLESS, 0.5, "x"):
+        with pytest.raises(cp.CachepressError, match=f"{name}: got .*, wanted "):
+            dataclasses.replace(press, **{name: got})
+
+
+WHOLE = {
+    "max_new_tokens": MOST,
+    "max_context_length": MOST_TOKENS,
+    "prefill_chunk_size": MOST_TOKENS,
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_options_of_an_evaluation_have_one_bound_wherever_they_stand(tmp_path, capsys, name):
+    most, path = WHOLE[name], tmp_path / "options.yaml"
+    assert getattr(EvaluationConfig(**{name: most}), name) == most
+    for got in (0, -1, most + 1, 10**30):
+        wanted = f"got {got}, wanted a whole number of at least 1, at most {most}"
+        with pytest.raises(cp.CachepressError, match=f"^{name}: {wanted}$"):
+            EvaluationConfig(**{name: got})
+        path.write_text(f"{name}: {got}\n")
+        assert main(["evaluate", f"--config={path}"]) == 2
+        # Python's parser of YAML takes no number of more than 18 digits.
+        assert name in capsys.readouterr().err or got == 10**30
+        with pytest.raises(SystemExit):
+            main(["evaluate", f"--{name.replace('_', '-')}={got}"])
+        assert wanted.replace(f"got {got}", f"got '{got}'") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "most"),
+    [
+        ("bench", "lengths", MOST),
+        ("bench", "forks", MOST),
+        ("bench", "batch-sizes", MOST),
+        ("bench", "steps", MOST),
+        ("bench", "repeats", MOST),
+        ("bench", "layers", MOST),
+        ("bench", "prefill-chunk-size", MOST_TOKENS),
+        ("sweep", "workers", MOST),
+        ("sweep", "batch-size", MOST),
+        ("presses", "length", MOST),
+        ("train", "window", MOST),
+        ("inspect", "max-new-tokens", MOST),
+    ],
+)
+def test_the_options_of_other_commands_have_them_too(capsys, command, option, most):
+    for got in (0, most + 1, 10**400, "1.5", "x"):
+        with pytest.raises(SystemExit):
+            main([command, f"--{option}={got}"])
+        assert f"wanted a whole number of at least 1, at most {most}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n", [0, -1, 10**30, 1.5, True])
+def test_whole_numbers_of_calls_are_within_bounds(n):
+    model, made = tiny(), tokenizer()
+    cache = cp.prefill(model, tokens(9), cp.KnormPress(0.5))
+    with pytest.raises(cp.CachepressError, match="wanted a whole number of at least 1, at most"):
+        cp.fork(cache, n)
+    with pytest.raises(cp.CachepressError, match="max_new_tokens: got .* wanted a whole number"):
+        cp.ask(model, made, cache, "w5", max_new_tokens=n)
+    with pytest.raises(cp.CachepressError, match="steps: got .* wanted a whole number"):
+        BenchOptions(steps=n)
+    with pytest.raises(cp.CachepressError, match="workers: got .* wanted a whole number"):
+        SweepConfig(workers=n)

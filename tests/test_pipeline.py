@@ -279,7 +279,8 @@ def test_a_cut_is_said_and_counted(pipe, caplog, way, place):
         (CONTEXT, {"max_new_tokens": 0}, "max_new_tokens: got 0"),
         (CONTEXT, {"questions": ["w9"], "max_new_tokens": [1, 2]}, "got 2 for 1 questions"),
         (CONTEXT, {"temprature": 1.0}, "unknown option 'temprature'"),
-        (CONTEXT, {"max_context_length": 0}, "no room for a context"),
+        (CONTEXT, {"max_context_length": 0}, "max_context_length: got 0, wanted a whole number"),
+        (CONTEXT, {"max_new_tokens": 600}, "no room for a context"),
         ([CONTEXT], {"questions": [["w9"], ["w8"]]}, "2 lists of questions"),
     ],
 )

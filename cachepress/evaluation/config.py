@@ -13,9 +13,9 @@ from typing import get_args, get_type_hints
 from cachepress.budgets import check_ratio
 from cachepress.errors import CachepressError
 from cachepress.evaluation.prompts import read_prompts
-from cachepress.files import real_path
+from cachepress.files import expanded, real_path
 from cachepress.generation.prefill import check_prefill
-from cachepress.limits import MOST, MOST_SEED, is_whole, shown
+from cachepress.limits import MOST, MOST_SEED, MOST_TOKENS, check_whole, shown
 from cachepress.models import BUILTIN_MODELS
 from cachepress.pipeline import END, MIDDLE
 from cachepress.presses import BasePress
@@ -27,8 +27,31 @@ CONFIG = "config.yaml"
 """The file in a folder of results that says what they are of."""
 FREE_FIELDS = ("output_dir", "log_level", "overwrite", "device", "data_path", "metric")
 """Fields that may differ when a run is resumed: they do not change an answer."""
+PLACES = ("dataset", "data_path", "model", "prompts", "output_dir")
+"""Fields that may name a file or a folder."""
+IDLE_KWARGS = frozenset(
+    (
+        *("cache_dir", "force_download", "local_files_only", "proxies", "resume_download"),
+        *("token", "use_auth_token"),
+        *("device_map", "low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_folder"),
+        "offload_state_dict",
+    )
+)
+"""Arguments of from_pretrained that change no answer, and are no part of what a run is.
+
+The first ones say from where files come and who may have them: what the files hold is in the digest
+of the model. The others say where weights lie, as ``device`` does. None of them is written into
+results, the token least of all. What is left chooses files, types or code.
+"""
 ADDED_FIELDS = ("trust_remote_code", "chat", "prompts")
 """Fields that came later: results from before them have their defaults."""
+BOUNDS = {
+    "seed": (-MOST_SEED, MOST_SEED),
+    "max_new_tokens": (1, MOST),
+    "max_context_length": (1, MOST_TOKENS),
+    "prefill_chunk_size": (1, MOST_TOKENS),
+}
+"""The least and the most that fields may be which are whole numbers."""
 TRUNCATIONS = (MIDDLE, END)
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
@@ -97,7 +120,13 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), kind)
+        for name in PLACES:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, expanded(value))
         _check_json("model_kwargs", self.model_kwargs)
+        places = {k: v for k, v in self.model_kwargs.items() if k in IDLE_KWARGS and type(v) is str}
+        told = {k: expanded(v) for k, v in places.items() if k.endswith(("_dir", "_folder"))}
+        object.__setattr__(self, "model_kwargs", {**self.model_kwargs, **told})
         press = self.make_press()
         if press is None and self.compression_ratio:
             raise CachepressError(
@@ -111,10 +140,6 @@ class EvaluationConfig:
                 "where it is: leave query_aware out"
             )
         check_prefill(press, self.prefill_chunk_size, self.prefill_mode, self.storage)
-        for name in ("max_new_tokens", "max_context_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise CachepressError(f"{name}: got {value}, wanted a whole number above 0")
         if self.truncation not in (True, False, *TRUNCATIONS):
             raise CachepressError(
                 f"truncation: got {self.truncation!r}, wanted one of {', '.join(TRUNCATIONS)}, or "
@@ -155,7 +180,7 @@ class EvaluationConfig:
     def get_results_dir(self) -> Path:
         """Folder of the results: dataset__data_dir__model__press__ratio, and what else differs."""
         names = (same_data(self.dataset), same_model(self.model), self.press_name)
-        folder = self._folder(*names, _safe)
+        folder = self._folder(*names, _safe, acting_kwargs(self.model_kwargs))
         earlier = self._earlier_results_dir()
         if earlier != folder and not folder.exists() and self._is_here(earlier):
             return earlier
@@ -165,12 +190,19 @@ class EvaluationConfig:
         """Where version 0.1.0 left results of these options: it did not look where paths lead."""
         press = self._spelled_press()
         name = NO_PRESS if press is None else brief(press, self.ratio)
-        return self._folder(self.dataset, self.model, name, _clean)
+        return self._folder(self.dataset, self.model, name, _clean, self.model_kwargs)
 
-    def _folder(self, dataset: str, model: str, press: str, safe: Callable[[str], str]) -> Path:
+    def _folder(
+        self,
+        dataset: str,
+        model: str,
+        press: str,
+        safe: Callable[[str], str],
+        model_kwargs: Mapping[str, object],
+    ) -> Path:
         data = Path(dataset).stem if Path(self.dataset).suffix else dataset
         parts = [data, self.data_dir or "", Path(model).name, press]
-        parts += [_decimals(self.ratio), *self._further_parts()]
+        parts += [_decimals(self.ratio), *self._further_parts(model_kwargs)]
         name = "__".join(safe(part) for part in parts if part)
         return Path(self.output_dir) / (
             name if len(name) <= 240 else f"{name[:230]}-{_digest(name)}"
@@ -189,7 +221,7 @@ class EvaluationConfig:
         press = self.make_press()
         return NO_PRESS if press is None else brief(press, self.ratio)
 
-    def _further_parts(self) -> list[str]:
+    def _further_parts(self, model_kwargs: Mapping[str, object]) -> list[str]:
         parts = []
         numbers = ("fraction", "seed", "max_new_tokens", "max_context_length", "dtype")
         for name in (*numbers, "prefill_chunk_size"):
@@ -208,8 +240,8 @@ class EvaluationConfig:
             parts.append(f"truncation-{self.truncation}")
         flags = ("trust_remote_code", "query_aware", "truncation", "beyond_trained_length")
         parts += [name for name in flags if getattr(self, name) is True]
-        if self.model_kwargs:
-            parts.append("model_kwargs-" + _digest(self.model_kwargs))
+        if model_kwargs:
+            parts.append("model_kwargs-" + _digest(model_kwargs))
         return parts
 
     @property
@@ -223,6 +255,7 @@ class EvaluationConfig:
         values["press"] = repr(press) if (press := self.make_press()) else NO_PRESS
         values["compression_ratio"] = self.ratio
         values["prompts"] = self.prompts_label
+        values["model_kwargs"] = acting_kwargs(self.model_kwargs)
         for name in ADDED_FIELDS:
             if values[name] == _DEFAULTS[name]:
                 del values[name]
@@ -285,9 +318,8 @@ def _check_type(name: str, value: object, kind: type | UnionType) -> None:
     if not fits:
         wanted = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
         raise CachepressError(f"{name}: got {shown(value)}, wanted {wanted}")
-    most = MOST_SEED if name == "seed" else MOST
-    if isinstance(value, int) and not is_whole(int(value), -most, most):
-        raise CachepressError(f"{name}: got {shown(value)}, wanted at most {most}")
+    if isinstance(value, int) and not isinstance(value, bool):
+        check_whole(name, value, *BOUNDS.get(name, (-MOST, MOST)))
     if isinstance(value, str) and "\0" in value:
         raise CachepressError(f"{name}: got {shown(value)}, wanted a text without NUL")
 
@@ -297,6 +329,11 @@ def _decimals(ratio: float) -> str:
     exact = Decimal(str(ratio))
     digits = max(2, -int(exact.as_tuple().exponent))
     return f"{exact:.{digits}f}"
+
+
+def acting_kwargs(model_kwargs: Mapping[str, object]) -> dict[str, object]:
+    """The arguments of from_pretrained that can change an answer."""
+    return {name: value for name, value in model_kwargs.items() if name not in IDLE_KWARGS}
 
 
 def same_model(name: str) -> str:
@@ -311,6 +348,8 @@ def same_data(name: str) -> str:
 
 def _meant(name: str, saved: object) -> object:
     """A saved field as it would be saved now."""
+    if name == "model_kwargs" and isinstance(saved, Mapping):
+        return acting_kwargs(saved)
     if not isinstance(saved, str):
         return saved
     if name == "press":

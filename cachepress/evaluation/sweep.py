@@ -18,7 +18,8 @@ from cachepress.evaluation.executors import EXECUTORS, Executor, Unit, WorkerOpt
 from cachepress.evaluation.reader import shares_reading
 from cachepress.evaluation.samples import Context, contexts_of, load_table
 from cachepress.evaluation.statistics import Paired, paired
-from cachepress.limits import is_whole, shown
+from cachepress.files import expanded
+from cachepress.limits import check_whole, shown
 from cachepress.models import load_tokenizer, resolve
 from cachepress.spec import parse
 from cachepress.structured import read_mapping
@@ -78,14 +79,12 @@ class SweepConfig:
                     f"{name}: got {shown(getattr(self, name))}, wanted one of {', '.join(known)}"
                 )
         for name in ("workers", "batch_size"):
-            value = getattr(self, name)
-            if not is_whole(value, 1):
-                raise CachepressError(f"{name}: got {shown(value)}, wanted a whole number above 0")
+            check_whole(name, getattr(self, name))
 
     @property
     def output_dir(self) -> Path:
         """Where results go."""
-        return Path(str(self.options.get("output_dir", EvaluationConfig.output_dir)))
+        return Path(expanded(str(self.options.get("output_dir", EvaluationConfig.output_dir))))
 
     @property
     def worker_options(self) -> WorkerOptions:

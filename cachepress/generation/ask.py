@@ -11,7 +11,7 @@ from cachepress.cache import fork, stores
 from cachepress.chat import encode, template
 from cachepress.decode import check_generation, generate
 from cachepress.errors import CachepressError
-from cachepress.limits import is_whole, shown
+from cachepress.limits import check_whole, shown
 
 
 def ask(
@@ -56,10 +56,7 @@ def ask(
         if not isinstance(text, str):
             raise CachepressError(f"{name}: got {shown(text)}, wanted a text")
     check_generation({} if generation is None else generation)
-    if not is_whole(max_new_tokens, 1):
-        raise CachepressError(
-            f"max_new_tokens: got {shown(max_new_tokens)}, wanted a whole number above 0"
-        )
+    check_whole("max_new_tokens", max_new_tokens)
     seen, sequences = cache.get_seq_length(), _sequences(cache)
     if not seen:
         raise CachepressError("the cache is empty: fill it with cachepress.prefill, or load one")

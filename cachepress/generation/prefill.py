@@ -12,7 +12,7 @@ from transformers.utils import logging
 from cachepress.cache import note_text, trim
 from cachepress.errors import CachepressError, out_of_memory
 from cachepress.hf import Observation, cache_argument, codec_of
-from cachepress.limits import MOST_TOKENS, is_out_of_memory, is_whole, shown
+from cachepress.limits import MOST_TOKENS, check_whole, is_out_of_memory, shown
 from cachepress.presses.base import BasePress
 from cachepress.stores import Codec
 
@@ -120,7 +120,5 @@ def check_prefill(
     if chunk_size is None:
         if mode == "online":
             raise CachepressError("online prefill compresses chunk by chunk: give a chunk size")
-    elif not is_whole(chunk_size, 1, MOST_TOKENS):
-        raise CachepressError(
-            f"prefill chunk size: got {shown(chunk_size)}, wanted a whole number above 0"
-        )
+        return
+    check_whole("prefill chunk size", chunk_size, most=MOST_TOKENS)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cachepress.errors import CachepressError
+from cachepress.files import expanded
 from cachepress.hf import check_model
 from cachepress.hf.wiring import full_attention
 from cachepress.ops.attention import attention_weights
@@ -108,7 +109,7 @@ def _by_name(found: dict[str, object]) -> list[list[float]]:
 
 def pattern_file(path: str) -> Path:
     """The file of a pattern that is named by its file or its folder."""
-    found = Path(path).expanduser()
+    found = Path(expanded(path))
     return found / PATTERN if found.is_dir() else found
 
 

@@ -25,7 +25,14 @@ from cachepress.core import Schedule, Turn
 from cachepress.errors import CachepressError
 from cachepress.files import real_path
 from cachepress.hf import Observation
-from cachepress.limits import MOST_BYTES, MOST_SEED, MOST_TOKENS, is_whole, shown
+from cachepress.limits import (
+    MOST_BYTES,
+    MOST_SEED,
+    MOST_TOKENS,
+    check_whole,
+    is_whole,
+    shown,
+)
 from cachepress.ops import wide_dtype
 from cachepress.replay import Replay, ReplayView
 from cachepress.schedules import AfterPrefill
@@ -443,12 +450,7 @@ def check_values(press: BasePress) -> None:
 
 def check_count(press: BasePress, name: str, least: int = 1, most: int = MOST_TOKENS) -> None:
     """Raise unless the press's field ``name`` is an integer from ``least`` to ``most``."""
-    got = getattr(press, name)
-    most = MOST_SEED if name == "seed" else most
-    if not is_whole(got, least, most):
-        raise CachepressError(
-            f"{name}: got {shown(got)}, wanted a whole number of at least {least}, at most {most}"
-        )
+    check_whole(name, getattr(press, name), least, MOST_SEED if name == "seed" else most)
 
 
 def counted(wrapper: WrapperPress) -> TopK:

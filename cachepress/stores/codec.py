@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cachepress.errors import CachepressError
-from cachepress.limits import MOST_TOKENS, is_whole, shown
+from cachepress.limits import MOST_TOKENS, check_whole, is_whole, shown
 from cachepress.ops.precision import wide
 from cachepress.ops.ragged_attention import PAGE
 
@@ -40,11 +40,9 @@ class Codec:
     def __post_init__(self) -> None:
         if not is_whole(self.bits, 2) or self.bits not in (2, 4, 8):
             raise CachepressError(f"bits: got {shown(self.bits)}, wanted 2, 4 or 8")
-        if not is_whole(self.residual, 0, MOST_TOKENS):
-            raise CachepressError(f"residual: got {shown(self.residual)}, wanted a number of rows")
-        group = self.value_group
-        if group is not None and not is_whole(group, 1):
-            raise CachepressError(f"value_group: got {shown(group)}, wanted a number of channels")
+        check_whole("residual", self.residual, 0, MOST_TOKENS)
+        if self.value_group is not None:
+            check_whole("value_group", self.value_group)
 
     @classmethod
     def of(cls, storage: "str | Codec") -> "Codec | None":

@@ -136,7 +136,7 @@ def test_the_folder_names_budgets_and_ways_to_read():
     ("options", "message"),
     [
         ({"prefill_mode": "online"}, "give a chunk size"),
-        ({"prefill_chunk_size": 0}, "prefill chunk size: got 0"),
+        ({"prefill_chunk_size": 0}, "prefill_chunk_size: got 0"),
         ({"storage": "int8"}, "needs a press"),
         ({"press": "knorm", "storage": "int3"}, "storage: got 'int3'"),
         ({"press": "DecodingPress(KnormPress())", "compression_ratio": 0.5}, "give target_size"),

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cachepress as cp
 from cachepress.artefacts import save_artefact
+from cachepress.cli import main
 from cachepress.evaluation import EvaluationConfig, EvaluationRunner, cell
 from cachepress.evaluation.cell import CONFIG, METRICS, PREDICTIONS, RECORDS
 from cachepress.evaluation.reader import Reader
@@ -432,3 +433,78 @@ def test_a_refused_sweep_leaves_no_folder_and_one_left_out_none_either(work, ans
     assert not (work / "results").exists()
     run_sweep(config, quiet=True)
     assert len(list((work / "results").iterdir())) == 2
+
+
+@pytest.fixture
+def at_home(work, monkeypatch):
+    monkeypatch.setenv("HOME", str(work))
+    return work
+
+
+def test_a_tilde_is_the_home_folder_and_the_same_run(at_home, answered):
+    folder = run(output_dir=str(at_home / "results"))
+    assert answered == [0, 1]
+    tilde = {"dataset": "~/facts.jsonl", "model": "~/model", "output_dir": "~/results"}
+    assert run(**tilde) == folder and run(**tilde, data_path="~") == folder
+    (at_home / "options.yaml").write_text(yaml.safe_dump({**CONFIGURED, **tilde}))
+    assert main(["evaluate", "--config=~/options.yaml"]) == 0
+    given = [
+        f"--{name.replace('_', '-')}={value}" for name, value in {**CONFIGURED, **tilde}.items()
+    ]
+    assert main(["evaluate", *given]) == 0
+    run_sweep(
+        SweepConfig(
+            presses=["knorm"],
+            ratios=[0.5],
+            datasets=[tilde["dataset"]],
+            models=[tilde["model"], str(at_home / "model")],
+            options={"output_dir": "~/results", "device": "cpu"},
+        ),
+        quiet=True,
+    )
+    assert answered == [0, 1]
+    assert len(records(folder)) == 4 and len(list((at_home / "results").iterdir())) == 2
+    assert not (at_home / "~").exists()
+    assert main(["report", "~/results", "--output=~/page", "--formats=md"]) == 0
+    assert (at_home / "page").is_dir()
+
+
+def test_a_tilde_in_a_press_is_the_home_folder(at_home, answered):
+    (at_home / "heads.json").write_text(
+        json.dumps({f"{i}-{j}": [0.5] for i in range(4) for j in range(2)})
+    )
+    folder = run(press="HeadKVPress(KnormPress(0.5), '~/heads.json')")
+    assert run(press=f"HeadKVPress(KnormPress(0.5), '{at_home}/heads.json')") == folder
+    assert answered == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["org/model", "org/~model", "a~b", "~nobody-has-this-name/x"])
+def test_names_on_the_hub_are_no_paths(at_home, name):
+    config = EvaluationConfig(model=name, data_path=None)
+    assert config.model == name and config.identity()["model"] == name
+
+
+IDLE = [
+    {"cache_dir": "relative"},
+    {"cache_dir": "~/relative"},
+    {"local_files_only": True, "token": "hf_secret", "force_download": False},
+    {"device_map": "cpu", "low_cpu_mem_usage": True, "max_memory": {"cpu": "9GB"}},
+]
+
+
+def test_arguments_that_change_no_answer_are_the_same_run(work, answered):
+    folder = run()
+    for idle in [*IDLE, {"cache_dir": str(work / "relative")}]:
+        assert run(model_kwargs=idle) == folder
+    assert answered == [0, 1]
+    assert "hf_secret" not in "".join(p.read_text() for p in folder.iterdir())
+    other = run(model_kwargs={"attn_implementation": "eager", "cache_dir": "relative"})
+    assert other != folder and answered == [0, 1, 0, 1]
+    assert run(model_kwargs={"attn_implementation": "eager"}) == other and len(answered) == 4
+
+
+def test_idle_arguments_of_0_1_0_are_no_difference():
+    config = EvaluationConfig(**CONFIGURED)
+    saved = {**config.identity(), "model_kwargs": {"cache_dir": "elsewhere", "token": "x"}}
+    assert config.difference(saved) is None
+    assert config.difference({**saved, "model_kwargs": {"revision": "x"}}) == "model_kwargs"
