@@ -102,9 +102,7 @@ def _generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     ids, mask = _padded(question_ids, cache.get_seq_length(), pad)
     options = {"do_sample": False, "pad_token_id": pad, **generation, **_ONE_ANSWER}
-    config = GenerationConfig(
-        **{**options, "eos_token_id": ends or None}, max_new_tokens=max_new_tokens
-    )
+    config = _FromCache(**{**options, "eos_token_id": ends or None}, max_new_tokens=max_new_tokens)
     stops = generation.get("stop_strings")
     with torch.no_grad():
         out = model.generate(
@@ -116,6 +114,22 @@ def _generate(
             **{cache_argument(model): cache},
         )
     return [_until(row, ends) for row in out[:, ids.shape[1] :].tolist()]
+
+
+class _FromCache(GenerationConfig):
+    """Options of an answer from a cache that is there.
+
+    Which one ``generate`` would make itself is none of them; the model's own config may say it, and
+    what it says is taken over wherever an option is None.
+    """
+
+    @property
+    def cache_implementation(self) -> None:
+        """No kind of cache."""
+        return None
+
+    @cache_implementation.setter
+    def cache_implementation(self, value: str | None) -> None: ...
 
 
 class Forced(NamedTuple):

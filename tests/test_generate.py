@@ -4,12 +4,13 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 import cachepress as cp
 from cachepress.cache import stores
 from tests.bounds import close
-from tests.tiny import ARCHITECTURES, exact_tiny, tokens
+from tests.tiny import ARCHITECTURES, exact_tiny, tokenizer, tokens, words
 from tests.tiny_cache import forward, kept, pressed
 
 PRESS = cp.KnormPress(0.5)
@@ -300,3 +301,59 @@ def test_a_fork_of_an_uncompressed_cache_shares_its_rows_too():
     close(ours, wanted)
     tails = 8 * 4 * 2 * (2 + 64) * 2 * 8 * 8
     assert cp.size_of(forked).bytes_after < 4 * 2 * (400 + 32) * (2 * 8 * 8 + 4) + tails
+
+
+KINDS = [*ALL_CACHE_IMPLEMENTATIONS, "paged"]
+"""Every kind of cache that a model's own generation config can ask for."""
+
+
+def asking_for(kind, name="llama"):
+    model = exact_tiny(name)
+    model.generation_config.cache_implementation = kind
+    return model
+
+
+def answers(model, ids):
+    """Answers under a press: with no cache of the caller's, with one, after it, and in words."""
+    with torch.no_grad(), PRESS(model):
+        alone = model.generate(ids, **OPTIONS)[0].tolist()
+        given = model.generate(ids, past_key_values=DynamicCache(), **OPTIONS)[0].tolist()
+    with torch.no_grad():
+        cache, mask = cp.prefill(model, ids, PRESS), torch.ones(1, 33, dtype=torch.long)
+        options = {**OPTIONS, "attention_mask": mask, "cache_implementation": None}
+        later = model.generate(tokens(3), past_key_values=cache, **options)[0].tolist()
+    said = cp.ask(model, tokenizer(), cp.prefill(model, ids, PRESS), "w5 w6", max_new_tokens=4)
+    pipe = transformers.pipeline("kv-press-text-generation", model=model, tokenizer=tokenizer())
+    asked = {"question": "w5 w6", "max_new_tokens": 4}
+    told = [pipe(words(30), press=press, **asked)["answer"] for press in (PRESS, None)]
+    return [alone, given, later, said, told]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_model_that_asks_for_another_kind_of_cache_answers_as_ever(name):
+    ids = tokens(30)
+    wanted = answers(asking_for(None, name), ids)
+    assert wanted[0] == wanted[1]
+    for kind in KINDS:
+        model = asking_for(kind, name)
+        assert answers(model, ids) == wanted
+        assert model.generation_config.cache_implementation == kind
+
+
+def test_what_a_model_asks_for_comes_back_with_the_last_block():
+    model, ids = asking_for("static"), tokens(30)
+    first, second = PRESS(model), cp.SnapKVPress(0.5, window_size=4)(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert model.generation_config.cache_implementation is None
+    second.__exit__(None, None, None)
+    assert model.generation_config.cache_implementation == "static"
+    with pytest.raises(RuntimeError, match="stop"), PRESS(model):
+        raise RuntimeError("stop")
+    assert model.generation_config.cache_implementation == "static"
+    with torch.no_grad():
+        plain = model.generate(ids, return_dict_in_generate=True, **OPTIONS)
+    assert type(plain.get("cache", plain.get("past_key_values"))) is StaticCache
+    with torch.no_grad(), PRESS(model), pytest.raises(cp.CachepressError, match="got StaticCache"):
+        model.generate(ids, cache_implementation="static", **OPTIONS)

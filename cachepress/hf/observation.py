@@ -18,6 +18,7 @@ from cachepress.core import Pending, Press, Turn, settle, settle_together
 from cachepress.errors import CachepressError
 from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen, attach
 from cachepress.hf.capture import Capture, Place
+from cachepress.hf.kinds import bring_kind_back, set_kind_aside
 from cachepress.hf.repeat import Read, Repeater
 from cachepress.hf.wiring import (
     CACHE_NAMES,
@@ -132,9 +133,11 @@ class Observation:
         self._covered = {m for m in model.modules() if isinstance(m, PreTrainedModel)}
         self._hooks: list[RemovableHandle] = []
         self._depth = self._passed = 0
+        self._kind_is_aside = False
 
     def __enter__(self) -> None:
         attach(self._model)
+        self._kind_is_aside = set_kind_aside(self._model)
         for module in self._covered:
             self._hooks += [
                 module.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -153,6 +156,8 @@ class Observation:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if self._kind_is_aside:
+            bring_kind_back(self._model)
         self._end_forward()
 
     def question_of(self, batch: Tensor) -> Tensor | None:

@@ -53,7 +53,10 @@ def install_stores(cache: Cache, model: PreTrainedModel) -> dict[int, Store]:
     name, config = type(model).__name__, model.get_decoder().config
     if type(cache) is not DynamicCache or cache.offloading:
         kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
-        raise UnsupportedError(f"got {kind} for {name}: pass a DynamicCache(), or no cache")
+        raise UnsupportedError(
+            f"got {kind} for {name}: pass a DynamicCache(), or no cache, and no "
+            "cache_implementation, which makes others"
+        )
     template = DynamicCache(config=config).layers
     cache.layers.extend(template[len(cache.layers) :])
     stores = {}
