@@ -140,7 +140,7 @@ def test_a_fork_as_a_batch_decodes_like_the_original(name):
 
 
 def test_a_fork_needs_a_number():
-    with pytest.raises(cp.CachepressError, match="got n=0"):
+    with pytest.raises(cp.CachepressError, match="fork: n: got 0, wanted"):
         cp.fork(DynamicCache(), 0)
 
 
