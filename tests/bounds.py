@@ -56,6 +56,20 @@ def near(
     torch.testing.assert_close(ours, wanted, atol=bound, rtol=0, equal_nan=True)
 
 
+def half_a_step(x: Tensor, dim: int, bits: int) -> Tensor:
+    """How far numbers in few bits may be off, with ``x`` along ``dim`` in one range.
+
+    Half of a step; what float16 makes of the step and of the lowest number; and what float32 makes
+    of the sum of the two. A range that is wider than the one that was used only widens it.
+    """
+    half, steps = torch.finfo(torch.float16), 2**bits - 1
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    least = half.smallest_normal * half.eps / 2  # Half of the distance of the smallest numbers.
+    scales = (steps + 1) * least + half.eps / 2 * (high - low + low.abs())
+    sums = 4 * rounding(torch.float32, 1) * x.abs().amax(dim, keepdim=True)
+    return (high - low) / steps / 2 + scales + sums
+
+
 def margin(scores: Tensor, valid: Tensor, mask: Tensor) -> Tensor:
     """The lowest score that stays less the highest that does not, by their size, ``[B, H]``.
 

@@ -1,4 +1,7 @@
-"""What a key holds: other weights, tokenizers and artefacts are other answers, versions are not."""
+"""What a key holds: other weights, tokenizers and artefacts are other answers, versions are not.
+
+No answer is compared with one that was computed again: ``answered`` says which were.
+"""
 
 import csv
 import json

@@ -12,7 +12,7 @@ from cachepress.cache import stores
 from cachepress.persist import load_cache, save_cache
 from cachepress.presses.composed import ComposedPress
 from cachepress.presses.think import ThinKPress
-from tests.bounds import close
+from tests.bounds import close, half_a_step
 from tests.presses.test_snapkv import left_padded, two_turns
 from tests.tiny import FULL_ONLY, tokens
 from tests.tiny import exact_tiny as tiny
@@ -171,24 +171,25 @@ def test_heads_with_rows_of_their_own_are_thinned_each():
             assert torch.equal(ours.values * real, wanted.values * real)
 
 
-@pytest.mark.parametrize("storage", ["int8", "int4"])
-def test_quantized_rows_are_thin_too(storage):
-    model, ids, step = tiny(), tokens(200), tokens(2, seed=1)
-    codec = cp.Codec(int(storage[3:]), residual=5)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_rows_are_thin_too(bits):
+    model, ids, step, residual = tiny(), tokens(200), tokens(2, seed=1), 5
     whole = thinned(model, ids, stored(pressed(model, THINK, ids)))
     cache = DynamicCache()
-    with THINK(model, storage=codec):
+    with THINK(model, storage=cp.Codec(bits, residual)):
         forward(model, cache, input_ids=ids)
-    for store in stores(cache):
-        old, new = store.held.blocks
-        assert old.keys.codes.shape[-1] * 8 // codec.bits == new.keys.shape[-1] == 4
-        assert allocated(store) == store.nbytes
-    wanted = forward(model, whole, input_ids=step).logits
-    ours = forward(model, cache, input_ids=step).logits
-    assert (ours - wanted).abs().max() < {"int8": 0.5, "int4": 5.0}[storage]
     for store, layer in zip(stores(cache), whole.layers, strict=True):
-        error = (store.keys[:, :, :200] - layer.keys[:, :, :200]).abs().max()
-        assert error < {"int8": 0.05, "int4": 0.6}[storage]
+        old, new = store.held.blocks
+        assert old.keys.codes.shape[-1] * 8 // bits == new.keys.shape[-1] == 4
+        assert allocated(store) == store.nbytes
+        for name, dim in (("keys", 2), ("values", 3)):
+            ours, wanted = getattr(store, name), getattr(layer, name)
+            assert ((ours - wanted).abs() <= half_a_step(wanted, dim, bits)).all()
+            close(ours[:, :, -residual:], wanted[:, :, -residual:])
+            setattr(layer, name, ours)
+    # What is decoded after that reads just these numbers.
+    wanted = forward(model, whole, input_ids=step).logits
+    close(forward(model, cache, input_ids=step).logits, wanted)
 
 
 def test_a_cache_made_under_inference_mode_goes_on_with_gradients():
