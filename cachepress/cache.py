@@ -169,16 +169,20 @@ def join(groups: Sequence[Sequence[Cache]], n: int = 1) -> Cache:
     cache are there once. A batch of several groups can be decoded from, and nothing else.
 
     Raises:
-        CachepressError: if the caches of a group differ in form, see ``form_of``, or several groups
-            are stored in another way than as they came.
+        CachepressError: if the caches of a group differ in form, see ``form_of``, or those of
+            several groups saw texts of several lengths, or are stored in another way than as they
+            came.
     """
     forms = [{form_of(cache) for cache in group} for group in groups]
     plain = all(is_plain(group[0]) for group in groups)
-    if n < 1 or any(len(of) != 1 or None in of for of in forms) or not (plain or len(forms) == 1):
+    seen = sorted({cache.get_seq_length() for group in groups for cache in group})
+    alike = len(seen) == 1 and not any(len(of) != 1 or None in of for of in forms)
+    if n < 1 or not alike or not (plain or len(forms) == 1):
         raise CachepressError(
-            f"join: got groups of {', '.join(str(len(of)) for of in forms)} forms and n={n}, "
-            "wanted compressed caches of one sequence each, alike in each group, and n of at least "
-            "1; quantized rows and pages in one group only"
+            f"join: got groups of {', '.join(str(len(of)) for of in forms)} forms, texts of "
+            f"{', '.join(map(str, seen))} tokens and n={n}, wanted compressed caches of one "
+            "sequence each, of texts of one length, alike in each group, and n of at least 1; "
+            "quantized rows and pages in one group only"
         )
     joined = copy.copy(groups[0][0])
     columns = [zip(*(stores(cache) for cache in group), strict=True) for group in groups]

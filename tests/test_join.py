@@ -123,3 +123,7 @@ def test_what_cannot_be_joined_is_refused(model):
         join([[pressed, prefilled(model, cp.KnormPress(0.5), "int8")]])
     with pytest.raises(cp.CachepressError, match="in one group only"):
         join([[pressed], [prefilled(model, cp.KnormPress(0.5), "int8")]])
+    with pytest.raises(cp.CachepressError, match="groups of 1, 1 forms, texts of 90, 150 tokens"):
+        join([[pressed], [cp.prefill(model, IDS[:, :90], cp.KnormPress(0.5))]])
+    with pytest.raises(cp.CachepressError, match="n=0, wanted"):
+        join([[pressed]], 0)

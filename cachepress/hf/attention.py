@@ -72,11 +72,27 @@ READ_WHOLE: WeakSet[Store] = WeakSet()
 """Stores of which a forward of one token reads every row as well: it is a part of a text."""
 
 
-def _no_mask() -> None:
-    """Stands for a mask that is gone."""
+def _nothing() -> None:
+    """Stands for what is gone."""
 
 
-_last_mask: tuple[Callable[[], object], TextMask] = (_no_mask, TextMask(None, 1))
+class _LastMask(NamedTuple):
+    """The mask that was read last.
+
+    Attributes:
+        mask: the mask.
+        version: how often it was written to; None where torch does not count that.
+        module: the attention module for which it was read, the first one in its forward.
+        read: what was read.
+    """
+
+    mask: Callable[[], object]
+    version: int | None
+    module: Callable[[], object]
+    read: TextMask
+
+
+_last_mask = _LastMask(_nothing, None, _nothing, TextMask(None, 1))
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -135,7 +151,7 @@ def _attention(
     if kwargs.get("position_bias") is not None:
         raise UnsupportedError(f"{type(module).__name__} adds a position bias: not supported")
     n = query.shape[2]
-    mask, rule = _text_mask(attention_mask, n), _rule(module, query, kwargs, base)
+    mask, rule = _text_mask(module, attention_mask, n), _rule(module, query, kwargs, base)
     rows = None
     if key.fresh is not None:
         rows = Rows(*key.fresh)
@@ -189,14 +205,16 @@ def _own_attention(
     return bool(wanted) and not mask.per_head and not options.get("output_attentions")
 
 
-def _text_mask(mask: object, n: int) -> TextMask:
-    """The mask of a forward, read once for all its layers."""
+def _text_mask(module: nn.Module, mask: object, n: int) -> TextMask:
+    """The mask of a forward, read once for all its layers, and anew if it was written to since."""
     global _last_mask
-    known, read = _last_mask
-    if known() is not mask or mask is None:
+    if not isinstance(mask, Tensor):
+        return TextMask(mask, n)
+    last, version = _last_mask, None if mask.is_inference() else mask._version
+    if last.mask() is not mask or last.version != version or last.module() is module:
         read = TextMask(mask, n)
-        _last_mask = (weakref.ref(mask) if mask is not None else _no_mask, read)
-    return read
+        last = _last_mask = _LastMask(weakref.ref(mask), version, weakref.ref(module), read)
+    return last.read
 
 
 def _rule(

@@ -11,6 +11,7 @@ from cachepress.ops import AttentionRule
 from cachepress.ops.ragged_attention.naive import naive_attention
 from tests.bounds import close
 from tests.tiny import distinct, exact_tiny, randn
+from tests.tiny_cache import forward
 
 LONG, RULE = 41, AttentionRule(0.3)
 PRESSES = {
@@ -87,6 +88,28 @@ def of_query(query, rows, visible):
         for b in range(2)
     ]
     return naive_attention(query.view(2, 2, 2, 1, 8), seen, RULE).view(2, 4, 8)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_that_was_written_to_is_read_again(inference):
+    """Also one and the same tensor, which a caller fills anew for every forward."""
+    model, ids, step = exact_tiny(), distinct(LONG), distinct(2, seed=1)
+    press = cp.StreamingLLMPress(0.5, n_sink=4)
+    place = torch.tensor([[LONG, LONG + 1]])
+
+    def answer(mask):
+        cache = cp.fork(compressed)
+        return forward(model, cache, input_ids=step, attention_mask=mask, position_ids=place).logits
+
+    with torch.inference_mode(inference):
+        compressed = cp.prefill(model, ids, press)
+        mask = torch.zeros(1, 1, 2, LONG + 2, dtype=torch.float64)
+        mask[..., 0, -1] = torch.finfo(torch.float64).min
+        whole = answer(mask)
+        mask[..., LONG - 9 : LONG - 2] = torch.finfo(torch.float64).min
+        ours, wanted = answer(mask), answer(mask.clone())
+        close(ours, wanted)
+        assert (ours - whole).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 20])

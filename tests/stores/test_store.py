@@ -114,6 +114,11 @@ class Pair:
         for _ in range(self.draw.choice([1, 3, PAGE, 2 * PAGE + 11])):
             self.append(1)
 
+    def decode_on(self) -> None:
+        """So many that some are put into pages."""
+        for _ in range(2 * PAGE + 11):
+            self.append(1)
+
     def keep(self) -> None:
         """What a press drops of them, turns, leaves with them, and stores of them."""
         rows, kind, draw = self.store.held.rows(), self.kind, self.draw
@@ -300,10 +305,10 @@ def steps(pair: Pair) -> list[Callable[[], None]]:
 
 
 HISTORIES = {
-    "compressed again": "keep decode decode keep decode decode fork decode decode",
-    "cropped": "keep decode decode crop decode decode crop read crop decode decode",
-    "forked": "decode decode fork keep decode fork_on decode fork crop decode decode save decode",
-    "reordered": "keep reorder decode decode reorder keep read reorder fork reorder decode rest",
+    "compressed again": "keep decode_on decode_on keep decode_on fork decode_on keep",
+    "cropped": "keep decode_on crop decode_on decode crop read crop decode_on crop",
+    "forked": "decode_on fork keep decode_on fork_on decode_on fork crop decode_on save decode_on",
+    "reordered": "keep reorder decode_on decode reorder keep read reorder fork reorder decode_on",
 }
 
 
