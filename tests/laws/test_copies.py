@@ -19,6 +19,7 @@ PRESSES = {
     "uneven, in few bits": cp.KIVIPress(cp.AdaKVPress(KNORM), bits=4, residual=0),
     "by page": cp.QuestPress(cp.KnormPress(0.0), pages=1, skip_layers=0),
     "thin": cp.ComposedPress([cp.ThinKPress(0.5, window_size=6), KNORM]),
+    "thin, by page": cp.QuestPress(cp.ThinKPress(0.5, window_size=6), pages=1, skip_layers=0),
     "turned": cp.KeyRerotationPress(cp.AdaKVPress(KNORM)),
 }
 by_press = pytest.mark.parametrize("press", PRESSES.values(), ids=list(PRESSES))

@@ -12,8 +12,8 @@ from cachepress.presses.cam import _STREAM, CAMPress
 from cachepress.presses.h2o import H2OPress
 from tests.bounds import close
 from tests.presses.test_merging import folding
+from tests.tiny import distinct, tokens
 from tests.tiny import exact_tiny as tiny
-from tests.tiny import tokens
 from tests.tiny_cache import forward, kept
 
 
@@ -132,6 +132,9 @@ def test_heads_share_among_rows_of_their_own(inner):
                 close(values[0, h, j], wanted[j])
 
 
+LATER = distinct(93, seed=99)
+
+
 def decoded(press, ids, mask=None, steps=13):
     """A cache after a prompt, and some more tokens of every sequence."""
     model, cache = tiny(), DynamicCache()
@@ -139,7 +142,7 @@ def decoded(press, ids, mask=None, steps=13):
     mask = torch.ones(b, n, dtype=torch.long) if mask is None else mask
     with press(model):
         for step in range(steps + 1):
-            more = ids if not step else tokens(1, seed=step).expand(b, -1)
+            more = ids if not step else LATER[:, step : step + 1].expand(b, -1)
             mask = mask if not step else torch.cat([mask, mask.new_ones(b, 1)], dim=1)
             places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -more.shape[1] :]
             forward(model, cache, input_ids=more, attention_mask=mask, position_ids=places)
@@ -149,7 +152,7 @@ def decoded(press, ids, mask=None, steps=13):
 @pytest.mark.parametrize("inner", [cp.AdaKVPress(cp.KnormPress()), cp.TOVAPress(), H2OPress()])
 def test_a_row_of_a_padded_batch_draws_as_if_alone(inner):
     press = CAMPress(inner, 5, 9, merge_budget=3)
-    texts = [tokens(n, seed=n) for n in (31, 18, 2)]
+    texts = [distinct(n, seed=n) for n in (31, 18, 2)]
     ids = torch.zeros(3, 31, dtype=torch.long)
     for row, text in zip(ids, texts, strict=True):
         row[31 - text.shape[1] :] = text[0]
@@ -166,11 +169,12 @@ def test_a_row_of_a_padded_batch_draws_as_if_alone(inner):
 
 def test_draws_repeat_and_belong_to_a_seed():
     once, again, other = (
-        decoded(CAMPress(cp.KnormPress(), 4, 9, seed=seed), tokens(30)) for seed in (0, 0, 1)
+        decoded(CAMPress(cp.KnormPress(), 4, 9, seed=seed), distinct(30)) for seed in (0, 0, 1)
     )
     assert kept(once)[0] == kept(other)[0]
-    assert torch.equal(stores(once)[0].values, stores(again)[0].values)
-    assert not torch.equal(stores(once)[0].values, stores(other)[0].values)
+    values = [torch.cat([store.values for store in stores(one)]) for one in (once, again, other)]
+    assert torch.equal(values[0], values[1])
+    assert not torch.equal(values[0], values[2])
     inside = cp.RandomPress(seed=0)
     view = SimpleNamespace(
         keys=torch.zeros(1, 2, 9, 1), layer=0, index=torch.arange(9).expand(1, 2, 9)

@@ -159,6 +159,7 @@ def test_ratio_0_keeps_everything():
     assert counts(cache) == [[40, 40]] * 4
 
 
+@pytest.mark.counts
 def test_a_bound_on_bytes_holds():
     limit = 80_000
     press = HeadKVPress(cp.KnormPress(max_bytes=limit), SCORES)

@@ -10,7 +10,7 @@ from cachepress.presses.kivi import KIVIPress
 from tests.bounds import close
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tiny as single
-from tests.tiny import tokens
+from tests.tiny import distinct, tokens
 from tests.tiny_cache import allocated, forward, kept, pressed
 
 
@@ -49,7 +49,7 @@ def test_keys_are_rounded_by_channel_and_values_by_row(bits):
 )
 def test_any_eviction_keeps_its_rows(inner):
     """And a wrapper around it stores in few bits as well."""
-    ids = tokens(200)
+    ids = distinct(90)
     wanted = kept(pressed(tiny(), inner, ids))
     cache = pressed(tiny(), KIVIPress(inner, 4, residual=16), ids)
     assert kept(cache) == wanted

@@ -103,7 +103,7 @@ def test_the_bound_is_one():
     ids=repr,
 )
 def test_as_many_pages_as_there_are_equal_full_attention(press):
-    model, ids = tiny(), tokens(200)
+    model, ids = tiny(), tokens(200, seed=1)
     quest, plain = (pressed(model, p, ids) for p in (QuestPress(press, 12), press))
     for step in range(100):
         token = tokens(1, seed=step)
@@ -150,7 +150,7 @@ def test_chunks_of_one_token_are_no_decoding(mode):
 
 
 def test_forks_share_pages_and_beams_are_reordered():
-    model, ids = tiny(), tokens(200)
+    model, ids = tiny(), tokens(200, seed=1)
     cache = pressed(model, QuestPress(ADAPTIVE, 2, skip_layers=0), ids)
     forked = cp.fork(cache, 3)
     assert forked.layers[0]._blocks[0].keys is cache.layers[0]._blocks[0].keys
@@ -215,7 +215,7 @@ def test_a_fork_after_many_tokens_and_a_crop_have_bounds_too():
 
 def test_a_saved_cache_reads_the_same_pages(tmp_path):
     model = tiny()
-    cache = pressed(model, QuestPress(ADAPTIVE, 2, skip_layers=1), tokens(200))
+    cache = pressed(model, QuestPress(ADAPTIVE, 2, skip_layers=1), tokens(200, seed=1))
     cp.save_cache(cache, tmp_path / "cache", model)
     loaded = cp.load_cache(tmp_path / "cache", model)
     assert [store.reads for store in stores(loaded)] == [None, 2, 2, 2]
