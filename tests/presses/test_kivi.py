@@ -8,9 +8,9 @@ import cachepress as cp
 from cachepress.cache import stores
 from cachepress.presses.kivi import KIVIPress
 from tests.bounds import close
+from tests.tiny import distinct, tokens
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tiny as single
-from tests.tiny import distinct, tokens
 from tests.tiny_cache import allocated, forward, kept, pressed
 
 
