@@ -191,7 +191,9 @@ def positions_of(name: str, model_kwargs: Mapping[str, object] | None = None) ->
     None where it has no such limit, or cannot be had; loading it says why.
     """
     source = resolve(name)
-    shared = {key: value for key, value in (model_kwargs or {}).items() if key in _SHARED}
+    # Whoever loads the model can say it anew.
+    named = (*_SHARED, "max_position_embeddings")
+    shared = {key: value for key, value in (model_kwargs or {}).items() if key in named}
     if not Path(source).is_dir() and "local_files_only" not in shared:
         shared["local_files_only"] = not hub_answers(source)
     try:

@@ -355,7 +355,24 @@ def make_prompt(
     context: str,
     options: PromptOptions,
 ) -> Prompt:
+    """``prompt_within``, for a model that is loaded."""
+    positions = getattr(model.get_decoder().config, "max_position_embeddings", None)
+    return prompt_within(tokenizer, positions, context, options)
+
+
+def prompt_within(
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int | None,
+    context: str,
+    options: PromptOptions,
+) -> Prompt:
     """Tokenise a context and its questions apart, so that the one never sees the others.
+
+    Args:
+        tokenizer: the model's.
+        positions: most tokens that the model was trained for; None for any number.
+        context: the text.
+        options: how it is asked about.
 
     Raises:
         CachepressError: if the context is empty, or longer than allowed and not to be cut.
@@ -380,7 +397,7 @@ def make_prompt(
     said += [0] * (len(lengths) - len(said))
     each = zip(lengths, options.limits, said, strict=True)
     beside = lent + max(length + max(limit, n) for length, limit, n in each)
-    room = _room(model, beside, options)
+    room = _room(positions, beside, options)
     n, cut = context_ids.shape[1] - lent, 0
     if n > room:
         if not options.truncation:
@@ -489,9 +506,8 @@ def read_context(
     return cache, time.perf_counter() - start
 
 
-def _room(model: PreTrainedModel, beside: int, options: PromptOptions) -> int:
+def _room(positions: int | None, beside: int, options: PromptOptions) -> int:
     """Most tokens that a context may have beside so many of a question and its answer."""
-    positions = getattr(model.get_decoder().config, "max_position_embeddings", None)
     if options.beyond_trained_length:
         positions = None
     room = None if positions is None else positions - beside

@@ -23,9 +23,11 @@ def check_size(task: Task, config: EvaluationConfig) -> None:
             f"{MOST_TOKENS:.0e}: ask for fewer or shorter ones"
         )
     room = _room(config, size.beside)
-    if room is not None and room < (1 if config.truncation else size.longest):
+    # Of a fraction of the contexts, nobody knows yet which ones they are.
+    least = size.longest if config.fraction == 1 else size.shortest
+    if room is not None and room < (1 if config.truncation else least):
         raise CachepressError(
-            f"{what}: a context has at least {size.longest} tokens, but there is room for "
+            f"{what}: a context has at least {least} tokens, but there is room for "
             f"{max(0, room)} beside what is asked and answered: ask for less, or for truncation"
         )
 

@@ -1,7 +1,7 @@
 """What is asked: contexts, and the samples about each of them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -12,8 +12,9 @@ from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.predictions import OWN_METRIC
 from cachepress.evaluation.registry import UNJUDGED, check_metric, find_dataset
 from cachepress.evaluation.room import check_size
-from cachepress.evaluation.tasks.base import PERPLEXITY
-from cachepress.pipeline import END, PromptOptions
+from cachepress.evaluation.tasks.base import PERPLEXITY, Look, Task, normalise
+from cachepress.models import positions_of
+from cachepress.pipeline import END, PromptOptions, prompt_within
 
 logger = logging.getLogger(__name__)
 _OF_CONTEXT = ("context", "chat", "truncation", "separator", "suffix")
@@ -111,18 +112,45 @@ def load_table(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> 
     """
     task = find_dataset(config.dataset)
     check_size(task, config)
-    table = task.table(config, tokenizer)
+    table = task.table(config, tokenizer, _look(task, config, tokenizer))
     table = judged_by(table.assign(**{OWN_METRIC: table["metric"]}), config.metric)
     if config.metric is not None and table["metric"].isin(UNJUDGED).all():
         logger.warning("%s: no metric judges it, %s neither", config.dataset, config.metric)
     check_metrics(table, config.dataset)
-    if config.max_new_tokens is not None:
-        table["max_new_tokens"] = config.max_new_tokens
     if config.fraction < 1:
         contexts = pd.Series(table["context"].unique())
         count = max(1, round(len(contexts) * config.fraction))
         chosen = set(contexts.sample(count, random_state=config.seed))
         table = table[table["context"].isin(chosen)]
+    return _asked(table, config)
+
+
+def _look(task: Task, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> Look | None:
+    """Who refuses a context that is too long when it is generated: the others can take long."""
+    if task.watched is None or config.fraction < 1:
+        return None  # Of a fraction, it may be none of those that are read.
+    positions, shown = positions_of(config.model, config.loading), 0
+
+    def look(rows: Sequence[Mapping[str, object]]) -> None:
+        nonlocal shown
+        table = normalise(pd.DataFrame(rows), task.name, task.name)
+        table = table.assign(truncation=task.truncation)
+        for context in contexts_of(_asked(table, config)):
+            try:
+                options = context.prompt_options(config)
+                prompt_within(tokenizer, positions, context.text, options)
+            except CachepressError as error:
+                number = shown + context.samples[0].sample_id
+                raise CachepressError(f"sample {number}: {error}") from error
+        shown += len(rows)
+
+    return look
+
+
+def _asked(table: pd.DataFrame, config: EvaluationConfig) -> pd.DataFrame:
+    """The table as a config has it asked, with the number of the context of each row."""
+    if config.max_new_tokens is not None:
+        table = table.assign(max_new_tokens=config.max_new_tokens)
     table = table.assign(suffix="", chat=_chat(table, config))
     if config.query_aware:
         moved = {"context": table["context"] + table["question"], "suffix": table["question"]}

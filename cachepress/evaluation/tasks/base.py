@@ -17,6 +17,8 @@ Metric = Callable[[str, Sequence[str], Sequence[str]], float]
 """``(prediction, answers, choices)`` -> score from 0 to 1; choices are all classes, where there
 are some."""
 Loader = Callable[[EvaluationConfig, PreTrainedTokenizerBase], pd.DataFrame]
+Look = Callable[[Sequence[Mapping[str, object]]], None]
+"""Looks at the rows of a context that was just generated, and may refuse it."""
 
 UNSCORED = "unscored"
 """The metric of rows whose answers are not public."""
@@ -53,11 +55,13 @@ class Size:
         longest: tokens that the longest context has at least.
         total: tokens of all contexts together.
         beside: tokens at least of a question about it and of the room for its answer.
+        shortest: tokens that every context has at least.
     """
 
     longest: int
     total: int
     beside: int
+    shortest: int
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class Task:
         fits: what those of them need that do not take any answer.
         official: the metric of each of its tasks, by the task's name.
         size: how much it will generate, for data that is not there yet.
+        watched: gives the same rows as ``load``, and shows those of each context as soon as it is
+            generated.
         submit: writes a table of predictions into a folder, as whoever judges them wants it.
     """
 
@@ -103,10 +109,21 @@ class Task:
     fits: Mapping[str, Fits] = field(default_factory=dict)
     official: Mapping[str, str] = field(default_factory=dict)
     size: Callable[[EvaluationConfig], Size] | None = None
+    watched: Callable[[EvaluationConfig, PreTrainedTokenizerBase, Look], pd.DataFrame] | None = None
     submit: Callable[[pd.DataFrame, Path], object] | None = None
 
-    def table(self, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+    def table(
+        self,
+        config: EvaluationConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        look: Look | None = None,
+    ) -> pd.DataFrame:
         """The rows of the part that a config names.
+
+        Args:
+            config: names the part.
+            tokenizer: the model's.
+            look: is shown the rows of each context of a data set that is generated, one by one.
 
         Raises:
             CachepressError: if there is no such part, or its rows are not to be had.
@@ -120,7 +137,10 @@ class Task:
             raise CachepressError(
                 f"{self.name} has its prompts in its data: leave --prompts {config.prompts} out"
             )
-        table = self.load(config, tokenizer)
+        if look is None or self.watched is None:
+            table = self.load(config, tokenizer)
+        else:
+            table = self.watched(config, tokenizer, look)
         if config.prompts is not None:
             table = read_prompts(config.prompts).put_into(table)
         ways = [self.truncation if way is None else way for way in table["truncation"]]

@@ -15,7 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.tasks import builtin_drafts as drafts
-from cachepress.evaluation.tasks.base import MOST_TOKENS, Size, Task, normalise, whole_number
+from cachepress.evaluation.tasks.base import (
+    MOST_TOKENS,
+    Look,
+    Size,
+    Task,
+    normalise,
+    whole_number,
+)
 from cachepress.evaluation.tasks.builtin_drafts import Draft
 from cachepress.evaluation.tasks.builtin_text import NOUNS
 
@@ -77,6 +84,7 @@ def generate(
     contexts: int = CONTEXTS,
     questions: int = 4,
     seed: int = 0,
+    look: Look | None = None,
 ) -> pd.DataFrame:
     """Generate contexts of a given length with questions about them.
 
@@ -88,6 +96,7 @@ def generate(
         questions: questions about each context, where the task has several.
         seed: a context depends on this, its task and its number, and on nothing that is asked for
             besides it.
+        look: is shown the rows of each context as soon as it is generated.
 
     Returns:
         A row for each question, with the columns ``COLUMNS``. Rows of one context follow each
@@ -118,7 +127,10 @@ def generate(
                 f"questions={questions}"
             )
         for draft in made:
-            rows += _rows(draft, _cut(draft, count, length), task, count)
+            new = _rows(draft, _cut(draft, count, length), task, count)
+            if look is not None:
+                look(new)
+            rows += new
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table["depth"] = pd.Series([row["depth"] for row in rows], dtype=object)
     return table
@@ -182,9 +194,11 @@ def _with_margin(tokens: int) -> int:
     return tokens * 5 // 4 + 2
 
 
-def _load(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+def _load(
+    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, look: Look | None = None
+) -> pd.DataFrame:
     tasks, length = _part(config.data_dir)
-    table = generate(tokenizer, tasks=tasks, length=length, seed=config.seed)
+    table = generate(tokenizer, tasks=tasks, length=length, seed=config.seed, look=look)
     return normalise(table, task="builtin", origin="builtin")
 
 
@@ -204,7 +218,10 @@ def _part(data_dir: str | None) -> tuple[Sequence[str], int]:
 def _size(config: EvaluationConfig) -> Size:
     tasks, length = _part(config.data_dir)
     asked = 1 + (config.max_new_tokens or _with_margin(1))
-    return Size(int(LEAST_FULL * length), len(tasks) * CONTEXTS * length, asked)
+    least = int(LEAST_FULL * length)
+    return Size(least, len(tasks) * CONTEXTS * length, asked, least)
 
 
-BUILTIN = Task("builtin", "generated retrieval and counting tasks", _load, size=_size)
+BUILTIN = Task(
+    "builtin", "generated retrieval and counting tasks", _load, size=_size, watched=_load
+)

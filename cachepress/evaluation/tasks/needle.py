@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import string_match
-from cachepress.evaluation.tasks.base import Size, Task, normalise, whole_number
+from cachepress.evaluation.tasks.base import Look, Size, Task, normalise, whole_number
 from cachepress.evaluation.tasks.builtin_text import NOUNS, prose
 
 DEFAULT_GRID = "1000,2000,4000,7000x5"
@@ -71,7 +71,9 @@ class Needle:
         return f"{self.start} {self.rest}"
 
 
-def load_needle(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+def load_needle(
+    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, look: Look | None = None
+) -> pd.DataFrame:
     """A row for each cell of the grid that the config names.
 
     ``data_dir`` is lengths and a number of depths such as "1000,2000x5", a kind out of ``KINDS``,
@@ -80,7 +82,8 @@ def load_needle(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
 
     A context has exactly "length" tokens, without the tokenizer's own special tokens. "depth" runs
     from 0, the needle before all of the haystack, to 1, the needle after it; between these the
-    needle stands at the end of the sentence that is nearest.
+    needle stands at the end of the sentence that is nearest. ``look`` is shown each row as soon as
+    it is generated.
 
     Raises:
         CachepressError: if the grid is misspelt or a length too small, or there is no text.
@@ -99,6 +102,8 @@ def load_needle(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
             needle = _fresh(kind, Random(f"{config.seed}/{kind}/{length}/{depth}"), seen)
             context = _context(haystack, needle.sentence, length, depth, count)
             rows.append(_row(kind, needle, context, length, depth, count))
+            if look is not None:
+                look(rows[-1:])
     return normalise(pd.DataFrame(rows), task=f"needle-{kind}", origin="needle")
 
 
@@ -130,7 +135,7 @@ def _size(config: EvaluationConfig) -> Size:
             f"wanted at most {MOST_CELLS[kind]}"
         )
     asked = 1 + (config.max_new_tokens or LEAST_LIMIT)
-    return Size(max(lengths), sum(lengths) * number, asked)
+    return Size(max(lengths), sum(lengths) * number, asked, min(lengths))
 
 
 def _pieces(folder: Path) -> list[str]:
@@ -250,5 +255,6 @@ NEEDLE = Task(
     about="one sentence in a haystack, by length and depth; generated (Kamradt, 2023)",
     load=load_needle,
     size=_size,
+    watched=load_needle,
     metrics={"string_match": string_match, "rouge_1_recall": rouge_1_recall},
 )

@@ -62,7 +62,7 @@ def _numbers(data_dir: str | None) -> tuple[int, int, int]:
 def _size(config: EvaluationConfig) -> Size:
     read, more, windows = _numbers(config.data_dir)
     # What is read lends its last token, so that there is one for the next to follow.
-    return Size(read, windows * (read + more), max(more, config.max_new_tokens or 1))
+    return Size(read, windows * (read + more), max(more, config.max_new_tokens or 1), read)
 
 
 def _text(path: str | None) -> str:
