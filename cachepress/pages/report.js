@@ -158,6 +158,11 @@ function frontTrace(cells, cost, quality) {
   };
 }
 
+/* With a distance, Plotly puts a title beside the labels and not across them. */
+function titled(text) {
+  return { title: { text, standoff: 8 } };
+}
+
 function layoutOf(extra) {
   const style = getComputedStyle(document.documentElement);
   const of = (name) => style.getPropertyValue(name).trim();
@@ -180,7 +185,7 @@ function layoutOf(extra) {
   };
 }
 
-const CONFIG = { displaylogo: false, responsive: true, displayModeBar: false };
+const CONFIG = { displaylogo: false, displayModeBar: false };
 
 function drawScatter(view, cost) {
   const { panel, hidden, find } = view;
@@ -195,8 +200,8 @@ function drawScatter(view, cost) {
     pressTrace(panel, press, cells.filter((c) => c.press === press), cost, quality));
   const { title, form, range } = COSTS[cost];
   const layout = layoutOf({
-    xaxis: { title: { text: title }, tickformat: form, rangemode: range },
-    yaxis: { title: { text: panel.qualities[quality] }, rangemode: "tozero" },
+    xaxis: { ...titled(title), tickformat: form, rangemode: range },
+    yaxis: { ...titled(panel.qualities[quality]), rangemode: "tozero" },
   });
   Plotly.react(place, [frontTrace(cells, cost, quality), ...traces], layout, CONFIG);
 }
@@ -205,7 +210,7 @@ function drawMap(view) {
   const { panel, find } = view;
   const cell = panel.cells[Number(find("needle-cell").value)];
   const grid = cell.needle;
-  const narrow = find("map").clientWidth < 500;
+  const width = find("map").clientWidth;
   const trace = {
     type: "heatmap",
     x: grid.lengths.map(plain),
@@ -219,14 +224,15 @@ function drawMap(view) {
     zmin: 0,
     zmax: 1,
     colorscale: "Cividis",
-    showscale: !narrow,
+    showscale: width >= 500,
     xgap: 1,
     ygap: 1,
   };
   const layout = layoutOf({
+    width,
     height: 110 + 34 * Math.max(grid.depths.length, 3),
-    xaxis: { title: { text: "length" }, type: "category", showgrid: false },
-    yaxis: { title: { text: "depth" }, type: "category", autorange: "reversed", showgrid: false },
+    xaxis: { ...titled("length"), type: "category", showgrid: false },
+    yaxis: { ...titled("depth"), type: "category", autorange: "reversed", showgrid: false },
   });
   Plotly.react(find("map"), [trace], layout, CONFIG);
 }
@@ -295,6 +301,21 @@ function drawPanel(view) {
   if (!view.find("needle").hidden) drawMap(view);
 }
 
+/* Charts are drawn anew when their place gets another width, by the window or by what is beside. */
+function fitCharts(view) {
+  const widths = new Map();
+  const watch = new ResizeObserver((entries) => {
+    const others = entries.map((entry) => entry.target)
+      .filter((place) => place.clientWidth && place.clientWidth !== widths.get(place));
+    others.forEach((place) => {
+      widths.set(place, place.clientWidth);
+      if (place === view.find("map")) drawMap(view);
+      else if (place.data) Plotly.Plots.resize(place);
+    });
+  });
+  ["kept", "speed", "map"].forEach((role) => watch.observe(view.find(role)));
+}
+
 function setUpCharts(view) {
   const { panel, root, find } = view;
   const qualities = Object.entries(panel.qualities);
@@ -316,6 +337,7 @@ function setUpCharts(view) {
     watch.disconnect();
     drawPanel(view);
     DARK.addEventListener("change", () => drawPanel(view));
+    fitCharts(view);
   }, { rootMargin: "400px" });
   watch.observe(root);
 }

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -380,3 +383,36 @@ def test_a_field_of_the_wrong_kind_is_named(results):
     path.write_text(json.dumps({**metrics, "prefill_seconds": "fast"}))
     with pytest.raises(CachepressError, match=r"metrics.json: prefill_seconds is 'fast'"):
         write_report(results, None, ["html"])
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+FRAME = """<!DOCTYPE html><body>
+<iframe id="frame" src="{page}" style="width: {first}px; height: 900px"></iframe><script>
+const page = () => document.getElementById("frame").contentDocument;
+document.getElementById("frame").onload = () => setTimeout(() => {{
+  document.getElementById("frame").style.width = "{then}px";
+  setTimeout(() => {{
+    const root = page().documentElement;
+    const drawn = page().querySelectorAll("svg.main-svg").length;
+    const widths = `widths ${{root.clientWidth}} ${{root.scrollWidth}}`;
+    document.body.textContent = `${{widths}}, drawn ${{drawn}}`;
+  }}, 1000);
+}}, 2000);
+</script>"""
+"""A page in a frame, which says how wide it is once the frame got another width."""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="it takes a browser")
+@pytest.mark.parametrize(("first", "then"), [(400, 400), (1200, 400), (400, 1200)])
+def test_charts_fit_a_narrow_window_also_when_it_was_wide(tmp_path, first, then):
+    for press, ratio in (("no_press", 0.0), ("a" * 90, 0.5)):
+        write_cell(tmp_path, press, ratio, ONES, places=[(100, 0.5)] * len(ONES))
+    (page,) = write_report(tmp_path)
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME.format(page=page.as_uri(), first=first, then=then))
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += ["--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--virtual-time-budget=9000", "--dump-dom", frame.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r"widths (\d+) (\d+), drawn (\d+)", done.stdout)
+    assert found and [int(found[1]), int(found[2])] == [then, then] and int(found[3]) >= 3
