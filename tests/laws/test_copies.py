@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import cachepress as cp
@@ -110,6 +111,40 @@ def test_a_saved_cache_goes_on_as_the_cache_does(press, tmp_path):
         close(ours, wanted)
 
 
+DECODING = {
+    "queries": cp.SnapKVPress(window_size=6),
+    "moments": cp.ExpectedAttentionPress(n_future_positions=32),
+    "attention": cp.ObservedAttentionPress(),
+}
+
+
+@pytest.mark.parametrize("scorer", DECODING.values(), ids=list(DECODING))
+def test_what_was_noted_of_decoded_tokens_stays_with_their_text(scorer):
+    """Beams may change places, and a cache be copied, between two compressions."""
+    press = cp.DecodingPress(scorer, 8, 20)
+    texts, said = distinct(30, batch=2), distinct(8, batch=2, seed=1)
+
+    def read(ids):
+        cache = DynamicCache()
+        forward(MODEL, cache, input_ids=ids)
+        return cache
+
+    with press(MODEL):
+        alone = [read(text[None]) for text in texts]
+        for cache, ids in zip(alone, said, strict=True):
+            go_on(cache, ids[None])
+        both = read(texts)
+        go_on(both, said[:, :5])
+        copied = cp.fork(both)
+        go_on(copied, said[:, 5:7].flip(0))
+        both.reorder_cache(torch.tensor([1, 0]))
+        go_on(both, said[:, 5:].flip(0))
+    assert stores(both)[0].lengths.tolist() == [[20, 20]] * 2
+    assert stores(copied)[0].lengths.tolist() == [[27, 27]] * 2
+    for layer, *own in zip(kept(both), *map(kept, alone), strict=True):
+        assert layer == [own[1][0], own[0][0]]
+
+
 def bare_keys(ids):
     """Keys before they are rotated, ``[B, H, T, 8]`` by layer."""
     found, hooks = [], []
@@ -130,12 +165,17 @@ def turned(keys, positions):
     return apply_rotary_pos_emb(keys[None], keys[None], cos, sin)[0][0]
 
 
+@pytest.mark.parametrize("start", [0, 100])
 @pytest.mark.parametrize("padding", [0, 9])
-def test_compacted_keys_stand_one_after_the_other_up_to_the_last_token(padding):
+def test_compacted_keys_stand_one_after_the_other_up_to_the_last_token(padding, start):
+    """Wherever the text begins."""
     texts = distinct(40, batch=2)
-    ids, mask = texts.clone(), torch.ones(2, 40, dtype=torch.long)
+    ids, mask, cache = texts.clone(), torch.ones(2, 40, dtype=torch.long), DynamicCache()
     mask[1, :padding] = 0
-    cache = cp.prefill(MODEL, ids, PRESSES["turned"], attention_mask=mask if padding else None)
+    place = (mask.cumsum(-1) - 1).clamp(min=0) + start
+    given = {"attention_mask": mask} if padding else {}
+    with PRESSES["turned"](MODEL):
+        forward(MODEL, cache, input_ids=ids, position_ids=place, **given)
     for b, first in enumerate((0, padding)):
         text = texts[b : b + 1, first:]
         n = text.shape[1]
@@ -143,7 +183,8 @@ def test_compacted_keys_stand_one_after_the_other_up_to_the_last_token(padding):
             for h in range(2):
                 held = store.positions[b, h]
                 rows = held[held >= 0].long() - first
-                wanted = turned(bare[0, h : h + 1, rows], torch.arange(n - len(rows), n))
+                last = start + n
+                wanted = turned(bare[0, h : h + 1, rows], torch.arange(last - len(rows), last))
                 close(store.keys[b, h][held >= 0], wanted[0])
 
 
