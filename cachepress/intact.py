@@ -16,18 +16,23 @@ from cachepress.stores.block import Block
 from cachepress.stores.codec import Quantized
 from cachepress.stores.tail import Tail
 
+_RECORDS = "record_past"
+"""The field of layers of transformers that keep more than they need, for assisted decoding."""
+
 
 @dataclass(frozen=True)
 class Fitting:
-    """What every cache of a model has in common, told by two that the model filled.
+    """What every cache of a model has in common, told by some that the model filled.
 
     Attributes:
+        stored: a cache of one token whose full-attention layers are stores.
         one: a cache of one sequence of one token.
         two: a cache of two sequences of two tokens.
         vocabulary: number of tokens that the model knows.
         positions: most tokens of a text, where the model has an embedding for each position.
     """
 
+    stored: Cache
     one: Cache
     two: Cache
     vocabulary: int
@@ -36,8 +41,10 @@ class Fitting:
     def check_layer(self, index: int, state: Mapping[str, object], batch: int) -> None:
         """Raise ValueError unless a layer of transformers can be in this state."""
         one, two = (vars(cache.layers[index]) for cache in (self.one, self.two))
+        grown = state.get(_RECORDS) is True
         for name, sample in one.items():
-            grown = state.get("record_past") is True
+            if name == _RECORDS and isinstance(state.get(name), bool):
+                continue
             if not _is_like(state.get(name), sample, two[name], batch, grown):
                 raise ValueError(f"layer {index}: its {name} is not what the model makes")
 
@@ -55,9 +62,9 @@ class Fitting:
         _need(is_whole(seen, 1, most), "a number of tokens that the model can have seen")
         _need(is_whole(batch, 1), "sequences")
         for index, layer in enumerate(cache.layers):
-            sample = self.one.layers[index]
             if isinstance(layer, Store):
                 _need((layer.batch_size, layer.get_seq_length()) == (batch, seen), "one text")
+                sample = self.stored.layers[index]
                 _StoreCheck(layer, sample.keys, sample.values).run()  # type: ignore
                 continue
             self.check_layer(index, vars(layer), batch)
@@ -122,7 +129,7 @@ class _StoreCheck:
         for x, like in ((rows.keys, self.key), (rows.values, self.value)):
             heads, width = like.shape[1], like.shape[3]
             _need(x.shape == (batch, heads, tail.n, width) and tail.n > 0, "a tail of its heads")
-            _need(x.dtype == like.dtype, "numbers in the tail as the model makes them")
+            _need(x.dtype == like.dtype, f"a tail of {like.dtype}, as the model makes it here")
 
     def _check_blocks(self, blocks: Sequence[Block], batch: int, start: int, settled: int) -> None:
         """Rows rise from block to block, and every token since the store was settled is there."""
@@ -211,13 +218,13 @@ def _check_numbers(
 ) -> None:
     """Numbers of pages are such as the model makes; scales are of channels, or of rows."""
     if isinstance(x, Tensor):
-        _need(_is(x, like.dtype, shape), "numbers in pages as the model makes them")
+        _need(_is(x, like.dtype, shape), f"pages of {like.dtype}, as the model makes them here")
         return
     _need(isinstance(x, Quantized) and is_whole(x.bits, 2) and x.bits in (2, 4, 8), "bits")
     pages, rows, width = shape
     _need(width * x.bits % 8 == 0, "whole bytes")
     _need(_is(x.codes, torch.uint8, (pages, rows, width * x.bits // 8)), "codes of each number")
-    _need(x.dtype is like.dtype, "codes of numbers as the model makes them")
+    _need(x.dtype is like.dtype, f"codes of {like.dtype}, as the model makes them here")
     if of_channels:
         _need(x.group is None, "a scale for each channel")
         each = (pages, 1, width)
@@ -234,7 +241,7 @@ def _check_length(layer: object, keys: Tensor, values: object) -> None:
     _need(isinstance(values, Tensor) and keys.shape[2] == values.shape[2], "as many values as keys")  # type: ignore
     promised, _ = layer.get_mask_sizes(1)  # type: ignore
     held = keys.shape[2] + 1
-    recording = getattr(layer, "record_past", False)
+    recording = getattr(layer, _RECORDS, False)
     _need(held == promised or (recording and promised <= held), "the keys that its mask is for")
 
 

@@ -152,8 +152,9 @@ def _filled(
 def _fitting(model: PreTrainedModel) -> Fitting:
     """What a cache of the model has to be like."""
     return Fitting(
-        one=sample_cache(model, 1),
-        two=sample_cache(model, 2),
+        stored=sample_cache(model, 1, ours=True),
+        one=sample_cache(model, 1, ours=False),
+        two=sample_cache(model, 2, ours=False),
         vocabulary=model.get_input_embeddings().weight.shape[0],  # type: ignore
         positions=learned_positions(model),
     )

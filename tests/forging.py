@@ -59,6 +59,11 @@ def made() -> dict[str, tuple[PreTrainedModel, Cache]]:
     for name in ("gemma3", "qwen3_next", "gpt2"):
         other = tiny(name)
         add(name, other, cp.prefill(other, text, knorm))
+    if hasattr(Cache, "activate_past_recording"):
+        other = tiny("gemma3")
+        recorded = cp.prefill(other, text, knorm)
+        recorded.activate_past_recording()
+        add("recorded", other, recorded, decoded=3)
     return found
 
 

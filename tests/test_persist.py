@@ -640,6 +640,33 @@ def test_a_forged_cache_is_refused_or_of_use(tmp_path, every_form):
     assert refused >= 100
 
 
+@pytest.mark.skipif(not hasattr(DynamicCache, "activate_past_recording"), reason="is newer")
+@pytest.mark.parametrize("press", [PRESS, None])
+def test_windows_that_keep_more_for_assisted_decoding_come_back(tmp_path, press):
+    model = exact_tiny("gemma3")
+    cache = cp.prefill(model, tokens(40), press)
+    cache.activate_past_recording()
+    forward(model, cache, input_ids=tokens(6, seed=3))
+    cp.save_cache(cache, tmp_path / "c", model)
+    loaded = cp.load_cache(tmp_path / "c", model)
+    assert loaded.layers[0].record_past and loaded.layers[0].keys.shape[2] == 15 + 6
+    for step in range(3):
+        token = tokens(1, seed=step)
+        ours = forward(model, loaded, input_ids=token).logits
+        assert torch.equal(ours, forward(model, cache, input_ids=token).logits)
+
+
+def test_types_are_those_that_the_model_makes_where_it_is_loaded(tmp_path):
+    model = tiny()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = cp.prefill(model, tokens(40), PRESS)
+        assert stores(cache)[0].values.dtype == torch.bfloat16
+        cp.save_cache(cache, tmp_path / "c", model)
+        assert kept(cp.load_cache(tmp_path / "c", model)) == kept(cache)
+    with pytest.raises(cp.CachepressError, match="pages of torch.float32, as the model makes"):
+        cp.load_cache(tmp_path / "c", model)
+
+
 def test_a_cache_loads_while_a_press_watches(tmp_path):
     model, path = save(tmp_path)
     with cp.SnapKVPress(0.5, window_size=4)(model):

@@ -71,13 +71,21 @@ def install_stores(cache: Cache, model: PreTrainedModel) -> dict[int, Store]:
     return stores
 
 
-def sample_cache(model: PreTrainedModel, n: int) -> Cache:
+def sample_cache(model: PreTrainedModel, n: int, ours: bool) -> Cache:
     """A cache of ``n`` sequences of as many tokens, as the model itself fills it.
 
     The forward is called past the decoder's hooks, so that no press that watches takes part.
+
+    Args:
+        model: the model; our attention function has to be selected on it.
+        n: the number.
+        ours: whether full-attention layers are stores, which hold keys and values as they come;
+            some of transformers' own change the type of values.
     """
     decoder = model.get_decoder()
     cache = DynamicCache(config=decoder.config)
+    if ours:
+        install_stores(cache, model)
     ids = torch.zeros(n, n, dtype=torch.long, device=model.device)
     with torch.no_grad():
         decoder.forward(input_ids=ids, **{cache_argument(decoder): cache, "use_cache": True})
