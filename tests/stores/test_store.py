@@ -399,6 +399,28 @@ def test_groups_of_joined_stores_hold_what_each_of_them_does():
             assert torch.equal(store.lengths[i], one.lengths[0])
 
 
+def test_padding_of_a_question_stays_hidden_when_its_rows_are_shared():
+    """Behind a text that has padding of its own, which is not held."""
+    pair = Pair(KINDS["uneven"], 2, random.Random(1))
+    pair.padding = [0, 9]
+    pair.append(2 * PAGE)
+    pair.keep()
+    pair.append(SLACK + 3)
+    store = pair.store.fork()
+    assert len(store.held.blocks) == 2
+    store.update(*(randn(2, HEADS, 1, SIZE) for _ in range(2)))
+    rows, query = store.held.rows(), randn(2, 2 * HEADS, 1, SIZE)
+    valid = torch.arange(store.get_seq_length()) >= torch.tensor(pair.padding)[:, None]
+    valid[0, 2 * PAGE : 2 * PAGE + 2] = False
+    columns = []
+    for b, sequence in enumerate(rows.text_positions().long()):
+        seen = (sequence >= 0) & valid[b][sequence.clamp(min=0)]
+        columns.append([(rows.keys[b, h][seen[h]], rows.values[b, h][seen[h]]) for h in range(2)])
+    wanted = naive_attention(query.view(2, HEADS, 2, 1, SIZE), columns, RULE)
+    ours = store.held.attend(query, TextMask(valid.long(), 1), RULE)
+    close(ours.transpose(1, 2), wanted.view(2, 2 * HEADS, 1, SIZE))
+
+
 def test_a_tail_is_no_longer_than_it_has_to_be():
     """What a token more takes, and what a prompt of several tokens does."""
     store = Store()
