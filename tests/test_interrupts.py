@@ -221,11 +221,14 @@ def test_an_interrupt_that_hits_a_finaliser_comes_again():
 
 
 def test_ignored_signals_stay_ignored_and_others_are_given_back():
+    # A library that another test used may have left its own way with them.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    other = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with Interrupts():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        signal.signal(signal.SIGTERM, other)

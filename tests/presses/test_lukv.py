@@ -60,6 +60,7 @@ def plain_counts(curve, n, seen):
     return [rows[i : i + 2] for i in range(0, 8, 2)]
 
 
+@pytest.mark.counts
 @pytest.mark.parametrize("ratio", [0.01, 0.1, 0.25, 0.333, 0.5, 0.75, 0.9, 0.97])
 @pytest.mark.parametrize("learned", [CURVE, SKEWED])
 def test_counts_follow_the_curve_and_their_total_is_exact(ratio, learned, tmp_path):
@@ -74,6 +75,7 @@ def test_counts_follow_the_curve_and_their_total_is_exact(ratio, learned, tmp_pa
         assert min(map(min, found)) >= 1 and max(map(max, found)) <= n
 
 
+@pytest.mark.counts
 def test_at_a_ratio_of_the_curve_each_head_has_its_share(curve):
     """100 rows, so that a hundredth is a row."""
     found = counts(pressed(tiny(), LUKVPress(cp.KnormPress(0.5), curve=curve), tokens(100)))
@@ -108,6 +110,7 @@ def test_a_published_file_says_which_fraction_each_head_drops(tmp_path, curve):
     assert found == counts(pressed(tiny(), LUKVPress(SNAP, curve=curve), tokens(40)))
 
 
+@pytest.mark.counts
 def test_the_head_that_a_published_curve_drops_most_of_keeps_least(tmp_path):
     drop = np.full((99, 4, 2), 0.2)
     drop[:, 0, 0], drop[:, 3, 1] = 0.36, 0.04
