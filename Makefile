@@ -32,7 +32,7 @@ test: $(VENV)/ready $(OLD)/ready
 elsewhere: $(VENV)/ready
 	ATEN_CPU_CAPABILITY=$$($(BIN)/python -m tests.elsewhere) CACHEPRESS_LAWS=few OMP_NUM_THREADS=$(THREADS) \
 		$(BIN)/python $(PYTEST) tests/laws/test_laws.py tests/laws/test_matrix.py \
-		tests/laws/test_goldens.py tests/ops tests/test_exact.py
+		tests/laws/test_goldens.py tests/ops tests/stores tests/presses tests/test_exact.py
 
 laws: $(VENV)/ready
 	CACHEPRESS_LAWS=all OMP_NUM_THREADS=$(THREADS) $(BIN)/python $(PYTEST) tests/laws

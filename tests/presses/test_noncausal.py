@@ -8,8 +8,8 @@ from transformers import DynamicCache
 import cachepress as cp
 from cachepress.presses.noncausal import NonCausalAttnPress, standardised
 from tests.bounds import EXACT, close, near
-from tests.tiny import exact_tiny as tiny
 from tests.tiny import distinct, randn, tokens
+from tests.tiny import exact_tiny as tiny
 from tests.tiny_cache import forward, kept, pressed
 
 SEEN = {}
