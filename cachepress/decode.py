@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from cachepress.errors import CachepressError
 from cachepress.hf import cache_argument
-from cachepress.limits import shown
+from cachepress.limits import said, shown
 from cachepress.ops import wide
 
 _ONE_ANSWER: Mapping[str, object] = {
@@ -64,8 +64,9 @@ def generate(
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         if not generation:
             raise
-        said = " ".join(str(error).split())
-        raise CachepressError(f"generation options {shown(dict(generation))}: {said}") from error
+        raise CachepressError(
+            f"generation options {shown(dict(generation))}: {said(error)}"
+        ) from error
 
 
 def check_generation(generation: Mapping[str, object]) -> None:

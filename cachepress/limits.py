@@ -54,6 +54,12 @@ def shown(value: object, most: int = LONGEST_SHOWN) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def said(what: object, most: int | None = None) -> str:
+    """What an error or a text says, in one line, and cut to a length if there is one."""
+    text = " ".join(str(what).split())
+    return text if most is None or len(text) <= most else f"{text[: most - 1]}…"
+
+
 def visible(text: str) -> str:
     """A text whose control characters are shown, so that a terminal does not obey them."""
     return _UNSEEN.sub(lambda found: repr(found[0])[1:-1], text)

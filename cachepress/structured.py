@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from cachepress.errors import CachepressError
-from cachepress.limits import shown
+from cachepress.limits import said, shown
 
 LONGEST_JSON, LONGEST_YAML = 2**26, 2**20
 MOST_VALUES, DEEPEST = 100_000, 50
@@ -52,7 +52,7 @@ def parse_yaml(text: str) -> object:
         value = yaml.load(text, _LOADER)
         _check_numbers(value)
     except _WRONG as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(said(error)) from error
     return value
 
 
@@ -69,16 +69,11 @@ def read_mapping(path: Path) -> dict[str, object]:
         raise CachepressError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
         kind = path.suffix[1:].upper()
-        raise CachepressError(f"{path} is damaged, or is not {kind}: {_line(error)}") from error
+        raise CachepressError(f"{path} is damaged, or is not {kind}: {said(error, 300)}") from error
     if not isinstance(values, Mapping):
         wanted = "an object" if path.suffix == ".json" else "lines of the form option: value"
         raise CachepressError(f"{path}: got {shown(values)}, wanted {wanted}")
     return {str(name): value for name, value in values.items()}
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:299]}…"
 
 
 def _whole(digits: str) -> int:

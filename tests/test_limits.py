@@ -21,6 +21,7 @@ from cachepress.limits import (
     MOST_TOKENS,
     is_out_of_memory,
     is_whole,
+    said,
     shown,
     visible,
 )
@@ -28,6 +29,12 @@ from tests.bounds import near
 from tests.tiny import tiny, tokenizer, tokens
 
 ENDLESS = 10**5000
+
+
+def test_what_is_said_is_one_line_and_no_longer_than_asked():
+    error = ValueError("line 1:\n   wanted\ta number\r\n")
+    assert said(error) == "line 1: wanted a number"
+    assert said(error, 23) == "line 1: wanted a number" and said(error, 8) == "line 1:…"
 
 
 def test_whole_numbers_have_one_bound():

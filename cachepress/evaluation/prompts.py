@@ -13,6 +13,7 @@ from string import Formatter
 import pandas as pd
 
 from cachepress.errors import CachepressError
+from cachepress.limits import said
 
 TABLES = (".csv", ".jsonl", ".parquet")
 TEXTS = (".txt", ".md")
@@ -248,10 +249,9 @@ def _templates(path: Path, raw: bytes, name: str) -> dict[str, str]:
     except CachepressError:
         raise
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        reason = " ".join(str(error).split())
         kind = "Python" if path.suffix == ".py" else "JSON"
         kind = "a text in UTF-8" if isinstance(error, UnicodeDecodeError) else kind
-        raise CachepressError(f"prompts: {path} is not {kind}: {reason}") from error
+        raise CachepressError(f"prompts: {path} is not {kind}: {said(error)}") from error
     if not isinstance(found, dict) or not found:
         raise CachepressError(f"prompts: {path} holds no mapping from tasks to templates: {wanted}")
     for task, template in found.items():

@@ -14,7 +14,7 @@ from cachepress.evaluation.registry import UNJUDGED, find_metric
 from cachepress.evaluation.samples import check_metrics, judged_by
 from cachepress.evaluation.tasks.base import DIGITS
 from cachepress.evaluation.views import score, scores_of
-from cachepress.limits import shown
+from cachepress.limits import said, shown
 from cachepress.structured import parse_json, read_mapping
 
 LISTS = ("answer", "choices")
@@ -109,8 +109,7 @@ def _read(run: Path) -> tuple[pd.DataFrame, dict]:
         if not len(rows):
             raise ValueError("it has no rows")
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise CachepressError(f"{path} is damaged: {reason}; run evaluate again") from error
+        raise CachepressError(f"{path} is damaged: {said(error)}; run evaluate again") from error
     return rows, _metrics(run / METRICS)
 
 

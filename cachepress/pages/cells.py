@@ -11,12 +11,15 @@ from cachepress.errors import CachepressError
 from cachepress.evaluation.cell import CONFIG, METRICS, PREDICTIONS
 from cachepress.evaluation.predictions import read_predictions
 from cachepress.evaluation.statistics import Estimate
+from cachepress.limits import said
 from cachepress.structured import parse_json, read_mapping
 
 COLUMNS = ("sample_id", "question", "answer", "context_id", "predicted_answer")
 TEXTS = ("question", "answer_prefix", "task", "metric", "context_id", "predicted_answer")
 LISTS = ("answer", "choices")
 NUMBERS = ("score", "kl", "length", "depth")
+_SHOWN = 160
+"""Characters of what is wrong in an error."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +207,7 @@ class _Fields:
 
     def _wrong(self, name: str, wanted: str) -> CachepressError:
         got = "nothing" if name not in self.values else repr(self.values[name])
-        return CachepressError(f"{self.path}: {name} is {_short(got)}, wanted {wanted}")
+        return CachepressError(f"{self.path}: {name} is {said(got, _SHOWN)}, wanted {wanted}")
 
 
 def _predictions(path: Path) -> pd.DataFrame:
@@ -214,7 +217,7 @@ def _predictions(path: Path) -> pd.DataFrame:
     except OSError as error:
         raise CachepressError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise CachepressError(f"{path} is damaged: {_short(error)}") from error
+        raise CachepressError(f"{path} is damaged: {said(error, _SHOWN)}") from error
     for name in COLUMNS:
         if name not in table:
             raise CachepressError(f"{path} is no file of ours: it has no column {name!r}")
@@ -223,7 +226,7 @@ def _predictions(path: Path) -> pd.DataFrame:
     try:
         columns = {name: _column(table, name) for name in (*TEXTS, *LISTS, *NUMBERS)}
     except ValueError as error:
-        raise CachepressError(f"{path} is damaged: {_short(error)}") from error
+        raise CachepressError(f"{path} is damaged: {said(error, _SHOWN)}") from error
     return pd.DataFrame(columns).set_index(pd.Index(table["sample_id"], name="sample_id"))
 
 
@@ -239,8 +242,3 @@ def _texts(cell: str) -> list[str]:
     """A JSON list, or one text."""
     value = parse_json(cell) if cell else []
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]
-
-
-def _short(reason: object) -> str:
-    text = " ".join(str(reason).split())
-    return text if len(text) <= 160 else text[:159] + "…"

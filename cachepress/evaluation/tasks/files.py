@@ -26,7 +26,7 @@ from cachepress.evaluation.tasks.base import (
     whole_number,
 )
 from cachepress.evaluation.tasks.converted import LAYOUT_COLUMNS, Row, as_official
-from cachepress.limits import shown
+from cachepress.limits import said, shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -85,8 +85,7 @@ def load_file(path: Path) -> pd.DataFrame:
     try:
         raw = _read(path)
     except (ValueError, OSError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())
-        raise CachepressError(f"{origin} cannot be read: {reason}") from error
+        raise CachepressError(f"{origin} cannot be read: {said(error)}") from error
     names = _names(raw, origin)
     if not raw.places:
         raise CachepressError(f"{origin} has no rows")

@@ -20,6 +20,7 @@ from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import string_match
 from cachepress.evaluation.tasks.base import Look, Size, Task, normalise, whole_number
 from cachepress.evaluation.tasks.builtin_text import NOUNS, prose
+from cachepress.limits import said
 
 DEFAULT_GRID = "1000,2000,4000,7000x5"
 """Fits a model with 8192 positions, question and answer included."""
@@ -146,8 +147,7 @@ def _pieces(folder: Path) -> list[str]:
     try:
         texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
     except (OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise CachepressError(f"{folder}: a .txt file cannot be read: {reason}") from error
+        raise CachepressError(f"{folder}: a .txt file cannot be read: {said(error)}") from error
     text = "\n\n".join(text.strip() for text in texts if text.strip())
     if not text:
         raise CachepressError(f"{folder} has no .txt file with text to hide a needle in")

@@ -9,6 +9,7 @@ import pandas as pd
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.delimited import read_delimited
+from cachepress.limits import said
 from cachepress.structured import parse_json
 
 
@@ -47,8 +48,7 @@ def read_rows(folder: str | None, names: Sequence[str], *hubs: Hub) -> list[dict
     except OSError as error:
         raise CachepressError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
-        raise CachepressError(f"{path} is damaged: {reason}") from error
+        raise CachepressError(f"{path} is damaged: {said(error)}") from error
     if not rows:
         raise CachepressError(f"{path} has no rows")
     return rows
