@@ -2,7 +2,7 @@
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
-from cachepress.evaluation.tasks.base import MOST_TOKENS, Task
+from cachepress.evaluation.tasks.base import MOST_GENERATED, Task
 from cachepress.models import positions_of
 
 
@@ -17,10 +17,10 @@ def check_size(task: Task, config: EvaluationConfig) -> None:
         return
     size = task.size(config)
     what = f"{task.name}, data_dir={config.data_dir!r}"
-    if size.total > MOST_TOKENS:
+    if size.total > MOST_GENERATED:
         raise CachepressError(
             f"{what}: its contexts have {size.total:.3g} tokens together, wanted at most "
-            f"{MOST_TOKENS:.0e}: ask for fewer or shorter ones"
+            f"{MOST_GENERATED:.0e}: ask for fewer or shorter ones"
         )
     room = _room(config, size.beside)
     # Of a fraction of the contexts, nobody knows yet which ones they are.

@@ -26,7 +26,7 @@ PERPLEXITY = "perplexity"
 """The metric of rows whose answer is a text that the model is made to say."""
 DEFAULT_LIMIT = 50
 """Tokens of an answer, where the data do not say."""
-MOST_TOKENS = 10**8
+MOST_GENERATED = 10**8
 """Most tokens of all contexts of a generated data set."""
 REQUIRED = ("context", "question", "answer")
 OPTIONAL = {
@@ -43,7 +43,7 @@ OPTIONAL = {
 }
 COLUMNS = (*REQUIRED, *OPTIONAL)
 DIGITS = 12
-MOST = 10**DIGITS
+BEYOND = 10**DIGITS
 """More tokens than this are not told apart."""
 
 
@@ -195,7 +195,7 @@ def normalise(table: pd.DataFrame, task: str, origin: str) -> pd.DataFrame:
         if not answer and metric != UNSCORED:
             raise CachepressError(f"{origin}, row {number}: the answer is empty")
         digits = str(limit)
-        if not digits.isdecimal() or not 1 <= whole_number(digits) < MOST:
+        if not digits.isdecimal() or not 1 <= whole_number(digits) < BEYOND:
             raise CachepressError(f"{origin}, row {number}: max_new_tokens is {limit!r}")
     table["answer"] = pd.Series(answers, dtype=object)
     table["choices"] = pd.Series([_texts(value) for value in table["choices"]], dtype=object)
@@ -225,9 +225,9 @@ def _choices(column: pd.Series, known: Mapping[str, object], origin: str) -> pd.
 
 
 def whole_number(digits: str) -> int:
-    """The number that decimal digits spell, or ``MOST`` for one that is larger."""
+    """The number that decimal digits spell, or ``BEYOND`` for one that is larger."""
     digits = digits.lstrip("0") or "0"
-    return int(digits) if len(digits) <= DIGITS else MOST
+    return int(digits) if len(digits) <= DIGITS else BEYOND
 
 
 def _limit(value: object) -> object:

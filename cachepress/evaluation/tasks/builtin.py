@@ -16,7 +16,7 @@ from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.tasks import builtin_drafts as drafts
 from cachepress.evaluation.tasks.base import (
-    MOST_TOKENS,
+    MOST_GENERATED,
     Look,
     Size,
     Task,
@@ -108,9 +108,9 @@ def generate(
         CachepressError: if a task is unknown, or a number is out of range.
     """
     _check(tasks, contexts, questions)
-    if len(tasks) * contexts * length > MOST_TOKENS:
+    if len(tasks) * contexts * length > MOST_GENERATED:
         raise CachepressError(
-            f"length: got {length}, wanted at most {MOST_TOKENS // (len(tasks) * contexts)} for "
+            f"length: got {length}, wanted at most {MOST_GENERATED // (len(tasks) * contexts)} for "
             f"{contexts} contexts of {len(tasks)} tasks"
         )
 

@@ -17,9 +17,9 @@ import pandas as pd
 from cachepress.errors import CachepressError
 from cachepress.evaluation.delimited import read_delimited, repeated
 from cachepress.evaluation.tasks.base import (
+    BEYOND,
     COLUMNS,
     DEFAULT_LIMIT,
-    MOST,
     REQUIRED,
     UNSCORED,
     normalise,
@@ -329,7 +329,7 @@ def _limit(cell: object) -> int:
         return DEFAULT_LIMIT
     digits = str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
     tokens = whole_number(digits) if digits.isascii() and digits.isdecimal() else 0
-    if not 1 <= tokens < MOST:
+    if not 1 <= tokens < BEYOND:
         raise ValueError(f"is {_shown(cell)}, wanted a whole number above 0")
     return tokens
 
@@ -349,7 +349,7 @@ def _number(cell: object) -> int | float | str | None:
         return cell
     except OverflowError:
         return None
-    if not abs(number) < MOST:
+    if not abs(number) < BEYOND:
         return None
     return int(number) if number.is_integer() and not isinstance(cell, float) else number
 
