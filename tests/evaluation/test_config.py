@@ -94,9 +94,22 @@ def test_a_wrong_option_is_one_clear_line(options, message):
         ("press: [unclosed", "is not YAML"),
         ("just a text", "wanted lines of the form option: value"),
         ("pres: knorm", "unknown option 'pres'"),
+        (
+            "seed: 4294967296",
+            "got 4294967296, wanted .* -4294967295, at most 4294967295",
+        ),
+        (
+            "max_new_tokens: 10000001",
+            "tokens: got 10000001, wanted .* 1, at most 10000000",
+        ),
+        ('dataset: "a\\0b"', "dataset: got 'a\\\\x00b', wanted a text without NUL"),
+        ("model_kwargs: {1: 2, a: 3}", "model_kwargs: got .* wanted names with values as in JSON"),
+        ("model_kwargs: {a: 2001-01-01}", "wanted names with values as in JSON"),
+        (f"press: {'a' * 20_000}", "got 20,000 characters"),
+        ("? [1, 2]\n: 3", "unhashable|unknown option"),
     ],
 )
-def test_a_broken_file_is_one_clear_line(tmp_path, text, message):
+def test_a_file_that_cannot_be_taken_is_one_clear_line(tmp_path, text, message):
     path = tmp_path / "a.yaml"
     path.write_text(text)
     with pytest.raises(cp.CachepressError, match=message) as caught:
