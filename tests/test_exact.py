@@ -8,7 +8,7 @@ from cachepress import budgets
 from tests.bounds import close, margin, near, no_close_answers, no_near_ties, rounding
 from tests.elsewhere import elsewhere
 from tests.exact import narrow
-from tests.tiny import ARCHITECTURES, distinct, exact_tiny, tiny, tokens
+from tests.tiny import ARCHITECTURES, exact_tiny, tiny, tokens
 from tests.tiny_cache import forward
 
 
@@ -95,7 +95,7 @@ def test_a_token_that_hangs_on_rounding_is_found_out():
 
 
 def test_no_token_comes_twice():
-    ids = distinct(93, batch=2)
+    ids = tokens(93, batch=2)
     assert [len(set(row)) for row in ids.tolist()] == [93, 93]
     assert not torch.equal(ids[0], ids[1])
 

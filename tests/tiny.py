@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.exact import doubled
 from tests.scratch import scratch
+from tests.shaken import shaken
 
 SMALL = {
     "vocab_size": 97,
@@ -115,7 +116,7 @@ def tiny(name: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedM
         model.load_state_dict(source.state_dict())
         model.to(dtype)
     model.config.name_or_path = _tokenizer_folder()
-    return model.eval()
+    return shaken(model.eval())
 
 
 @cache
@@ -132,25 +133,21 @@ def exact_tiny(name: str = "llama") -> PreTrainedModel:
 
 
 def tokens(n: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
-    """Random token ids ``[batch, n]`` without special ones."""
+    """Random token ids ``[batch, n]`` without special ones; none comes twice in a text up to 93.
+
+    A token that comes twice has keys of the same length, which differ in the last bits: whether
+    the one or the other is kept would hang on rounding.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 96, (batch, n), generator=generator)
+    rounds = range(-(-n // 93))
+    texts = [[torch.randperm(93, generator=generator) for _ in rounds] for _ in range(batch)]
+    return 3 + torch.stack([torch.cat(parts)[:n] for parts in texts])
 
 
 randn = partial(torch.randn, dtype=torch.float64)
 """Normal numbers in float64."""
 rand = partial(torch.rand, dtype=torch.float64)
 """Numbers from 0 to 1 in float64."""
-
-
-def distinct(n: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
-    """Token ids ``[batch, n]`` of which none comes twice in a text, 93 at most.
-
-    A token that comes twice has keys of the same length, which differ in the last bits: whether
-    the one or the other is kept would hang on rounding.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([3 + torch.randperm(93, generator=generator)[:n] for _ in range(batch)])
 
 
 SPECIAL = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "abcdef": 96}

@@ -23,7 +23,7 @@ from cachepress.evaluation import EvaluationConfig, EvaluationRunner, cell
 from cachepress.evaluation.cell import CONFIG, METRICS, PREDICTIONS, RECORDS
 from cachepress.evaluation.reader import Reader
 from cachepress.evaluation.sweep import SweepConfig, run_sweep
-from tests.tiny import tokenizer
+from tests.tiny import tokenizer, tokens
 
 EARLIER = Path(__file__).parents[1] / "golden" / "version_0.1.0"
 GOLDEN = EARLIER.parent / "llama_model"
@@ -161,7 +161,6 @@ def test_the_artefact_that_a_press_finds_by_itself_counts(work, answered):
 
     from cachepress.artefacts import locate_artefact
     from cachepress.train import Lesson, train
-    from tests.tiny import tokens
 
     def learn(seed):
         model = AutoModelForCausalLM.from_pretrained("model")

@@ -8,7 +8,7 @@ import cachepress as cp
 from cachepress.cache import stores
 from tests.laws.presses import RATIO, SOURCES, WRAPPERS, every_scorer, name_of
 from tests.learned import learned
-from tests.tiny import distinct, exact_tiny
+from tests.tiny import exact_tiny, tokens
 from tests.tiny_cache import forward, kept
 
 NAMES = ("llama", "qwen3", "phi3", "gemma3", "gpt_oss")
@@ -31,16 +31,16 @@ def found_on_the_model(name):
 @pytest.mark.parametrize("kind", SOURCES)
 def test_what_was_learned_of_a_model_is_used_on(kind, architecture):
     press = next(p for p in every_scorer(RATIO, architecture) if type(p) is kind)
-    cache = cp.prefill(exact_tiny(architecture), distinct(41), press)
+    cache = cp.prefill(exact_tiny(architecture), tokens(41), press)
     assert cp.size_of(cache).ratio == pytest.approx(21 / 41)
     with pytest.raises(cp.CachepressError, match="was made for a"):
-        cp.prefill(exact_tiny("gpt2"), distinct(41), press)
+        cp.prefill(exact_tiny("gpt2"), tokens(41), press)
 
 
 @pytest.mark.parametrize("architecture", NAMES)
 @pytest.mark.parametrize("name", PRESSES)
 def test_works_on(name, architecture):
-    model, ids, press = exact_tiny(architecture), distinct(41), PRESSES[name]
+    model, ids, press = exact_tiny(architecture), tokens(41), PRESSES[name]
     n_layers = len(stores(cp.prefill(model, ids[:, :2], cp.KnormPress(0.0))))
     if name == "LUKVPress":
         press = cp.LUKVPress(cp.KeyDiffPress(RATIO), curve=learned(architecture))
@@ -51,7 +51,7 @@ def test_works_on(name, architecture):
     cache = DynamicCache()
     with press(model, question=3):
         forward(model, cache, input_ids=ids)
-        logits = forward(model, cache, input_ids=distinct(1)).logits
+        logits = forward(model, cache, input_ids=tokens(1)).logits
     assert torch.isfinite(logits).all()
     assert cache.get_seq_length() == 42
     for layer in kept(cache):

@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import cachepress as cp
 from cachepress.cache import form_of, join, stores
 from tests.bounds import close
-from tests.tiny import distinct, exact_tiny, tokens
+from tests.tiny import exact_tiny, tokens
 from tests.tiny_cache import forward, kept
 
 MODEL = exact_tiny()
@@ -28,7 +28,7 @@ by_press = pytest.mark.parametrize("press", PRESSES.values(), ids=list(PRESSES))
 
 def read(press, seed=0, decoded=0):
     """A cache of a text and of some tokens that came since, the last one by itself."""
-    cache = cp.prefill(MODEL, distinct(80, seed=seed), press)
+    cache = cp.prefill(MODEL, tokens(80, seed=seed), press)
     if decoded:
         forward(MODEL, cache, input_ids=tokens(decoded, seed=seed))
         forward(MODEL, cache, input_ids=tokens(1, seed=seed))
@@ -122,7 +122,7 @@ DECODING = {
 def test_what_was_noted_of_decoded_tokens_stays_with_their_text(scorer):
     """Beams may change places, and a cache be copied, between two compressions."""
     press = cp.DecodingPress(scorer, 8, 20)
-    texts, said = distinct(30, batch=2), distinct(8, batch=2, seed=1)
+    texts, said = tokens(30, batch=2), tokens(8, batch=2, seed=1)
 
     def read(ids):
         cache = DynamicCache()
@@ -169,7 +169,7 @@ def turned(keys, positions):
 @pytest.mark.parametrize("padding", [0, 9])
 def test_compacted_keys_stand_one_after_the_other_up_to_the_last_token(padding, start):
     """Wherever the text begins."""
-    texts = distinct(40, batch=2)
+    texts = tokens(40, batch=2)
     ids, mask, cache = texts.clone(), torch.ones(2, 40, dtype=torch.long), DynamicCache()
     mask[1, :padding] = 0
     place = (mask.cumsum(-1) - 1).clamp(min=0) + start
@@ -190,8 +190,8 @@ def test_compacted_keys_stand_one_after_the_other_up_to_the_last_token(padding, 
 
 def test_merged_values_are_means_by_weight():
     """A row that is like one that goes becomes the mean of the two, by what each weighs."""
-    plain = cp.prefill(MODEL, distinct(40), cp.KnormPress(0.0))
-    cache = cp.prefill(MODEL, distinct(40), cp.MergingPress(KNORM))
+    plain = cp.prefill(MODEL, tokens(40), cp.KnormPress(0.0))
+    cache = cp.prefill(MODEL, tokens(40), cp.MergingPress(KNORM))
     store, whole = stores(cache)[0], stores(plain)[0]
     for h in range(2):
         keys, values = whole.keys[0, h], whole.values[0, h].clone()

@@ -14,7 +14,7 @@ import cachepress as cp
 from cachepress.cache import size_of, stores
 from tests.bounds import close
 from tests.laws.presses import every_press, name_of
-from tests.tiny import ARCHITECTURES, FULL_ONLY, distinct, exact_tiny
+from tests.tiny import ARCHITECTURES, FULL_ONLY, exact_tiny, tokens
 from tests.tiny_cache import forward, kept, pressed
 
 PRESSES = every_press(0.5)
@@ -33,7 +33,7 @@ def greedy(model, ids, n=8, **options):
 
 @by_architecture
 def test_ratio_0_equals_no_press(name):
-    model, ids = exact_tiny(name), distinct(40)
+    model, ids = exact_tiny(name), tokens(40)
     plain_cache, cache = DynamicCache(config=model.config), DynamicCache()
     plain = forward(model, plain_cache, input_ids=ids).logits
     plain_tokens = greedy(model, ids)
@@ -42,7 +42,7 @@ def test_ratio_0_equals_no_press(name):
         assert torch.equal(greedy(model, ids), plain_tokens)
     assert torch.equal(ours, plain)
     for n in (1, 3):
-        step = distinct(n, seed=n)
+        step = tokens(n, seed=n)
         decoded = forward(model, cache, input_ids=step).logits
         wanted = forward(model, plain_cache, input_ids=step).logits
         close(decoded, wanted)
@@ -53,9 +53,9 @@ def test_ratio_0_equals_no_press(name):
 def test_keeps_the_exact_count_in_order(name, press):
     if press.needs.projection and name in GATED:
         with pytest.raises(cp.UnsupportedError, match="output projection"):
-            pressed(exact_tiny(name), press, distinct(41))
+            pressed(exact_tiny(name), press, tokens(41))
         return
-    cache = pressed(exact_tiny(name), press, distinct(41, batch=2))
+    cache = pressed(exact_tiny(name), press, tokens(41, batch=2))
     for layer in kept(cache):
         for row in layer:
             for head in row:
@@ -69,7 +69,7 @@ def test_keeps_the_exact_count_in_order(name, press):
 @settings(max_examples=15, deadline=None)
 @given(n=st.integers(2, 40), percent=st.integers(0, 99))
 def test_counts_are_exact_decimals(press, n, percent):
-    cache = pressed(MODEL, press.with_ratio(percent / 100), distinct(n))
+    cache = pressed(MODEL, press.with_ratio(percent / 100), tokens(n))
     wanted = max(1, floor(n * (1 - Fraction(percent, 100))))
     assert stores(cache)[0].lengths.tolist() == [[wanted, wanted]]
 
@@ -94,14 +94,14 @@ def test_a_row_of_a_padded_batch_equals_that_row_alone(name, press):
     if name == "qwen3_moe" and press != PRESSES[0]:
         pytest.skip("one press is enough for an architecture whose attention is Qwen3's")
     model = exact_tiny(name)
-    texts = [distinct(n, seed=n) for n in (31, 17, 4)]
+    texts = [tokens(n, seed=n) for n in (31, 17, 4)]
     ids = torch.zeros(3, 31, dtype=torch.long)
     for row, text in zip(ids, texts, strict=True):
         row[31 - text.shape[1] :] = text[0]
     mask = (ids > 0).long()
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     batch = pressed(model, press, ids, attention_mask=mask, position_ids=position_ids)
-    step = distinct(1, batch=3, seed=9)
+    step = tokens(1, batch=3, seed=9)
     longer = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=-1)
     logits = forward(
         model, batch, input_ids=step, attention_mask=longer, position_ids=mask.sum(-1)[:, None]
@@ -118,7 +118,7 @@ def test_a_row_of_a_padded_batch_equals_that_row_alone(name, press):
 
 @by_name
 def test_right_padding_is_dropped_too(press):
-    text, other = distinct(12, seed=3), distinct(20, seed=4)
+    text, other = tokens(12, seed=3), tokens(20, seed=4)
     ids = torch.cat([torch.cat([text, torch.zeros(1, 8, dtype=torch.long)], -1), other])
     batch = pressed(MODEL, press, ids, attention_mask=(ids > 0).long())
     alone = pressed(MODEL, press, text)
@@ -127,7 +127,7 @@ def test_right_padding_is_dropped_too(press):
 
 @by_name
 def test_a_second_turn_is_settled_to_the_same_count(press):
-    model, ids = exact_tiny(), distinct(40)
+    model, ids = exact_tiny(), tokens(40)
     cache = DynamicCache()
     with press(model):
         forward(model, cache, input_ids=ids[:, :23])
@@ -144,17 +144,17 @@ def test_a_second_turn_is_settled_to_the_same_count(press):
 def test_the_first_turn_only_when_asked():
     cache = DynamicCache()
     with cp.KnormPress(0.5)(MODEL, turns="first"):
-        forward(MODEL, cache, input_ids=distinct(20))
-        forward(MODEL, cache, input_ids=distinct(10))
+        forward(MODEL, cache, input_ids=tokens(20))
+        forward(MODEL, cache, input_ids=tokens(10))
     assert stores(cache)[0].lengths.tolist() == [[20, 20]]
 
 
 @by_name
 def test_seen_never_shrinks_and_decoding_is_not_scored(press):
-    cache = pressed(MODEL, press, distinct(30))
+    cache = pressed(MODEL, press, tokens(30))
     with press(MODEL):
         for step in range(5):
-            forward(MODEL, cache, input_ids=distinct(1, seed=step))
+            forward(MODEL, cache, input_ids=tokens(1, seed=step))
             assert cache.get_seq_length() == 31 + step
     assert stores(cache)[0].lengths.tolist() == [[20, 20]]
     assert kept(cache)[0][0][0][-5:] == [30, 31, 32, 33, 34]
@@ -163,7 +163,7 @@ def test_seen_never_shrinks_and_decoding_is_not_scored(press):
 @by_architecture
 def test_decoding_attends_like_a_masked_full_cache(name):
     """The compressed cache against the whole one with the dropped rows masked by hand."""
-    model, ids, step = exact_tiny(name), distinct(40), distinct(3, seed=5)
+    model, ids, step = exact_tiny(name), tokens(40), tokens(3, seed=5)
     press = cp.StreamingLLMPress(0.5, n_sink=3)
     logits = forward(model, pressed(model, press, ids), input_ids=step).logits
     whole = DynamicCache()
@@ -194,7 +194,7 @@ def test_repr_is_the_spelling(press):
 
 @by_name
 def test_bytes_reported_are_bytes_allocated(press):
-    cache = pressed(MODEL, press, distinct(90))
+    cache = pressed(MODEL, press, tokens(90))
     storage = sum(
         tensor.untyped_storage().nbytes()
         for store in stores(cache)

@@ -10,7 +10,7 @@ from cachepress.masks import TextMask
 from cachepress.ops import AttentionRule
 from cachepress.ops.ragged_attention.naive import naive_attention
 from tests.bounds import close
-from tests.tiny import distinct, exact_tiny, randn
+from tests.tiny import exact_tiny, randn, tokens
 from tests.tiny_cache import forward
 
 LONG, RULE = 41, AttentionRule(0.3)
@@ -26,7 +26,7 @@ PADDED = 13
 
 def store_of(press, decoded, padded=False):
     """A layer's rows, of two texts, with tails of every kind; and which columns are tokens."""
-    ids, valid = distinct(LONG, batch=2), torch.ones(2, LONG, dtype=torch.bool)
+    ids, valid = tokens(LONG, batch=2), torch.ones(2, LONG, dtype=torch.bool)
     valid[1, :PADDED] = not padded
     store = stores(
         cp.prefill(exact_tiny(), ids, press, attention_mask=valid.long() if padded else None)
@@ -93,7 +93,7 @@ def of_query(query, rows, visible):
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_mask_that_was_written_to_is_read_again(inference):
     """Also one and the same tensor, which a caller fills anew for every forward."""
-    model, ids, step = exact_tiny(), distinct(LONG), distinct(2, seed=1)
+    model, ids, step = exact_tiny(), tokens(LONG), tokens(2, seed=1)
     press = cp.StreamingLLMPress(0.5, n_sink=4)
     place = torch.tensor([[LONG, LONG + 1]])
 

@@ -31,7 +31,7 @@ from tests.laws.presses import (
     every_wrapper,
     name_of,
 )
-from tests.tiny import distinct, exact_tiny
+from tests.tiny import exact_tiny, tokens
 from tests.tiny_cache import allocated, forward, kept
 
 SCORERS = {name_of(press): press for press in every_scorer(RATIO)}
@@ -89,9 +89,9 @@ def model():
 def batch(company):
     """Texts, and how they stand in a batch: ids and mask."""
     if company == "alone":
-        ids = distinct(LENGTHS[0], seed=LENGTHS[0])
+        ids = tokens(LENGTHS[0], seed=LENGTHS[0])
         return [ids], ids, None
-    texts = [distinct(n, seed=n) for n in LENGTHS]
+    texts = [tokens(n, seed=n) for n in LENGTHS]
     ids = torch.zeros(len(texts), LENGTHS[0], dtype=torch.long)
     for row, text in zip(ids, texts, strict=True):
         row[LENGTHS[0] - text.shape[1] :] = text[0]
@@ -217,14 +217,14 @@ def _rounding_of(codec, layer):
 def test_ratio_0_equals_no_press(scorer, wrapper):
     if WRAPPERS[wrapper].stores:
         pytest.skip("stores rows in few bits, also those that it does not drop")
-    ids = distinct(40)
+    ids = tokens(40)
     plain, cache = DynamicCache(), DynamicCache()
     wanted = forward(model(), plain, input_ids=ids).logits
     with build(scorer, wrapper, ratio=0.0)(model(), question=QUESTION):
         assert torch.equal(forward(model(), cache, input_ids=ids).logits, wanted)
         for step in range(12):
-            ours = forward(model(), cache, input_ids=distinct(1, seed=step)).logits
-            plainly = forward(model(), plain, input_ids=distinct(1, seed=step)).logits
+            ours = forward(model(), cache, input_ids=tokens(1, seed=step)).logits
+            plainly = forward(model(), plain, input_ids=tokens(1, seed=step)).logits
             close(ours, plainly)
     assert stores(cache)[0].lengths.tolist() == [[52, 52]]
 
@@ -237,7 +237,7 @@ def test_online_chunks_and_a_second_turn_end_at_the_same_counts(scorer, wrapper)
     cache = compress(press, ids, mask, "chunked", mode="online")
     _counts_are_exact(cache, scorer, wrapper, texts)
     _positions_rise(cache, ids)
-    cache, ids = DynamicCache(), distinct(40)
+    cache, ids = DynamicCache(), tokens(40)
     with press(model(), question=QUESTION):
         forward(model(), cache, input_ids=ids[:, :23])
         forward(model(), cache, input_ids=ids[:, 23:])
@@ -258,7 +258,7 @@ def test_unsupported_pairs_are_refused_when_they_are_built():
 
 def test_the_matrix_has_every_wrapper():
     assert every_wrapper() <= set(WRAPPERS)
-    assert len(stores(compress(cp.KnormPress(0.5), distinct(8), None, "one shot"))) == LAYERS
+    assert len(stores(compress(cp.KnormPress(0.5), tokens(8), None, "one shot"))) == LAYERS
 
 
 def test_slack_is_what_the_docs_say():

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 import cachepress as cp
 from tests.exact import narrow
 from tests.laws.presses import RATIO, UNSUPPORTED, WRAPPERS, every_scorer, name_of
-from tests.tiny import distinct, exact_tiny, tiny
+from tests.tiny import exact_tiny, tiny, tokens
 from tests.tiny_cache import forward
 
 SCORERS = {name_of(press): press for press in every_scorer(RATIO)}
@@ -21,8 +21,8 @@ def narrowed(model, press):
     """Where a prompt and a decoded token lose precision."""
     cache = DynamicCache()
     with press(model, question=3), narrow(of_float64=True) as found:
-        forward(model, cache, input_ids=distinct(30))
-        forward(model, cache, input_ids=distinct(1))
+        forward(model, cache, input_ids=tokens(30))
+        forward(model, cache, input_ids=tokens(1))
     places = {place.rsplit("/", 1)[-1].split(":")[0]: place for _, place in found}
     return {place for file, place in places.items() if file not in ROUNDED}
 

@@ -9,11 +9,11 @@ from cachepress.cache import stores
 from cachepress.hf.survey import Survey, shares
 from tests.bounds import close
 from tests.laws.presses import RATIO, UNSUPPORTED, WRAPPERS, every_scorer, name_of
-from tests.tiny import distinct, exact_tiny, tiny, tokenizer
+from tests.tiny import exact_tiny, tiny, tokenizer, tokens
 from tests.tiny_cache import forward, kept
 
 RATIOS = (0.0, RATIO, 0.6)
-IDS = distinct(40, seed=40)
+IDS = tokens(40, seed=40)
 SCORERS = {name_of(press): press for press in every_scorer(RATIO)}
 
 

@@ -12,8 +12,8 @@ from cachepress.presses.cam import _STREAM, CAMPress
 from cachepress.presses.h2o import H2OPress
 from tests.bounds import close
 from tests.presses.test_merging import folding
-from tests.tiny import distinct, tokens
 from tests.tiny import exact_tiny as tiny
+from tests.tiny import tokens
 from tests.tiny_cache import forward, kept
 
 
@@ -132,7 +132,7 @@ def test_heads_share_among_rows_of_their_own(inner):
                 close(values[0, h, j], wanted[j])
 
 
-LATER = distinct(93, seed=99)
+LATER = tokens(93, seed=99)
 
 
 def decoded(press, ids, mask=None, steps=13):
@@ -152,7 +152,7 @@ def decoded(press, ids, mask=None, steps=13):
 @pytest.mark.parametrize("inner", [cp.AdaKVPress(cp.KnormPress()), cp.TOVAPress(), H2OPress()])
 def test_a_row_of_a_padded_batch_draws_as_if_alone(inner):
     press = CAMPress(inner, 5, 9, merge_budget=3)
-    texts = [distinct(n, seed=n) for n in (31, 18, 2)]
+    texts = [tokens(n, seed=n) for n in (31, 18, 2)]
     ids = torch.zeros(3, 31, dtype=torch.long)
     for row, text in zip(ids, texts, strict=True):
         row[31 - text.shape[1] :] = text[0]
@@ -169,7 +169,7 @@ def test_a_row_of_a_padded_batch_draws_as_if_alone(inner):
 
 def test_draws_repeat_and_belong_to_a_seed():
     once, again, other = (
-        decoded(CAMPress(cp.KnormPress(), 4, 9, seed=seed), distinct(30)) for seed in (0, 0, 1)
+        decoded(CAMPress(cp.KnormPress(), 4, 9, seed=seed), tokens(30)) for seed in (0, 0, 1)
     )
     assert kept(once)[0] == kept(other)[0]
     values = [torch.cat([store.values for store in stores(one)]) for one in (once, again, other)]

@@ -7,8 +7,8 @@ import torch
 import cachepress as cp
 from cachepress.presses.leverage import LeverageScorePress, gaussian
 from tests.bounds import EXACT, close
-from tests.tiny import distinct, rand, randn
 from tests.tiny import exact_tiny as tiny
+from tests.tiny import rand, randn, tokens
 from tests.tiny_cache import forward, kept, pressed
 
 SEEN = {}
@@ -65,7 +65,7 @@ def check_exact(scores, keys, matrix):
 
 @pytest.mark.parametrize("size", [3, 8, 48])
 def test_scores_are_leverages_of_projected_keys_before_rope(size):
-    model, ids = tiny(), distinct(40)
+    model, ids = tiny(), tokens(40)
     pressed(model, Noted(0.5, sketch_dimension=size), ids)
     for layer, keys in enumerate(bare_keys(tiny(), ids)):
         view, scores = SEEN[layer]
@@ -75,7 +75,7 @@ def test_scores_are_leverages_of_projected_keys_before_rope(size):
 
 def test_a_projection_that_loses_nothing_gives_exact_leverage():
     """With as many channels as the keys have, any projection leaves the hat matrix as it is."""
-    model, ids = tiny(), distinct(40)
+    model, ids = tiny(), tokens(40)
     pressed(model, Noted(0.5, sketch_dimension=200), ids)
     for layer, keys in enumerate(bare_keys(tiny(), ids)):
         view, scores = SEEN[layer]
@@ -84,14 +84,14 @@ def test_a_projection_that_loses_nothing_gives_exact_leverage():
 
 
 def test_a_model_without_rope_is_scored_by_its_keys():
-    pressed(tiny("gpt2"), Noted(0.5, sketch_dimension=64), distinct(40))
+    pressed(tiny("gpt2"), Noted(0.5, sketch_dimension=64), tokens(40))
     view, scores = SEEN[1]
     check_exact(scores[0], view.keys[0].numpy(), gaussian(view, 8, 64, 0).double().numpy())
 
 
 def test_rotated_keys_of_a_further_turn_are_rotated_back():
     """Compacted keys stand at other positions, and score as keys that were left where they were."""
-    ids, scores = distinct(40), []
+    ids, scores = tokens(40), []
     for wrap in (cp.KeyRerotationPress, lambda press: press):
         model, press = tiny(), wrap(Noted(0.5))
         cache = pressed(model, press, ids[:, :23])
@@ -103,11 +103,11 @@ def test_rotated_keys_of_a_further_turn_are_rotated_back():
 
 
 def test_projections_repeat_and_differ_by_layer_head_and_seed():
-    model, ids = tiny(), distinct(60)
+    model, ids = tiny(), tokens(60)
     first = kept(pressed(model, LeverageScorePress(0.5, sketch_dimension=2), ids))
     assert first == kept(pressed(tiny(), LeverageScorePress(0.5, sketch_dimension=2), ids))
     assert first != kept(pressed(model, LeverageScorePress(0.5, sketch_dimension=2, seed=1), ids))
-    pressed(model, Noted(0.5), distinct(12))
+    pressed(model, Noted(0.5), tokens(12))
     view = SEEN[0][0]
     drawn = [gaussian(replace(view, layer=n), 8, 48, s) for n in range(3) for s in range(3)]
     every = torch.stack(drawn).flatten(0, 1)  # [layers * seeds * H, 8, 48]
@@ -128,13 +128,13 @@ def test_drawing_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     wanted = rand(3)
     torch.manual_seed(5)
-    pressed(model, LeverageScorePress(0.5), distinct(10))
+    pressed(model, LeverageScorePress(0.5), tokens(10))
     assert torch.equal(rand(3), wanted)
 
 
 def test_padding_changes_nothing():
     press, model = Noted(0.5), tiny()
-    texts = [distinct(n, seed=n) for n in (33, 21, 3)]
+    texts = [tokens(n, seed=n) for n in (33, 21, 3)]
     ids = torch.zeros(3, 33, dtype=torch.long)
     for row, text in zip(ids, texts, strict=True):
         row[33 - text.shape[1] :] = text[0]
@@ -151,7 +151,7 @@ def test_padding_changes_nothing():
 
 def test_rows_that_are_all_alike_have_no_leverage():
     press = Noted(0.5)
-    pressed(tiny("gpt2"), press, distinct(12))
+    pressed(tiny("gpt2"), press, tokens(12))
     view = SEEN[0][0]
     alike = replace(view, keys=view.keys[:, :, :1].expand_as(view.keys))
     close(press.score(alike), torch.zeros(1, 4, 12, dtype=torch.float64))

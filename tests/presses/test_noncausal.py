@@ -8,8 +8,8 @@ from transformers import DynamicCache
 import cachepress as cp
 from cachepress.presses.noncausal import NonCausalAttnPress, standardised
 from tests.bounds import EXACT, close, near
-from tests.tiny import distinct, randn, tokens
 from tests.tiny import exact_tiny as tiny
+from tests.tiny import randn, tokens
 from tests.tiny_cache import forward, kept, pressed
 
 SEEN = {}
@@ -113,7 +113,7 @@ def test_a_row_whose_queries_nobody_saw_counts_as_average():
 def test_chunks_of_a_padded_text_are_its_own(first):
     """Also in a second turn, and where rows of the first one are old without a number."""
     model, presses = tiny(), (first, Noted(0.5, chunk_size=7))
-    turns = [[distinct(n, seed=n) for n in lengths] for lengths in ((30, 19, 3), (13, 4, 9))]
+    turns = [[tokens(n, seed=n) for n in lengths] for lengths in ((30, 19, 3), (13, 4, 9))]
     cache, masks = DynamicCache(), []
     for press, texts in zip(presses, turns, strict=True):
         width = max(text.shape[1] for text in texts)

@@ -19,7 +19,7 @@ from tests.tiny import randn, tokens
 from tests.tiny import tiny as single
 from tests.tiny_cache import allocated, forward, kept, pressed
 
-ADAPTIVE = cp.AdaKVPress(cp.KnormPress(0.4), alpha_safeguard=0.0)
+ADAPTIVE = cp.AdaKVPress(cp.KeyDiffPress(0.4), alpha_safeguard=0.0)
 # Of a token that comes twice, keys are equally long but for rounding; what looks at them differs.
 CLEAR = cp.SnapKVPress(0.3, window_size=8)
 RULE = AttentionRule(0.3)
@@ -120,7 +120,7 @@ def test_pages_of_uneven_heads_differ_in_number():
     """Where the longest head reads some of its pages, short ones read all of theirs."""
     cache = pressed(tiny(), QuestPress(ADAPTIVE, 6, skip_layers=0), tokens(300))
     store = stores(cache)[3]
-    assert store._blocks[0].layout.pages_of == (7, 5)
+    assert store._blocks[0].layout.pages_of == (5, 7)
     for reads in (6, 5, 3):
         store.reads = reads
         assert_reads_the_best_pages(store, reads)
@@ -128,8 +128,8 @@ def test_pages_of_uneven_heads_differ_in_number():
 
 def test_first_layers_and_forwards_of_several_tokens_read_all():
     model, ids = tiny(), tokens(200)
-    quest = pressed(model, QuestPress(cp.KnormPress(0.5), 1), ids)
-    plain = pressed(model, cp.KnormPress(0.5), ids)
+    quest = pressed(model, QuestPress(cp.KeyDiffPress(0.5), 1), ids)
+    plain = pressed(model, cp.KeyDiffPress(0.5), ids)
     assert [store.reads for store in stores(quest)] == [None, None, 1, 1]
     assert [store._blocks[0].bounded for store in stores(quest)] == [False, False, True, True]
     several = [forward(model, cp.fork(c), input_ids=ids[:, :3]).logits for c in (quest, plain)]
