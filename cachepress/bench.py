@@ -288,6 +288,22 @@ def _repeat(
                     cell.decode.append(seconds)
 
 
+def _read(
+    model: PreTrainedModel, context: Tensor, press: BasePress | None, options: BenchOptions
+) -> Cache:
+    if press is None:
+        return prefill(model, context, chunk_size=options.prefill_chunk_size)
+    return prefill(
+        model,
+        context,
+        press,
+        chunk_size=options.prefill_chunk_size,
+        mode=options.prefill_mode,
+        storage=options.storage,
+        question=min(_QUESTION, context.shape[1]),
+    )
+
+
 def _prefill(
     model: PreTrainedModel,
     context: Tensor,
@@ -295,13 +311,9 @@ def _prefill(
     cell: Cell,
     options: BenchOptions,
 ) -> Cache:
-    how = {"chunk_size": options.prefill_chunk_size}
-    if press is not None:
-        how |= {"mode": options.prefill_mode, "storage": options.storage}
-        how |= {"question": min(_QUESTION, context.shape[1])}
     with _peak_memory(model.device) as peak, _timed_notes() as spent:
         start = time.perf_counter()
-        cache = prefill(model, context, press, **how)
+        cache = _read(model, context, press, options)
         wait(model.device)
         seconds = time.perf_counter() - start
     cell.prefill.append(seconds)

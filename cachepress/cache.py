@@ -147,7 +147,7 @@ def fork(cache: Cache, n: int = 1) -> Cache:
     check_whole("fork: n", n)
     copied = copy.deepcopy(cache)
     if n > 1:
-        copied.reorder_cache(torch.zeros(n, dtype=torch.long))
+        copied.reorder_cache(torch.LongTensor([0] * n))
     return copied
 
 
@@ -186,7 +186,8 @@ def join(groups: Sequence[Sequence[Cache]], n: int = 1) -> Cache:
         )
     joined = copy.copy(groups[0][0])
     columns = [zip(*(stores(cache) for cache in group), strict=True) for group in groups]
-    joined.layers = [Store.join(layer, n) for layer in zip(*columns, strict=True)]
+    joined.layers = []
+    joined.layers.extend(Store.join(layer, n) for layer in zip(*columns, strict=True))
     return joined
 
 
@@ -214,9 +215,10 @@ def ordinary(cache: Cache) -> Cache:
     copied = copy.copy(cache)
     copied.layers = []
     for layer in cache.layers:
-        plain = copy.deepcopy(layer) if not isinstance(layer, Store) else DynamicLayer()
         if isinstance(layer, Store):
-            rows = layer.held.rows()
+            rows, plain = layer.held.rows(), DynamicLayer()
             plain.update(rows.keys, rows.values)
+        else:
+            plain = copy.deepcopy(layer)
         copied.layers.append(plain)
     return copied

@@ -1,5 +1,7 @@
 """What a tokenizer makes of a prompt: its chat template, and token ids."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +21,7 @@ def template(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool) -> tuple
         tokenize=False,
         enable_thinking=enable_thinking,
     )
-    before, found, after = text.partition(_MARKER)
+    before, found, after = cast(str, text).partition(_MARKER)
     if not found:
         raise CachepressError("the tokenizer's chat template drops the user's message")
     return before, after

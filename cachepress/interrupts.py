@@ -51,7 +51,7 @@ class Interrupts:
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         if _importing(frame):
-            os.write(2, f"cachepress: error: {WORDS[number]}\n".encode())
+            os.write(2, f"cachepress: error: {WORDS[signal.Signals(number)]}\n".encode())
             os._exit(128 + number)
         raise Interrupted
 

@@ -45,8 +45,11 @@ class Projections:
         if expected is None:
             return
         given = args[0] if args else None
-        same_size = isinstance(given, Tensor) and given.numel() == expected.numel()
-        if same_size and _equal(given.detach().reshape(expected.shape), expected):
+        if (
+            isinstance(given, Tensor)
+            and given.numel() == expected.numel()
+            and _equal(given.detach().reshape(expected.shape), expected)
+        ):
             return
         raise UnsupportedError(
             "the output projection does not take what attention gave, but something made from it "

@@ -168,9 +168,9 @@ class Trace:
 
 
 class _Running(NamedTuple):
-    """Count ``[B, 1, 1, 1]``, mean ``[B, H, G, D]`` and scatter ``[B, H, G, D, D]`` of vectors."""
+    """Total ``[B, 1, 1, 1]``, mean ``[B, H, G, D]`` and scatter ``[B, H, G, D, D]`` of vectors."""
 
-    count: Tensor
+    total: Tensor
     mean: Tensor
     scatter: Tensor
 
@@ -185,15 +185,15 @@ class _Running(NamedTuple):
 
     def join(self, other: "_Running") -> "_Running":
         """Those of both sets of vectors."""
-        count = self.count + other.count
+        total = self.total + other.total
         step = other.mean - self.mean
-        share = other.count / count.clamp(min=1)
-        between = step.unsqueeze(-1) * step.unsqueeze(-2) * (self.count * share).unsqueeze(-1)
-        return _Running(count, self.mean + step * share, self.scatter + other.scatter + between)
+        share = other.total / total.clamp(min=1)
+        between = step.unsqueeze(-1) * step.unsqueeze(-2) * (self.total * share).unsqueeze(-1)
+        return _Running(total, self.mean + step * share, self.scatter + other.scatter + between)
 
     def moments(self) -> Moments:
         """Mean and covariance."""
-        return Moments(self.mean, self.scatter / self.count.clamp(min=1).unsqueeze(-1))
+        return Moments(self.mean, self.scatter / self.total.clamp(min=1).unsqueeze(-1))
 
 
 def _widened(old: Tensor, new: Tensor) -> Tensor:

@@ -58,7 +58,8 @@ class ChunkPress(WrapperPress, alias="chunk"):
                 continue
             part = slice(first, last)
             chunk = _alone(view, part, start, stop, quota)
-            if self.press.needs.queries and not bool(chunk.voters.any()):
+            voters = chunk.voters if self.press.needs.queries else None
+            if voters is not None and not bool(voters.any()):
                 whole = self.press.score(view) if whole is None else whole
                 score = whole[..., part]
             else:
