@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -147,7 +148,7 @@ def fork(cache: Cache, n: int = 1) -> Cache:
     check_whole("fork: n", n)
     copied = copy.deepcopy(cache)
     if n > 1:
-        copied.reorder_cache(torch.LongTensor([0] * n))
+        copied.reorder_cache(cast(torch.LongTensor, torch.zeros(n, dtype=torch.long)))
     return copied
 
 

@@ -19,8 +19,9 @@ from tests.tiny import randn, tokens
 from tests.tiny import tiny as single
 from tests.tiny_cache import allocated, forward, kept, pressed
 
+# Of a token that comes twice, keys are equally long but for rounding; their directions, and what
+# looks at them, differ.
 ADAPTIVE = cp.AdaKVPress(cp.KeyDiffPress(0.4), alpha_safeguard=0.0)
-# Of a token that comes twice, keys are equally long but for rounding; what looks at them differs.
 CLEAR = cp.SnapKVPress(0.3, window_size=8)
 RULE = AttentionRule(0.3)
 
