@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cachepress.view import LayerView as LayerView
     from cachepress.view import Needs as Needs
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _HOMES = {
     "CacheSize": "cache",
     "CachepressError": "errors",
