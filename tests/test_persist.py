@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import cachepress as cp
@@ -351,6 +352,25 @@ def test_caches_of_0_1_0_still_load(name, caplog):
         )
     for store, wanted in zip(stores(loaded), stores(cache), strict=True):
         assert_rows_are_alike(store, wanted)
+
+
+FORMAT_2 = GOLDEN / "format_2"
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "int4", "pages", "channels", "turned", "carried", "padded"]
+)
+def test_caches_of_the_second_format_still_load(name, caplog):
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN / "llama_model").eval()
+    loaded = cp.load_cache(FORMAT_2 / f"{name}.safetensors", model)
+    assert not caplog.records
+    batch, seen = (2 if name == "padded" else 1), loaded.get_seq_length()
+    mask = torch.ones(batch, seen + 2, dtype=torch.long)
+    if name == "padded":
+        mask[0, :7] = 0
+    ids = tokens(2, seed=9, batch=batch)
+    logits = forward(model, loaded, input_ids=ids, attention_mask=mask).logits
+    near(logits, load_file(FORMAT_2 / "logits.safetensors")[name], **FLOAT32)
 
 
 def assert_rows_are_alike(store, wanted):
