@@ -37,7 +37,8 @@ class _Finder:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader.exec_module = _then_register(spec.loader.exec_module)
+                    load = _then_register(spec.loader.exec_module)
+                    setattr(spec.loader, "exec_module", load)  # noqa: B010
                 return spec
         return None
 

@@ -110,6 +110,11 @@ class Press(Protocol):
         ...
 
     @property
+    def buffer(self) -> int:
+        """Most decoded queries that are held between two settles."""
+        ...
+
+    @property
     def rewrites(self) -> bool:
         """Whether rows are stored anew even when none is dropped."""
         ...

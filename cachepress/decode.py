@@ -1,7 +1,7 @@
 """What a model says after what a cache holds: answers in its own words, or a given text."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -100,13 +100,14 @@ def _generate(
     streamer: BaseStreamer | None,
 ) -> list[list[int]]:
     ends = end_tokens(model, tokenizer, generation)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    pad = tokenizer.pad_token_id
+    pad = pad if isinstance(pad, int) else (ends or [0])[0]
     ids, mask = _padded(question_ids, cache.get_seq_length(), pad)
     options = {"do_sample": False, "pad_token_id": pad, **generation, **_ONE_ANSWER}
     config = _FromCache(**{**options, "eos_token_id": ends or None}, max_new_tokens=max_new_tokens)
     stops = generation.get("stop_strings")
     with torch.no_grad():
-        out = model.generate(
+        out = cast(Callable[..., Tensor], model.generate)(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=config,
@@ -187,9 +188,8 @@ def end_tokens(
     if ends is None:
         ends = tokenizer.eos_token_id
     ends = generation.get("eos_token_id", ends)
-    if ends is None:
-        return []
-    return list(ends) if isinstance(ends, list | tuple) else [ends]
+    several = ends if isinstance(ends, list | tuple) else [ends]
+    return [end for end in several if isinstance(end, int)]
 
 
 def _padded(texts: Sequence[Tensor], seen: int, pad: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -69,8 +70,8 @@ class Fitting:
                 continue
             self.check_layer(index, vars(layer), batch)
             if isinstance(keys := getattr(layer, "keys", None), Tensor):
-                _need(layer.get_seq_length() == seen, "one text in all layers")
-                _check_length(layer, keys, layer.values)
+                _need(cache.get_seq_length(index) == seen, "one text in all layers")
+                _check_length(layer, keys, getattr(layer, "values", None))
 
 
 def check_pages(parts: Mapping[str, object]) -> None:
@@ -260,13 +261,13 @@ def _is_like(value: object, one: object, two: object, batch: int, grown: bool) -
     if isinstance(one, Mapping) and isinstance(two, Mapping) and isinstance(value, Mapping):
         same = list(value) == list(one)
         return same and all(_is_like(value[k], one[k], two[k], batch, grown) for k in one)
-    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
-        inner = list(zip(value, one, two, strict=False))  # type: ignore
-        same = len(value) == len(one)  # type: ignore
+    if isinstance(value, list | tuple) and isinstance(one, list | tuple):
+        inner = zip(value, one, cast(Sequence[object], two), strict=False)
+        same = len(value) == len(one)
         return same and all(_is_like(v, x, y, batch, grown) for v, x, y in inner)
     if isinstance(one, int) and not isinstance(one, bool) and one != two:
         return is_whole(value, 1, MOST_TOKENS)
-    return value == one
+    return bool(value == one)
 
 
 def _is_tensor_like(x: Tensor, one: Tensor, two: Tensor, batch: int, grown: bool) -> bool:

@@ -146,7 +146,7 @@ def load(
         raise _unloadable(what, error) from error
     if "device_map" not in options:
         try:
-            model = model.to(place)
+            model.to(place)  # pyright: ignore[reportArgumentType]
         except (RuntimeError, AssertionError) as error:
             if is_out_of_memory(error):
                 raise out_of_memory(error) from error
@@ -264,7 +264,7 @@ def _dtype(dtype: str | torch.dtype | None, place: torch.device) -> str | torch.
         dtype = "float32" if place.type == "cpu" else "auto"
     if dtype == "auto" or dtype in _DTYPES.values():
         return dtype
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ModelError(f"unknown dtype: got {dtype!r}, wanted one of auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
 
@@ -394,8 +394,7 @@ def _convert(gguf: Path, folder: Path, context_length: int) -> None:
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
     )
     # Some versions mark what they read from GGUF as quantised, which save_pretrained refuses.
-    if hasattr(read.config, "quantization_config"):
-        del read.config.quantization_config
+    vars(read.config).pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
     tokenizer = _tokenizer(gguf, context_length)

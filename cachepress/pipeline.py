@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -197,20 +198,20 @@ class KVPressTextGenerationPipeline(Pipeline):
             isinstance(question, str) for question in questions
         )
         if not nested:
-            return super().__call__(inputs, **options)
+            return cast(dict | list[dict], super().__call__(inputs, **options))
+        assert isinstance(questions, list | tuple)
         if isinstance(inputs, str) or len(questions) != len(inputs):
             raise CachepressError(
                 f"questions: got {len(questions)} lists of questions, wanted one list for each "
                 "context of a list of contexts"
             )
-        return [
-            self(context, **{**options, "questions": asked})
-            for context, asked in zip(inputs, questions, strict=True)
-        ]
+        each = zip(inputs, questions, strict=True)
+        answered = [self(context, **{**options, "questions": asked}) for context, asked in each]
+        return cast(list[dict], answered)
 
     def _sanitize_parameters(self, **options: object) -> tuple[dict, dict, dict]:
         known = {field.name for field in fields(PromptOptions)}
-        prompt = {name: options.pop(name) for name in known & options.keys()}
+        prompt: dict[str, Any] = {name: options.pop(name) for name in known & options.keys()}
         names = ("press", "cache", "prefill_chunk_size", "prefill_mode", "storage")
         run = {name: options.pop(name) for name in names if name in options}
         post = {name: options.pop(name) for name in ("return_stats",) if name in options}
@@ -226,18 +227,25 @@ class KVPressTextGenerationPipeline(Pipeline):
         preprocess = {"options": PromptOptions(**prompt)} if prompt else {}
         return preprocess, run, post
 
-    def preprocess(self, input_: str, options: PromptOptions | None = None) -> dict:
+    def preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_: str, options: PromptOptions | None = None
+    ) -> dict:
         """Token ids of the context apart from its questions."""
         options = options or PromptOptions()
-        prompt = make_prompt(self.tokenizer, self.model, input_, options)
+        prompt = make_prompt(self._tokenizer, self.model, input_, options)
         if prompt.cut:
             n = prompt.context_ids.shape[1]
             place = "the middle" if options.truncation == MIDDLE else "the end"
-            whole = n + prompt.cut - encode(self.tokenizer, options.separator, False).shape[1]
+            whole = n + prompt.cut - encode(self._tokenizer, options.separator, False).shape[1]
             logger.warning("context cut from %d to %d tokens: %s is gone", whole, n, place)
         return {"prompt": prompt, "options": options}
 
-    def _forward(
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        assert self.tokenizer is not None
+        return self.tokenizer
+
+    def _forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_tensors: dict,
         press: BasePress | None = None,
@@ -249,6 +257,7 @@ class KVPressTextGenerationPipeline(Pipeline):
     ) -> dict:
         prompt, options = input_tensors["prompt"], input_tensors["options"]
         tokens: list[list[int]] = []
+        sizes: list[CacheSize] = []
         prefill_seconds = decode_seconds = 0.0
         decoding = press is not None and press.schedule.decodes
         for reading in _readings(prompt, options, press, cache):
@@ -263,7 +272,8 @@ class KVPressTextGenerationPipeline(Pipeline):
                 question=reading.question,
                 tokenizer=self.tokenizer,
             )
-            size, start = size_of(held), time.perf_counter()
+            sizes.append(size_of(held))
+            start = time.perf_counter()
             # The press acts on answers only if it is made for that, and never on questions.
             with press(self.model, turns="first") if press and decoding else nullcontext():
                 tokens += self.generate_answer(
@@ -272,9 +282,9 @@ class KVPressTextGenerationPipeline(Pipeline):
             prefill_seconds += seconds
             decode_seconds += time.perf_counter() - start
         answers = Answers(
-            texts=[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens],
+            texts=[str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in tokens],
             context_tokens=prompt.context_ids.shape[1],
-            cache=size,
+            cache=sizes[-1],
             prefill_seconds=prefill_seconds,
             decode_seconds=decode_seconds,
             tokens=tokens,
@@ -309,11 +319,13 @@ class KVPressTextGenerationPipeline(Pipeline):
             ids = [question_ids[i] for i in batch]
             most = max(limits[i] for i in batch)
             batch_cache = fork(cache, len(ids))
-            tokens = generate(self.model, self.tokenizer, batch_cache, ids, most, generation)
+            tokens = generate(self.model, self._tokenizer, batch_cache, ids, most, generation)
             answers |= {i: row[: limits[i]] for i, row in zip(batch, tokens, strict=True)}
         return [answers[i] for i in range(len(question_ids))]
 
-    def postprocess(self, model_outputs: dict, return_stats: bool = False) -> dict:
+    def postprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model_outputs: dict, return_stats: bool = False
+    ) -> dict:
         """``{"answer": ...}`` or ``{"answers": [...]}``, with "stats" when asked for."""
         answers: Answers = model_outputs["answers"]
         if model_outputs["one"]:

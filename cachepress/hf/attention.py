@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -116,7 +116,7 @@ def detach(model: PreTrainedModel) -> None:
     A compressed cache cannot be used with it afterwards: that raises ForeignAttentionError.
     """
     decoder = model.get_decoder()
-    base = _BASES.get(decoder.config._attn_implementation)
+    base = _BASES.get(decoder.config._attn_implementation or "")
     if base is not None:
         decoder.set_attn_implementation(base)
 
@@ -221,13 +221,14 @@ def _rule(
     module: nn.Module, query: Tensor, options: Mapping[str, object], base: str
 ) -> AttentionRule:
     """How the base function turns products into weights, which is what we must equal."""
-    scaling = options.get("scaling")
+    scaling = cast(float | None, options.get("scaling"))
     if scaling is None:
-        scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+        scaling = cast(float, getattr(module, "scaling", None) or query.shape[-1] ** -0.5)
     if base == "sdpa":
         # It knows neither a cap nor sinks, and computes without them where a model asks for them.
         return AttentionRule(scaling)
-    return AttentionRule(scaling, options.get("softcap"), options.get("s_aux"))
+    softcap, sinks = options.get("softcap"), options.get("s_aux")
+    return AttentionRule(scaling, cast(float | None, softcap), cast(Tensor | None, sinks))
 
 
 def _mask_of_rows(mask: TextMask, held: Held, rows: Rows, query: Tensor) -> Tensor:

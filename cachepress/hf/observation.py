@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -195,7 +195,7 @@ class Observation:
             **dict(zip(inspect.signature(module.forward).parameters, args, strict=False)),
             **kwargs,
         }
-        cache, added = next((given[k] for k in CACHE_NAMES if given.get(k) is not None), None), {}
+        cache, added = _cache_of(given), {}
         if cache is None and _uses_cache(given, self._config):
             cache = DynamicCache(config=self._config)
             added[cache_argument(module)] = cache
@@ -336,6 +336,11 @@ def _question(press: "BasePress", question: int | Sequence[int] | None) -> list[
             f"question: got {question!r}, wanted a number of tokens above 0, or one for each text"
         )
     return numbers
+
+
+def _cache_of(given: Mapping[str, object]) -> Cache | None:
+    found = (given.get(name) for name in CACHE_NAMES)
+    return cast(Cache | None, next((x for x in found if x is not None), None))
 
 
 def _without_cache(kwargs: Mapping[str, object]) -> dict[str, object]:

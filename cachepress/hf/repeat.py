@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -203,7 +203,8 @@ class Repeater:
         for row in range(b):
             branch = fork(cache)
             if b > 1:
-                branch.reorder_cache(torch.tensor([row], device=ids.device))
+                only = torch.tensor([row], device=ids.device)
+                branch.reorder_cache(cast(torch.LongTensor, only))
             columns = torch.arange(n, device=ids.device)
             if valid is not None:
                 columns = valid[row, -n:].nonzero()[:, 0]
@@ -308,7 +309,7 @@ class Repeater:
             for weight in weights:
                 weight.requires_grad_(False)
             with torch.inference_mode(False), torch.enable_grad():
-                ids = inputs.pop("input_ids")
+                ids = cast(Tensor, inputs.pop("input_ids"))
                 embeds = self._decoder.get_input_embeddings()(ids.clone())
                 self._decoder(**inputs, inputs_embeds=embeds.detach().requires_grad_())
                 outputs = [added[look.module] for look in looks]

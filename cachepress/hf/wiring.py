@@ -65,7 +65,7 @@ def install_stores(cache: Cache, model: PreTrainedModel) -> dict[int, Store]:
         if not full:
             continue
         if not isinstance(layer, Store):
-            layer = Store.adopt(layer.keys, layer.values)
+            layer = Store.adopt(getattr(layer, "keys", None), getattr(layer, "values", None))
             cache.layers[index] = layer
         stores[index] = layer
     return stores

@@ -18,11 +18,11 @@ from cachepress.presses.base import (
 from cachepress.schedules import AfterPrefill, Every
 
 
-@dataclass(frozen=True)
 class _WhileDecodingPress(WrapperPress):
-    """What the presses for decoding have in common."""
+    """What the presses for decoding have in common; each has these fields, in its own order."""
 
-    compression_interval: int = 512
+    compression_interval: int
+    hidden_states_buffer_size: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +77,7 @@ class DecodingPress(_WhileDecodingPress, alias="decoding"):
         hidden_states_buffer_size: most decoded queries that a score can look at.
     """
 
+    compression_interval: int = 512
     target_size: int = 2048
     hidden_states_buffer_size: int = 256
 
@@ -131,6 +132,7 @@ class CompressionRatioDecodingPress(_WhileDecodingPress, alias="compression_rati
         hidden_states_buffer_size: most decoded queries that a score can look at.
     """
 
+    compression_interval: int = 512
     target_compression_ratio: float = 0.5
     hidden_states_buffer_size: int = 256
 

@@ -43,7 +43,7 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
         stored = {p.storage for p in (self._first, self._second) if p.storage is not None}
         if len(stored) > 1:
             raise CachepressError("the two presses store rows in different ways: give one of them")
-        self._first.needs | self._second.needs  # Raises where they cannot be combined.
+        _ = self.needs  # Raises where they cannot be combined.
 
     @property
     def needs(self) -> Needs:

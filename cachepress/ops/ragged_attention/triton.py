@@ -4,8 +4,8 @@ Every program reads some rows of one span for all queries of that span, so keys 
 once, and long spans keep as many programs busy as short ones.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 import triton
@@ -66,7 +66,9 @@ def _attend(query: Tensor, rows: Spans, rule: AttentionRule) -> Partial:
     splits = max(1, triton.cdiv(rows.longest, _ROWS_OF_A_SPLIT))
     out = shared.new_empty(spans, splits, m, e, dtype=torch.float32)
     lse = shared.new_empty(spans, splits, m, dtype=torch.float32)
-    _decode[(spans, splits)](
+    # A jitted function has the types of its kernel's arguments, not those of what it is given.
+    launch = cast(Callable[..., None], _decode[(spans, splits)])
+    launch(
         shared,
         rows.keys,
         rows.values,
