@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Decimal
 from pathlib import Path
 from types import UnionType
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 from cachepress.budgets import check_ratio
 from cachepress.errors import CachepressError
@@ -309,9 +309,8 @@ def _check_json(name: str, values: Mapping[str, object]) -> None:
 
 
 def _check_type(name: str, value: object, kind: type | UnionType) -> None:
-    kinds = [getattr(k, "__origin__", k) for k in get_args(kind)] or [kind]
-    if isinstance(kind, type) or hasattr(kind, "__origin__"):
-        kinds = [getattr(kind, "__origin__", kind)]
+    several = get_args(kind) if isinstance(kind, UnionType) else [kind]
+    kinds: list[type] = [get_origin(one) or one for one in several]
     fits = any(
         isinstance(value, k) and (k is bool or not isinstance(value, bool)) for k in kinds
     ) or (float in kinds and isinstance(value, int) and not isinstance(value, bool))

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 import transformers
@@ -24,6 +24,11 @@ from cachepress.evaluation.samples import Context
 from cachepress.interrupts import deaf_children, start_worker
 from cachepress.limits import is_out_of_memory
 from cachepress.models import load
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
+
+    import ray
 
 T = TypeVar("T")
 MOST_LOSSES = 3
@@ -160,7 +165,7 @@ class Serial:
 _WORKER: Worker | None = None
 
 
-def _start(options: WorkerOptions, rank: "multiprocessing.sharedctypes.Synchronized") -> None:
+def _start(options: WorkerOptions, rank: "Synchronized[int]") -> None:
     global _WORKER
     # Bars of several processes would overwrite each other; the command has its own.
     transformers.logging.set_verbosity_error()
@@ -319,7 +324,7 @@ class Ray:
             losses = 0
             yield unit, answered
 
-    def _get(self, reference: object) -> object:
+    def _get(self, reference: "ray.ObjectRef[T]") -> T:
         try:
             return self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:

@@ -4,6 +4,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from typing import cast
 
 _MARKS = (
     *("\u2013\u2014", "\u2018\u2019", "\u201b\u201f", "\u2026\u2027", "\u3001\u3003"),
@@ -37,6 +38,26 @@ def token_f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
         return 0.0
     precision, recall = shared / len(prediction), shared / len(answer)
     return 2 * precision * recall / (precision + recall)
+
+
+def bleu(
+    prediction: Sequence[str],
+    answer: Sequence[str],
+    weights: Sequence[float] = (0.25, 0.25, 0.25, 0.25),
+    smooth: bool = False,
+) -> float:
+    """BLEU of a sequence of tokens against a reference, as nltk computes it.
+
+    Args:
+        prediction: tokens of the prediction.
+        answer: tokens of the reference.
+        weights: what sequences of one, two, ... tokens count.
+        smooth: whether sizes without a match count a little (Chen and Cherry's fourth method).
+    """
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    smoothing = SmoothingFunction().method4 if smooth else None
+    return cast(float, sentence_bleu([answer], prediction, weights, smoothing))
 
 
 def _words(text: str) -> list[str]:

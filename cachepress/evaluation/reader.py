@@ -1,16 +1,16 @@
 """Reads a context and answers its questions: under one press, or under many at once."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase, pipeline
+from transformers import PreTrainedModel, PreTrainedTokenizer, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
 from cachepress.bench import machine_of
@@ -24,7 +24,13 @@ from cachepress.evaluation.tasks.base import PERPLEXITY
 from cachepress.hf import has_only_full_attention
 from cachepress.hf.observation import prepared
 from cachepress.hf.survey import Survey, shares
-from cachepress.pipeline import TASK, Answers, Prompt, make_prompt
+from cachepress.pipeline import (
+    TASK,
+    Answers,
+    KVPressTextGenerationPipeline,
+    Prompt,
+    make_prompt,
+)
 from cachepress.presses import BasePress
 
 logger = logging.getLogger(__name__)
@@ -231,17 +237,16 @@ class Reader:
                 yield cell, self.alone(cell, context, reference)
 
     @cached_property
-    def _pipe(self) -> Pipeline:
-        model, tokenizer = self.model, self.tokenizer
-        return pipeline(TASK, model=model, tokenizer=tokenizer, device=model.device)
+    def _pipe(self) -> KVPressTextGenerationPipeline:
+        return pipeline_of(self.model, self.tokenizer)
 
     def _piped(self, cell: Cell, context: Context, cache: Cache) -> Answers:
         names = ("prefill_chunk_size", "prefill_mode", "storage")
         how = {name: getattr(cell.config, name) for name in names}
         options = vars(context.prompt_options(cell.config))
         options = {name: value for name, value in options.items() if name != "question"}
-        how |= {"press": cell.press, "cache": cache, "return_stats": True}
-        return self._pipe(context.text, **how, **options)["stats"]
+        how |= {"press": cell.press, "cache": cache, **options}
+        return answers_of(self._pipe, context.text, how)
 
     def _prompt(self, context: Context, cell: Cell) -> Prompt:
         options = context.prompt_options(cell.config)
@@ -400,7 +405,7 @@ class Reader:
         columns = zip(context.samples, tokens, kls, nlls, strict=True)
         return {
             sample.sample_id: Answer(
-                predicted_answer=self.tokenizer.decode(ids, skip_special_tokens=True),
+                predicted_answer=str(self.tokenizer.decode(list(ids), skip_special_tokens=True)),
                 decode_tokens=len(ids),
                 context_tokens=read[0],
                 cut_tokens=read[1],
@@ -421,6 +426,24 @@ class Reader:
             )
             for sample, ids, kl, nll in columns
         }
+
+
+def pipeline_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> KVPressTextGenerationPipeline:
+    """The text-generation pipeline of a model that is loaded."""
+    # What transformers says of its parameter leaves out the fast tokenizers, which it takes.
+    named = cast(PreTrainedTokenizer, tokenizer)
+    return KVPressTextGenerationPipeline(model, named, task=TASK, device=model.device)
+
+
+def answers_of(
+    pipe: KVPressTextGenerationPipeline, context: str, options: Mapping[str, object]
+) -> Answers:
+    """Answers to questions on one context, and what they cost."""
+    found = pipe(context, **options, return_stats=True)
+    assert isinstance(found, dict)
+    return found["stats"]
 
 
 def shares_reading(cell: Cell) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cachepress.artefacts import model_name
 from cachepress.digests import model_digests
@@ -20,6 +21,7 @@ from cachepress.fingerprint import loaded_digests
 from cachepress.models import load, load_tokenizer, resolve
 
 logger = logging.getLogger(__name__)
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 class EvaluationRunner:
@@ -32,7 +34,7 @@ class EvaluationRunner:
     """
 
     def __init__(
-        self, config: EvaluationConfig, model: tuple | None = None, quiet: bool = False
+        self, config: EvaluationConfig, model: Loaded | None = None, quiet: bool = False
     ) -> None:
         self.config, self._model, self._quiet = config, model, quiet
         self.cell = Cell(config)

@@ -114,14 +114,14 @@ def load_table(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> 
     check_size(task, config)
     table = task.table(config, tokenizer, _look(task, config, tokenizer))
     table = judged_by(table.assign(**{OWN_METRIC: table["metric"]}), config.metric)
-    if config.metric is not None and table["metric"].isin(UNJUDGED).all():
+    if config.metric is not None and set(table["metric"]) <= {*UNJUDGED}:
         logger.warning("%s: no metric judges it, %s neither", config.dataset, config.metric)
     check_metrics(table, config.dataset)
     if config.fraction < 1:
-        contexts = pd.Series(table["context"].unique())
+        contexts = pd.Series(list(dict.fromkeys(table["context"])))
         count = max(1, round(len(contexts) * config.fraction))
-        chosen = set(contexts.sample(count, random_state=config.seed))
-        table = table[table["context"].isin(chosen)]
+        chosen = list(contexts.sample(count, random_state=config.seed))
+        table = table.loc[table["context"].isin(chosen)]
     return _asked(table, config)
 
 
@@ -187,34 +187,41 @@ def check_metrics(table: pd.DataFrame, origin: str) -> None:
     Raises:
         CachepressError: if there is one, naming the sample.
     """
-    judged = table[~table["metric"].isin(UNJUDGED)]
     tried: set[str] = set()
-    for row in judged[["metric", "answer", "choices"]].itertuples():
+    columns = (table.index, table["metric"], table["answer"], table["choices"])
+    for sample_id, metric, answer, choices in zip(*columns, strict=True):
+        if metric in UNJUDGED:
+            continue
         try:
-            trial = row.metric not in tried
-            check_metric(str(row.metric), row.answer, row.choices, trial)  # type: ignore
-            tried.add(str(row.metric))
+            check_metric(metric, answer, choices, trial=metric not in tried)
         except CachepressError as error:
-            raise CachepressError(f"{origin}, sample {row.Index}: {error}") from error
+            raise CachepressError(f"{origin}, sample {sample_id}: {error}") from error
+        tried.add(metric)
 
 
 def contexts_of(table: pd.DataFrame) -> list[Context]:
     """The contexts of a table, in its order."""
-    return [
-        Context(
-            int(number),
-            str(group["context"].iloc[0]),
-            tuple(_samples(group)),
-            bool(group["chat"].iloc[0]),
-            *(str(group[name].iloc[0]) for name in ("truncation", "separator", "suffix")),
-        )
-        for number, group in table.groupby("context_id", sort=False)
-    ]
+    return [_context(group) for _, group in table.groupby("context_id", sort=False)]
 
 
-def _samples(group: pd.DataFrame) -> Sequence[Sample]:
+def _context(group: pd.DataFrame) -> Context:
+    """The context that rows are about, which is the same in each of them."""
+    first = group.iloc[0]
+    return Context(
+        number=int(first["context_id"]),
+        text=str(first["context"]),
+        samples=_samples(group),
+        chat=bool(first["chat"]),
+        truncation=str(first["truncation"]),
+        separator=str(first["separator"]),
+        suffix=str(first["suffix"]),
+    )
+
+
+def _samples(group: pd.DataFrame) -> tuple[Sample, ...]:
     names = ("question", "answer_prefix", "max_new_tokens", "answer", "choices", "metric")
-    return [
+    columns = (group.index, *(group[name] for name in names))
+    return tuple(
         Sample(int(i), question, prefix, int(limit), tuple(answer), tuple(choices), metric)
-        for i, question, prefix, limit, answer, choices, metric in group[list(names)].itertuples()
-    ]
+        for i, question, prefix, limit, answer, choices, metric in zip(*columns, strict=True)
+    )

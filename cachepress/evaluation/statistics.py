@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 import pandas as pd
@@ -84,17 +85,16 @@ def paired(run: pd.DataFrame, base: pd.DataFrame) -> Paired:
         run: a row for each sample, by sample id, with score, context_id and predicted_answer.
         base: the run to compare with; only samples of both count.
     """
-    run, base = run[run["score"].notna()], base[base["score"].notna()]
+    run, base = run.dropna(subset=["score"]), base.dropna(subset=["score"])
     ids = run.index.intersection(base.index)
     run, base = run.loc[ids], base.loc[ids]
-    right, was = run["score"] >= 0.5, base["score"] >= 0.5
-    difference = _one(
-        intervals.differences, list(run["score"] - base["score"]), list(run["context_id"])
-    )
+    pairs = list(zip(run["score"], base["score"], strict=True))
+    answers = zip(run["predicted_answer"], base["predicted_answer"], strict=True)
+    differences = [score - other for score, other in pairs]
     return Paired(
-        difference=difference,
-        flips=float((right != was).mean()),
-        same=float((run["predicted_answer"] == base["predicted_answer"]).mean()),
+        difference=_one(intervals.differences, differences, list(run["context_id"])),
+        flips=fmean((score >= 0.5) != (other >= 0.5) for score, other in pairs),
+        same=fmean(answer == other for answer, other in answers),
     )
 
 

@@ -7,16 +7,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
 import cachepress
 from cachepress.chat import encode, template
 from cachepress.errors import CachepressError
+from cachepress.evaluation.reader import answers_of, pipeline_of
 from cachepress.evaluation.records import write_atomically
 from cachepress.pages.html import render
 from cachepress.pages.pieces import CONTEXT, QUESTION, TEMPLATE, Part, Piece, pieces_of
-from cachepress.pipeline import TASK, Answers, Prompt, PromptOptions, make_prompt
+from cachepress.pipeline import Answers, Prompt, PromptOptions, make_prompt
 from cachepress.presses import BasePress
 from cachepress.stores import Store
 
@@ -95,7 +96,7 @@ def write_inspection(
     seen = inspect(model, tokenizer, press, text, options, storage)
     about = {
         "press": repr(press),
-        "model": Path(model.config.name_or_path).name or type(model).__name__,
+        "model": Path(model.config.name_or_path or "").name or type(model).__name__,
         "question": question,
         "answer_prefix": answer_prefix,
         "storage": storage,
@@ -117,11 +118,10 @@ def inspect(
     storage: str = "full",
 ) -> Inspection:
     """Read a context under a press and without it, answer, and see what is left of it."""
-    pipe = pipeline(TASK, model=model, tokenizer=tokenizer, device=model.device)
-    how = {**asdict(options), "return_stats": True}
+    pipe, how = pipeline_of(model, tokenizer), asdict(options)
     cache = DynamicCache(config=model.get_decoder().config)
-    plain = pipe(context, **how)["stats"]
-    pressed = pipe(context, press=press, cache=cache, storage=storage, **how)["stats"]
+    plain = answers_of(pipe, context, how)
+    pressed = answers_of(pipe, context, {"press": press, "cache": cache, "storage": storage, **how})
     kept = kept_of(cache)
     if not kept:
         raise CachepressError(f"{press!r} leaves this model's cache as it is: nothing to see")

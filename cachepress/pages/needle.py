@@ -1,10 +1,11 @@
 """Scores by length and depth, for data that hides something in a text."""
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
 
 import numpy as np
-import pandas as pd
 
 from cachepress.pages.cells import Run
 from cachepress.pages.panels import finite
@@ -36,27 +37,26 @@ def needle_of(cell: Run) -> Needle | None:
     table = cell.predictions.dropna(subset=["length", "depth", "score"])
     if table.empty:
         return None
-    most = 1.0 if table["depth"].max() <= 1 else 100.0
-    lengths = _grouped(table["length"], table["length"].min(), table["length"].max())
-    depths = _grouped(table["depth"], 0.0, most)
-    groups = table["score"].groupby([depths, lengths], observed=False)
-    means, counts = groups.mean().unstack(), groups.size().unstack(fill_value=0)
+    lengths, depths, scores = (list(table[name]) for name in ("length", "depth", "score"))
+    columns, across = _grouped(lengths, min(lengths), max(lengths))
+    rows, down = _grouped(depths, 0.0, 1.0 if max(depths) <= 1 else 100.0)
+    grid: list[list[list[float]]] = [[[] for _ in columns] for _ in rows]
+    for score, row, column in zip(scores, down, across, strict=True):
+        if 0 <= row < len(rows):  # A depth may be none.
+            grid[row][column].append(score)
     return Needle(
-        lengths=[str(name) for name in means.columns],
-        depths=[str(name) for name in means.index],
-        scores=[[finite(x) for x in row] for row in means.to_numpy().tolist()],
-        counts=counts.to_numpy().tolist(),
+        lengths=columns,
+        depths=rows,
+        scores=[[finite(fmean(some)) if some else None for some in line] for line in grid],
+        counts=[[len(some) for some in line] for line in grid],
     )
 
 
-def _grouped(values: pd.Series, low: float, high: float) -> pd.Series:
-    """Names for the values in their order, of ranges where there are too many values."""
+def _grouped(values: list[float], low: float, high: float) -> tuple[list[str], list[int]]:
+    """Names of groups in order, ranges where there are too many values, and each value's group."""
     different = sorted(set(values))
     if len(different) <= MOST_VALUES:
-        names = [f"{value:g}" for value in different]
-        return values.map(dict(zip(different, names, strict=True))).astype(
-            pd.CategoricalDtype(names, ordered=True)
-        )
-    edges = np.linspace(low, high, BINS + 1)
+        return [f"{value:g}" for value in different], [different.index(x) for x in values]
+    edges = np.linspace(low, high, BINS + 1).tolist()
     names = [f"{a:.3g} to {b:.3g}" for a, b in pairwise(edges)]
-    return pd.cut(values, edges, labels=names, include_lowest=True)
+    return names, [max(bisect_left(edges, x), x == low) - 1 for x in values]

@@ -240,7 +240,7 @@ def _kept(cell: Run, base: Run | None) -> float:
 
 
 def _versus(cell: Run, base: Run) -> Paired | None:
-    run, other = (c.predictions[c.predictions["score"].notna()] for c in (cell, base))
+    run, other = (one.predictions.dropna(subset=["score"]) for one in (cell, base))
     return paired(run, other) if len(run.index.intersection(other.index)) else None
 
 

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,13 +17,16 @@ from cachepress.pages.needle import Needle, needle_of
 from cachepress.pages.panels import QUALITIES, Entry, Panel, finite, quality_of
 from cachepress.spec import NO_PRESS
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Told apart by every kind of eye (Okabe and Ito)."""
 LINES = ("-", "--", ":", "-.")
 LEGEND_COLUMNS = 3
 LONGEST_NAME = 22
 MARKERS = ("o", "s", "^", "D", "v", "X", "P")
-STYLE = {
+STYLE: "dict[RcKeyType, object]" = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -88,13 +92,25 @@ _PICTURES: dict[str, Callable[[Panel], Figure | None]] = {
 }
 
 
+class _Drawn(NamedTuple):
+    """A result as a point: what it costs, and its quality."""
+
+    entry: Entry
+    x: float
+    y: Estimate
+
+
 def _scatter(
     panel: Panel, cost: str, place: Callable[[Entry], float | None], label: str
 ) -> Figure | None:
     quality = _first_quality(panel)
     if quality is None:
         return None
-    drawn = [e for e in panel.entries if quality_of(e.cell, quality) and finite(place(e))]
+    drawn = [
+        _Drawn(entry, x, y)
+        for entry in panel.entries
+        if (y := quality_of(entry.cell, quality)) and (x := finite(place(entry)))
+    ]
     if not drawn:
         return None
     rows = math.ceil((len(panel.presses) + 1) / LEGEND_COLUMNS)
@@ -102,13 +118,10 @@ def _scatter(
     ax = figure.subplots()
     # No press has a look of its own, and takes none from the others.
     for number, press in enumerate(panel.presses, start=-(NO_PRESS in panel.presses)):
-        entries = [entry for entry in drawn if entry.cell.press == press]
-        if entries:
-            noise = [_noise(e) if cost == "speed" else (0.0, 0.0) for e in entries]
-            points = [(place(e), quality_of(e.cell, quality)) for e in entries]
-            _line(ax, press, number, points, noise)
-    front = [e for e in drawn if e.fronts[quality, cost]]
-    points = sorted((place(e), quality_of(e.cell, quality).mean) for e in front)
+        if points := [one for one in drawn if one.entry.cell.press == press]:
+            _line(ax, press, number, points, cost == "speed")
+    front = [one for one in drawn if one.entry.fronts[quality, cost]]
+    points = sorted((one.x, one.y.mean) for one in front)
     if points:
         ax.plot(*zip(*points, strict=True), ":", color="0.4", linewidth=1, label="Pareto front")
         ax.plot(*zip(*points, strict=True), "o", color="0.2", mfc="none", markersize=10, zorder=1)
@@ -138,24 +151,18 @@ def _noise(entry: Entry) -> tuple[float, float]:
     return max(0.0, speed - low), max(0.0, high - speed)
 
 
-def _line(
-    ax: Axes,
-    press: str,
-    number: int,
-    points: list[tuple[float, Estimate]],
-    noise: list[tuple[float, float]],
-) -> None:
+def _line(ax: Axes, press: str, number: int, points: list[_Drawn], noisy: bool) -> None:
     """A press over its ratios; an interval that is not known is left out."""
-    order = sorted(range(len(points)), key=lambda i: points[i][0])
-    points, noise = [points[i] for i in order], [noise[i] for i in order]
-    x, means = [place for place, _ in points], [estimate.mean for _, estimate in points]
+    points = sorted(points, key=lambda one: one.x)
+    noise = [_noise(one.entry) if noisy else (0.0, 0.0) for one in points]
+    estimates = [one.y for one in points]
     halves = [
         (e.mean - e.low, e.high - e.mean) if finite(e.low) is not None else (0.0, 0.0)
-        for _, e in points
+        for e in estimates
     ]
     ax.errorbar(
-        x,
-        means,
+        [one.x for one in points],
+        [estimate.mean for estimate in estimates],
         yerr=list(zip(*halves, strict=True)),
         xerr=list(zip(*noise, strict=True)) if any(sum(ends) for ends in noise) else None,
         label=shorten(press),
@@ -198,8 +205,7 @@ def _save(figure: Figure, path: Path, form: str) -> Path:
     """Write a picture so that it is the old one or the new one, never a part."""
     data = io.BytesIO()
     # A date would make the same results another picture.
-    extra = {"metadata": {"Date": None}} if form == "svg" else {"dpi": 200}
-    figure.savefig(data, format=form, **extra)
+    figure.savefig(data, format=form, dpi=200, metadata={"Date": None} if form == "svg" else {})
     with replacing(path) as partial:
         partial.write_bytes(data.getvalue())
     return path

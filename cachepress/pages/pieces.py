@@ -96,4 +96,4 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -106,7 +106,7 @@ def sample_data(panel: Panel) -> dict[str, object]:
     tables = [entry.cell.predictions for entry in panel.entries]
     ids = list(dict.fromkeys(name for table in tables for name in table.index))
     whole = pd.concat(tables)
-    first = whole[~whole.index.duplicated()].reindex(ids)
+    first = whole.loc[~whole.index.duplicated()].reindex(ids)
     about = ("question", "answer", "task", "metric", "length", "depth", "choices", "answer_prefix")
     columns_of = {name: _listed(first, name) for name in about}
     answers = [_answers(table.reindex(ids)) for table in tables]

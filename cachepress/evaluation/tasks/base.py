@@ -1,6 +1,6 @@
 """What a benchmark is: its rows, and what judges an answer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -200,20 +200,22 @@ def normalise(table: pd.DataFrame, task: str, origin: str) -> pd.DataFrame:
     table["answer"] = pd.Series(answers, dtype=object)
     table["choices"] = pd.Series([_texts(value) for value in table["choices"]], dtype=object)
     table["max_new_tokens"] = table["max_new_tokens"].astype(int)
-    table["chat"] = _choices(table["chat"], _CHAT, f"{origin}: chat")
-    table["truncation"] = _choices(table["truncation"], _TRUNCATION, f"{origin}: truncation")
+    for name, known in _CHOICES.items():
+        table[name] = _choices(list(table[name]), known, f"{origin}: {name}")
     table["separator"] = table["separator"].fillna("").astype(str)
-    return table[list(COLUMNS)]
+    return table.loc[:, list(COLUMNS)]
 
 
-_CHAT = {"true": True, "yes": True, "false": False, "no": False}
-_TRUNCATION = {MIDDLE: MIDDLE, END: END}
+_CHOICES: dict[str, dict[str, object]] = {
+    "chat": {"true": True, "yes": True, "false": False, "no": False},
+    "truncation": {MIDDLE: MIDDLE, END: END},
+}
 
 
-def _choices(column: pd.Series, known: Mapping[str, object], origin: str) -> pd.Series:
-    """A column of choices; None where a cell is empty."""
+def _choices(values: Sequence[object], known: Mapping[str, object], origin: str) -> pd.Series:
+    """A column of choices; None where a value is empty."""
     found = []
-    for number, value in enumerate(column):
+    for number, value in enumerate(values):
         empty = value is None or value != value or value == ""
         name = str(value).lower()
         if not empty and name not in known:
@@ -221,7 +223,7 @@ def _choices(column: pd.Series, known: Mapping[str, object], origin: str) -> pd.
                 f"{origin} of row {number} is {value!r}, wanted one of {', '.join(known)}"
             )
         found.append(None if empty else known[name])
-    return pd.Series(found, dtype=object, index=column.index)
+    return pd.Series(found, dtype=object)
 
 
 def whole_number(digits: str) -> int:
@@ -240,6 +242,6 @@ def _limit(value: object) -> object:
 def _texts(value: object) -> list[str]:
     if value is None or (isinstance(value, float) and value != value):
         return []
-    if isinstance(value, str | int | float):
-        return [str(value)] if str(value) else []
-    return [str(item) for item in value]  # type: ignore
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [str(item) for item in value]
+    return [str(value)] if str(value) else []

@@ -111,10 +111,11 @@ def _read(path: Path) -> _Raw:
 
 def _read_csv(text: str) -> _Raw:
     table = read_delimited(text)
-    cells = {name: [row[i] for row in table.rows] for i, name in enumerate(table.header) if name}
+    named = [(i, name) for i, name in enumerate(table.header) if name]
+    cells: dict[str, list[object]] = {name: [row[i] for row in table.rows] for i, name in named}
     for name in LISTS:
         if name in cells:
-            cells[name] = [_array(cell, name, i) for i, cell in enumerate(cells[name])]
+            cells[name] = [_array(str(cell), name, i) for i, cell in enumerate(cells[name])]
     places = [f"line {line}, row {i}" for i, line in enumerate(table.lines)]
     return _Raw(cells, places)
 
@@ -373,7 +374,8 @@ def _shown(cell: object) -> str:
 
 def _warn_of_lists(rows: list[Row], origin: str) -> None:
     """Texts that all look like lists were meant as lists, most likely."""
-    texts = [answer for row in rows for answer in row["answer"]]  # type: ignore
+    lists = [row["answer"] for row in rows]
+    texts = [text for answers in lists if isinstance(answers, list) for text in answers]
     if texts and all(_is_array(text) for text in texts):
         logger.warning(
             "%s: every answer looks like a list, and is one text: name the column 'answers' if "

@@ -10,12 +10,14 @@ import ast
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.metrics import bleu
 from cachepress.evaluation.prompts import Template, read_prompts
 from cachepress.evaluation.rouge import rouge_l
 from cachepress.evaluation.tasks.base import Metric, Part, Report, Task, normalise
@@ -171,7 +173,7 @@ def _rouge(kind: str) -> Metric:
         except ValueError:
             # A text of full stops only has no sentence.
             return 0.0
-        return scores[0][kind]["r"]
+        return cast(dict[str, dict[str, float]], scores[0])[kind]["r"]
 
     return metric
 
@@ -181,11 +183,9 @@ def _bleu(size: int) -> Metric:
 
     def metric(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
         """Precision of the word sequences of one size, short answers penalized."""
-        from nltk.translate.bleu_score import sentence_bleu
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return float(sentence_bleu([answers[0].split()], _words(prediction), weights))
+            return bleu(_words(prediction), answers[0].split(), weights)
 
     return metric
 

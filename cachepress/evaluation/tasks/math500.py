@@ -49,11 +49,11 @@ def math_verify(prediction: str, answers: Sequence[str], choices: Sequence[str] 
         return 0.0
     # The time limit is a signal, which only the main thread can have.
     alone = threading.current_thread() is threading.main_thread()
-    seconds = SECONDS if alone else None
+    seconds = SECONDS if alone else 0
     config = [LatexExtractionConfig(boxed_match_priority=0)]
 
     def read(text: str) -> list:
-        return parse(f"\\boxed{{{text}}}", config, parsing_timeout=seconds)  # type: ignore
+        return parse(f"\\boxed{{{text}}}", config, parsing_timeout=seconds)
 
     return float(
         any(verify(read(answer), read(found), timeout_seconds=seconds) for answer in answers)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
+from cachepress.evaluation.metrics import bleu
 from cachepress.evaluation.prompts import Template, read_prompts
 from cachepress.evaluation.tasks import fits
 from cachepress.evaluation.tasks.base import Metric, Task, normalise
@@ -182,11 +183,13 @@ def _seams(tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[str, str]:
     """What stands between a question and its answer, and between that and the next question."""
     if not chat or not tokenizer.chat_template:
         return "", "\n\n"
-    text = tokenizer.apply_chat_template(
-        [{"role": role, "content": content} for role, content in TURNS],
-        add_generation_prompt=True,
-        tokenize=False,
-        enable_thinking=False,
+    text = str(
+        tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in TURNS],
+            add_generation_prompt=True,
+            tokenize=False,
+            enable_thinking=False,
+        )
     )
     places = [(text.find(content), len(content)) for _, content in TURNS]
     if any(place < 0 for place, _ in places):
@@ -380,10 +383,8 @@ def _parser(language: str) -> "Parser":
 
 def _bleu(text: str, reference: str) -> float:
     """BLEU of texts that are split at white space."""
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-
     tokens, wanted = (re.split(r"\s+", each.strip()) for each in (text, reference))
-    return sentence_bleu([wanted], tokens, smoothing_function=SmoothingFunction().method4)
+    return bleu(tokens, wanted, smooth=True)
 
 
 METRICS: dict[str, Metric] = {

@@ -107,10 +107,12 @@ def _rows(path: Path, member: str | None) -> list[dict]:
     if name.endswith((".csv", ".tsv")):
         return read_delimited(text, "\t" if name.endswith(".tsv") else ",").records()
     if name.endswith(".json"):
-        rows = parse_json(text)
-        rows = list(rows.values()) if isinstance(rows, dict) else rows
+        value = parse_json(text)
+        values = list(value.values()) if isinstance(value, dict) else value
     else:
-        rows = [parse_json(line) for line in text.split("\n") if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
+        values = [parse_json(line) for line in text.split("\n") if line.strip()]
+    several = values if isinstance(values, list) else [values]
+    rows = [row for row in several if isinstance(row, dict)]
+    if len(rows) < len(several):
         raise ValueError("a row is not a mapping of columns")
     return rows

@@ -5,7 +5,7 @@ by which ``write_submission`` names the predictions.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -105,7 +105,7 @@ def submit_if_ours(predictions: pd.DataFrame, folder: Path) -> None:
     if (
         metrics == {UNSCORED}
         and tasks <= MAX_NEW_TOKENS.keys()
-        and predictions["answer"].map(bool).all()
+        and all(list(predictions["answer"]))
     ):
         write_submission(predictions, folder)
 
@@ -132,8 +132,9 @@ def _write_task(task: str, rows: pd.DataFrame, folder: Path) -> Path:
 def _id(task: str, answer: object) -> str:
     """The id, from the list that an answer is, or from its JSON."""
     try:
-        (key,) = json.loads(answer) if isinstance(answer, str) else answer  # type: ignore
-    except (TypeError, ValueError) as error:
+        texts = json.loads(answer) if isinstance(answer, str) else answer
+        (key,) = list(texts) if isinstance(texts, Iterable) else []
+    except ValueError as error:
         raise CachepressError(f"{task}: the answer {answer!r} is not the id of a sample") from error
     return str(key)
 
