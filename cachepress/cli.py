@@ -146,7 +146,7 @@ def _nobody_reads() -> bool:
 def _evaluate(options: dict[str, object]) -> None:
     from cachepress.evaluation.config import load_config
     from cachepress.evaluation.runner import EvaluationRunner
-    from cachepress.evaluation.table import notes_of, results_table, task_table
+    from cachepress.evaluation.summary import notes_of, results_table, task_table
 
     config = load_config(options.pop("config", None), options)
     _log(config.log_level)
@@ -163,8 +163,8 @@ def _evaluate(options: dict[str, object]) -> None:
 
 def _sweep(options: dict[str, object]) -> None:
     from cachepress.evaluation.records import write_atomically
+    from cachepress.evaluation.summary import sweep_page, sweep_sheet, sweep_text
     from cachepress.evaluation.sweep import load_sweep, run_sweep
-    from cachepress.evaluation.table import sweep_page, sweep_sheet, sweep_text
 
     markdown, sheet = options.pop("markdown", None), options.pop("csv", None)
     dry = options.pop("dry_run", False)
@@ -184,7 +184,7 @@ def _sweep(options: dict[str, object]) -> None:
 
 def _score(options: dict[str, object]) -> None:
     from cachepress.evaluation.rescore import score_again
-    from cachepress.evaluation.table import results_table
+    from cachepress.evaluation.summary import results_table
 
     _log("INFO")
     found = score_again(Path(options["results"]), options["metric"])

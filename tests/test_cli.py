@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from cachepress.cli import main
-from cachepress.evaluation.cell import METRICS, PREDICTIONS, RECORDS
-from cachepress.evaluation.reader import Reader
+from cachepress.evaluation.answering import Answerer
+from cachepress.evaluation.run import METRICS, PREDICTIONS, RECORDS
 from tests.tiny import words
 
 
@@ -154,7 +154,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(arguments, capsys, monk
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Reader, "alone", interrupt)
+    monkeypatch.setattr(Answerer, "alone", interrupt)
     assert main(arguments) == 130
     assert "interrupted: every finished context is on disk" in capsys.readouterr().err
     monkeypatch.undo()
@@ -172,7 +172,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(arguments, capsys, monk
 def test_out_of_memory_is_one_line_and_keeps_the_records(
     arguments, tmp_path, capsys, monkeypatch, error
 ):
-    real, calls = Reader.alone, []
+    real, calls = Answerer.alone, []
 
     def full(*args):
         calls.append(args)
@@ -180,7 +180,7 @@ def test_out_of_memory_is_one_line_and_keeps_the_records(
             raise error
         return real(*args)
 
-    monkeypatch.setattr(Reader, "alone", full)
+    monkeypatch.setattr(Answerer, "alone", full)
     assert main(arguments) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith("cachepress: error: out of memory: ")
@@ -372,7 +372,7 @@ def test_a_sweep_says_on_the_screen_what_was_cut(swept, capsys, caplog):
 def test_a_dry_run_does_nothing(swept, capsys):
     arguments, folder = swept
     assert main([*arguments, "--presses", "knorm", "--ratios", "0.5", "--dry-run"]) == 0
-    assert "2 cells, 4 contexts, 8 samples; 16 of 16 answers are left" in capsys.readouterr().out
+    assert "2 runs, 4 contexts, 8 samples; 16 of 16 answers are left" in capsys.readouterr().out
     assert not list(folder.glob(f"*/{RECORDS}"))
 
 
@@ -380,7 +380,7 @@ def test_ctrl_c_in_a_sweep_is_one_line(swept, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Reader, "together", interrupt)
+    monkeypatch.setattr(Answerer, "together", interrupt)
     assert main([*swept[0], "--presses", "knorm", "--ratios", "0.5"]) == 130
     err = capsys.readouterr().err.strip().splitlines()
     assert err[-1].startswith("cachepress: error: interrupted: every finished context is on disk")

@@ -12,7 +12,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from cachepress.evaluation.cell import RECORDS
+from cachepress.evaluation.run import RECORDS
 from cachepress.interrupts import NUMBERS, Interrupted, Interrupts, deaf_children
 from tests.tiny import words
 

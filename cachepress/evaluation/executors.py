@@ -17,9 +17,9 @@ import torch
 import transformers
 
 from cachepress.errors import CachepressError, out_of_memory
-from cachepress.evaluation.cell import Cell
+from cachepress.evaluation.answering import Answerer, Found
 from cachepress.evaluation.config import EvaluationConfig
-from cachepress.evaluation.reader import Found, Reader
+from cachepress.evaluation.run import Run
 from cachepress.evaluation.samples import Context
 from cachepress.interrupts import deaf_children, start_worker
 from cachepress.limits import is_out_of_memory
@@ -43,7 +43,7 @@ class Unit(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """Answers by the folder of their cell, and what kept the others from being given."""
+    """Answers by the folder of their run, and what kept the others from being given."""
 
     found: list[tuple[Path, Found]]
     error: str | None = None
@@ -75,7 +75,7 @@ class Worker:
 
     def __init__(self, options: WorkerOptions, rank: int = 0, threads: int | None = None) -> None:
         self._options, self._rank = options, rank
-        self._held: tuple[object, Reader] | None = None
+        self._held: tuple[object, Answerer] | None = None
         if threads is not None:
             torch.set_num_threads(threads)
 
@@ -83,7 +83,7 @@ class Worker:
         self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]
     ) -> dict[Path, str]:
         """Refuse contexts that are too long; what does not fit the model, by folder, and why."""
-        return self._reader(configs[0]).check([Cell(config) for config in configs], contexts)
+        return self._reader(configs[0]).check([Run(config) for config in configs], contexts)
 
     def answer(self, unit: Unit) -> Answered:
         """Answer a unit."""
@@ -93,10 +93,10 @@ class Worker:
 
     def answers(self, unit: Unit) -> Iterator[Answered]:
         """Answer a unit, evaluation by evaluation."""
-        cells = [Cell(config) for config in unit.configs]
+        runs = [Run(config) for config in unit.configs]
         try:
-            for cell, answers in self._reader(unit.configs[0]).together(cells, unit.context):
-                yield Answered([(cell.folder, answers)])
+            for run, answers in self._reader(unit.configs[0]).together(runs, unit.context):
+                yield Answered([(run.folder, answers)])
         except CachepressError as error:
             yield Answered([], str(error))
         except (RuntimeError, MemoryError) as error:
@@ -104,7 +104,7 @@ class Worker:
                 raise
             yield Answered([], str(out_of_memory(error)))
 
-    def _reader(self, config: EvaluationConfig) -> Reader:
+    def _reader(self, config: EvaluationConfig) -> Answerer:
         device = config.device
         if device is None and torch.cuda.is_available():
             device = f"cuda:{self._rank % torch.cuda.device_count()}"
@@ -115,7 +115,7 @@ class Worker:
                 config.model, dtype=config.dtype, device=device, model_kwargs=config.loading
             )
             options = self._options
-            self._held = which, Reader(model, tokenizer, options.batch_size, options.kl)
+            self._held = which, Answerer(model, tokenizer, options.batch_size, options.kl)
         return self._held[1]
 
 

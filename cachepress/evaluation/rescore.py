@@ -7,13 +7,13 @@ from pathlib import Path
 import pandas as pd
 
 from cachepress.errors import CachepressError
-from cachepress.evaluation.cell import METRICS, PREDICTIONS, as_json, holding
 from cachepress.evaluation.predictions import read_predictions, write_predictions
 from cachepress.evaluation.records import write_atomically
 from cachepress.evaluation.registry import UNJUDGED, find_metric
+from cachepress.evaluation.results import score, scores_of
+from cachepress.evaluation.run import METRICS, PREDICTIONS, as_json, holding
 from cachepress.evaluation.samples import check_metrics, judged_by
 from cachepress.evaluation.tasks.base import DIGITS
-from cachepress.evaluation.views import score, scores_of
 from cachepress.limits import said, shown
 from cachepress.structured import parse_json, read_mapping
 

@@ -12,10 +12,10 @@ from tqdm import tqdm
 from cachepress.catalogue import own_presses, recommended
 from cachepress.digests import model_digests
 from cachepress.errors import CachepressError
-from cachepress.evaluation.cell import Cell, allow_open_files, say_versions
+from cachepress.evaluation.answering import shares_reading
 from cachepress.evaluation.config import EvaluationConfig, same_data, same_model
 from cachepress.evaluation.executors import EXECUTORS, Executor, Unit, WorkerOptions
-from cachepress.evaluation.reader import shares_reading
+from cachepress.evaluation.run import Run, allow_open_files, say_versions
 from cachepress.evaluation.samples import Context, contexts_of, load_table
 from cachepress.evaluation.statistics import Paired, paired
 from cachepress.files import expanded
@@ -100,8 +100,8 @@ class SweepConfig:
                     name, _, part = dataset.partition(":")
                     what = {"dataset": name, "data_dir": part or None, "query_aware": aware}
                     options = {**self.options, **what, "model": model}
-                    found.append(Group([Cell(c) for c in self._configs(options)]))
-        folders = [cell.folder for group in found for cell in group.cells]
+                    found.append(Group([Run(c) for c in self._configs(options)]))
+        folders = [run.folder for group in found for run in group.runs]
         for folder in folders:
             if folders.count(folder) > 1:
                 raise CachepressError(
@@ -135,19 +135,19 @@ class Group:
     """Evaluations that read the same contexts with the same model.
 
     Attributes:
-        cells: the first one is without a press.
+        runs: the first one is without a press.
         table: the data set.
         contexts: what is read.
     """
 
-    cells: list[Cell]
+    runs: list[Run]
     table: pd.DataFrame = field(init=False)
     contexts: list[Context] = field(init=False)
 
     @property
     def config(self) -> EvaluationConfig:
         """What all of them share."""
-        return self.cells[0].config
+        return self.runs[0].config
 
     def load(self) -> None:
         """Load the data set."""
@@ -155,29 +155,29 @@ class Group:
         self.table = load_table(self.config, tokenizer)
         self.contexts = contexts_of(self.table)
         digests = model_digests(self.config.model, self.config.model_kwargs)
-        for cell in self.cells:
-            cell.identify(digests, resolve(self.config.model))
-            cell.adopt(self.contexts)
+        for run in self.runs:
+            run.identify(digests, resolve(self.config.model))
+            run.adopt(self.contexts)
 
     def units(self, kl: bool) -> Iterator[Unit]:
-        """What is left to do: contexts, with the cells that have not answered them."""
+        """What is left to do: contexts, with the runs that have not answered them."""
         for context in self.contexts:
-            left = [cell for cell in self.cells if not cell.has(context, kl and _measures(cell))]
+            left = [run for run in self.runs if not run.has(context, kl and _measures(run))]
             if left:
-                yield Unit(context, tuple(cell.config for cell in left))
+                yield Unit(context, tuple(run.config for run in left))
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one cell.
+    """What became of one run.
 
     Attributes:
-        cell: which one.
+        run: which one.
         metrics: as they stand in metrics.json.
         paired: how it differs from no press on the same samples; None for no press itself.
     """
 
-    cell: Cell
+    run: Run
     metrics: dict
     paired: Paired | None
 
@@ -202,24 +202,24 @@ def run_sweep(
     groups = config.groups()
     if only_plan:
         for group in groups:
-            for cell in group.cells:
-                cell.peek()
+            for run in group.runs:
+                run.peek()
             group.load()
         print(plan_of(config, groups, [list(group.units(config.kl)) for group in groups]))
         return []
-    allow_open_files(sum(len(group.cells) for group in groups))
+    allow_open_files(sum(len(group.runs) for group in groups))
     with ExitStack() as stack:
         for group in groups:
-            for cell in group.cells:
-                stack.enter_context(cell.held())
-                cell.check_folder()
+            for run in group.runs:
+                stack.enter_context(run.held())
+                run.check_folder()
             group.load()
-            say_versions(group.cells, group.contexts)
+            say_versions(group.runs, group.contexts)
         executor = stack.enter_context(EXECUTORS[config.executor](config.worker_options))
         for group in groups:
             _check(config, group, executor)
-        for cell in (cell for group in groups for cell in group.cells):
-            cell.begin()
+        for run in (run for group in groups for run in group.runs):
+            run.begin()
         left = [list(group.units(config.kl)) for group in groups]
         logger.info("%s", plan_of(config, groups, left))
         _work(groups, [unit for part in left for unit in part], executor, quiet)
@@ -235,14 +235,14 @@ def plan_of(config: SweepConfig, groups: Sequence[Group], left: Sequence[Sequenc
         aware = "query-aware" if one.query_aware else "query-agnostic"
         answers = sum(len(u.context.samples) * len(u.configs) for u in units)
         lines += [
-            f"{one.model} on {one.dataset}{part}, {aware}: {len(group.cells)} cells, "
+            f"{one.model} on {one.dataset}{part}, {aware}: {len(group.runs)} runs, "
             f"{len(group.contexts)} contexts, {samples} samples; "
-            f"{answers} of {samples * len(group.cells)} answers are left",
+            f"{answers} of {samples * len(group.runs)} answers are left",
         ]
-        shared = [cell for cell in group.cells if shares_reading(cell)]
+        shared = [run for run in group.runs if shares_reading(run)]
         replays = {c.config.press_name for c in shared if c.press and c.press.replay}
-        apart = {c.config.press_name for c in group.cells if not shares_reading(c)}
-        lines.append(f"  one prefill of a context for {len(shared)} cells")
+        apart = {c.config.press_name for c in group.runs if not shares_reading(c)}
+        lines.append(f"  one prefill of a context for {len(shared)} runs")
         if replays:
             lines.append(f"  and one replay of it for each of: {', '.join(sorted(replays))}")
         if apart:
@@ -274,23 +274,23 @@ def _check(config: SweepConfig, group: Group, executor: Executor) -> None:
     """Refuse what cannot work; of "all" presses, those that do not fit the model are left out."""
     if not any(True for _ in group.units(config.kl)):
         return
-    unfit = executor.check([cell.config for cell in group.cells], group.contexts)
+    unfit = executor.check([run.config for run in group.runs], group.contexts)
     for folder, reason in unfit.items():
-        cell = next(cell for cell in group.cells if cell.folder == folder)
-        if EVERY_PRESS not in config.presses or cell.config.press in config.presses:
+        run = next(run for run in group.runs if run.folder == folder)
+        if EVERY_PRESS not in config.presses or run.config.press in config.presses:
             raise CachepressError(reason)
-        logger.warning("left out: %s: %s", cell.label, reason)
-    group.cells = [cell for cell in group.cells if cell.folder not in unfit]
+        logger.warning("left out: %s: %s", run.label, reason)
+    group.runs = [run for run in group.runs if run.folder not in unfit]
 
 
 def _work(groups: Sequence[Group], units: Sequence[Unit], executor: Executor, quiet: bool) -> None:
     """Answer what is left, and write each context's answers as they come."""
-    cells = {cell.folder: cell for group in groups for cell in group.cells}
+    runs = {run.folder: run for group in groups for run in group.runs}
     total = sum(len(unit.configs) for unit in units)
     with tqdm(total=total, unit="context", disable=quiet or not units) as bar:
         for unit, answered in executor.run(units):
             for folder, found in answered.found:
-                cells[folder].save(unit.context, found)
+                runs[folder].save(unit.context, found)
             if answered.error is not None:
                 raise CachepressError(answered.error)
             bar.update(len(answered.found))
@@ -299,14 +299,14 @@ def _work(groups: Sequence[Group], units: Sequence[Unit], executor: Executor, qu
 def _results(group: Group) -> list[Result]:
     results: list[Result] = []
     base: pd.DataFrame | None = None
-    for cell in group.cells:
-        predictions = cell.predictions(group.table, group.contexts)
-        metrics = cell.write_views(predictions)
+    for run in group.runs:
+        predictions = run.predictions(group.table, group.contexts)
+        metrics = run.write_views(predictions)
         base = predictions if base is None else base
         compared = None
-        if cell.press is not None and base["score"].notna().any():
+        if run.press is not None and base["score"].notna().any():
             compared = paired(predictions, base)
-        results.append(Result(cell, metrics, compared))
+        results.append(Result(run, metrics, compared))
     return results
 
 
@@ -323,9 +323,9 @@ def _same_part(dataset: str) -> str:
     return f"{same_data(name)}:{part}"
 
 
-def _measures(cell: Cell) -> bool:
+def _measures(run: Run) -> bool:
     """Whether a divergence can be measured: not where the press acts on what is decoded."""
-    return cell.press is None or not cell.press.schedule.decodes
+    return run.press is None or not run.press.schedule.decodes
 
 
 def _has_ratio(spelling: str) -> bool:

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 import cachepress
 from cachepress.chat import encode, template
 from cachepress.errors import CachepressError
-from cachepress.evaluation.reader import answers_of, pipeline_of
+from cachepress.evaluation.answering import answers_of, pipeline_of
 from cachepress.evaluation.records import write_atomically
 from cachepress.pages.html import render
 from cachepress.pages.pieces import CONTEXT, QUESTION, TEMPLATE, Part, Piece, pieces_of

@@ -7,8 +7,8 @@ from statistics import fmean
 
 import numpy as np
 
-from cachepress.pages.cells import Run
 from cachepress.pages.panels import finite
+from cachepress.pages.saved import SavedRun
 
 MOST_VALUES = 12
 """More different depths or lengths than this are put together."""
@@ -17,7 +17,7 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Needle:
-    """Mean scores of a cell, a row for each depth and a column for each length.
+    """Mean scores of a run, a row for each depth and a column for each length.
 
     Attributes:
         lengths: names of the columns.
@@ -32,9 +32,9 @@ class Needle:
     counts: list[list[int]]
 
 
-def needle_of(cell: Run) -> Needle | None:
+def needle_of(run: SavedRun) -> Needle | None:
     """Mean scores by length and depth; None where samples have neither."""
-    table = cell.predictions.dropna(subset=["length", "depth", "score"])
+    table = run.predictions.dropna(subset=["length", "depth", "score"])
     if table.empty:
         return None
     lengths, depths, scores = (list(table[name]) for name in ("length", "depth", "score"))

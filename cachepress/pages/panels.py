@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from cachepress.evaluation.statistics import Estimate, Paired, paired
-from cachepress.pages.cells import Run
+from cachepress.pages.saved import SavedRun
 from cachepress.spec import NO_PRESS
 
 DIGESTS = "digests"
@@ -31,10 +31,10 @@ COSTS = {"kept": "kept bytes", "speed": "tokens per second"}
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A cell in a panel.
+    """A run in a panel.
 
     Attributes:
-        cell: the run.
+        run: the run.
         name: the press; for a guest, also how its settings differ.
         label: the same with the ratio.
         base: the run without a press on the same samples; None if there is none.
@@ -46,10 +46,10 @@ class Entry:
         leads: whether none is better in both by their means, whatever the intervals, the same way.
     """
 
-    cell: Run
+    run: SavedRun
     name: str
     label: str
-    base: Run | None
+    base: SavedRun | None
     guest: bool
     kept: float
     versus: Paired | None
@@ -65,8 +65,8 @@ class Panel:
     Attributes:
         title: model and data.
         notes: what sets it apart from the other panels; whether presses saw the question.
-        shared: settings that all cells have in common.
-        entries: the cells, by press and ratio, no press first.
+        shared: settings that all runs have in common.
+        entries: the runs, by press and ratio, no press first.
     """
 
     title: str
@@ -77,19 +77,19 @@ class Panel:
     @property
     def presses(self) -> list[str]:
         """Names of the presses, in the order of the entries."""
-        return list(dict.fromkeys(entry.cell.press for entry in self.entries))
+        return list(dict.fromkeys(entry.run.press for entry in self.entries))
 
 
-def make_panels(cells: Sequence[Run]) -> list[Panel]:
-    """Group cells by everything but their press, and compare each with the run without a press."""
-    groups: dict[tuple[str, ...], list[Run]] = {}
-    names = sorted({name for cell in cells for name in _settings(cell)})
-    for cell in cells:
-        settings = _settings(cell)
+def make_panels(runs: Sequence[SavedRun]) -> list[Panel]:
+    """Group runs by everything but their press, and compare each with the run without a press."""
+    groups: dict[tuple[str, ...], list[SavedRun]] = {}
+    names = sorted({name for run in runs for name in _settings(run)})
+    for run in runs:
+        settings = _settings(run)
         key = tuple(settings.get(name, "") for name in (*TITLE, *names))
-        groups.setdefault(key, []).append(cell)
-    bases = {_reading(cell): cell for cell in cells if cell.press == NO_PRESS}
-    varying = _varying([_settings(cell) for cell in cells])
+        groups.setdefault(key, []).append(run)
+    bases = {_reading(run): run for run in runs if run.press == NO_PRESS}
+    varying = _varying([_settings(run) for run in runs])
     return [_panel(groups[key], bases, varying) for key in sorted(groups)]
 
 
@@ -100,11 +100,11 @@ def shown(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
-def settings_of(cell: Run) -> dict[str, str]:
-    """Every setting, version and digest of a cell, and the machine."""
-    told = {name: shown(value) for name, value in cell.config.items() if name != DIGESTS}
-    digests = {f"{name} digest": shown(value) for name, value in _digests(cell).items()}
-    return {**told, **digests, "machine": cell.machine}
+def settings_of(run: SavedRun) -> dict[str, str]:
+    """Every setting, version and digest of a run, and the machine."""
+    told = {name: shown(value) for name, value in run.config.items() if name != DIGESTS}
+    digests = {f"{name} digest": shown(value) for name, value in _digests(run).items()}
+    return {**told, **digests, "machine": run.machine}
 
 
 def finite(value: float | None) -> float | None:
@@ -112,30 +112,30 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _settings(cell: Run) -> dict[str, str]:
+def _settings(run: SavedRun) -> dict[str, str]:
     """What sets a panel apart."""
     left_out = (*PLACES, *OF_PRESS, "versions", "schema", DIGESTS)
     settings = {
         name: shown(value)
-        for name, value in cell.config.items()
+        for name, value in run.config.items()
         if name not in left_out and not name.endswith("_version")
     }
-    digests = {f"{name} digest": shown(_digests(cell).get(name, "unknown")) for name in OF_MODEL}
-    return {**settings, **digests, "query_aware": shown(cell.query_aware)}
+    digests = {f"{name} digest": shown(_digests(run).get(name, "unknown")) for name in OF_MODEL}
+    return {**settings, **digests, "query_aware": shown(run.query_aware)}
 
 
-def _digests(cell: Run) -> Mapping[str, object]:
-    told = cell.config.get(DIGESTS)
+def _digests(run: SavedRun) -> Mapping[str, object]:
+    told = run.config.get(DIGESTS)
     return told if isinstance(told, Mapping) else {}
 
 
-def _reading(cell: Run) -> str:
-    """What a cell and the run without a press that it is compared with have in common.
+def _reading(run: SavedRun) -> str:
+    """What a run and the run without a press that it is compared with have in common.
 
     A press that looks at the question where it stands reads the very prompt that is read without
     it, so this goes by the setting.
     """
-    settings = {**_settings(cell), "query_aware": shown(cell.config.get("query_aware", False))}
+    settings = {**_settings(run), "query_aware": shown(run.config.get("query_aware", False))}
     return json.dumps({k: v for k, v in settings.items() if k not in OF_STORAGE}, sort_keys=True)
 
 
@@ -144,29 +144,29 @@ def _varying(settings: Sequence[Mapping[str, str]]) -> list[str]:
     return [name for name in names if len({one.get(name) for one in settings}) > 1]
 
 
-def _panel(cells: list[Run], bases: Mapping[str, Run], varying: list[str]) -> Panel:
-    first = _settings(cells[0])
+def _panel(runs: list[SavedRun], bases: Mapping[str, SavedRun], varying: list[str]) -> Panel:
+    first = _settings(runs[0])
     aware = "query-aware: the press sees the question"
     agnostic = "query-agnostic: the press does not see the question"
-    notes = [aware if cells[0].query_aware else agnostic]
+    notes = [aware if runs[0].query_aware else agnostic]
     notes += [f"{name}: {first.get(name, 'default')}" for name in varying if name not in TITLE]
-    notes += _asked(cells, [name for name in varying if name not in TITLE])
-    entries = _entries(cells, bases)
-    if any(entry.base is None and entry.cell.press != NO_PRESS for entry in entries):
+    notes += _asked(runs, [name for name in varying if name not in TITLE])
+    entries = _entries(runs, bases)
+    if any(entry.base is None and entry.run.press != NO_PRESS for entry in entries):
         notes.append("no run without a press to compare with: kept bytes are of a run's own")
-    settings = [settings_of(entry.cell) for entry in entries]
+    settings = [settings_of(entry.run) for entry in entries]
     shared = {k: v for k, v in settings[0].items() if all(one.get(k) == v for one in settings)}
     data = [first.get(name, "default") for name in ("dataset", "data_dir")]
     title = " ".join(_place(text) for text in data if text != "default")
     return Panel(f"{_place(first.get('model', ''))} on {title}", notes, shared, entries)
 
 
-def _asked(cells: Sequence[Run], said: Sequence[str]) -> list[str]:
+def _asked(runs: Sequence[SavedRun], said: Sequence[str]) -> list[str]:
     """What is out of the ordinary in how samples were asked, where it is not said already."""
-    first = _settings(cells[0])
+    first = _settings(runs[0])
     notes = [f"{name}: {first[name]}" for name in PROMPTING if name in first and name not in said]
     contexts, tokens = (
-        max((getattr(cell, name) or 0 for cell in cells), default=0)
+        max((getattr(run, name) or 0 for run in runs), default=0)
         for name in ("cut_contexts", "cut_tokens")
     )
     if contexts:
@@ -180,50 +180,48 @@ def _place(text: str) -> str:
     return Path(text).name if Path(text).is_absolute() else text
 
 
-def _entries(cells: list[Run], bases: Mapping[str, Run]) -> list[Entry]:
-    own = {cell.folder for cell in cells}
-    base_of = {cell.folder: bases.get(_reading(cell)) for cell in cells}
+def _entries(runs: list[SavedRun], bases: Mapping[str, SavedRun]) -> list[Entry]:
+    own = {run.folder for run in runs}
+    base_of = {run.folder: bases.get(_reading(run)) for run in runs}
     guests = {base.folder: base for base in base_of.values() if base and base.folder not in own}
-    together = [*guests.values(), *cells]
-    together.sort(key=lambda cell: (cell.press != NO_PRESS, cell.press, cell.ratio, cell.folder))
-    kept = {cell.folder: _kept(cell, base_of.get(cell.folder, cell)) for cell in together}
+    together = [*guests.values(), *runs]
+    together.sort(key=lambda run: (run.press != NO_PRESS, run.press, run.ratio, run.folder))
+    kept = {run.folder: _kept(run, base_of.get(run.folder, run)) for run in together}
     keys = [(quality, cost) for quality in QUALITIES for cost in COSTS]
     leads = {key: _leading(_points(together, kept, *key)) for key in keys}
     fronts = {key: _front(points) for key, points in leads.items()}
-    notes = {name: _difference(guest, cells[0]) for name, guest in guests.items()}
+    notes = {name: _difference(guest, runs[0]) for name, guest in guests.items()}
     return [
-        _entry(
-            cell, base_of.get(cell.folder), notes.get(cell.folder), kept[cell.folder], fronts, leads
-        )
-        for cell in together
+        _entry(run, base_of.get(run.folder), notes.get(run.folder), kept[run.folder], fronts, leads)
+        for run in together
     ]
 
 
 def _entry(
-    cell: Run,
-    base: Run | None,
+    run: SavedRun,
+    base: SavedRun | None,
     note: str | None,
     kept: float,
     fronts: Mapping[tuple[str, str], Sequence["_Point"]],
     leads: Mapping[tuple[str, str], Sequence["_Point"]],
 ) -> Entry:
-    name = cell.press if note is None else f"{cell.press} ({note})"
-    other = None if base is cell else base
+    name = run.press if note is None else f"{run.press} ({note})"
+    other = None if base is run else base
     return Entry(
-        cell=cell,
+        run=run,
         name=name,
-        label=name if cell.press == NO_PRESS else f"{name} {cell.ratio:g}",
+        label=name if run.press == NO_PRESS else f"{name} {run.ratio:g}",
         base=other,
         guest=note is not None,
         kept=kept,
-        versus=None if other is None else _versus(cell, other),
-        same=None if other is None else _same(cell.predictions, other.predictions),
-        fronts=_membership(cell, fronts),
-        leads=_membership(cell, leads),
+        versus=None if other is None else _versus(run, other),
+        same=None if other is None else _same(run.predictions, other.predictions),
+        fronts=_membership(run, fronts),
+        leads=_membership(run, leads),
     )
 
 
-def _difference(guest: Run, own: Run) -> str:
+def _difference(guest: SavedRun, own: SavedRun) -> str:
     """How the settings of a guest differ from those of a panel."""
     mine, theirs = _settings(own), _settings(guest)
     names = [n for n in theirs if n != "query_aware" and theirs[n] != mine.get(n)]
@@ -233,15 +231,15 @@ def _difference(guest: Run, own: Run) -> str:
     return ", ".join(notes)
 
 
-def _kept(cell: Run, base: Run | None) -> float:
-    """Share of the bytes; of the cell's own before compression where nothing else was measured."""
-    whole = (cell if base is None else base).bytes_before
-    return cell.bytes_after / whole if whole else math.nan
+def _kept(run: SavedRun, base: SavedRun | None) -> float:
+    """Share of the bytes; of the run's own before compression where nothing else was measured."""
+    whole = (run if base is None else base).bytes_before
+    return run.bytes_after / whole if whole else math.nan
 
 
-def _versus(cell: Run, base: Run) -> Paired | None:
-    run, other = (one.predictions.dropna(subset=["score"]) for one in (cell, base))
-    return paired(run, other) if len(run.index.intersection(other.index)) else None
+def _versus(run: SavedRun, base: SavedRun) -> Paired | None:
+    scored, other = (one.predictions.dropna(subset=["score"]) for one in (run, base))
+    return paired(scored, other) if len(scored.index.intersection(other.index)) else None
 
 
 def _same(run: pd.DataFrame, base: pd.DataFrame) -> float | None:
@@ -252,16 +250,16 @@ def _same(run: pd.DataFrame, base: pd.DataFrame) -> float | None:
     return float((answers[0] == answers[1]).mean())
 
 
-def quality_of(cell: Run, quality: str) -> Estimate | None:
-    """The score, the divergence or the perplexity of a cell."""
-    return {"score": cell.score, "kl": cell.kl, "perplexity": cell.perplexity}[quality]
+def quality_of(run: SavedRun, quality: str) -> Estimate | None:
+    """The score, the divergence or the perplexity of a run."""
+    return {"score": run.score, "kl": run.kl, "perplexity": run.perplexity}[quality]
 
 
 def _membership(
-    cell: Run, members: Mapping[tuple[str, str], Sequence["_Point"]]
+    run: SavedRun, members: Mapping[tuple[str, str], Sequence["_Point"]]
 ) -> dict[tuple[str, str], bool]:
-    """Whether a cell is among the members, by quality and cost."""
-    return {key: cell.folder in {p.folder for p in points} for key, points in members.items()}
+    """Whether a run is among the members, by quality and cost."""
+    return {key: run.folder in {p.folder for p in points} for key, points in members.items()}
 
 
 @dataclass(frozen=True)
@@ -279,20 +277,20 @@ class _Point:
 
 
 def _points(
-    cells: Sequence[Run], kept: Mapping[str, float], quality: str, cost: str
+    runs: Sequence[SavedRun], kept: Mapping[str, float], quality: str, cost: str
 ) -> list[_Point]:
     """The runs that have both, the thriftiest first."""
     points = []
-    for cell in cells:
-        estimate = quality_of(cell, quality)
+    for run in runs:
+        estimate = quality_of(run, quality)
         if estimate is None:
             continue
         good = _ends(estimate.mean, estimate.low, estimate.high, quality != "score")
-        thrift = _ends(kept[cell.folder], kept[cell.folder], kept[cell.folder], True)
+        thrift = _ends(kept[run.folder], kept[run.folder], kept[run.folder], True)
         if cost == "speed":
-            thrift = _ends(cell.speed, cell.speed_low, cell.speed_high, False)
+            thrift = _ends(run.speed, run.speed_low, run.speed_high, False)
         if math.isfinite(good[0]) and math.isfinite(thrift[0]):
-            points.append(_Point(cell.folder, good, thrift))
+            points.append(_Point(run.folder, good, thrift))
     return sorted(points, key=lambda point: (-point.thrift[0], -point.quality[0]))
 
 

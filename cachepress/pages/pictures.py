@@ -62,12 +62,12 @@ def quality_picture(panel: Panel) -> Figure | None:
 
 def speed_picture(panel: Panel) -> Figure | None:
     """Quality against decoding speed; None if no speed was measured."""
-    return _scatter(panel, "speed", lambda entry: entry.cell.speed, "decoded tokens per second")
+    return _scatter(panel, "speed", lambda entry: entry.run.speed, "decoded tokens per second")
 
 
 def needle_picture(panel: Panel) -> Figure | None:
-    """Scores by length and depth, a map for each cell; None if no cell has both."""
-    found = [(entry.label, needle_of(entry.cell)) for entry in panel.entries]
+    """Scores by length and depth, a map for each run; None if no run has both."""
+    found = [(entry.label, needle_of(entry.run)) for entry in panel.entries]
     grids = [(label, grid) for label, grid in found if grid is not None]
     if not grids:
         return None
@@ -109,7 +109,7 @@ def _scatter(
     drawn = [
         _Drawn(entry, x, y)
         for entry in panel.entries
-        if (y := quality_of(entry.cell, quality)) and (x := finite(place(entry)))
+        if (y := quality_of(entry.run, quality)) and (x := finite(place(entry)))
     ]
     if not drawn:
         return None
@@ -118,7 +118,7 @@ def _scatter(
     ax = figure.subplots()
     # No press has a look of its own, and takes none from the others.
     for number, press in enumerate(panel.presses, start=-(NO_PRESS in panel.presses)):
-        if points := [one for one in drawn if one.entry.cell.press == press]:
+        if points := [one for one in drawn if one.entry.run.press == press]:
             _line(ax, press, number, points, cost == "speed")
     front = [one for one in drawn if one.entry.fronts[quality, cost]]
     points = sorted((one.x, one.y.mean) for one in front)
@@ -137,15 +137,15 @@ def _scatter(
 
 def _first_quality(panel: Panel) -> str | None:
     for quality in QUALITIES:
-        if any(quality_of(entry.cell, quality) is not None for entry in panel.entries):
+        if any(quality_of(entry.run, quality) is not None for entry in panel.entries):
             return quality
     return None
 
 
 def _noise(entry: Entry) -> tuple[float, float]:
     """How far the quartiles of a speed are from its median; 0 where they are not known."""
-    cell = entry.cell
-    speed, low, high = finite(cell.speed), finite(cell.speed_low), finite(cell.speed_high)
+    run = entry.run
+    speed, low, high = finite(run.speed), finite(run.speed_low), finite(run.speed_high)
     if speed is None or low is None or high is None:
         return 0.0, 0.0
     return max(0.0, speed - low), max(0.0, high - speed)
@@ -205,7 +205,8 @@ def _save(figure: Figure, path: Path, form: str) -> Path:
     """Write a picture so that it is the old one or the new one, never a part."""
     data = io.BytesIO()
     # A date would make the same results another picture.
-    figure.savefig(data, format=form, dpi=200, metadata={"Date": None} if form == "svg" else {})
+    metadata = {"Date": None} if form == "svg" else {}
+    figure.savefig(data, format=form, dpi=200 if form == "png" else "figure", metadata=metadata)
     with replacing(path) as partial:
         partial.write_bytes(data.getvalue())
     return path

@@ -11,7 +11,6 @@ import cachepress
 from cachepress.errors import CachepressError
 from cachepress.evaluation.records import write_atomically
 from cachepress.evaluation.statistics import Estimate
-from cachepress.pages.cells import read_cells
 from cachepress.pages.html import render
 from cachepress.pages.needle import needle_of
 from cachepress.pages.panels import (
@@ -24,6 +23,7 @@ from cachepress.pages.panels import (
     quality_of,
 )
 from cachepress.pages.pictures import write_pictures
+from cachepress.pages.saved import read_runs
 from cachepress.pages.tables import columns, latex, markdown, sheet
 
 FORMATS = ("html", "png", "svg", "md", "latex", "csv")
@@ -49,8 +49,8 @@ def write_report(
     for name in formats:
         if name not in FORMATS:
             raise CachepressError(f"format: got {name!r}, wanted one of {', '.join(FORMATS)}")
-    cells, unfinished = read_cells(folder)
-    panels = make_panels(cells)
+    runs, unfinished = read_runs(folder)
+    panels = make_panels(runs)
     output = folder if output is None else output
     output.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -102,8 +102,8 @@ def panel_data(panel: Panel) -> dict[str, object]:
 
 
 def sample_data(panel: Panel) -> dict[str, object]:
-    """Questions and answers of a panel, a list for each column, in one order for all cells."""
-    tables = [entry.cell.predictions for entry in panel.entries]
+    """Questions and answers of a panel, a list for each column, in one order for all runs."""
+    tables = [entry.run.predictions for entry in panel.entries]
     ids = list(dict.fromkeys(name for table in tables for name in table.index))
     whole = pd.concat(tables)
     first = whole.loc[~whole.index.duplicated()].reindex(ids)
@@ -123,39 +123,39 @@ def _listed(table: pd.DataFrame, name: str) -> list[object]:
 
 
 def _measured(panel: Panel) -> dict[str, str]:
-    """The qualities that any cell has, and what they are called."""
-    cells = [entry.cell for entry in panel.entries]
+    """The qualities that any run has, and what they are called."""
+    runs = [entry.run for entry in panel.entries]
     return {
         name: title
         for name, title in QUALITIES.items()
-        if any(quality_of(cell, name) is not None for cell in cells)
+        if any(quality_of(run, name) is not None for run in runs)
     }
 
 
 def _entry_data(entry: Entry) -> dict[str, object]:
-    cell = entry.cell
+    run = entry.run
     return {
         "label": entry.label,
-        "press": cell.press,
+        "press": run.press,
         "guest": entry.guest,
         "base": entry.base is None,
-        "ratio": cell.ratio,
-        "achieved": cell.achieved,
+        "ratio": run.ratio,
+        "achieved": run.achieved,
         "kept": finite(entry.kept),
-        "speed": finite(cell.speed),
-        "speed_low": finite(cell.speed_low),
-        "speed_high": finite(cell.speed_high),
-        "before": cell.bytes_before,
-        "after": cell.bytes_after,
-        "prefill": cell.prefill_seconds,
-        "added": cell.press_seconds,
-        "qualities": {name: _estimate_data(quality_of(cell, name)) for name in QUALITIES},
+        "speed": finite(run.speed),
+        "speed_low": finite(run.speed_low),
+        "speed_high": finite(run.speed_high),
+        "before": run.bytes_before,
+        "after": run.bytes_after,
+        "prefill": run.prefill_seconds,
+        "added": run.press_seconds,
+        "qualities": {name: _estimate_data(quality_of(run, name)) for name in QUALITIES},
         "difference": _estimate_data(None if entry.versus is None else entry.versus.difference),
         "fronts": {
             cost: [name for name in QUALITIES if entry.fronts[name, cost]] for cost in COSTS
         },
         "leads": [name for name in QUALITIES if any(entry.leads[name, cost] for cost in COSTS)],
-        "needle": None if (grid := needle_of(cell)) is None else asdict(grid),
+        "needle": None if (grid := needle_of(run)) is None else asdict(grid),
     }
 
 

@@ -43,8 +43,8 @@ def columns(panel: Panel) -> list[Column]:
         *_tasks(panel),
         *_reported(panel),
         *_settings(panel),
-        _text("spelling", "The press as it is written.", lambda e: e.cell.spelling),
-        _text("folder", "Name of the result folder.", lambda e: e.cell.folder),
+        _text("spelling", "The press as it is written.", lambda e: e.run.spelling),
+        _text("folder", "Name of the result folder.", lambda e: e.run.folder),
     ]
 
 
@@ -155,48 +155,46 @@ def _fronts(entry: Entry) -> str:
 
 def _size(of: Callable[[Estimate], int]) -> Callable[[Entry], float | None]:
     def size(entry: Entry) -> float | None:
-        cell = entry.cell
-        estimate = next((e for e in (cell.score, cell.kl, cell.perplexity) if e is not None), None)
+        run = entry.run
+        estimate = next((e for e in (run.score, run.kl, run.perplexity) if e is not None), None)
         return None if estimate is None else of(estimate)
 
     return size
 
 
 _MEASURED = (
-    _number("nominal ratio", "Ratio that was asked for.", lambda e: e.cell.ratio, ".2f", True),
-    _number("ratio", "Share of pairs dropped, measured.", lambda e: e.cell.achieved, ".3f", True),
+    _number("nominal ratio", "Ratio that was asked for.", lambda e: e.run.ratio, ".2f", True),
+    _number("ratio", "Share of pairs dropped, measured.", lambda e: e.run.achieved, ".3f", True),
     _number("kept bytes", "Bytes after, of those without a press.", lambda e: e.kept, ".3f", True),
-    _estimate("score", "Mean score, 95 % interval.", lambda e: e.cell.score, printed=True),
+    _estimate("score", "Mean score, 95 % interval.", lambda e: e.run.score, printed=True),
     _estimate(
         "vs no_press", "Difference on the same samples, 95 % interval.", _difference, "+", True
     ),
     _number("flips", "Share of samples right in one, wrong in the other.", _flips, ".3f"),
     _number("same answers", "Share of samples with the very same answer.", lambda e: e.same, ".3f"),
-    _estimate("KL", "Divergence from no press, 95 % interval.", lambda e: e.cell.kl, printed=True),
-    _estimate(
-        "perplexity", "Perplexity of the wanted, 95 % interval.", lambda e: e.cell.perplexity
-    ),
+    _estimate("KL", "Divergence from no press, 95 % interval.", lambda e: e.run.kl, printed=True),
+    _estimate("perplexity", "Perplexity of the wanted, 95 % interval.", lambda e: e.run.perplexity),
     _number(
         "MiB before",
         "Of an uncompressed cache.",
-        lambda e: _mib(e.cell.bytes_before),
+        lambda e: _mib(e.run.bytes_before),
         ".1f",
     ),
     _number(
         "MiB after",
         "What is allocated.",
-        lambda e: _mib(e.cell.bytes_after),
+        lambda e: _mib(e.run.bytes_after),
         ".1f",
         True,
     ),
     _number(
-        "prefill s", "Median, compression included.", lambda e: e.cell.prefill_seconds, ".2f", True
+        "prefill s", "Median, compression included.", lambda e: e.run.prefill_seconds, ".2f", True
     ),
-    _number("press s", "What the press added, median.", lambda e: e.cell.press_seconds, ".3f"),
-    _number("tokens/s", "Decoding speed, median.", lambda e: e.cell.speed, ".1f", True),
-    _number("peak MiB", "Most memory in use.", lambda e: _mib(e.cell.peak_bytes), ",.0f"),
-    _number("tokens", "Tokens of a context, mean.", lambda e: e.cell.context_tokens, ",.0f"),
-    _number("cut tokens", "Tokens of contexts that were cut.", lambda e: e.cell.cut_tokens, ",.0f"),
+    _number("press s", "What the press added, median.", lambda e: e.run.press_seconds, ".3f"),
+    _number("tokens/s", "Decoding speed, median.", lambda e: e.run.speed, ".1f", True),
+    _number("peak MiB", "Most memory in use.", lambda e: _mib(e.run.peak_bytes), ",.0f"),
+    _number("tokens", "Tokens of a context, mean.", lambda e: e.run.context_tokens, ",.0f"),
+    _number("cut tokens", "Tokens of contexts that were cut.", lambda e: e.run.cut_tokens, ",.0f"),
     _number("samples", "Number of samples.", _size(lambda estimate: estimate.samples), ".0f"),
     _number("contexts", "Number of contexts.", _size(lambda estimate: estimate.contexts), ".0f"),
     _text("Pareto front", "By score, among those that can be told apart.", _fronts),
@@ -204,45 +202,45 @@ _MEASURED = (
 
 
 def _tasks(panel: Panel) -> list[Column]:
-    names = dict.fromkeys(name for entry in panel.entries for name in entry.cell.tasks)
+    names = dict.fromkeys(name for entry in panel.entries for name in entry.run.tasks)
     if len(names) < 2:
         return []
     return [_estimate(f"task {name}", "Score of this task.", _task(name)) for name in names]
 
 
 def _task(name: str) -> Callable[[Entry], Estimate | None]:
-    return lambda entry: entry.cell.tasks.get(name)
+    return lambda entry: entry.run.tasks.get(name)
 
 
 def _reported(panel: Panel) -> list[Column]:
     """What benchmarks report of tasks beside the score."""
-    every = [entry.cell.reported for entry in panel.entries]
+    every = [entry.run.reported for entry in panel.entries]
     names = dict.fromkeys((t, name) for one in every for t in one for name in one[t])
     hint = "What the benchmark reports of this task beside the score, 95 % interval."
     return [_estimate(f"{task}: {name}", hint, _report(task, name)) for task, name in names]
 
 
 def _report(task: str, name: str) -> Callable[[Entry], Estimate | None]:
-    return lambda entry: entry.cell.reported.get(task, {}).get(name)
+    return lambda entry: entry.run.reported.get(task, {}).get(name)
 
 
 def _settings(panel: Panel) -> list[Column]:
     shown_already = {*panel.shared, "press", "press_name", "compression_ratio"}
-    cells = [entry.cell for entry in panel.entries]
-    names = dict.fromkeys(name for cell in cells for name in settings_of(cell))
+    runs = [entry.run for entry in panel.entries]
+    names = dict.fromkeys(name for run in runs for name in settings_of(run))
     left = [name for name in names if name not in shown_already]
     return [_setting(name) for name in left]
 
 
 def _setting(name: str) -> Column:
     def text(entry: Entry) -> str:
-        return settings_of(entry.cell).get(name, NOTHING)
+        return settings_of(entry.run).get(name, NOTHING)
 
     def sheet(entry: Entry) -> dict[str, SheetCell]:
-        value = entry.cell.config.get(name)
+        value = entry.run.config.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return {name: value}
-        return {name: settings_of(entry.cell).get(name)}
+        return {name: settings_of(entry.run).get(name)}
 
     return Column(name, "A setting.", text, text, numeric=False, sheet=sheet)
 

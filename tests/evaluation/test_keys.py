@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cachepress as cp
 from cachepress.artefacts import save_artefact
 from cachepress.cli import main
-from cachepress.evaluation import EvaluationConfig, EvaluationRunner, cell
-from cachepress.evaluation.cell import CONFIG, METRICS, PREDICTIONS, RECORDS
-from cachepress.evaluation.reader import Reader
+from cachepress.evaluation import EvaluationConfig, EvaluationRunner
+from cachepress.evaluation import run as run_module
+from cachepress.evaluation.answering import Answerer
+from cachepress.evaluation.run import CONFIG, METRICS, PREDICTIONS, RECORDS
 from cachepress.evaluation.sweep import SweepConfig, run_sweep
 from tests.tiny import tokenizer, tokens
 
@@ -53,13 +54,13 @@ CONFIGURED = {
 @pytest.fixture
 def answered(monkeypatch):
     """The contexts that are answered, by number."""
-    found, answer = [], Reader.alone
+    found, answer = [], Answerer.alone
 
-    def spied(self, cell, context, reference=None):
+    def spied(self, run, context, reference=None):
         found.append(context.number)
-        return answer(self, cell, context, reference)
+        return answer(self, run, context, reference)
 
-    monkeypatch.setattr(Reader, "alone", spied)
+    monkeypatch.setattr(Answerer, "alone", spied)
     return found
 
 
@@ -111,10 +112,10 @@ def test_views_of_other_weights_are_gone_when_a_run_stops(work, answered, monkey
     folder = run()
     changed(work / "model" / "model.safetensors")
 
-    def stopped(self, cell, context, reference=None):
+    def stopped(self, run, context, reference=None):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Reader, "alone", stopped)
+    monkeypatch.setattr(Answerer, "alone", stopped)
     with pytest.raises(KeyboardInterrupt):
         run()
     assert not (folder / PREDICTIONS).exists() and not (folder / METRICS).exists()
@@ -210,8 +211,8 @@ def test_other_versions_are_said_and_kept(work, answered, monkeypatch, caplog):
     assert {r["versions"]["cachepress_version"] for r in records(folder)} == {cp.__version__}
     assert {r["schema"] for r in records(folder)} == {1}
     assert json.loads((folder / METRICS).read_text())["schema"] == 1
-    now = {**cell.versions(), "torch_version": "9.9"}
-    monkeypatch.setattr(cell, "versions", lambda: now)
+    now = {**run_module.versions(), "torch_version": "9.9"}
+    monkeypatch.setattr(run_module, "versions", lambda: now)
     with caplog.at_level("WARNING"):
         run()
     assert answered == [0, 1]
@@ -265,7 +266,7 @@ def test_a_sweep_and_its_plan_recognise_them_too(work, earlier, answered, capsys
     assert (earlier / RECORDS).read_bytes() == before
     assert not (work / "results" / "facts__model__no_press__0.00").exists()
     (results,) = run_sweep(config, quiet=True)
-    assert [result.cell.config.press for result in results] == ["no_press", "knorm"]
+    assert [result.run.config.press for result in results] == ["no_press", "knorm"]
     assert len(records(earlier)) == 8
 
 
@@ -343,14 +344,14 @@ def test_a_refused_run_leaves_no_folder(work, options, monkeypatch):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, cp.CachepressError("no")])
 def test_a_run_that_ends_before_its_first_answer_leaves_no_folder(work, error, monkeypatch):
-    answer, stop = Reader.alone, [0]
+    answer, stop = Answerer.alone, [0]
 
-    def stopped(self, cell, context, reference=None):
+    def stopped(self, run, context, reference=None):
         if context.number == stop[0]:
             raise error
-        return answer(self, cell, context, reference)
+        return answer(self, run, context, reference)
 
-    monkeypatch.setattr(Reader, "alone", stopped)
+    monkeypatch.setattr(Answerer, "alone", stopped)
     (work / "there").mkdir()
     for output in ("deep/er/results", "there"):
         with pytest.raises(type(error) if isinstance(error, Exception) else error):
@@ -372,15 +373,15 @@ def test_a_press_that_is_refused_at_work_leaves_no_folder(work, monkeypatch):
     with pytest.raises(cp.CachepressError, match="max_bytes: got 3"):
         run(press="knorm(max_bytes=3)", compression_ratio=None)
     assert not (work / "results").exists()
-    together = Reader.together
+    together = Answerer.together
 
-    def refused(self, cells, context, *rest):
-        for i, found in enumerate(together(self, cells, context, *rest)):
+    def refused(self, runs, context, *rest):
+        for i, found in enumerate(together(self, runs, context, *rest)):
             if i == 2:
                 raise cp.CachepressError("no more")
             yield found
 
-    monkeypatch.setattr(Reader, "together", refused)
+    monkeypatch.setattr(Answerer, "together", refused)
     config = SweepConfig(
         presses=["knorm"],
         ratios=[0.25, 0.5, 0.75],

@@ -11,11 +11,11 @@ import pytest
 import cachepress as cp
 from cachepress.cli import main
 from cachepress.evaluation import EvaluationConfig, EvaluationRunner
-from cachepress.evaluation.cell import METRICS, PREDICTIONS, RECORDS
+from cachepress.evaluation.answering import Answerer
 from cachepress.evaluation.predictions import read_predictions
-from cachepress.evaluation.reader import Reader
 from cachepress.evaluation.registry import METRIC_REGISTRY, check_metric
 from cachepress.evaluation.rescore import score_again
+from cachepress.evaluation.run import METRICS, PREDICTIONS, RECORDS
 from cachepress.evaluation.samples import load_table
 from cachepress.evaluation.sweep import load_sweep, run_sweep
 from cachepress.pages.report import write_report
@@ -260,13 +260,13 @@ def test_metrics_that_are_no_mapping_are_damaged(config):
 
 def test_odd_texts_survive_a_run_a_score_and_a_report(config, tmp_path, monkeypatch):
     odd = iter(["a\rb\0", "\ud800x", '=1+1,"y"\r\n', " \u241b0000 "])
-    answer = Reader.alone
+    answer = Answerer.alone
 
-    def oddly(self, cell, context):
-        found = answer(self, cell, context)
+    def oddly(self, run, context):
+        found = answer(self, run, context)
         return {i: replace(a, predicted_answer=next(odd)) for i, a in found.items()}
 
-    monkeypatch.setattr(Reader, "alone", oddly)
+    monkeypatch.setattr(Answerer, "alone", oddly)
     folder, _ = run(config)
     wanted = ["a\rb\0", "\ud800x", '=1+1,"y"\r\n', " \u241b0000 "]
     for _ in range(2):

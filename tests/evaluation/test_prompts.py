@@ -10,8 +10,8 @@ import yaml
 import cachepress as cp
 from cachepress.cli import main
 from cachepress.evaluation import EvaluationConfig, EvaluationRunner
-from cachepress.evaluation.cell import CONFIG, RECORDS, Cell
 from cachepress.evaluation.prompts import read_prompts
+from cachepress.evaluation.run import CONFIG, RECORDS, Run
 from cachepress.evaluation.samples import contexts_of, load_table
 from cachepress.pages.report import write_report
 from tests.pages.results import Page
@@ -364,9 +364,9 @@ def test_other_prompts_are_other_records_and_the_same_are_the_same(evaluation, t
     def key(**changes):
         config = EvaluationConfig(**{**options, **changes})
         (context, *_) = contexts_of(load_table(config, tokenizer()))
-        cell = Cell(config)
-        cell.identify({}, config.model)
-        return cell.key(context, context.samples[0]), config.get_results_dir()
+        run = Run(config)
+        run.identify({}, config.model)
+        return run.key(context, context.samples[0]), config.get_results_dir()
 
     first = key()
     (tmp_path / "copy").mkdir()

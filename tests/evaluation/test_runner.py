@@ -13,8 +13,8 @@ import yaml
 
 import cachepress as cp
 from cachepress.evaluation import EvaluationConfig, EvaluationRunner
-from cachepress.evaluation.cell import CONFIG, METRICS, PREDICTIONS, RECORDS
-from cachepress.evaluation.reader import Reader
+from cachepress.evaluation.answering import Answerer
+from cachepress.evaluation.run import CONFIG, METRICS, PREDICTIONS, RECORDS
 
 
 @pytest.fixture
@@ -105,15 +105,15 @@ def refuse(*args):
 def test_a_killed_run_goes_on_where_it_was(config, monkeypatch, tmp_path, stop_after):
     whole, _ = run(config, output_dir=str(tmp_path / "whole"))
     answered = []
-    answer = Reader.alone
+    answer = Answerer.alone
 
-    def stopping(self, cell, context):
+    def stopping(self, run, context):
         if len(answered) == stop_after:
             raise KeyboardInterrupt
         answered.append(context)
-        return answer(self, cell, context)
+        return answer(self, run, context)
 
-    monkeypatch.setattr(Reader, "alone", stopping)
+    monkeypatch.setattr(Answerer, "alone", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(config)
     folder = EvaluationConfig(**config).get_results_dir()
@@ -122,16 +122,16 @@ def test_a_killed_run_goes_on_where_it_was(config, monkeypatch, tmp_path, stop_a
     folder.mkdir(exist_ok=True)  # An interrupt before the first answer leaves none, a kill does.
     (folder / RECORDS).write_bytes(half + b'{"key": "torn')
 
-    monkeypatch.setattr(Reader, "alone", counting(answered, answer))
+    monkeypatch.setattr(Answerer, "alone", counting(answered, answer))
     run(config)
     assert len(answered) == len(set(answered)) == 4
     assert (folder / PREDICTIONS).read_bytes() == (whole.results_dir / PREDICTIONS).read_bytes()
 
 
 def counting(answered, answer):
-    def count(self, cell, context):
+    def count(self, run, context):
         answered.append(context)
-        return answer(self, cell, context)
+        return answer(self, run, context)
 
     return count
 
@@ -189,7 +189,7 @@ def test_max_new_tokens_overrides_the_data(config):
 
 
 def test_a_context_beyond_the_limit_is_refused_before_any_work(config, monkeypatch):
-    monkeypatch.setattr(Reader, "alone", refuse)
+    monkeypatch.setattr(Answerer, "alone", refuse)
     with pytest.raises(cp.CachepressError, match="sample 0: the context has 42 tokens"):
         run(config, max_context_length=30)
 

@@ -6,7 +6,7 @@ import pytest
 
 import cachepress as cp
 from cachepress.evaluation import EvaluationConfig
-from cachepress.evaluation.cell import Cell
+from cachepress.evaluation.run import Run
 from cachepress.evaluation.samples import contexts_of, load_table
 from tests.tiny import tokenizer, words
 
@@ -177,9 +177,9 @@ def test_how_a_text_is_asked_is_in_the_key_of_its_records(tmp_path):
         save(path, *table)
         config = EvaluationConfig(dataset=str(path), **options)
         (context,) = contexts_of(load_table(config, tokenizer()))
-        cell = Cell(config)
-        cell.identify({}, config.model)
-        return cell.key(context, context.samples[0]), context.departures(config)
+        run = Run(config)
+        run.identify({}, config.model)
+        return run.key(context, context.samples[0]), context.departures(config)
 
     plain, nothing = key([row])
     assert nothing == {}

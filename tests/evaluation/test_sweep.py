@@ -17,15 +17,15 @@ import cachepress as cp
 from cachepress.catalogue import RECOMMENDED, own_presses, recommended
 from cachepress.decode import generate
 from cachepress.evaluation import EvaluationConfig, EvaluationRunner, executors
-from cachepress.evaluation.cell import (
+from cachepress.evaluation.answering import Answerer
+from cachepress.evaluation.run import (
     METRICS,
     OTHER_FILES,
     PREDICTIONS,
     RECORDS,
-    Cell,
+    Run,
     allow_open_files,
 )
-from cachepress.evaluation.reader import Reader
 from cachepress.evaluation.samples import contexts_of, load_table
 from cachepress.evaluation.sweep import SweepConfig, load_sweep, run_sweep
 from cachepress.hf.survey import Survey
@@ -63,15 +63,15 @@ def rows_of(folder):
 
 def test_the_answers_are_those_of_separate_runs(model_dir, data_file, tmp_path, exact_models):
     results = run_sweep(sweep(model_dir, data_file, tmp_path / "sweep"), quiet=True)
-    cells = [result.cell for group in results for result in group]
-    assert len(cells) == 1 + 2 * 8 + 1  # The decoding press has no ratio.
-    for cell in cells:
-        config = {**vars(cell.config), "output_dir": str(tmp_path / "apart")}
+    runs = [result.run for group in results for result in group]
+    assert len(runs) == 1 + 2 * 8 + 1  # The decoding press has no ratio.
+    for run in runs:
+        config = {**vars(run.config), "output_dir": str(tmp_path / "apart")}
         metrics = EvaluationRunner(EvaluationConfig(**config), quiet=True).run_evaluation()
-        ours = json.loads((cell.folder / METRICS).read_text())
+        ours = json.loads((run.folder / METRICS).read_text())
         assert ours["score"] == metrics["score"]
         for name in ("compression_ratio", "cache_bytes_after", "context_tokens", "query_aware"):
-            assert ours[name] == metrics[name], (cell.label, name)
+            assert ours[name] == metrics[name], (run.label, name)
     assert rows_of(tmp_path / "sweep") == rows_of(tmp_path / "apart")
 
 
@@ -86,12 +86,12 @@ def test_models_with_other_layers_are_swept_too(name, data_file, tmp_path, exact
     (results,) = run_sweep(config, quiet=True)
     assert results[0].metrics["kl"]["mean"] == pytest.approx(0, abs=EXACT)
     for result in results:
-        config = {**vars(result.cell.config), "output_dir": str(tmp_path / "apart")}
+        config = {**vars(result.run.config), "output_dir": str(tmp_path / "apart")}
         metrics = EvaluationRunner(EvaluationConfig(**config), quiet=True).run_evaluation()
         for key in ("score", "compression_ratio", "cache_bytes_after"):
             assert result.metrics[key] == metrics[key]
     answers = [
-        {cell: [row["predicted_answer"] for row in rows] for cell, rows in rows_of(place).items()}
+        {run: [row["predicted_answer"] for row in rows] for run, rows in rows_of(place).items()}
         for place in (tmp_path / "sweep", tmp_path / "apart")
     ]
     assert answers[0] == answers[1]
@@ -99,15 +99,15 @@ def test_models_with_other_layers_are_swept_too(name, data_file, tmp_path, exact
 
 def spy(monkeypatch, stop_after=None):
     """What is read, as (context, presses); stops after so many contexts."""
-    seen, together = [], Reader.together
+    seen, together = [], Answerer.together
 
-    def spied(self, cells, context):
+    def spied(self, runs, context):
         if len(seen) == stop_after:
             raise KeyboardInterrupt
-        seen.append((context.number, [cell.config.press_name for cell in cells]))
-        return together(self, cells, context)
+        seen.append((context.number, [run.config.press_name for run in runs]))
+        return together(self, runs, context)
 
-    monkeypatch.setattr(Reader, "together", spied)
+    monkeypatch.setattr(Answerer, "together", spied)
     return seen
 
 
@@ -180,11 +180,11 @@ def test_the_divergence_is_that_of_single_steps(model_dir, data_file, tmp_path, 
     (results,) = run_sweep(config, quiet=True)
     none, zero, half = (result.metrics["kl"]["mean"] for result in results)
     assert none == pytest.approx(0, abs=EXACT) and zero == pytest.approx(0, abs=EXACT)
-    model, cell = exact_tiny(), results[2].cell
+    model, run = exact_tiny(), results[2].run
     model.generation_config.suppress_tokens = [0, 1, 2, 96]
     values = []
-    for context in contexts_of(load_table(cell.config, tokenizer())):
-        prompt = make_prompt(tokenizer(), model, context.text, context.prompt_options(cell.config))
+    for context in contexts_of(load_table(run.config, tokenizer())):
+        prompt = make_prompt(tokenizer(), model, context.text, context.prompt_options(run.config))
         whole = cp.prefill(model, prompt.context_ids, cp.KnormPress(0.0))
         pressed = cp.prefill(model, prompt.context_ids, cp.KnormPress(0.5))
         for ids, sample in zip(prompt.question_ids, context.samples, strict=True):
@@ -205,7 +205,7 @@ def expected(model, cache, text, n):
 
 def test_differences_are_on_the_same_samples(model_dir, data_file, tmp_path):
     (results,) = run_sweep(sweep(model_dir, data_file, tmp_path, presses=("random",)), quiet=True)
-    base, rows = (rows_of(tmp_path)[result.cell.folder.name] for result in results[:2])
+    base, rows = (rows_of(tmp_path)[result.run.folder.name] for result in results[:2])
     differences = [float(a["score"]) - float(b["score"]) for a, b in zip(rows, base, strict=True)]
     compared = results[1].paired
     assert results[0].paired is None
@@ -219,8 +219,8 @@ def test_the_plan_says_what_is_shared(model_dir, data_file, tmp_path, capsys):
     config = sweep(model_dir, data_file, tmp_path, presses=("knorm", "kvzip", "finch"))
     assert run_sweep(config, quiet=True, only_plan=True) == []
     plan = capsys.readouterr().out
-    assert "7 cells, 4 contexts, 8 samples; 56 of 56 answers are left" in plan
-    assert "one prefill of a context for 5 cells" in plan
+    assert "7 runs, 4 contexts, 8 samples; 56 of 56 answers are left" in plan
+    assert "one prefill of a context for 5 runs" in plan
     assert "one replay of it for each of: kvzip" in plan
     assert "a prefill of their own for: finch" in plan
     assert list(tmp_path.iterdir()) == []
@@ -239,14 +239,14 @@ def test_a_plan_to_start_over_removes_nothing(model_dir, data_file, tmp_path, ca
 
 
 def test_an_error_in_the_middle_loses_no_answer(model_dir, data_file, tmp_path, monkeypatch):
-    alone = Reader.alone
+    alone = Answerer.alone
 
-    def failing(self, cell, context, reference=None):
+    def failing(self, run, context, reference=None):
         if context.number == 1:
             raise cp.CachepressError("no more")
-        return alone(self, cell, context, reference)
+        return alone(self, run, context, reference)
 
-    monkeypatch.setattr(Reader, "alone", failing)
+    monkeypatch.setattr(Answerer, "alone", failing)
     config = sweep(model_dir, data_file, tmp_path, presses=("knorm", "finch"), ratios=(0.5,))
     with pytest.raises(cp.CachepressError, match="no more"):
         run_sweep(config, quiet=True)
@@ -314,9 +314,9 @@ def test_several_workers_answer_as_one(
     assert len(killed) == 1
     assert rows_of(tmp_path / executor) == rows_of(tmp_path / "serial")
     for result in results[0]:
-        lines = (result.cell.folder / RECORDS).read_text().splitlines()
+        lines = (result.run.folder / RECORDS).read_text().splitlines()
         assert len({json.loads(line)["key"] for line in lines}) == len(lines) == 8
-        serial = tmp_path / "serial" / result.cell.folder.name / METRICS
+        serial = tmp_path / "serial" / result.run.folder.name / METRICS
         wanted = json.loads(serial.read_text())
         for name in ("score", "tasks", "compression_ratio", "cache_bytes_after"):
             assert result.metrics[name] == wanted[name]
@@ -324,7 +324,7 @@ def test_several_workers_answer_as_one(
 
 def kill_a_worker(monkeypatch, executor):
     """After the first context that is done, a worker is killed while others are at work."""
-    killed, real = [], Cell.save
+    killed, real = [], Run.save
 
     def save(self, context, answers):
         real(self, context, answers)
@@ -332,7 +332,7 @@ def kill_a_worker(monkeypatch, executor):
             killed.append(worker_pids(executor)[0])
             os.kill(killed[0], signal.SIGKILL)
 
-    monkeypatch.setattr(Cell, "save", save)
+    monkeypatch.setattr(Run, "save", save)
     return killed
 
 
@@ -444,7 +444,7 @@ def test_the_file_that_comes_with_the_project():
     config = load_sweep("evaluation/sweep_config.yaml", {})
     groups = config.groups()
     assert [group.config.query_aware for group in groups] == [False, True]
-    names = [cell.config.press_name for cell in groups[0].cells]
+    names = [run.config.press_name for run in groups[0].runs]
     assert names == ["no_press", "knorm", "knorm", "snapkv", "snapkv", *["adakv(snapkv)"] * 2]
 
 

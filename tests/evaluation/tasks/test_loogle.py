@@ -16,9 +16,9 @@ from nltk.corpus.util import LazyCorpusLoader
 
 import cachepress as cp
 from cachepress.evaluation import EvaluationConfig
-from cachepress.evaluation.table import task_table
+from cachepress.evaluation.results import scores_of
+from cachepress.evaluation.summary import task_table
 from cachepress.evaluation.tasks.loogle import LOOGLE
-from cachepress.evaluation.views import scores_of
 
 TINY = sys.float_info.min
 MILL = "The old mill stands by the river. Ada built it in 1901."

@@ -17,7 +17,7 @@ from cachepress.bench import machine_of
 from cachepress.cache import CacheSize, fork, grouped, is_plain, join, ordinary, size_of
 from cachepress.decode import Forced, force, generate
 from cachepress.errors import CachepressError
-from cachepress.evaluation.cell import Answer, Cell
+from cachepress.evaluation.run import Answer, Run
 from cachepress.evaluation.samples import Context
 from cachepress.evaluation.speed import CONTEXTS, StepSeconds, peak_memory, step_seconds
 from cachepress.evaluation.tasks.base import PERPLEXITY
@@ -40,7 +40,7 @@ MOST_TOKENS = 64
 """Tokens of an answer over which a divergence is taken, at most."""
 _T = TypeVar("_T")
 Found = dict[int, Answer]
-"""Answers of a cell to a context, by sample id."""
+"""Answers of a run to a context, by sample id."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class _Reference:
 class _Fork:
     """The cache that a press left, and what it cost."""
 
-    cell: Cell | None
+    run: Run | None
     cache: Cache
     size: CacheSize
     prefill_seconds: float
@@ -75,7 +75,7 @@ class _Fork:
     @property
     def acting(self) -> BasePress | None:
         """The press, if it acts while answers are decoded."""
-        press = None if self.cell is None else self.cell.press
+        press = None if self.run is None else self.run.press
         return press if press is not None and press.schedule.decodes else None
 
 
@@ -123,13 +123,13 @@ class _Batch:
         return found
 
 
-class Reader:
-    """Answers for cells of one model.
+class Answerer:
+    """Answers for runs of one model.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        batch_size: most sequences that are decoded at once by cells that share a reading.
+        batch_size: most sequences that are decoded at once by runs that share a reading.
         kl: whether answers are compared with what the uncompressed model expects.
     """
 
@@ -145,26 +145,26 @@ class Reader:
         self._machine = machine_of(model)
         self._padding = has_only_full_attention(model)
 
-    def check(self, cells: Sequence[Cell], contexts: Sequence[Context]) -> dict[Path, str]:
+    def check(self, runs: Sequence[Run], contexts: Sequence[Context]) -> dict[Path, str]:
         """Look for what cannot work before anything is computed.
 
         Returns:
-            The reason for each cell, by its folder, whose press does not fit the model.
+            The reason for each run, by its folder, whose press does not fit the model.
 
         Raises:
             CachepressError: if a context is too long.
         """
         unfit, tried = {}, {}
         empty = any(not s.question.strip() for context in contexts for s in context.samples)
-        for cell in cells:
-            if cell.config.press_name not in tried:
-                tried[cell.config.press_name] = self._misfit(cell, empty)
-            if (reason := tried[cell.config.press_name]) is not None:
-                unfit[cell.folder] = reason
+        for run in runs:
+            if run.config.press_name not in tried:
+                tried[run.config.press_name] = self._misfit(run, empty)
+            if (reason := tried[run.config.press_name]) is not None:
+                unfit[run.folder] = reason
         cuts = []
         for context in contexts:
             try:
-                cuts.append(self._prompt(context, cells[0]).cut)
+                cuts.append(self._prompt(context, runs[0]).cut)
             except CachepressError as error:
                 first = context.samples[0].sample_id
                 raise CachepressError(f"sample {first}: {error}") from error
@@ -173,12 +173,12 @@ class Reader:
             logger.warning("%d of %d contexts are cut, by %d tokens in all", some, len(cuts), gone)
         return unfit
 
-    def _misfit(self, cell: Cell, empty: bool) -> str | None:
+    def _misfit(self, run: Run, empty: bool) -> str | None:
         """Why a press cannot be used here; None if it can."""
-        if cell.press is None:
+        if run.press is None:
             return None
         try:
-            press = prepared(cell.press, self.model)
+            press = prepared(run.press, self.model)
             if press.needs.question and empty:
                 return f"{press!r} chooses by the question, and there is none in this data set"
             if shares(press):
@@ -188,22 +188,22 @@ class Reader:
             return str(error)
         return None
 
-    def alone(self, cell: Cell, context: Context, reference: _Reference | None = None) -> Found:
-        """Answers of a cell with a reading of its own, through the pipeline."""
-        press = cell.press
+    def alone(self, run: Run, context: Context, reference: _Reference | None = None) -> Found:
+        """Answers of a run with a reading of its own, through the pipeline."""
+        press = run.press
         asks = press is not None and press.needs.question
         if asks and len(context.samples) > 1:
             parts = [None] * len(context.samples) if reference is None else reference.parts()
             found: Found = {}
             for one, part in zip(context.one_by_one(), parts, strict=True):
-                found |= self.alone(cell, one, part)
+                found |= self.alone(run, one, part)
             return found
         cache = DynamicCache(config=self.model.get_decoder().config)
-        answers = self._piped(cell, context, cache)
-        left = _Fork(cell, cache, answers.cache, answers.prefill_seconds, None)
+        answers = self._piped(run, context, cache)
+        left = _Fork(run, cache, answers.cache, answers.prefill_seconds, None)
         if context.number < CONTEXTS:
             self._time([left])
-        questions = self._prompt(context, cell).question_ids
+        questions = self._prompt(context, run).question_ids
         questions = [ids[:, -1:] for ids in questions] if asks else questions
         batch = _Batch([left], len(questions))
         kls = self._divergences(batch, questions, reference)[0]
@@ -211,18 +211,18 @@ class Reader:
         size = (answers.context_tokens, answers.cut_tokens)
         return self._found(left, context, size, answers.tokens, kls, nlls)
 
-    def together(self, cells: Sequence[Cell], context: Context) -> Iterator[tuple[Cell, Found]]:
-        """Answers of cells that share what can be shared.
+    def together(self, runs: Sequence[Run], context: Context) -> Iterator[tuple[Run, Found]]:
+        """Answers of runs that share what can be shared.
 
         One reading serves all presses that can look at one; each settles a fork of the whole
         cache, and forks that are stored alike are decoded as one batch. Others read for
         themselves.
         """
-        shared = list(filter(shares_reading, cells))
+        shared = list(filter(shares_reading, runs))
         reference = None
         if shared or self._kl:
-            prompt = self._prompt(context, cells[0])
-            survey = self._survey(shared, prompt, cells[0])
+            prompt = self._prompt(context, runs[0])
+            survey = self._survey(shared, prompt, runs[0])
             if self._kl:
                 reference = self._reference(survey.cache, prompt, context)
             for some in self._batches(survey, shared, context):
@@ -232,47 +232,47 @@ class Reader:
                     _Batch(some, len(context.samples)), prompt, context, reference
                 )
             del survey
-        for cell in cells:
-            if not shares_reading(cell):
-                yield cell, self.alone(cell, context, reference)
+        for run in runs:
+            if not shares_reading(run):
+                yield run, self.alone(run, context, reference)
 
     @cached_property
     def _pipe(self) -> KVPressTextGenerationPipeline:
         return pipeline_of(self.model, self.tokenizer)
 
-    def _piped(self, cell: Cell, context: Context, cache: Cache) -> Answers:
+    def _piped(self, run: Run, context: Context, cache: Cache) -> Answers:
         names = ("prefill_chunk_size", "prefill_mode", "storage")
-        how = {name: getattr(cell.config, name) for name in names}
-        options = vars(context.prompt_options(cell.config))
+        how = {name: getattr(run.config, name) for name in names}
+        options = vars(context.prompt_options(run.config))
         options = {name: value for name, value in options.items() if name != "question"}
-        how |= {"press": cell.press, "cache": cache, **options}
+        how |= {"press": run.press, "cache": cache, **options}
         return answers_of(self._pipe, context.text, how)
 
-    def _prompt(self, context: Context, cell: Cell) -> Prompt:
-        options = context.prompt_options(cell.config)
+    def _prompt(self, context: Context, run: Run) -> Prompt:
+        options = context.prompt_options(run.config)
         return make_prompt(self.tokenizer, self.model, context.text, options)
 
-    def _survey(self, shared: Sequence[Cell], prompt: Prompt, cell: Cell) -> Survey:
-        presses = [cell.press for cell in shared if cell.press is not None]
+    def _survey(self, shared: Sequence[Run], prompt: Prompt, run: Run) -> Survey:
+        presses = [run.press for run in shared if run.press is not None]
         survey = Survey(self.model, presses, self.tokenizer)
-        survey.read(prompt.context_ids, cell.config.prefill_chunk_size)
+        survey.read(prompt.context_ids, run.config.prefill_chunk_size)
         return survey
 
-    def _fork(self, survey: Survey, cell: Cell) -> _Fork:
-        if cell.press is None:
+    def _fork(self, survey: Survey, run: Run) -> _Fork:
+        if run.press is None:
             size = size_of(ordinary(survey.cache))
-            return _Fork(cell, fork(survey.cache), size, survey.seconds, 0.0)
-        cache, seconds = survey.settled(cell.press, cell.config.storage)
-        return _Fork(cell, cache, size_of(cache), survey.seconds + seconds, seconds)
+            return _Fork(run, fork(survey.cache), size, survey.seconds, 0.0)
+        cache, seconds = survey.settled(run.press, run.config.storage)
+        return _Fork(run, cache, size_of(cache), survey.seconds + seconds, seconds)
 
     def _batches(
-        self, survey: Survey, cells: Sequence[Cell], context: Context
+        self, survey: Survey, runs: Sequence[Run], context: Context
     ) -> Iterator[list[_Fork]]:
         """Forks that can be decoded together, as many as there is room for."""
         room, most = max(ROOM, 2 * survey.whole_bytes), self._most_forks(context)
         some: list[_Fork] = []
-        for cell in cells:
-            left = self._fork(survey, cell)
+        for run in runs:
+            left = self._fork(survey, run)
             if most == 1 or left.acting is not None or not is_plain(left.cache):
                 yield [left]
                 continue
@@ -301,7 +301,7 @@ class Reader:
         """Time decoding after each fork; without a press, after transformers' own cache."""
         pairs = [
             (
-                ordinary(left.cache) if left.cell and left.cell.press is None else left.cache,
+                ordinary(left.cache) if left.run and left.run.press is None else left.cache,
                 left.acting,
             )
             for left in forks
@@ -321,7 +321,7 @@ class Reader:
 
     def _answered(
         self, batch: _Batch, prompt: Prompt, context: Context, reference: _Reference | None
-    ) -> Iterator[tuple[Cell, Found]]:
+    ) -> Iterator[tuple[Run, Found]]:
         """Answers of forks that are one batch."""
         limits, questions = [s.max_new_tokens for s in context.samples], prompt.question_ids
         with batch.acting(self.model, turns="first") if batch.acting else nullcontext():
@@ -331,8 +331,8 @@ class Reader:
         read = (prompt.context_ids.shape[1], prompt.cut)
         for left, rows, kl, nll in zip(batch.forks, tokens, kls, nlls, strict=True):
             said = [row[:limit] for row, limit in zip(rows, limits, strict=True)]
-            assert left.cell is not None
-            yield left.cell, self._found(left, context, read, said, kl, nll)
+            assert left.run is not None
+            yield left.run, self._found(left, context, read, said, kl, nll)
 
     def _said(self, batch: _Batch, questions: Sequence[Tensor], most: int) -> list[list[list[int]]]:
         """Token ids of the answer of each fork to each question."""
@@ -409,7 +409,7 @@ class Reader:
                 decode_tokens=len(ids),
                 context_tokens=read[0],
                 cut_tokens=read[1],
-                prompts=left.cell.config.prompts_label if left.cell else None,
+                prompts=left.run.config.prompts_label if left.run else None,
                 prefill_seconds=left.prefill_seconds,
                 press_seconds=left.press_seconds,
                 step_seconds=None if left.step is None else left.step.median,
@@ -446,11 +446,11 @@ def answers_of(
     return found["stats"]
 
 
-def shares_reading(cell: Cell) -> bool:
-    """Whether a cell can look at a reading that it shares with others."""
-    if cell.press is None:
+def shares_reading(run: Run) -> bool:
+    """Whether a run can look at a reading that it shares with others."""
+    if run.press is None:
         return True
-    return shares(cell.press) and cell.config.prefill_mode == "exact"
+    return shares(run.press) and run.config.prefill_mode == "exact"
 
 
 def _divergence(p: Tensor, q: Tensor) -> float:

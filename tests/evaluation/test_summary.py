@@ -3,10 +3,9 @@
 import csv
 
 from cachepress.evaluation import EvaluationConfig
-from cachepress.evaluation.cell import Cell
+from cachepress.evaluation.run import Run
 from cachepress.evaluation.speed import SpeedLine, StepSeconds
-from cachepress.evaluation.sweep import Result
-from cachepress.evaluation.table import (
+from cachepress.evaluation.summary import (
     RANKING_MEANS,
     quality_table,
     ranking_table,
@@ -15,6 +14,7 @@ from cachepress.evaluation.table import (
     sweep_sheet,
     sweep_text,
 )
+from cachepress.evaluation.sweep import Result
 from cachepress.presses import KnormPress
 
 
@@ -32,7 +32,7 @@ def result(press, ratio, score, kl=None, kept=None):
         "machine": "a machine",
     }
     config = EvaluationConfig(dataset="builtin", press=press, compression_ratio=ratio)
-    return Result(Cell(config), metrics, None)
+    return Result(Run(config), metrics, None)
 
 
 RESULTS = [
@@ -57,7 +57,7 @@ def test_a_heading_says_what_is_out_of_the_ordinary_in_how_samples_were_asked():
     one.metrics.update(cut_contexts=1)
     assert "8 samples, 1 context cut, 12,345 tokens in all\n" in sweep_text([[one]])
     one.metrics.update(cut_contexts=3)
-    plain = Result(Cell(EvaluationConfig(chat=False)), one.metrics, None)
+    plain = Result(Run(EvaluationConfig(chat=False)), one.metrics, None)
     heading = "8 samples, no chat template, 3 contexts cut, 12,345 tokens in all\n"
     assert heading in sweep_text([[plain]]) and heading in sweep_page([[plain]], "a command")
 
@@ -65,7 +65,7 @@ def test_a_heading_says_what_is_out_of_the_ordinary_in_how_samples_were_asked():
 def test_a_sheet_has_a_line_for_each_result_with_numbers_in_full():
     one = result("AdaKVPress(SnapKVPress(0.5))", 0.25, 1 / 3, kl=0.2)
     one.metrics.update(machine="=1+1", cut_contexts=1, cut_tokens=5, compression_ratio=-0.001)
-    named = Result(Cell(EvaluationConfig(dataset="builtin", model="-m")), RESULTS[0].metrics, None)
+    named = Result(Run(EvaluationConfig(dataset="builtin", model="-m")), RESULTS[0].metrics, None)
     lines = sweep_sheet([[RESULTS[0], one], [named]]).splitlines(keepends=True)
     head, base, press, other = csv.reader(lines, quoting=csv.QUOTE_NONNUMERIC)
     base, press, other = (dict(zip(head, row, strict=True)) for row in (base, press, other))
@@ -143,7 +143,7 @@ def test_the_page_has_the_ranking_before_everything():
 
 def test_a_line_of_the_demo_says_what_was_asked_and_what_is_left():
     aware = EvaluationConfig(press="knorm", compression_ratio=0.5, query_aware=True)
-    seen = Result(Cell(aware), result("knorm", 0.5, 0.25).metrics, None)
+    seen = Result(Run(aware), result("knorm", 0.5, 0.25).metrics, None)
     _, _, *rows = cells(quality_table([RESULTS[:2], [seen]], "github"))
     assert [row[:4] + row[-1:] for row in rows] == [
         ["no_press", "later", "0.000", "1.000", "1.0 MiB"],

@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from cachepress.errors import CachepressError
-from cachepress.evaluation.cell import CONFIG, METRICS, PREDICTIONS
 from cachepress.evaluation.predictions import read_predictions
+from cachepress.evaluation.run import CONFIG, METRICS, PREDICTIONS
 from cachepress.evaluation.statistics import Estimate
 from cachepress.limits import said
 from cachepress.structured import parse_json, read_mapping
@@ -23,7 +23,7 @@ _SHOWN = 160
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class SavedRun:
     """One finished run: a press at a ratio, on a data set, with a model.
 
     Attributes:
@@ -83,26 +83,26 @@ class Run:
     predictions: pd.DataFrame
 
 
-def read_cells(folder: Path) -> tuple[list[Run], list[str]]:
-    """Every finished cell of a folder of results, and the names of those that are not finished.
+def read_runs(folder: Path) -> tuple[list[SavedRun], list[str]]:
+    """Every finished run of a folder of results, and the names of those that are not finished.
 
     Raises:
-        CachepressError: if the folder or one of the files is damaged or foreign, or if no cell is
+        CachepressError: if the folder or one of the files is damaged or foreign, or if no run is
             finished.
     """
     if not folder.is_dir():
         raise CachepressError(f"{folder} is not a folder: wanted one with result folders in it")
     found = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    cells = [read_cell(path) for path in found if (path / METRICS).exists()]
+    runs = [read_run(path) for path in found if (path / METRICS).exists()]
     unfinished = [path.name for path in found if not (path / METRICS).exists()]
-    if not cells:
+    if not runs:
         raise CachepressError(
             f"{folder} has no finished results: run cachepress evaluate --output-dir {folder} first"
         )
-    return cells, unfinished
+    return runs, unfinished
 
 
-def read_cell(folder: Path) -> Run:
+def read_run(folder: Path) -> SavedRun:
     """What one result folder says.
 
     Raises:
@@ -112,7 +112,7 @@ def read_cell(folder: Path) -> Run:
     config = _Fields(folder / CONFIG, read_mapping(folder / CONFIG))
     spelling = config.text("press")
     tasks = metrics.mapping("tasks")
-    return Run(
+    return SavedRun(
         folder=folder.name,
         config=config.values,
         press=config.text("press_name", spelling),

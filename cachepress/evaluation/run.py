@@ -25,8 +25,8 @@ from cachepress.evaluation.config import CONFIG, EvaluationConfig
 from cachepress.evaluation.predictions import write_predictions
 from cachepress.evaluation.records import Records, write_atomically
 from cachepress.evaluation.registry import find_dataset
+from cachepress.evaluation.results import metrics_of, predictions_of, score
 from cachepress.evaluation.samples import Context, Sample
-from cachepress.evaluation.views import metrics_of, predictions_of, score
 from cachepress.limits import shown
 from cachepress.presses import BasePress
 from cachepress.presses.base import with_inner
@@ -113,7 +113,7 @@ def check_answer(record: dict) -> None:
             raise ValueError(f"{f.name}: got {shown(value)}")
 
 
-class Cell:
+class Run:
     """One press at one ratio on one data set with one model.
 
     Args:
@@ -419,11 +419,11 @@ def learned_digests(press: BasePress | None, model: str) -> dict[str, str]:
     return found
 
 
-def say_versions(cells: Sequence[Cell], contexts: Sequence[Context]) -> None:
+def say_versions(runs: Sequence[Run], contexts: Sequence[Context]) -> None:
     """Say which answers other versions computed; they are kept."""
     found: dict[str, None] = {}
-    for cell in cells:
-        found |= dict.fromkeys(cell.computed_by(contexts))
+    for run in runs:
+        found |= dict.fromkeys(run.computed_by(contexts))
     if found:
         logger.warning(
             "answers that are there were computed by %s, and are kept: --overwrite computes "

@@ -99,7 +99,7 @@ def quality_table(groups: Sequence[Sequence[Result]], style: str = "simple") -> 
     """A line for each result of all groups: what was asked, and what is left of score and bytes."""
     lines = []
     for group in groups:
-        question = "in sight" if group[0].cell.config.query_aware else "later"
+        question = "in sight" if group[0].run.config.query_aware else "later"
         for result in group:
             name, ratio, score, spread, difference, _, _, cache, *_ = _sweep_line(result)
             lines.append((name, question, ratio, score, spread, difference, cache))
@@ -136,15 +136,15 @@ def ranking_table(results: Sequence[Result], style: str = "simple") -> str | Non
     Returns:
         None if nothing was scored, or at fewer than two ratios.
     """
-    rated = [r for r in results if r.cell.config.compression_ratio is not None]
-    ratios = sorted({result.cell.config.ratio for result in rated})
+    rated = [r for r in results if r.run.config.compression_ratio is not None]
+    ratios = sorted({result.run.config.ratio for result in rated})
     presses: dict[str, list[Result]] = {}
-    for result in sorted(rated, key=lambda result: result.cell.config.ratio):
-        presses.setdefault(result.cell.config.press_name, []).append(result)
+    for result in sorted(rated, key=lambda result: result.run.config.ratio):
+        presses.setdefault(result.run.config.press_name, []).append(result)
     whole = {name: some for name, some in presses.items() if len(some) == len(ratios)}
     if len(ratios) < 2 or any(result.metrics["score"] is None for result in rated):
         return None
-    base = next((r for r in results if r.cell.press is None), None)
+    base = next((r for r in results if r.run.press is None), None)
     fitting = {
         name: [_fitting(some, ratio, base) for ratio in ratios] for name, some in whole.items()
     }
@@ -172,7 +172,7 @@ def sweep_sheet(results: Sequence[Sequence[Result]]) -> str:
 
 
 def _sheet_row(result: Result) -> dict[str, SheetCell]:
-    config, metrics, compared = result.cell.config, result.metrics, result.paired
+    config, metrics, compared = result.run.config, result.metrics, result.paired
     difference = None if compared is None else asdict(compared.difference)
     sizes = metrics["score"] or metrics["kl"] or metrics["perplexity"] or {}
     return {
@@ -276,7 +276,7 @@ def notes_of(config: EvaluationConfig, metrics: Mapping) -> list[str]:
 
 
 def _heading(group: Sequence[Result]) -> str:
-    config, score = group[0].cell.config, group[0].metrics["score"]
+    config, score = group[0].run.config, group[0].metrics["score"]
     part = f" {config.data_dir}" if config.data_dir else ""
     aware = "query-aware" if config.query_aware else "query-agnostic"
     counts = "" if score is None else f", {score['contexts']} contexts, {score['samples']} samples"
@@ -292,7 +292,7 @@ def _sweep_line(result: Result) -> list[str]:
         difference = f"{compared.difference.mean:+.3f} ({low:+.2f} to {high:+.2f})"
         flips = f"{compared.flips:.2f}"
     name, ratio, score, spread, _, after, prefill, speed = _line(
-        result.cell.config.press_name, metrics
+        result.run.config.press_name, metrics
     )
     kl = "" if metrics["kl"] is None else f"{metrics['kl']['mean']:.4f}"
     added = metrics["press_seconds"]
