@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all that a user needs; both set up what they need first.
+# `make demo` and `make test` are all that a user needs; everything sets up what it needs first.
 PYTHON ?= python3
 VENV := .venv
 OLD := .venv-oldest
@@ -11,6 +11,7 @@ LEADERBOARD ?= builtin:multi_key-1500 --fraction 0.5
 # What some presses have to learn of the built-in model first; a quarter of an hour.
 HOME_OF_MODELS := $(or $(CACHEPRESS_HOME),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cachepress)
 LEARNED := $(HOME_OF_MODELS)/learned/smollm2-135m
+TESTED := allpairspy hypothesis pytest pytest-timeout pytest-xdist
 KINDS := query_stats q_filters kvzap_linear kvzap_mlp fastkvzip lukv
 # A worker for each core, with one thread (more of them change nothing: make test THREADS=8, where
 # those that wait must not keep others from the cores); what takes longest is told at the end.
@@ -18,7 +19,8 @@ THREADS ?= 1
 COUNTED := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$(THREADS)
 PYTEST := -m pytest --numprocesses auto --durations 15 --durations-min 1
 
-.PHONY: demo test fuzz laws elsewhere bench benchmarks leaderboard presses lint types clean
+.PHONY: demo test docs docs-test wheel-test fuzz laws laws-newest elsewhere bench benchmarks \
+	leaderboard presses lint types clean
 
 demo: $(VENV)/ready
 	$(BIN)/cachepress demo
@@ -39,6 +41,28 @@ elsewhere: $(VENV)/ready
 
 laws: $(VENV)/ready
 	CACHEPRESS_LAWS=all $(COUNTED) $(BIN)/python $(PYTEST) tests/laws
+
+# The same for the newest Python: make laws-newest PYTHON=python3.14. Its torch is what its pip finds.
+NEW := .venv-newest
+laws-newest:
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here: give PYTHON=, or set it up"; exit 1; }
+	$(PYTHON) -m venv $(NEW)
+	$(NEW)/bin/pip install --quiet --constraint constraints.txt --editable '.[eval]' \
+		$(TESTED) transformers==$(NEWEST)
+	CACHEPRESS_LAWS=few $(COUNTED) $(NEW)/bin/python $(PYTEST) tests/laws
+
+# The site is in site/ then; the warning is about a future mkdocs, and would be the only one.
+docs: $(VENV)/docs-ready
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mkdocs build --strict --quiet
+
+# What takes long, or needs what builds the documentation.
+docs-test: docs
+	$(BIN)/cachepress models --fetch
+	$(COUNTED) $(BIN)/python $(PYTEST) -m docs
+
+# The README's first lines, from the wheel, in an environment that has nothing else.
+wheel-test:
+	$(PYTHON) -m tests.wheel
 
 bench: $(VENV)/ready
 	$(BIN)/cachepress bench --lengths 8192 --steps 40 --repeats 1 --presses "KnormPress(0.0)" \
@@ -76,10 +100,14 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,triton]' transformers==$(NEWEST)
 	touch $@
 
+$(VENV)/docs-ready: $(VENV)/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]' transformers==$(NEWEST)
+	touch $@
+
 $(OLD)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLD)
 	$(OLD)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]' transformers==$(OLDEST)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLD) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) $(NEW) build site *.egg-info .pytest_cache .ruff_cache .hypothesis

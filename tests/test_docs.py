@@ -10,8 +10,10 @@ import cachepress as cp
 from cachepress.catalogue import own_presses, page
 from cachepress.spec import aliases
 from tests.laws.presses import UNSUPPORTED
+from tests.snippets import printed, snippets
 
-TEXT = (Path(__file__).parents[1] / "docs" / "combinations.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+TEXT = (DOCS / "combinations.md").read_text()
 MODEL_WIDE = cp.AdaKVPress(cp.KnormPress(), scope="model")
 DECODING = cp.DecodingPress(cp.KnormPress())
 
@@ -48,11 +50,28 @@ def test_every_row_of_the_first_table_is_refused_when_it_is_built(build):
     assert "\n" not in str(caught.value)
 
 
-def test_the_readme_names_every_press():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    table = readme.partition("| family | presses |")[2].partition("Wrappers go around")[0]
+def test_families_name_presses_that_there_are():
+    table = (DOCS / "choose.md").read_text().partition("| family | presses |")[2]
     named = set(re.findall(r"`([a-z0-9_]+)`", table))
-    assert named == {name for name, kind in aliases().items() if _ours(kind)}
+    assert len(named) >= 50
+    assert named <= {name for name, kind in aliases().items() if _ours(kind)}
+
+
+def test_the_figures_of_the_decision_table_are_those_of_the_other_pages():
+    ranked = (DOCS / "leaderboard.md").read_text().split("query-agnostic")[1].split("Everything")[0]
+    costs = _cells((DOCS / "presses.md").read_text().split("## Measured")[1])
+    scores, rows = _cells(ranked), _cells((DOCS / "choose.md").read_text().split("## ")[0])[1:]
+    assert len(rows) >= 9
+    for _, _, name, half, tenth, cost in rows:
+        (found,) = (row for row in scores if row[0] == name.strip("`"))
+        (spent,) = (row for row in costs if row[0] == name)
+        assert [half, tenth] == [cell.split(" ")[0] for cell in found[1:3]], name
+        assert cost == spent[2], name
+
+
+def _cells(text):
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()]
+    return [row for row in rows if row and not set(row[0]) <= {"-", " "}]
 
 
 def _ours(kind):
@@ -60,7 +79,40 @@ def _ours(kind):
 
 
 def test_the_page_of_presses_says_what_the_classes_say_and_what_was_measured():
-    docs = Path(__file__).parents[1] / "docs"
-    measured = json.loads((docs / "presses.json").read_text())
-    assert (docs / "presses.md").read_text() == page(measured)
+    measured = json.loads((DOCS / "presses.json").read_text())
+    assert (DOCS / "presses.md").read_text() == page(measured)
     assert measured["aliases"] + list(measured["left_out"]) == list(own_presses())
+
+
+@pytest.mark.builtin_model
+def test_the_snippets_of_the_start_print_what_stands_beside_them():
+    asked, weighed, continued = printed(snippets(DOCS / "start.md"))
+    assert asked == "The ship is Aurora."
+    assert weighed == "15.9 MiB before, 4.7 MiB after"
+    assert continued == "Aurora."
+    text = (DOCS / "start.md").read_text()
+    for line in (asked, weighed, continued):
+        assert f"`{line}`" in text
+
+
+@pytest.mark.builtin_model
+@pytest.mark.parametrize("name", ["concepts", "architecture", "models"])
+def test_the_snippets_of_a_page_run(name):
+    (out,) = printed(snippets(DOCS / f"{name}.md"))
+    assert out == ("21 52% removed" if name == "models" else "")
+
+
+@pytest.mark.builtin_model
+def test_the_new_press_of_the_page_is_scored_kept_and_tested_as_it_says():
+    names: dict[str, object] = {"__name__": "new_press"}
+    out = printed(snippets(DOCS / "new_press.md"), names)
+    assert re.findall(r"(\w+) (\d+)% removed", out[1]) == [
+        ("outlier_values", "50"),
+        ("adakv", "50"),
+    ]
+    names["test_outlier_values_is_the_distance_to_the_mean_of_real_tokens"]()
+    voted = names["VotedValuesPress"](0.5)
+    assert voted.needs == cp.Needs(queries=32)
+    assert cp.parse(repr(voted)) == voted
+    cache = cp.prefill(names["model"], names["ids"], voted)
+    assert 0.5 <= cp.size_of(cache).ratio < 0.51
