@@ -84,6 +84,12 @@ def test_the_page_of_presses_says_what_the_classes_say_and_what_was_measured():
     assert measured["aliases"] + list(measured["left_out"]) == list(own_presses())
 
 
+def test_the_page_of_examples_includes_every_script():
+    scripts = sorted(path.name for path in (DOCS.parent / "examples").glob("*.py"))
+    included = re.findall(r'^--8<-- "examples/(.*)"$', (DOCS / "examples.md").read_text(), re.M)
+    assert sorted(included) == scripts
+
+
 @pytest.mark.builtin_model
 def test_the_snippets_of_the_start_print_what_stands_beside_them():
     asked, weighed, continued = printed(snippets(DOCS / "start.md"))
