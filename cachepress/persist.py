@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,7 +35,12 @@ _FORMAT = "cachepress-cache-2"
 _EARLIER = "cachepress-cache-1"
 """The format of version 0.1.0, whose checksum does not cover the header."""
 _SAMPLE = 64
-_PARTS = {part.__name__: part for part in (Block, Codec, Layout, Quantized)}
+_LAYER = "Store"
+_PARTS = {"Block": Block, "Codec": Codec, "Layout": Layout, "Quantized": Quantized}
+_NAMES: dict[str, str] = {}
+"""Classes and fields are called in a file what version 0.1.0 called them; those that have another
+name since, by the one of today."""
+_TODAY = {on_disk: today for today, on_disk in _NAMES.items()}
 
 
 def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
@@ -55,7 +61,7 @@ def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedMode
         raise CachepressError("the cache is empty: run a forward with it first")
     tensors: dict[str, Tensor] = {}
     layers = [
-        [type(layer).__name__, _pack(_state(layer), str(i), tensors)]
+        [_kind(layer), _pack(_state(layer), str(i), tensors)]
         for i, layer in enumerate(cache.layers)
     ]
     if (text := text_of(cache)) is not None:
@@ -129,15 +135,17 @@ def _filled(
         if len(layers) != len(cache.layers):
             raise ValueError(f"{len(layers)} layers, where the model has {len(cache.layers)}")
         for i, (kind, packed) in enumerate(layers):
-            if kind == Store.__name__ and type(cache.layers[i]) is DynamicLayer:
+            if kind == _LAYER and type(cache.layers[i]) is DynamicLayer:
                 cache.layers[i] = Store()
             layer = cache.layers[i]
-            if type(layer).__name__ != kind:
+            if _kind(layer) != kind:
                 raise ValueError(f"layer {i} is a {kind}, where the model has none")
-            state = _unpack(packed, left, model.device)
+            state = cast(dict[str, object], _unpack(packed, left, model.device))
+            ours = isinstance(layer, Store)
             # Layers of transformers get some fields when filled; other versions know others.
-            names = vars(layer if isinstance(layer, Store) else fitting.one.layers[i])
-            vars(layer).update({k: x for k, x in state.items() if k in names})  # type: ignore
+            names = vars(layer if ours else fitting.one.layers[i])
+            state = {_TODAY.get(k, k) if ours else k: x for k, x in state.items()}
+            vars(layer).update({k: x for k, x in state.items() if k in names})
         if left:
             raise ValueError(f"nothing holds {next(iter(left))}")
         fitting.check(cache)
@@ -164,11 +172,16 @@ def _damage(path: object, error: Exception) -> CachepressError:
     return CachepressError(f"{path} is damaged: {type(error).__name__}, {error}")
 
 
+def _kind(layer: object) -> str:
+    return _LAYER if isinstance(layer, Store) else type(layer).__name__
+
+
 def _state(layer: object) -> dict[str, object]:
     """What a layer is made of; a trace is about a turn that is not over, and is left out."""
-    return {
-        name: None if isinstance(x, Trace) else x for name, x in vars(layer).items() if name != TEXT
-    }
+    state = {name: x for name, x in vars(layer).items() if name != TEXT}
+    if not isinstance(layer, Store):
+        return state
+    return {_NAMES.get(k, k): None if isinstance(x, Trace) else x for k, x in state.items()}
 
 
 def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:
@@ -185,9 +198,10 @@ def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:
     if isinstance(value, Tail):
         rows = value.read()
         return {"tail": [_pack(x, f"{name}.{x_name}", tensors) for x_name, x in vars(rows).items()]}
-    if type(value) in _PARTS.values():
-        parts = {f.name: getattr(value, f.name) for f in fields(value)}  # type: ignore
-        return {"part": type(value).__name__, "of": _pack(parts, name, tensors)}
+    for kind, part in _PARTS.items():
+        if isinstance(value, part):
+            columns = {_NAMES.get(f.name, f.name): getattr(value, f.name) for f in fields(value)}
+            return {"part": kind, "of": _pack(columns, name, tensors)}
     if isinstance(value, tuple | list):
         items = [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": items}
@@ -217,10 +231,11 @@ def _unpack(packed: object, left: dict[str, Tensor], device: torch.device) -> ob
             raise ValueError("two values of one name")
         return found
     if kind == "part":
-        parts = _unpack(packed["of"], left, device)
-        if content == Block.__name__:
-            check_pages(parts)  # type: ignore
-        return _PARTS[content](**parts)  # type: ignore
+        columns = cast(dict[str, Any], _unpack(packed["of"], left, device))
+        columns = {_TODAY.get(k, k): x for k, x in columns.items()}
+        if content == "Block":
+            check_pages(columns)
+        return _PARTS[content](**columns)
     if kind not in ("tuple", "list", "tail"):
         raise ValueError(f"{kind} is no kind of value")
     items = [_unpack(item, left, device) for item in content]
