@@ -36,7 +36,7 @@ test: $(VENV)/ready $(OLD)/ready
 elsewhere: $(VENV)/ready
 	ATEN_CPU_CAPABILITY=$$($(BIN)/python -m tests.elsewhere) CACHEPRESS_SHAKEN=1 \
 		CACHEPRESS_LAWS=few $(COUNTED) $(BIN)/python $(PYTEST) tests/laws/test_laws.py \
-		tests/laws/test_matrix.py tests/laws/test_goldens.py tests/ops tests/stores \
+		tests/laws/test_matrix.py tests/laws/test_goldens.py tests/ops tests/cache \
 		tests/presses tests/test_exact.py
 
 laws: $(VENV)/ready

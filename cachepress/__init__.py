@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from cachepress._pipelines import register_when_loaded
 
 if TYPE_CHECKING:
-    from cachepress.cache import CacheSize as CacheSize
-    from cachepress.cache import fork as fork
-    from cachepress.cache import size_of as size_of
+    from cachepress.cache import Codec as Codec
+    from cachepress.cache.batch import CacheSize as CacheSize
+    from cachepress.cache.batch import fork as fork
+    from cachepress.cache.batch import size_of as size_of
     from cachepress.errors import CachepressError as CachepressError
     from cachepress.errors import ForeignAttentionError as ForeignAttentionError
     from cachepress.errors import UnsupportedError as UnsupportedError
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from cachepress.presses import *  # noqa: F403
     from cachepress.spec import SpecError as SpecError
     from cachepress.spec import parse as parse
-    from cachepress.stores import Codec as Codec
     from cachepress.view import LayerView as LayerView
     from cachepress.view import Needs as Needs
 
@@ -33,7 +33,7 @@ __version__ = "0.2.0"
 _HOMES = {
     "CacheSize": "cache",
     "CachepressError": "errors",
-    "Codec": "stores",
+    "Codec": "cache",
     "ForeignAttentionError": "errors",
     "KVPressTextGenerationPipeline": "pipeline",
     "LayerView": "view",

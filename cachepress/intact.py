@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from cachepress.cache import Codec, Store
+from cachepress.cache.codec import Quantized
+from cachepress.cache.segment import Block
+from cachepress.cache.tail import Tail
 from cachepress.limits import MOST, MOST_TOKENS, is_whole
 from cachepress.ops import wide_dtype
 from cachepress.ops.ragged_attention import PAGE, Layout
-from cachepress.stores import Codec, Store
-from cachepress.stores.block import Block
-from cachepress.stores.codec import Quantized
-from cachepress.stores.tail import Tail
 
 _RECORDS = "record_past"
 """The field of layers of transformers that keep more than they need, for assisted decoding."""

@@ -16,7 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from cachepress.cache import TEXT, note_text, text_of
+from cachepress.cache import Codec, Store
+from cachepress.cache.batch import TEXT, note_text, text_of
+from cachepress.cache.codec import Quantized
+from cachepress.cache.segment import Block
+from cachepress.cache.tail import Tail
 from cachepress.digests import checksum_of
 from cachepress.errors import CachepressError
 from cachepress.files import replacing
@@ -24,10 +28,6 @@ from cachepress.fingerprint import fingerprint, other_model
 from cachepress.hf import attach, learned_positions, sample_cache
 from cachepress.intact import Fitting, check_pages
 from cachepress.ops.ragged_attention import Layout
-from cachepress.stores import Codec, Store
-from cachepress.stores.block import Block
-from cachepress.stores.codec import Quantized
-from cachepress.stores.tail import Tail
 from cachepress.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:
         return {"tail": [_pack(x, f"{name}.{x_name}", tensors) for x_name, x in vars(rows).items()]}
     for kind, part in _PARTS.items():
         if isinstance(value, part):
-            columns = {_NAMES.get(f.name, f.name): getattr(value, f.name) for f in fields(value)}
+            columns = {_NAMES.get(f.name, f.name): getattr(value, f.name) for f in fields(part)}
             return {"part": kind, "of": _pack(columns, name, tensors)}
     if isinstance(value, tuple | list):
         items = [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]

@@ -19,7 +19,8 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from cachepress.cache import CacheSize, fork, size_of, text_of
+from cachepress.cache import Codec
+from cachepress.cache.batch import CacheSize, fork, size_of, text_of
 from cachepress.chat import encode, template
 from cachepress.decode import check_generation, generate
 from cachepress.errors import CachepressError
@@ -28,7 +29,6 @@ from cachepress.hf import has_only_full_attention
 from cachepress.limits import MOST_TOKENS, check_whole
 from cachepress.ops import wait
 from cachepress.presses import BasePress
-from cachepress.stores import Codec
 
 TASK = "kv-press-text-generation"
 MIDDLE, END = "middle", "end"

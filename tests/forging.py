@@ -93,7 +93,7 @@ def use(model: PreTrainedModel, cache: Cache, folder: Path) -> None:
     """Do with a cache what can be done with one."""
     n = max(1, getattr(cache.layers[0], "batch_size", 1))
     cp.size_of(cache)
-    cp.cache.text_of(cache)
+    cp.cache.batch.text_of(cache)
     for ids in (tokens(1), tokens(3), tokens(20)):
         branch = cp.fork(cache)
         forward(model, branch, input_ids=ids.repeat(n, 1))

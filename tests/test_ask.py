@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, TextIteratorStreamer, pipeline
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tokenizer, tokens, words
 from tests.tiny_cache import kept

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache import ordinary, stores
+from cachepress.cache.batch import ordinary, stores
 from cachepress.presses.base import BasePress
 from tests.laws.presses import every_scorer, name_of
 from tests.tiny import tiny, tokens

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from tests.bounds import no_near_ties
 from tests.laws.presses import SMALL, every_press, name_of
 from tests.tiny import exact_tiny as tiny

@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from tests.bounds import close
 from tests.tiny import ARCHITECTURES, exact_tiny, tokenizer, tokens, words
 from tests.tiny_cache import forward, kept, pressed

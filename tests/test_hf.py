@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.hf import attach
 from tests.bounds import close
 from tests.presses.test_snapkv import noting, plainly

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import cachepress as cp
 from cachepress import fingerprint as fingerprint_of
-from cachepress.cache import stores, text_of
+from cachepress.cache.batch import stores, text_of
 from cachepress.fingerprint import fingerprint, other_model, weights_digest
 from tests.bounds import near, no_close_answers, no_near_ties, rounding
 from tests.exact import doubled
@@ -322,7 +322,7 @@ def test_token_ids_follow_the_text():
         model(ids, past_key_values=watched)
     assert torch.equal(text_of(watched), ids)
     forward(model, watched, input_ids=ids[:, :8])
-    watched.crop(-10 if cp.cache.stores(watched)[0]._settled_at < 48 else -8)
+    watched.crop(-10 if cp.cache.batch.stores(watched)[0]._settled_at < 48 else -8)
     assert torch.equal(text_of(watched), ids)
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, pipeline
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.pipeline import TASK, PromptOptions, make_prompt, read_context
 from tests.bounds import close
 from tests.tiny import ARCHITECTURES, exact_tiny, tokenizer, words

@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache, pipeline
 
 import cachepress as cp
-from cachepress.cache import stores
-from cachepress.stores import Store
+from cachepress.cache import Store
+from cachepress.cache.batch import stores
 from tests.bounds import close
 from tests.tiny import ARCHITECTURES, tokenizer, tokens, words
 from tests.tiny import exact_tiny as tiny

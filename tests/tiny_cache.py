@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.hf import cache_argument
 from cachepress.presses import BasePress
 

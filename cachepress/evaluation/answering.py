@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizer, PreTrainedTokeniz
 from transformers.cache_utils import Cache, DynamicCache
 
 from cachepress.bench import machine_of
-from cachepress.cache import CacheSize, fork, grouped, is_plain, join, ordinary, size_of
+from cachepress.cache.batch import CacheSize, fork, grouped, is_plain, join, ordinary, size_of
 from cachepress.decode import Forced, force, generate
 from cachepress.errors import CachepressError
 from cachepress.evaluation.run import Answer, Run

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from cachepress.bench import timed_step
-from cachepress.cache import fork, ordinary, size_of
+from cachepress.cache.batch import fork, ordinary, size_of
 from cachepress.hf.survey import Survey
 from cachepress.presses import BasePress
 

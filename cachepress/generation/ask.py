@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from cachepress.cache import fork, stores
+from cachepress.cache.batch import fork, stores
 from cachepress.chat import encode, template
 from cachepress.decode import check_generation, generate
 from cachepress.errors import CachepressError

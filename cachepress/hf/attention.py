@@ -14,12 +14,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from cachepress.cache import Held, RowsHandle, Store
+from cachepress.cache.masks import TextMask
 from cachepress.errors import UnsupportedError
 from cachepress.forward import Rows
-from cachepress.masks import TextMask
 from cachepress.ops import AttentionRule
 from cachepress.ops.ragged_attention.parts import LOWEST
-from cachepress.stores import Held, RowsHandle, Store
 
 _PREFIX = "cachepress|"
 _BASES: dict[str, str] = {}

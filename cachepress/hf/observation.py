@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PretrainedConfig
 
-from cachepress.cache import note_text, trim
+from cachepress.cache import Codec, Store
+from cachepress.cache.batch import note_text, trim
 from cachepress.core import Pending, Press, Turn, settle, settle_together
 from cachepress.errors import CachepressError
 from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen, attach
@@ -28,7 +29,6 @@ from cachepress.hf.wiring import (
     install_stores,
 )
 from cachepress.replay import tokenizer_of
-from cachepress.stores import Codec, Store
 from cachepress.trace import Trace
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from cachepress.cache import fork
+from cachepress.cache import Store
+from cachepress.cache.batch import fork
 from cachepress.core import Press
 from cachepress.errors import CachepressError
 from cachepress.forward import Forward, Rows
@@ -19,7 +20,6 @@ from cachepress.hf.capture import Capture
 from cachepress.hf.wiring import attention_modules, cache_argument, install_stores, last_layer
 from cachepress.ops import wide, wide_dtype
 from cachepress.replay import Chunk, Replay, ReplayView, chunks, opening_of
-from cachepress.stores import Store
 from cachepress.trace import Trace
 
 _T = TypeVar("_T")

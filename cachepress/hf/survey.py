@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
-from cachepress.cache import fork, size_of, stores, trim
+from cachepress.cache import Codec
+from cachepress.cache.batch import fork, size_of, stores, trim
 from cachepress.core import Pending, Press, Turn, settle, settle_together
 from cachepress.errors import CachepressError
 from cachepress.forward import Forward
@@ -22,7 +23,6 @@ from cachepress.hf.repeat import Read, Repeater, resolved
 from cachepress.hf.wiring import cache_argument, install_stores
 from cachepress.ops import wait
 from cachepress.replay import tokenizer_of
-from cachepress.stores import Codec
 from cachepress.trace import Trace
 from cachepress.view import Needs
 

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.configuration_utils import PretrainedConfig
 
+from cachepress.cache import Store
 from cachepress.errors import UnsupportedError
 from cachepress.rotary import CosSin
-from cachepress.stores import Store
 
 CACHE_NAMES = ("cache", "past_key_values")
 _SPARE = 4

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
 import cachepress
+from cachepress.cache import Store
 from cachepress.chat import encode, template
 from cachepress.errors import CachepressError
 from cachepress.evaluation.answering import answers_of, pipeline_of
@@ -19,7 +20,6 @@ from cachepress.pages.html import render
 from cachepress.pages.pieces import CONTEXT, QUESTION, TEMPLATE, Part, Piece, pieces_of
 from cachepress.pipeline import Answers, Prompt, PromptOptions, make_prompt
 from cachepress.presses import BasePress
-from cachepress.stores import Store
 
 
 @dataclass(frozen=True)

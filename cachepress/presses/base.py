@@ -21,6 +21,7 @@ from cachepress.budgets import (
     check_ratio,
     parse_bytes,
 )
+from cachepress.cache import Codec
 from cachepress.core import Schedule, Turn
 from cachepress.errors import CachepressError
 from cachepress.files import real_path
@@ -36,7 +37,6 @@ from cachepress.limits import (
 from cachepress.ops import wide_dtype
 from cachepress.replay import Replay, ReplayView
 from cachepress.schedules import AfterPrefill
-from cachepress.stores import Codec
 from cachepress.view import LayerView, Needs
 
 T = TypeVar("T")

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachepress.budgets import CHOSEN, Amount, Threshold, TopK, choose
+from cachepress.cache import Codec
 from cachepress.errors import CachepressError
 from cachepress.ops import wide
 from cachepress.presses.base import BasePress
 from cachepress.replay import Replay, ReplayView
 from cachepress.schedules import AfterPrefill
-from cachepress.stores import Codec
 from cachepress.view import LayerView, Needs
 
 

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from cachepress.cache import Codec
 from cachepress.errors import CachepressError
 from cachepress.presses.base import WrapperPress
-from cachepress.stores import Codec
 
 _GROUP = 32
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from cachepress.budgets import Bytes, Threshold, TopK, bytes_of
+from cachepress.cache import Codec
 from cachepress.core import Schedule, Turn
 from cachepress.errors import CachepressError
 from cachepress.presses.base import BasePress, WrapperPress
 from cachepress.replay import Replay
-from cachepress.stores import Codec
 from cachepress.view import Needs
 
 

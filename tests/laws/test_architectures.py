@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from tests.laws.presses import RATIO, SOURCES, WRAPPERS, every_scorer, name_of
 from tests.learned import learned
 from tests.tiny import exact_tiny, tokens

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from tests.laws.presses import RATIO, WRAPPERS, every_scorer, name_of
 from tests.tiny import tiny, tokens
 from tests.tiny_cache import kept

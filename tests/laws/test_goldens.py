@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from tests.bounds import near
 from tests.exact import doubled
 from tests.tiny_cache import pressed

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache import size_of, stores
+from cachepress.cache.batch import size_of, stores
 from tests.bounds import close
 from tests.laws.presses import every_press, name_of
 from tests.tiny import ARCHITECTURES, FULL_ONLY, exact_tiny, tokens

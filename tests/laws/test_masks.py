@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
+from cachepress.cache.masks import TextMask
 from cachepress.hf.attention import _mask_of_rows
-from cachepress.masks import TextMask
 from cachepress.ops import AttentionRule
 from cachepress.ops.ragged_attention.naive import naive_attention
 from tests.bounds import close

@@ -14,12 +14,12 @@ from allpairspy import AllPairs
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache import stores
-from cachepress.masks import TextMask
+from cachepress.cache.batch import stores
+from cachepress.cache.masks import TextMask
+from cachepress.cache.tail import SLACK
 from cachepress.ops import AttentionRule
 from cachepress.ops.ragged_attention import PAGE
 from cachepress.ops.ragged_attention.naive import naive_attention
-from cachepress.stores.tail import SLACK
 from tests.bounds import EXACT, close
 from tests.laws.presses import (
     HEADS,

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.hf.survey import Survey, shares
 from tests.bounds import close
 from tests.laws.presses import RATIO, UNSUPPORTED, WRAPPERS, every_scorer, name_of

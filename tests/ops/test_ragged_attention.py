@@ -3,14 +3,14 @@
 import pytest
 import torch
 
+from cachepress.cache.masks import TextMask
+from cachepress.cache.segment import Block
+from cachepress.cache.snapshot import Held
+from cachepress.cache.tail import Tail
 from cachepress.forward import Rows
-from cachepress.masks import TextMask
 from cachepress.ops import AttentionRule
 from cachepress.ops.ragged_attention import joint
 from cachepress.ops.ragged_attention.naive import naive_attention
-from cachepress.stores.block import Block
-from cachepress.stores.held import Held
-from cachepress.stores.tail import Tail
 from tests.bounds import close, near
 from tests.tiny import rand, randn
 

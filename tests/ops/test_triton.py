@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from cachepress.cache.segment import Block
+from cachepress.cache.tail import Tail
 from cachepress.forward import Rows
 from cachepress.ops.ragged_attention import triton as kernel
 from cachepress.ops.ragged_attention.joint import joint_attention
-from cachepress.stores.block import Block
-from cachepress.stores.tail import Tail
 from tests.bounds import close, near
 from tests.ops.test_ragged_attention import RULES, D, E, G, H, table
 from tests.tiny import randn

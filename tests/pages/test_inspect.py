@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, pipeline
 from transformers.cache_utils import DynamicCache
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.pages.inspect import kept_of, write_inspection
 from cachepress.pages.pieces import Part, Piece, pieces_of
 from cachepress.pipeline import TASK

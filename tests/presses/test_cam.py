@@ -7,7 +7,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.presses.cam import _STREAM, CAMPress
 from cachepress.presses.h2o import H2OPress
 from tests.bounds import close

@@ -7,7 +7,7 @@ import torch
 
 import cachepress as cp
 from cachepress.budgets import pinned
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.presses.defensivekv import DefensiveKVPress
 from tests.bounds import close
 from tests.presses.test_snapkv import (

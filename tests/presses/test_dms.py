@@ -3,7 +3,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.presses.dms import DMSPress
 from tests.learned import learned
 from tests.tiny import exact_tiny as tiny

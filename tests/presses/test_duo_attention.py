@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.presses._heads import far_scores
 from cachepress.presses.composed import ComposedPress
 from cachepress.presses.duo_attention import DuoAttentionPress

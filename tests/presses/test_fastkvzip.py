@@ -10,7 +10,7 @@ from transformers import DynamicCache
 import cachepress as cp
 from cachepress.artefacts import save_artefact
 from cachepress.budgets import pinned
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.presses.fastkvzip import FastKVzipPress
 from tests.bounds import close
 from tests.presses.test_kvzap import watched

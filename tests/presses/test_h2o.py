@@ -5,7 +5,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.presses.h2o import H2OPress
 from tests.bounds import close
 from tests.presses.test_snapkv import (

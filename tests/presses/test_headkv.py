@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.presses._heads import copying_scores
 from cachepress.presses.composed import ComposedPress
 from cachepress.presses.headkv import HeadKVPress, shares

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.presses.kivi import KIVIPress
 from tests.bounds import close
 from tests.tiny import exact_tiny as tiny

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.presses.kvcompose import KVComposePress
 from tests.bounds import close
 from tests.presses.test_snapkv import (

@@ -3,7 +3,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.presses.kvgrad import KVgradPress
 from tests.bounds import close
 from tests.presses.test_kvzip import asked

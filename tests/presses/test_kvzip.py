@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, pipeline
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.presses.kvzip import KVzipPress
 from cachepress.presses.replaying import FIRST, LATER
 from cachepress.replay import opening_of

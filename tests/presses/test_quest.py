@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache import stores
-from cachepress.masks import TextMask
+from cachepress.cache.batch import stores
+from cachepress.cache.masks import TextMask
 from cachepress.ops import AttentionRule
 from cachepress.ops.ragged_attention import PAGE
 from cachepress.ops.ragged_attention.naive import naive_attention

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import cachepress as cp
 from cachepress.budgets import pinned
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.presses import rkv
 from cachepress.presses.rkv import RKVPress
 from tests.bounds import close, near

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.presses.simlayerkv import SimLayerKVPress
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,

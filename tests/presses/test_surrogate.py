@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import cachepress as cp
 from cachepress.budgets import pinned
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from tests.bounds import EXACT, close
 from tests.learned import learned
 from tests.tiny import exact_tiny as tiny

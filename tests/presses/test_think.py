@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.persist import load_cache, save_cache
 from cachepress.presses.composed import ComposedPress
 from cachepress.presses.think import ThinKPress

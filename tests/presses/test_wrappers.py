@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import cachepress as cp
-from cachepress.cache import stores
+from cachepress.cache.batch import stores
 from cachepress.rotary import PairRotary
 from tests.bounds import close, near
 from tests.exact import doubled

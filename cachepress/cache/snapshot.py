@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cachepress.cache.masks import TextMask
+from cachepress.cache.segment import Block
+from cachepress.cache.tail import TailRows
 from cachepress.errors import UnsupportedError
 from cachepress.forward import Rows
-from cachepress.masks import TextMask
 from cachepress.ops import AttentionRule, wide
 from cachepress.ops.ragged_attention import Part, ragged_attention
 from cachepress.ops.ragged_attention.parts import LOWEST
-from cachepress.stores.block import Block
-from cachepress.stores.tail import TailRows
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import cachepress as cp
-from cachepress.cache import stores
-from cachepress.stores import Codec
-from cachepress.stores.codec import Quantized
+from cachepress.cache import Codec
+from cachepress.cache.batch import stores
+from cachepress.cache.codec import Quantized
 from tests.bounds import close, half_a_step, near, rounding
 from tests.tiny import exact_tiny, tiny, tokens
 from tests.tiny_cache import allocated, forward, kept

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from cachepress.cache.codec import Codec
+from cachepress.cache.handle import RowsHandle
+from cachepress.cache.segment import Block
+from cachepress.cache.snapshot import Held
+from cachepress.cache.tail import SLACK, Tail, slack_after
 from cachepress.errors import CachepressError, UnsupportedError
 from cachepress.forward import Rows
 from cachepress.ops import wide_dtype
 from cachepress.ops.ragged_attention import PAGE
-from cachepress.stores.block import Block
-from cachepress.stores.codec import Codec
-from cachepress.stores.handle import RowsHandle
-from cachepress.stores.held import Held
-from cachepress.stores.tail import SLACK, Tail, slack_after
 from cachepress.trace import Trace
 from cachepress.view import RowBytes
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from cachepress.errors import ForeignAttentionError
 
 if TYPE_CHECKING:
-    from cachepress.stores.held import Held
-    from cachepress.stores.store import Store
+    from cachepress.cache.layer import Store
+    from cachepress.cache.snapshot import Held
 
 _ATTRIBUTES = (
     "shape dtype device ndim layout requires_grad grad is_leaf is_cuda is_mps is_mkldnn is_nested "

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cachepress as cp
-from cachepress.cache import form_of, join
+from cachepress.cache.batch import form_of, join
 from cachepress.decode import Forced, force, generate
 from tests.bounds import close
 from tests.tiny import exact_tiny as tiny

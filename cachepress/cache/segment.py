@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cachepress.cache.codec import Codec, Quantized
 from cachepress.forward import Rows
 from cachepress.ops import wide_dtype
 from cachepress.ops.ragged_attention import PAGE, DensePart, Layout, PagedPart, Part
 from cachepress.ops.ragged_attention.parts import LOWEST, apart, of_channels, together
-from cachepress.stores.codec import Codec, Quantized
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from cachepress.cache.layer import Store, allocated_bytes
 from cachepress.errors import CachepressError
 from cachepress.limits import check_whole
-from cachepress.stores import Store
-from cachepress.stores.store import allocated_bytes
 
 TEXT = "text_ids"
 """The attribute of a layer that holds the token ids of the text."""

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 import cachepress as cp
+from cachepress.cache import Codec, Store
+from cachepress.cache.codec import Quantized
+from cachepress.cache.masks import TextMask
+from cachepress.cache.tail import SLACK
 from cachepress.forward import Rows
-from cachepress.masks import TextMask
 from cachepress.ops import AttentionRule
 from cachepress.ops.ragged_attention import PAGE
 from cachepress.ops.ragged_attention.naive import naive_attention
 from cachepress.persist import _pack, _state, _unpack
-from cachepress.stores import Codec, Store
-from cachepress.stores.codec import Quantized
-from cachepress.stores.tail import SLACK
 from tests.bounds import close, half_a_step
 from tests.tiny import rand, randn
 from tests.tiny_cache import allocated
