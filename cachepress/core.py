@@ -145,7 +145,7 @@ class Press(Protocol):
         ...
 
 
-class Store(Protocol):
+class CacheLayer(Protocol):
     """What the engine asks of a cache layer: hold rows, and drop those that lost."""
 
     def row_bytes(self, rows: Rows, compacts: bool, carries: bool) -> RowBytes:
@@ -174,13 +174,13 @@ class Store(Protocol):
 class Pending:
     """A layer that is scored, and waits for the others to compete with."""
 
-    store: Store
+    store: CacheLayer
     view: LayerView
     scores: Tensor
     known: Tensor | None
 
 
-def settle(press: Press, store: Store, forward: Forward, trace: Trace) -> Pending | None:
+def settle(press: Press, store: CacheLayer, forward: Forward, trace: Trace) -> Pending | None:
     """Score the rows of a layer and drop the losers from its store.
 
     Nothing is scored when the budget holds every row and the press leaves rows as they are, so
@@ -213,7 +213,7 @@ def settle(press: Press, store: Store, forward: Forward, trace: Trace) -> Pendin
     return None
 
 
-def _row_bytes(press: Press, store: Store, forward: Forward) -> RowBytes:
+def _row_bytes(press: Press, store: CacheLayer, forward: Forward) -> RowBytes:
     """What a row of a head costs, the share of a head in what is known of padding included."""
     bytes_of = store.row_bytes(forward.rows, press.compacts, press.carries)
     if forward.text_valid is None:
@@ -244,7 +244,7 @@ def settle_together(press: Press, layers: list[Pending]) -> None:
         _drop(press, layer.store, layer.view, part, layer.known)
 
 
-def _keep_all(press: Press, store: Store, view: LayerView, known: Tensor | None) -> None:
+def _keep_all(press: Press, store: CacheLayer, view: LayerView, known: Tensor | None) -> None:
     """Leave every row in the store, as it came where nothing speaks against it."""
     if store.recodes or not bool(view.valid.all()):
         _drop(press, store, view, view.valid, known)
@@ -252,7 +252,9 @@ def _keep_all(press: Press, store: Store, view: LayerView, known: Tensor | None)
         store.restore()
 
 
-def _drop(press: Press, store: Store, view: LayerView, mask: Tensor, known: Tensor | None) -> None:
+def _drop(
+    press: Press, store: CacheLayer, view: LayerView, mask: Tensor, known: Tensor | None
+) -> None:
     """Leave the rows of ``mask [B, H, T]`` in the store."""
     rows = Rows(view.keys, view.values, view.positions, carried=press.carry(view))
     folded = press.fold(view, mask)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from cachepress.cache import Codec, Store
+from cachepress.cache import Codec, CompressedLayer
 from cachepress.cache.codec import Quantized
-from cachepress.cache.segment import Block
+from cachepress.cache.segment import Segment
 from cachepress.cache.tail import Tail
 from cachepress.limits import MOST, MOST_TOKENS, is_whole
 from cachepress.ops import wide_dtype
@@ -63,7 +63,7 @@ class Fitting:
         _need(is_whole(seen, 1, most), "a number of tokens that the model can have seen")
         _need(is_whole(batch, 1), "sequences")
         for index, layer in enumerate(cache.layers):
-            if isinstance(layer, Store):
+            if isinstance(layer, CompressedLayer):
                 _need((layer.batch_size, layer.get_seq_length()) == (batch, seen), "one text")
                 sample = self.stored.layers[index]
                 _StoreCheck(layer, sample.keys, sample.values).run()  # type: ignore
@@ -90,7 +90,7 @@ def check_pages(parts: Mapping[str, object]) -> None:
 class _StoreCheck:
     """The checks of a store of a layer whose keys and values are like these."""
 
-    store: Store
+    store: CompressedLayer
     key: Tensor
     value: Tensor
 
@@ -105,18 +105,20 @@ class _StoreCheck:
         _need(isinstance(state["_encoded"], bool), "flags")
         _need(store.codec is None or isinstance(store.codec, Codec), "a codec")
         _need(store.reads is None or is_whole(store.reads, 1), "pages to read")
-        blocks, tail = state["_blocks"], state["_tail"]
-        _need(isinstance(blocks, tuple) and all(isinstance(x, Block) for x in blocks), "blocks")
+        segments, tail = state["_segments"], state["_tail"]
+        _need(
+            isinstance(segments, tuple) and all(isinstance(x, Segment) for x in segments), "blocks"
+        )
         _need(tail is None or isinstance(tail, Tail), "a tail")
         self._check_known(batch, settled)
         if tail is not None:
             self._check_tail(tail, batch)
         start = seen - (0 if tail is None else tail.n)
         _need(start >= settled, "as many tokens as there are rows")
-        _need(bool(blocks) or not settled, "the rows that were kept")
-        self._check_blocks(blocks, batch, start, settled)
+        _need(bool(segments) or not settled, "the rows that were kept")
+        self._check_blocks(segments, batch, start, settled)
         if state["_encoded"]:
-            self._check_encoded(blocks)
+            self._check_encoded(segments)
 
     def _check_known(self, batch: int, settled: int) -> None:
         known = self.store.known
@@ -132,14 +134,16 @@ class _StoreCheck:
             _need(x.shape == (batch, heads, tail.n, width) and tail.n > 0, "a tail of its heads")
             _need(x.dtype == like.dtype, f"a tail of {like.dtype}, as the model makes it here")
 
-    def _check_blocks(self, blocks: Sequence[Block], batch: int, start: int, settled: int) -> None:
+    def _check_blocks(
+        self, segments: Sequence[Segment], batch: int, start: int, settled: int
+    ) -> None:
         """Rows rise from block to block, and every token since the store was settled is there."""
         ends: Tensor | None = None
         held = torch.zeros(1, self.key.shape[1], dtype=torch.long)
-        for block in blocks:
-            _need(batch % block.shape[0] == 0, "sequences that share rows")
-            _need(block.shape[1] == self.key.shape[1], "as many heads as the layer")
-            first, last, newer = self._check_block(block, start, settled)
+        for segment in segments:
+            _need(batch % segment.shape[0] == 0, "sequences that share rows")
+            _need(segment.shape[1] == self.key.shape[1], "as many heads as the layer")
+            first, last, newer = self._check_block(segment, start, settled)
             if ends is None:
                 ends, held = last, newer
                 continue
@@ -151,27 +155,29 @@ class _StoreCheck:
             ends, held = torch.maximum(ends, last), held + newer
         _need(bool((held == start - settled).all()), "the rows of all tokens since it was settled")
 
-    def _check_block(self, block: Block, start: int, settled: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _check_block(
+        self, segment: Segment, start: int, settled: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The first and last position of each head, and the rows since, ``[F, H]`` each.
 
         Those of empty heads exclude nothing.
         """
-        layout, pages = block.layout, block.layout.n_pages
+        layout, pages = segment.layout, segment.layout.n_pages
         table, real = layout.padded()
-        positions = torch.where(real, block.positions.flatten()[table], -1)
-        used = int((block.positions >= 0).sum())
+        positions = torch.where(real, segment.positions.flatten()[table], -1)
+        used = int((segment.positions >= 0).sum())
         _need(used == sum(layout.lengths) == int((positions >= 0).sum()), "positions in used slots")
         _need(not used or int(positions.max()) < start, "positions in the text")
         rising = (positions[:, 1:] > positions[:, :-1]) | ~real[:, 1:]
         _need(bool(rising.all()), "rising positions")
         width = self.key.shape[3]
-        stored = width if block.channels is None else self._stored_channels(block)
-        _need(is_whole(block.width, width, width), "channels")
-        _check_numbers(block.keys, self.key, (pages, PAGE, stored), of_channels=True)
+        stored = width if segment.channels is None else self._stored_channels(segment)
+        _need(is_whole(segment.width, width, width), "channels")
+        _check_numbers(segment.keys, self.key, (pages, PAGE, stored), of_channels=True)
         size = self.value.shape[3]
-        _check_numbers(block.values, self.value, (pages, PAGE, size), of_channels=False)
-        self._check_columns(block, stored)
-        shape = block.shape
+        _check_numbers(segment.values, self.value, (pages, PAGE, size), of_channels=False)
+        self._check_columns(segment, stored)
+        shape = segment.shape
         if not positions.shape[1]:
             nothing = torch.full(shape, start, device=positions.device)
             return nothing, torch.full_like(nothing, -1), torch.zeros(shape, dtype=torch.long)
@@ -179,22 +185,22 @@ class _StoreCheck:
         newer = (positions >= settled).sum(-1)
         return first.view(shape), positions.amax(-1).view(shape), newer.view(shape).cpu()
 
-    def _stored_channels(self, block: Block) -> int:
+    def _stored_channels(self, segment: Segment) -> int:
         """The number of key channels that are stored."""
-        channels = block.channels
+        channels = segment.channels
         _need(isinstance(channels, Tensor) and channels.dtype == torch.int64, "channels")
         assert channels is not None
-        _need(channels.ndim == 2 and len(channels) == len(block.layout.lengths), "channels")
+        _need(channels.ndim == 2 and len(channels) == len(segment.layout.lengths), "channels")
         _need(channels.shape[1] > 0 and bool((channels.diff(dim=-1) > 0).all()), "rising channels")
         _need(int(channels.min()) >= 0 and int(channels.max()) < self.key.shape[3], "key channels")
         return channels.shape[1]
 
-    def _check_columns(self, block: Block, stored: int) -> None:
+    def _check_columns(self, segment: Segment, stored: int) -> None:
         pages, rope, carried, bounds = (
-            block.layout.n_pages,
-            block.rope,
-            block.carried,
-            block.bounds,
+            segment.layout.n_pages,
+            segment.rope,
+            segment.carried,
+            segment.bounds,
         )
         if rope is not None:
             _need(_is(rope, torch.int32, (pages, PAGE)), "positions that keys are rotated to")
@@ -203,13 +209,13 @@ class _StoreCheck:
         if carried is not None:
             _need(_is(carried, wide_dtype(self.key), (pages, PAGE)), "a number for each slot")
         if bounds is not None:
-            _need(isinstance(block.keys, Tensor), "bounds of keys that are not quantized")
+            _need(isinstance(segment.keys, Tensor), "bounds of keys that are not quantized")
             _need(_is(bounds, self.key.dtype, (pages, 2, stored)), "bounds of each page")
 
-    def _check_encoded(self, blocks: Sequence[Block]) -> None:
+    def _check_encoded(self, segments: Sequence[Segment]) -> None:
         """Full pages follow the last block: it has to end with one, and to hold nothing else."""
-        _need(bool(blocks), "pages that grow")
-        last = blocks[-1]
+        _need(bool(segments), "pages that grow")
+        last = segments[-1]
         _need((last.layout.even or 1) % PAGE == 0, "full pages")
         _need(last.rope is last.carried is last.channels is None, "pages of rows as they came")
 
@@ -288,7 +294,7 @@ def _is_tensor_like(x: Tensor, one: Tensor, two: Tensor, batch: int, grown: bool
 def _sequences(cache: Cache) -> int:
     """Sequences that a cache holds."""
     for layer in cache.layers:
-        if isinstance(layer, Store):
+        if isinstance(layer, CompressedLayer):
             return layer.batch_size
         if isinstance(keys := getattr(layer, "keys", None), Tensor) and keys.ndim:
             return len(keys)

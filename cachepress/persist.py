@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from cachepress.cache import Codec, Store
+from cachepress.cache import Codec, CompressedLayer
 from cachepress.cache.batch import TEXT, note_text, text_of
 from cachepress.cache.codec import Quantized
-from cachepress.cache.segment import Block
+from cachepress.cache.segment import Segment
 from cachepress.cache.tail import Tail
 from cachepress.digests import checksum_of
 from cachepress.errors import CachepressError
@@ -30,14 +30,15 @@ from cachepress.intact import Fitting, check_pages
 from cachepress.ops.ragged_attention import Layout
 from cachepress.trace import Trace
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 _FORMAT = "cachepress-cache-2"
 _EARLIER = "cachepress-cache-1"
 """The format of version 0.1.0, whose checksum does not cover the header."""
 _SAMPLE = 64
 _LAYER = "Store"
-_PARTS = {"Block": Block, "Codec": Codec, "Layout": Layout, "Quantized": Quantized}
-_NAMES: dict[str, str] = {}
+_PARTS = {"Block": Segment, "Codec": Codec, "Layout": Layout, "Quantized": Quantized}
+_NAMES = {"_segments": "_blocks"}
 """Classes and fields are called in a file what version 0.1.0 called them; those that have another
 name since, by the one of today."""
 _TODAY = {on_disk: today for today, on_disk in _NAMES.items()}
@@ -136,15 +137,15 @@ def _filled(
             raise ValueError(f"{len(layers)} layers, where the model has {len(cache.layers)}")
         for i, (kind, packed) in enumerate(layers):
             if kind == _LAYER and type(cache.layers[i]) is DynamicLayer:
-                cache.layers[i] = Store()
+                cache.layers[i] = CompressedLayer()
             layer = cache.layers[i]
             if _kind(layer) != kind:
                 raise ValueError(f"layer {i} is a {kind}, where the model has none")
             state = cast(dict[str, object], _unpack(packed, left, model.device))
-            ours = isinstance(layer, Store)
+            ours = isinstance(layer, CompressedLayer)
             # Layers of transformers get some fields when filled; other versions know others.
             names = vars(layer if ours else fitting.one.layers[i])
-            state = {_TODAY.get(k, k) if ours else k: x for k, x in state.items()}
+            state = _named_today(state) if ours else state
             vars(layer).update({k: x for k, x in state.items() if k in names})
         if left:
             raise ValueError(f"nothing holds {next(iter(left))}")
@@ -173,15 +174,20 @@ def _damage(path: object, error: Exception) -> CachepressError:
 
 
 def _kind(layer: object) -> str:
-    return _LAYER if isinstance(layer, Store) else type(layer).__name__
+    return _LAYER if isinstance(layer, CompressedLayer) else type(layer).__name__
 
 
 def _state(layer: object) -> dict[str, object]:
     """What a layer is made of; a trace is about a turn that is not over, and is left out."""
     state = {name: x for name, x in vars(layer).items() if name != TEXT}
-    if not isinstance(layer, Store):
+    if not isinstance(layer, CompressedLayer):
         return state
     return {_NAMES.get(k, k): None if isinstance(x, Trace) else x for k, x in state.items()}
+
+
+def _named_today(parts: Mapping[str, T]) -> dict[str, T]:
+    """The parts of a layer or of what it holds, by the names that they have here."""
+    return {_TODAY.get(name, name): x for name, x in parts.items()}
 
 
 def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:
@@ -232,7 +238,7 @@ def _unpack(packed: object, left: dict[str, Tensor], device: torch.device) -> ob
         return found
     if kind == "part":
         columns = cast(dict[str, Any], _unpack(packed["of"], left, device))
-        columns = {_TODAY.get(k, k): x for k, x in columns.items()}
+        columns = _named_today(columns)
         if content == "Block":
             check_pages(columns)
         return _PARTS[content](**columns)

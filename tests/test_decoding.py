@@ -20,10 +20,10 @@ class Watch(LogitsProcessor):
     """Notes the rows that each layer holds, at every step of generate()."""
 
     def __init__(self, cache):
-        self.cache, self.held = cache, []
+        self.cache, self.snapshot = cache, []
 
     def __call__(self, input_ids, scores):
-        self.held.append([float(s.lengths.sum(-1).max()) for s in stores(self.cache)])
+        self.snapshot.append([float(s.lengths.sum(-1).max()) for s in stores(self.cache)])
         return scores
 
 
@@ -48,11 +48,11 @@ def test_the_cache_never_exceeds_its_bound(scorer, adaptive):
             logits_processor=LogitsProcessorList([watch]),
         )
     assert out.shape == (1, 100 + n)
-    assert len(watch.held) == n
-    assert watch.held[0] == [TARGET * 2] * 4
-    most = max(max(step) for step in watch.held)
+    assert len(watch.snapshot) == n
+    assert watch.snapshot[0] == [TARGET * 2] * 4
+    most = max(max(step) for step in watch.snapshot)
     assert most == (TARGET + INTERVAL - 1) * 2
-    assert min(min(step) for step in watch.held) == TARGET * 2
+    assert min(min(step) for step in watch.snapshot) == TARGET * 2
     assert cache.get_seq_length() == 100 + n - 1
 
 

@@ -375,7 +375,7 @@ def test_caches_of_the_second_format_still_load(name, caplog):
 
 def assert_rows_are_alike(store, wanted):
     """The rows of a float32 store against those of float64; quantized ones to half a step."""
-    held, exact = store.held.rows(), wanted.held.rows()
+    held, exact = store.snapshot.rows(), wanted.snapshot.rows()
     size = max(float(exact.keys.abs().max()), float(exact.values.abs().max()))
     limit = rounding(**FLOAT32) * max(1.0, size)
     if store.codec is not None:
@@ -428,8 +428,8 @@ def set_(name, value, layers=(0,)):
 
 
 def of_block(found, name):
-    block = of_layer(found, "_blocks")[1]["tuple"][0]
-    return next(pair for pair in block["of"]["dict"] if pair[0] == name)
+    segment = of_layer(found, "_blocks")[1]["tuple"][0]
+    return next(pair for pair in segment["of"]["dict"] if pair[0] == name)
 
 
 def first(tensors, ending):

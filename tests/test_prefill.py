@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, pipeline
 
 import cachepress as cp
-from cachepress.cache import Store
+from cachepress.cache import CompressedLayer
 from cachepress.cache.batch import stores
 from tests.bounds import close
 from tests.tiny import ARCHITECTURES, tokenizer, tokens, words
@@ -36,14 +36,14 @@ def test_chunks_without_a_press_equal_one_forward():
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_online_rows_never_exceed_budget_plus_chunk(adaptive, monkeypatch):
-    held, update = [], Store.update
+    held, update = [], CompressedLayer.update
 
     def watched(self, *args, **kwargs):
         out = update(self, *args, **kwargs)
         held.append(int(self.lengths.sum(-1).max()))
         return out
 
-    monkeypatch.setattr(Store, "update", watched)
+    monkeypatch.setattr(CompressedLayer, "update", watched)
     model, press = tiny(), cp.SnapKVPress(n_kept=20, window_size=6)
     press = cp.AdaKVPress(press) if adaptive else press
     cache = cp.prefill(model, tokens(400), press, chunk_size=16, mode="online")

@@ -7,7 +7,16 @@ which forks share; what came since is in a tail. Which pairs stay is not decided
 from cachepress.cache.batch import CacheSize, fork, size_of
 from cachepress.cache.codec import STORAGES, Codec
 from cachepress.cache.handle import RowsHandle
-from cachepress.cache.layer import Store
-from cachepress.cache.snapshot import Held
+from cachepress.cache.layer import CompressedLayer
+from cachepress.cache.snapshot import Snapshot
 
-__all__ = ["STORAGES", "CacheSize", "Codec", "Held", "RowsHandle", "Store", "fork", "size_of"]
+__all__ = [
+    "STORAGES",
+    "CacheSize",
+    "Codec",
+    "CompressedLayer",
+    "RowsHandle",
+    "Snapshot",
+    "fork",
+    "size_of",
+]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from cachepress.cache.layer import Store, allocated_bytes
+from cachepress.cache.layer import CompressedLayer, allocated_bytes
 from cachepress.errors import CachepressError
 from cachepress.limits import check_whole
 
@@ -41,9 +41,9 @@ class CacheSize:
         return 1 - self.rows_held / self.rows_seen
 
 
-def stores(cache: Cache) -> list[Store]:
+def stores(cache: Cache) -> list[CompressedLayer]:
     """The layers of a cache that cachepress holds."""
-    return [layer for layer in cache.layers if isinstance(layer, Store)]
+    return [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
 
 
 def size_of(cache: Cache) -> CacheSize:
@@ -59,7 +59,9 @@ def size_of(cache: Cache) -> CacheSize:
     for layer in cache.layers:
         own = _tensors(layer)
         tensors += own
-        before += layer.whole_nbytes if isinstance(layer, Store) else sum(x.nbytes for x in own)
+        before += (
+            layer.whole_nbytes if isinstance(layer, CompressedLayer) else sum(x.nbytes for x in own)
+        )
         seen, held = _rows(layer)
         rows_seen, rows_held = rows_seen + seen, rows_held + held
     if not rows_seen:
@@ -69,7 +71,7 @@ def size_of(cache: Cache) -> CacheSize:
 
 def _tensors(layer: object) -> list[torch.Tensor]:
     """Keys and values of a layer; those of sliding windows, too."""
-    if isinstance(layer, Store):
+    if isinstance(layer, CompressedLayer):
         return layer.tensors()
     found = (getattr(layer, name, None) for name in ("keys", "values"))
     return [x for x in found if x is not None]
@@ -77,7 +79,7 @@ def _tensors(layer: object) -> list[torch.Tensor]:
 
 def _rows(layer: object) -> tuple[int, int]:
     """Rows seen and held by a layer that keeps the whole text."""
-    if isinstance(layer, Store):
+    if isinstance(layer, CompressedLayer):
         if not layer.is_initialized:
             return 0, 0
         lengths = layer.lengths
@@ -127,7 +129,7 @@ def trim(cache: Cache) -> None:
     with the layer, until the next token comes.
     """
     for layer in cache.layers:
-        if isinstance(layer, Store) or not getattr(layer, "is_sliding", False):
+        if isinstance(layer, CompressedLayer) or not getattr(layer, "is_sliding", False):
             continue
         for name in ("keys", "values"):
             x = getattr(layer, name, None)
@@ -187,7 +189,7 @@ def join(groups: Sequence[Sequence[Cache]], n: int = 1) -> Cache:
     joined = copy.copy(groups[0][0])
     columns = [zip(*(stores(cache) for cache in group), strict=True) for group in groups]
     joined.layers = []
-    joined.layers.extend(Store.join(layer, n) for layer in zip(*columns, strict=True))
+    joined.layers.extend(CompressedLayer.join(layer, n) for layer in zip(*columns, strict=True))
     return joined
 
 
@@ -215,8 +217,8 @@ def ordinary(cache: Cache) -> Cache:
     copied = copy.copy(cache)
     copied.layers = []
     for layer in cache.layers:
-        if isinstance(layer, Store):
-            rows, plain = layer.held.rows(), DynamicLayer()
+        if isinstance(layer, CompressedLayer):
+            rows, plain = layer.snapshot.rows(), DynamicLayer()
             plain.update(rows.keys, rows.values)
         else:
             plain = copy.deepcopy(layer)

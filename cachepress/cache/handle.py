@@ -9,8 +9,8 @@ from torch import Tensor
 from cachepress.errors import ForeignAttentionError
 
 if TYPE_CHECKING:
-    from cachepress.cache.layer import Store
-    from cachepress.cache.snapshot import Held
+    from cachepress.cache.layer import CompressedLayer
+    from cachepress.cache.snapshot import Snapshot
 
 _ATTRIBUTES = (
     "shape dtype device ndim layout requires_grad grad is_leaf is_cuda is_mps is_mkldnn is_nested "
@@ -32,25 +32,29 @@ class RowsHandle(Tensor):
 
     Attributes:
         store: the store that made it.
-        held: what it held at that moment, before anything was dropped.
+        snapshot: what it held at that moment, before anything was dropped.
         fresh: keys and values of the forward, if they are all that is held.
         added: keys and values of the forward.
     """
 
-    store: "Store"
-    held: "Held"
+    store: "CompressedLayer"
+    snapshot: "Snapshot"
     fresh: tuple[Tensor, Tensor] | None
     added: tuple[Tensor, Tensor]
 
     @classmethod
     def of(
-        cls, store: "Store", held: "Held", added: tuple[Tensor, Tensor], like: Tensor
+        cls,
+        store: "CompressedLayer",
+        snapshot: "Snapshot",
+        added: tuple[Tensor, Tensor],
+        like: Tensor,
     ) -> "RowsHandle":
         """A handle for what ``store`` holds that looks like ``like`` over the whole text."""
         b, h, _, d = like.shape
-        handle = _blank(like.dtype, like.device).expand(b, h, held.seen, d).as_subclass(cls)
-        handle.store, handle.held, handle.added = store, held, added
-        handle.fresh = added if held.seen == like.shape[2] else None
+        handle = _blank(like.dtype, like.device).expand(b, h, snapshot.seen, d).as_subclass(cls)
+        handle.store, handle.snapshot, handle.added = store, snapshot, added
+        handle.fresh = added if snapshot.seen == like.shape[2] else None
         return handle
 
     @classmethod

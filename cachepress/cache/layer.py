@@ -11,8 +11,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from cachepress.cache.codec import Codec
 from cachepress.cache.handle import RowsHandle
-from cachepress.cache.segment import Block
-from cachepress.cache.snapshot import Held
+from cachepress.cache.segment import Segment
+from cachepress.cache.snapshot import Snapshot
 from cachepress.cache.tail import SLACK, Tail, slack_after
 from cachepress.errors import CachepressError, UnsupportedError
 from cachepress.forward import Rows
@@ -30,7 +30,7 @@ def allocated_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-class Store(CacheLayerMixin):
+class CompressedLayer(CacheLayerMixin):
     """A transformers cache layer whose rows can be dropped.
 
     ``get_seq_length()`` is what was *seen*, so positions and masks of the next forward come out
@@ -55,8 +55,8 @@ class Store(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self) -> None:
-        self._blocks: tuple[Block, ...] = ()
-        self._groups: tuple[tuple[tuple[Block, ...], int], ...] = ()
+        self._segments: tuple[Segment, ...] = ()
+        self._groups: tuple[tuple[tuple[Segment, ...], int], ...] = ()
         self._tail: Tail | None = None
         self._batch = -1
         self._seen = 0
@@ -70,7 +70,7 @@ class Store(CacheLayerMixin):
         self.text_ids: np.ndarray | None = None
 
     @classmethod
-    def adopt(cls, keys: Tensor | None, values: Tensor | None) -> "Store":
+    def adopt(cls, keys: Tensor | None, values: Tensor | None) -> "CompressedLayer":
         """A store that holds what an ordinary cache layer held, ``[B, H, T, D]`` each."""
         store = cls()
         if keys is not None and values is not None and keys.numel():
@@ -91,31 +91,31 @@ class Store(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Held keys ``[B, H, N, D]``; None before the first row."""
-        return self.held.rows().keys if self.is_initialized else None
+        return self.snapshot.rows().keys if self.is_initialized else None
 
     @property
     def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Held values ``[B, H, N, E]``; None before the first row."""
-        return self.held.rows().values if self.is_initialized else None
+        return self.snapshot.rows().values if self.is_initialized else None
 
     @property
     def positions(self) -> Tensor:
         """Index in the text of each held row, ``[B, H, N]``, padding included; -1 if empty."""
-        return self.held.rows().text_positions()
+        return self.snapshot.rows().text_positions()
 
     @property
     def lengths(self) -> Tensor:
         """Rows held by each head, ``[B, H]``; rows that sequences share count for each."""
-        return self.held.lengths()
+        return self.snapshot.lengths()
 
     @property
-    def held(self) -> Held:
+    def snapshot(self) -> Snapshot:
         """What is held now, as attention reads it."""
         if not self.is_initialized:
             raise CachepressError("the store is empty: run a forward with it first")
         tail = None if self._tail is None else self._tail.read()
         known, reads = self.known, self.reads
-        return Held(self._blocks, tail, self._seen, self._batch, known, reads, self._groups)
+        return Snapshot(self._segments, tail, self._seen, self._batch, known, reads, self._groups)
 
     @property
     def nbytes(self) -> int:
@@ -130,13 +130,13 @@ class Store(CacheLayerMixin):
         if self._tail is not None:
             row = sum(x.shape[-1] * x.element_size() for x in self._tail.tensors())
         else:
-            row = (self._groups[0][0] if self._groups else self._blocks)[0].whole_row
-        return self._seen * self._batch * self.held.heads * row
+            row = (self._groups[0][0] if self._groups else self._segments)[0].whole_row
+        return self._seen * self._batch * self.snapshot.heads * row
 
     def tensors(self) -> list[Tensor]:
         """Everything that is allocated; layers of one cache can share what they know of padding."""
-        grouped = [block for blocks, _ in self._groups for block in blocks]
-        found = [x for block in (*self._blocks, *grouped) for x in block.tensors()]
+        grouped = [segment for segments, _ in self._groups for segment in segments]
+        found = [x for segment in (*self._segments, *grouped) for x in segment.tensors()]
         found += [] if self._tail is None else self._tail.tensors()
         return found if self.known is None else [*found, self.known]
 
@@ -147,10 +147,10 @@ class Store(CacheLayerMixin):
         """Write the rows of a forward, and hand out what attention reads them by."""
         new = (key_states, value_states)
         self._append(key_states, value_states)
-        keys = RowsHandle.of(self, self.held, new, key_states)
+        keys = RowsHandle.of(self, self.snapshot, new, key_states)
         if key_states.shape == value_states.shape:
             return keys, keys
-        return keys, RowsHandle.of(self, keys.held, new, value_states)
+        return keys, RowsHandle.of(self, keys.snapshot, new, value_states)
 
     def keep(
         self,
@@ -168,8 +168,8 @@ class Store(CacheLayerMixin):
             channels: ``[B, H, D]`` which channels of the keys are stored, as many in every head;
                 None for all.
         """
-        blocks = self._blocks_of(rows, mask, channels)
-        self._blocks, self._tail, self._encoded = blocks, None, False
+        segments = self._segments_of(rows, mask, channels)
+        self._segments, self._tail, self._encoded = segments, None, False
         self._settled_at, self.known = self._seen, known
 
     @property
@@ -200,11 +200,11 @@ class Store(CacheLayerMixin):
         """
         if self._settled_at or not self.is_initialized or self._groups:
             return
-        if any(block.shape[0] != self._batch for block in self._blocks):
+        if any(segment.shape[0] != self._batch for segment in self._segments):
             return
-        if self._blocks:
-            rows = self.held.rows()
-            self._blocks, self._encoded = (), False
+        if self._segments:
+            rows = self.snapshot.rows()
+            self._segments, self._encoded = (), False
             self._tail = Tail.of(rows.keys, rows.values, room=0)
         elif self._tail is not None:
             self._tail = self._tail.exact()
@@ -232,7 +232,7 @@ class Store(CacheLayerMixin):
         elif n and self._pages_tail:
             self._page_tail()
 
-    def fork(self) -> "Store":
+    def fork(self) -> "CompressedLayer":
         """A store with the same rows, which it shares; what is appended to one stays with it."""
         if self._tail is not None and self._tail.n > SLACK:
             self._freeze()
@@ -247,16 +247,16 @@ class Store(CacheLayerMixin):
         """What stores have in common that can be one group of a joined batch."""
         if self._tail is not None:
             self._freeze()
-        return (self._seen, self.codec, self.reads, *(block.form for block in self._blocks))
+        return (self._seen, self.codec, self.reads, *(segment.form for segment in self._segments))
 
     @property
     def even(self) -> tuple[int, ...] | None:
         """Rows of every head in each block, where all heads have as many; else None."""
-        rows = [block.layout.even for block in self._blocks]
+        rows = [segment.layout.even for segment in self._segments]
         return None if None in rows else tuple(rows)  # pyright: ignore[reportReturnType]
 
     @classmethod
-    def join(cls, groups: Sequence[Sequence["Store"]], n: int) -> "Store":
+    def join(cls, groups: Sequence[Sequence["CompressedLayer"]], n: int) -> "CompressedLayer":
         """A batch of the sequences of several stores, one of each, and each ``n`` times.
 
         Group after group, and within a group all stores ``n`` times in a row. The stores of a group
@@ -266,12 +266,12 @@ class Store(CacheLayerMixin):
         joined = copy.copy(groups[0][0])
         stacked = []
         for group in groups:
-            parts = zip(*(store._blocks for store in group), strict=True)
-            stacked.append((tuple(Block.stack(blocks) for blocks in parts), len(group) * n))
+            parts = zip(*(store._segments for store in group), strict=True)
+            stacked.append((tuple(Segment.stack(segments) for segments in parts), len(group) * n))
         joined._batch, joined.trace = sum(size for _, size in stacked), None
         joined.text_ids = None
         joined._settled_at = max(store._settled_at for group in groups for store in group)
-        joined._blocks = stacked[0][0] if len(stacked) == 1 else ()
+        joined._segments = stacked[0][0] if len(stacked) == 1 else ()
         joined._groups = () if len(stacked) == 1 else tuple(stacked)
         return joined
 
@@ -309,10 +309,10 @@ class Store(CacheLayerMixin):
         if self._tail is not None and surplus <= own:
             self._tail.n -= surplus
         else:
-            rows = self.held.rows()
+            rows = self.snapshot.rows()
             positions = rows.text_positions()
             left = (positions >= 0) & (positions < target)
-            self._blocks, self._tail, self._encoded = self._blocks_of(rows, left), None, False
+            self._segments, self._tail, self._encoded = self._segments_of(rows, left), None, False
         self._seen = target
         if self.text_ids is not None:
             self.text_ids = self.text_ids[:, :target]
@@ -337,9 +337,9 @@ class Store(CacheLayerMixin):
         if self._groups:
             raise UnsupportedError("a joined cache can be decoded from, and nothing else")
         index = beam_idx.to(self.tensors()[0].device)
-        self._blocks = tuple(
-            block if block.shape[0] == 1 else block.select(index % block.shape[0])
-            for block in self._blocks
+        self._segments = tuple(
+            segment if segment.shape[0] == 1 else segment.select(index % segment.shape[0])
+            for segment in self._segments
         )
         if self._tail is not None:
             self._tail = self._tail.select(index)
@@ -392,26 +392,26 @@ class Store(CacheLayerMixin):
         assert self._tail is not None
         rows = self._tail.read().rows(self._seen)
         mask = torch.ones(rows.keys.shape[:3], dtype=torch.bool, device=rows.keys.device)
-        self._blocks, self._tail = (*self._blocks, self._block(rows, mask)), None
+        self._segments, self._tail = (*self._segments, self._segment(rows, mask)), None
         self._encoded = False
 
-    def _blocks_of(
+    def _segments_of(
         self, rows: Rows, mask: Tensor, channels: Tensor | None = None
-    ) -> tuple[Block, ...]:
+    ) -> tuple[Segment, ...]:
         """The rows of ``mask [B, H, T]`` as they are stored."""
         if self.codec is None:
-            return (self._block(rows, mask, None, channels),)
+            return (self._segment(rows, mask, None, channels),)
         rank = mask.flip(-1).cumsum(-1).flip(-1)  # 1 for the last row that stays
         newest = mask & (rank <= self.codec.residual)
         old = mask & ~newest
-        blocks = [self._block(rows, old, self.codec, channels)] if bool(old.any()) else []
-        return (*blocks, self._block(rows, newest, None, channels))
+        segments = [self._segment(rows, old, self.codec, channels)] if bool(old.any()) else []
+        return (*segments, self._segment(rows, newest, None, channels))
 
-    def _block(
+    def _segment(
         self, rows: Rows, mask: Tensor, codec: Codec | None = None, channels: Tensor | None = None
-    ) -> Block:
+    ) -> Segment:
         """The rows of ``mask [B, H, T]`` as one block."""
-        return Block.of(rows, mask, codec, channels, self.reads is not None)
+        return Segment.of(rows, mask, codec, channels, self.reads is not None)
 
     @property
     def _pages_tail(self) -> bool:
@@ -427,8 +427,8 @@ class Store(CacheLayerMixin):
         rows = self._tail.read().rows(self._seen)
         some = torch.ones(rows.keys.shape[:3], dtype=torch.bool, device=rows.keys.device)
         some[:, :, n:] = False
-        block = self._block(rows, some, self.codec)
-        if self._encoded and self._blocks[-1].form == block.form:
-            block, self._blocks = self._blocks[-1].join(block), self._blocks[:-1]
-        self._blocks, self._encoded = (*self._blocks, block), True
+        segment = self._segment(rows, some, self.codec)
+        if self._encoded and self._segments[-1].form == segment.form:
+            segment, self._segments = self._segments[-1].join(segment), self._segments[:-1]
+        self._segments, self._encoded = (*self._segments, segment), True
         self._tail = Tail.of(rows.keys[:, :, n:], rows.values[:, :, n:])

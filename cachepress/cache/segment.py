@@ -14,7 +14,7 @@ from cachepress.ops.ragged_attention.parts import LOWEST, apart, of_channels, to
 
 
 @dataclass(frozen=True)
-class Block:
+class Segment:
     """Rows of each sequence and KV head, every head with its own number of them, in pages.
 
     A head costs its own rows and what is left of its last page. A block is never written to, so
@@ -58,7 +58,7 @@ class Block:
         codec: Codec | None = None,
         channels: Tensor | None = None,
         bounded: bool = False,
-    ) -> "Block":
+    ) -> "Segment":
         """The rows of ``mask [B, H, T]``, in their order, with some ``channels [B, H, D]``.
 
         ``bounded`` says that the keys of each page get bounds.
@@ -196,7 +196,7 @@ class Block:
         keys, values = (x.view(spans, width * PAGE, x.shape[-1]) for x in (keys, values))
         return DensePart(keys, values, bias, channels)
 
-    def select(self, sequences: Tensor) -> "Block":
+    def select(self, sequences: Tensor) -> "Segment":
         """The block of some of the sequences ``[B']``, which may repeat."""
         b, h = self.shape
         wanted = sequences.tolist()
@@ -231,13 +231,13 @@ class Block:
         return (self.shape[1], *stored, self.width, channels, self.bounds is not None)
 
     @classmethod
-    def stack(cls, blocks: Sequence["Block"]) -> "Block":
+    def stack(cls, segments: Sequence["Segment"]) -> "Segment":
         """The sequences of several blocks of the same form, as attention reads them.
 
         What only presses read is left out: positions that keys are rotated to, and what a press
         left with the rows.
         """
-        first = blocks[0]
+        first = segments[0]
 
         def stacked(columns: Sequence[Tensor | None]) -> Tensor | None:
             found = [x for x in columns if x is not None]
@@ -245,20 +245,21 @@ class Block:
 
         return replace(
             first,
-            shape=(sum(block.shape[0] for block in blocks), first.shape[1]),
+            shape=(sum(segment.shape[0] for segment in segments), first.shape[1]),
             layout=Layout(
-                tuple(n for block in blocks for n in block.layout.lengths), first.layout.device
+                tuple(n for segment in segments for n in segment.layout.lengths),
+                first.layout.device,
             ),
-            keys=_stacked([block.keys for block in blocks]),
-            values=_stacked([block.values for block in blocks]),
-            positions=torch.cat([block.positions for block in blocks]),
+            keys=_stacked([segment.keys for segment in segments]),
+            values=_stacked([segment.values for segment in segments]),
+            positions=torch.cat([segment.positions for segment in segments]),
             rope=None,
             carried=None,
-            channels=stacked([block.channels for block in blocks]),
-            bounds=stacked([block.bounds for block in blocks]),
+            channels=stacked([segment.channels for segment in segments]),
+            bounds=stacked([segment.bounds for segment in segments]),
         )
 
-    def join(self, other: "Block") -> "Block":
+    def join(self, other: "Segment") -> "Segment":
         """The block with the rows of another one after its own; both have full pages only."""
         spans = len(self.layout.lengths)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cachepress.cache.masks import TextMask
-from cachepress.cache.segment import Block
+from cachepress.cache.segment import Segment
 from cachepress.cache.tail import TailRows
 from cachepress.errors import UnsupportedError
 from cachepress.forward import Rows
@@ -17,7 +17,7 @@ from cachepress.ops.ragged_attention.parts import LOWEST
 
 
 @dataclass(frozen=True)
-class Held:
+class Snapshot:
     """Blocks and tail of a store as they were at one moment.
 
     Attributes:
@@ -32,13 +32,13 @@ class Held:
             each, and the number of its sequences; there are no other blocks then.
     """
 
-    blocks: tuple[Block, ...]
+    segments: tuple[Segment, ...]
     tail: TailRows | None
     seen: int
     batch: int
     known: Tensor | None
     reads: int | None = None
-    groups: tuple[tuple[tuple[Block, ...], int], ...] = ()
+    groups: tuple[tuple[tuple[Segment, ...], int], ...] = ()
 
     @property
     def start(self) -> int:
@@ -48,7 +48,7 @@ class Held:
     @property
     def shared(self) -> bool:
         """Whether sequences share rows."""
-        return bool(self.groups) or any(block.shape[0] != self.batch for block in self.blocks)
+        return bool(self.groups) or any(segment.shape[0] != self.batch for segment in self.segments)
 
     def lengths(self) -> Tensor:
         """Rows of each head, ``[B, H]``."""
@@ -56,9 +56,9 @@ class Held:
             return torch.cat([held.lengths() for held in self._parts()])
         own = self.seen - self.start
         total = torch.full((self.batch, self.heads), own)
-        for block in self.blocks:
-            own_rows = torch.tensor(block.layout.lengths).view(block.shape)
-            total += own_rows.repeat(self.batch // block.shape[0], 1)
+        for segment in self.segments:
+            own_rows = torch.tensor(segment.layout.lengths).view(segment.shape)
+            total += own_rows.repeat(self.batch // segment.shape[0], 1)
         return total
 
     @property
@@ -66,16 +66,16 @@ class Held:
         """KV heads."""
         if self.tail is not None:
             return self.tail.keys.shape[1]
-        blocks = self.groups[0][0] if self.groups else self.blocks
-        return blocks[0].shape[1]
+        segments = self.groups[0][0] if self.groups else self.segments
+        return segments[0].shape[1]
 
     def rows(self) -> Rows:
         """Everything as one table ``[B, H, T, ...]``, the rows of the tail last."""
         if self.groups:
             raise UnsupportedError("a joined cache can be decoded from, and nothing else")
-        if not self.blocks and self.tail is not None:
+        if not self.segments and self.tail is not None:
             return Rows(self.tail.keys, self.tail.values)
-        parts = [block.rows() for block in self.blocks]
+        parts = [segment.rows() for segment in self.segments]
         if self.tail is not None:
             parts.append(self.tail.rows(self.seen))
         parts = [self._expanded(part) for part in parts]
@@ -113,7 +113,7 @@ class Held:
         b, hq, n, d = query.shape
         bias = mask.of_rows(self.start, self.known)
         if self.reads is None or n > 1:
-            parts: list[Part] = [block.part(bias) for block in self.blocks]
+            parts: list[Part] = [segment.part(bias) for segment in self.segments]
         else:
             spans = wide(query).reshape(b * self.heads, -1, d)
             parts = self._chosen_parts(spans, bias, self.reads)
@@ -123,7 +123,7 @@ class Held:
         out = ragged_attention(grouped, parts, rule)
         return out.view(b, hq, n, -1).transpose(1, 2).to(query.dtype).contiguous()
 
-    def whole(self) -> "Held":
+    def whole(self) -> "Snapshot":
         """The same, with every page read."""
         return replace(self, reads=None)
 
@@ -137,12 +137,12 @@ class Held:
             first = last
         return torch.cat(outputs)
 
-    def _parts(self) -> Iterator["Held"]:
+    def _parts(self) -> Iterator["Snapshot"]:
         """What each group holds."""
         first = 0
-        for blocks, n in self.groups:
+        for segments, n in self.groups:
             tail = self.tail and self.tail.of_sequences(first, first + n)
-            yield Held(blocks, tail, self.seen, n, None)
+            yield Snapshot(segments, tail, self.seen, n, None)
             first += n
 
     def _chosen_parts(self, query: Tensor, mask: Tensor | None, reads: int) -> list[Part]:
@@ -150,20 +150,22 @@ class Held:
 
         Every span reads its last page, and all of blocks whose keys have no bounds.
         """
-        blocks = [block for block in self.blocks if block.bounded and block.layout.n_pages]
-        if sum(block.layout.most_pages for block in blocks) <= reads:
-            return [block.part(mask) for block in self.blocks]
-        parts = [block.part(mask) for block in self.blocks if not block.bounded]
-        worth = torch.cat([block.worth(query, mask) for block in blocks], dim=1)  # [X, pages]
+        segments = [
+            segment for segment in self.segments if segment.bounded and segment.layout.n_pages
+        ]
+        if sum(segment.layout.most_pages for segment in segments) <= reads:
+            return [segment.part(mask) for segment in self.segments]
+        parts = [segment.part(mask) for segment in self.segments if not segment.bounded]
+        worth = torch.cat([segment.worth(query, mask) for segment in segments], dim=1)  # [X, pages]
         real = worth > LOWEST
         rank = torch.arange(worth.shape[1], device=worth.device).expand_as(worth)
         last = rank.masked_fill(~real, -1).amax(-1, keepdim=True)
         worth = worth.masked_fill(rank == last, float("inf"))
         best = worth.topk(reads, dim=-1).indices
         chosen = torch.zeros_like(real).scatter_(-1, best, True) & real
-        some = chosen.split([block.layout.most_pages for block in blocks], dim=1)
+        some = chosen.split([segment.layout.most_pages for segment in segments], dim=1)
         return parts + [
-            block.part_of(pages, mask) for block, pages in zip(blocks, some, strict=True)
+            segment.part_of(pages, mask) for segment, pages in zip(segments, some, strict=True)
         ]
 
     def _expanded(self, rows: Rows) -> Rows:

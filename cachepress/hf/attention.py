@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cachepress.cache import Held, RowsHandle, Store
+from cachepress.cache import CompressedLayer, RowsHandle, Snapshot
 from cachepress.cache.masks import TextMask
 from cachepress.errors import UnsupportedError
 from cachepress.forward import Rows
@@ -50,7 +50,7 @@ class Seen(NamedTuple):
     @property
     def rows(self) -> Rows:
         """All rows of the layer."""
-        return self.key.held.rows() if self.read is None else self.read
+        return self.key.snapshot.rows() if self.read is None else self.read
 
 
 class Watcher(Protocol):
@@ -66,9 +66,9 @@ class Watcher(Protocol):
         ...
 
 
-WATCHED: WeakKeyDictionary[Store, Watcher] = WeakKeyDictionary()
+WATCHED: WeakKeyDictionary[CompressedLayer, Watcher] = WeakKeyDictionary()
 """Who looks at the next attention call of a store's layer."""
-READ_WHOLE: WeakSet[Store] = WeakSet()
+READ_WHOLE: WeakSet[CompressedLayer] = WeakSet()
 """Stores of which a forward of one token reads every row as well: it is a part of a text."""
 
 
@@ -160,16 +160,16 @@ def _attention(
         rows = _with_gradient(key)
         bias = mask.given
         if rows.positions is not None:
-            bias = _mask_of_rows(mask, key.held, rows, query)
+            bias = _mask_of_rows(mask, key.snapshot, rows, query)
         output = function(module, query, rows.keys, rows.values, bias, **kwargs)
-    elif _own_attention(key.held, n, mask, base, kwargs):
-        held = key.held.whole() if key.store in READ_WHOLE else key.held
+    elif _own_attention(key.snapshot, n, mask, base, kwargs):
+        held = key.snapshot.whole() if key.store in READ_WHOLE else key.snapshot
         output = held.attend(query, mask, rule), None
     else:
-        rows = key.held.rows()
+        rows = key.snapshot.rows()
         bias = mask.given
         if rows.positions is not None:
-            bias = _mask_of_rows(mask, key.held, rows, query)
+            bias = _mask_of_rows(mask, key.snapshot, rows, query)
         output = function(module, query, rows.keys, rows.values, bias, **kwargs)
     watcher = WATCHED.pop(key.store, None)
     if watcher is not None:
@@ -178,14 +178,14 @@ def _attention(
     return output
 
 
-def _differentiates(store: Store) -> bool:
+def _differentiates(store: CompressedLayer) -> bool:
     watcher = WATCHED.get(store)
     return watcher is not None and watcher.differentiates
 
 
 def _with_gradient(key: RowsHandle) -> Rows:
     """All rows, those of the forward as the model computed them and can differentiate them."""
-    rows, n = key.held.rows(), key.added[0].shape[2]
+    rows, n = key.snapshot.rows(), key.added[0].shape[2]
     keys, values = (
         torch.cat([old[:, :, :-n].detach(), new], dim=2)
         for old, new in zip((rows.keys, rows.values), key.added, strict=True)
@@ -194,14 +194,14 @@ def _with_gradient(key: RowsHandle) -> Rows:
 
 
 def _own_attention(
-    held: Held, n: int, mask: TextMask, base: str, options: Mapping[str, object]
+    held: Snapshot, n: int, mask: TextMask, base: str, options: Mapping[str, object]
 ) -> bool:
     """Whether the store attends itself.
 
     It does for few queries, over rows that sequences share, and in place of functions that take
     no mask over rows.
     """
-    wanted = n <= _FEW or held.shared or (held.blocks and "flash" in base)
+    wanted = n <= _FEW or held.shared or (held.segments and "flash" in base)
     return bool(wanted) and not mask.per_head and not options.get("output_attentions")
 
 
@@ -231,7 +231,7 @@ def _rule(
     return AttentionRule(scaling, cast(float | None, softcap), cast(Tensor | None, sinks))
 
 
-def _mask_of_rows(mask: TextMask, held: Held, rows: Rows, query: Tensor) -> Tensor:
+def _mask_of_rows(mask: TextMask, held: Snapshot, rows: Rows, query: Tensor) -> Tensor:
     """A mask over text columns as one over rows, added to logits: ``[B, heads, n, T]``.
 
     Where only the tail hides rows from some query, one mask serves all heads.

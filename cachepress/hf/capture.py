@@ -110,8 +110,8 @@ class Capture:
     def rotary(self, seen: Seen, rope: Tensor) -> Rotary:
         """The position embedding of a layer, proven on the keys of the forward."""
         outputs, query = list(self._outputs.get(seen.module, {}).values()), seen.query
-        assert seen.key.held.tail is not None
-        new_keys = seen.key.held.tail.keys[:, :, -query.shape[2] :]
+        assert seen.key.snapshot.tail is not None
+        new_keys = seen.key.snapshot.tail.keys[:, :, -query.shape[2] :]
         found = find_rotary(self._rotary_modules, outputs, query.shape[1], new_keys, rope)
         if found is None:
             raise UnsupportedError(

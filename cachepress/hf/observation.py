@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PretrainedConfig
 
-from cachepress.cache import Codec, Store
+from cachepress.cache import Codec, CompressedLayer
 from cachepress.cache.batch import note_text, trim
 from cachepress.core import Pending, Press, Turn, settle, settle_together
 from cachepress.errors import CachepressError
@@ -76,7 +76,7 @@ class Watched:
         if self.due:
             self.observation.settle(Read(press, store, forward, trace), turn)
 
-    def _trace(self, store: Store) -> Trace:
+    def _trace(self, store: CompressedLayer) -> Trace:
         trace = store.trace
         if trace is None or trace.needs != self.press.needs or trace.end != self.turn.seen:
             trace = Trace(self.press.needs, self.turn.seen)
@@ -128,7 +128,7 @@ class Observation:
         self.capture = Capture([press], model)
         self._repeater = Repeater(press, model, tokenizer, self.capture)
         self._pending: dict[Press, list[Pending]] = {}
-        self._stores: list[Store] = []
+        self._stores: list[CompressedLayer] = []
         self._read: Cache | None = None
         self._covered = {m for m in model.modules() if isinstance(m, PreTrainedModel)}
         self._hooks: list[RemovableHandle] = []
@@ -237,7 +237,7 @@ class Observation:
             place = Place(layer, depth, len(stores), rope)
             WATCHED[store] = Watched(self, press, place, turn, due)
 
-    def _prepare(self, stores: Mapping[int, Store]) -> None:
+    def _prepare(self, stores: Mapping[int, CompressedLayer]) -> None:
         """Tell stores how rows are kept and read."""
         self._stores = list(stores.values())
         instruct(self._stores, self._press, self._codec)
@@ -299,7 +299,7 @@ def prepared(press: "BasePress", model: PreTrainedModel) -> "BasePress":
     return press
 
 
-def instruct(stores: Sequence[Store], press: "BasePress", codec: Codec | None) -> None:
+def instruct(stores: Sequence[CompressedLayer], press: "BasePress", codec: Codec | None) -> None:
     """Tell the stores of a cache how rows are kept and read under a press, where it says so."""
     for depth, store in enumerate(stores):
         pages = press.reads(depth)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from cachepress.cache import Store
+from cachepress.cache import CompressedLayer
 from cachepress.cache.batch import fork
 from cachepress.core import Press
 from cachepress.errors import CachepressError
@@ -30,7 +30,7 @@ class Read(NamedTuple):
     """A layer whose prompt was read, and that is settled when the model has repeated it."""
 
     press: Press
-    store: Store
+    store: CompressedLayer
     forward: Forward
     trace: Trace
 
@@ -215,7 +215,7 @@ class Repeater:
         for layer, note in zip(layers, notes, strict=True):
             layer.trace.note(note)
         return [
-            layer._replace(forward=replace(layer.forward, rows=layer.store.held.rows()))
+            layer._replace(forward=replace(layer.forward, rows=layer.store.snapshot.rows()))
             for layer in layers
         ]
 

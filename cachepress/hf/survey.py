@@ -178,7 +178,7 @@ class Survey:
         layers = []
         for store, layer in zip(stores(self.cache), self._layers, strict=True):
             assert layer.forward is not None
-            forward = replace(layer.forward, rows=store.held.rows())
+            forward = replace(layer.forward, rows=store.snapshot.rows())
             layers.append(Read(press, store, forward, layer.traces[press.needs]))
         if press.replay is None:
             return layers, 0.0

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.configuration_utils import PretrainedConfig
 
-from cachepress.cache import Store
+from cachepress.cache import CompressedLayer
 from cachepress.errors import UnsupportedError
 from cachepress.rotary import CosSin
 
@@ -41,7 +41,7 @@ def cache_argument(module: nn.Module) -> str:
     raise UnsupportedError(f"{type(module).__name__}.forward takes no cache")
 
 
-def install_stores(cache: Cache, model: PreTrainedModel) -> dict[int, Store]:
+def install_stores(cache: Cache, model: PreTrainedModel) -> dict[int, CompressedLayer]:
     """Put our stores in place of a cache's full-attention layers, with what those hold.
 
     Returns:
@@ -64,8 +64,10 @@ def install_stores(cache: Cache, model: PreTrainedModel) -> dict[int, Store]:
         layer = cache.layers[index]
         if not full:
             continue
-        if not isinstance(layer, Store):
-            layer = Store.adopt(getattr(layer, "keys", None), getattr(layer, "values", None))
+        if not isinstance(layer, CompressedLayer):
+            layer = CompressedLayer.adopt(
+                getattr(layer, "keys", None), getattr(layer, "values", None)
+            )
             cache.layers[index] = layer
         stores[index] = layer
     return stores

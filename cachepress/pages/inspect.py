@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
 import cachepress
-from cachepress.cache import Store
+from cachepress.cache import CompressedLayer
 from cachepress.chat import encode, template
 from cachepress.errors import CachepressError
 from cachepress.evaluation.answering import answers_of, pipeline_of
@@ -134,7 +134,7 @@ def kept_of(cache: Cache) -> dict[int, Tensor]:
     """Which text columns each head of each compressed layer holds, ``[H, T]``, by layer."""
     kept: dict[int, Tensor] = {}
     for number, layer in enumerate(cache.layers):
-        if not isinstance(layer, Store):
+        if not isinstance(layer, CompressedLayer):
             continue
         positions = layer.positions[0].cpu().long()
         # Empty rows go to a column of their own, which is then left out.

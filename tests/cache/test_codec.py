@@ -115,13 +115,13 @@ def test_pages_with_scales_of_both_types_are_joined():
     model = tiny()
     cache = cp.prefill(model, tokens(100), PRESS, storage=cp.Codec(8, residual=5))
     store = stores(cache)[0]
-    assert store.held.rows().keys.isfinite().all()
+    assert store.snapshot.rows().keys.isfinite().all()
     large = torch.full((1, 2, 40, 8), 1e6) + torch.randn(1, 2, 40, 8)
     for part in large.split(1, dim=2):
         store.update(part, part)
     store.update(torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8))
     store.update(torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8))
-    rows = store.held.rows()
+    rows = store.snapshot.rows()
     column = (rows.text_positions()[0, 0] >= 100) & (rows.text_positions()[0, 0] < 132)
     wanted = large[0, 0, :32]
     step = (wanted.amax(-1) - wanted.amin(-1)) / 255
@@ -138,7 +138,7 @@ def test_a_number_of_bytes_holds_whatever_the_scales(storage):
     model.model.layers[2].self_attn.v_proj.weight.data *= 1e6
     limit = 110_000
     cache = cp.prefill(model, tokens(500), cp.KnormPress(max_bytes=limit), storage=storage)
-    assert stores(cache)[2].held.blocks[0].values.scale.dtype == torch.float32
+    assert stores(cache)[2].snapshot.segments[0].values.scale.dtype == torch.float32
     assert 0.4 * limit < cp.size_of(cache).bytes_after <= limit
 
 
@@ -173,7 +173,7 @@ def plain(cache, seen):
     """A cache of the first ``seen`` text columns, with the same numbers, not in few bits."""
     copied = cp.fork(cache)
     for store in stores(copied):
-        rows = store.held.rows()
+        rows = store.snapshot.rows()
         where = rows.text_positions()
         store.codec, store._seen = None, seen
         store.keep(rows, (where >= 0) & (where < seen), store.known)
@@ -267,7 +267,7 @@ def test_a_padded_batch_decodes_past_forks_and_encoded_tails(storage):
         one = forward(model, alone, input_ids=token).logits
         # The same rows in pages of the same rows have the same codes.
         close(both[0], one[0])
-    assert len(stores(cache)[0]._blocks) > 1
+    assert len(stores(cache)[0]._segments) > 1
 
 
 def test_scales_beyond_float16_are_saved_and_read(tmp_path):
@@ -279,7 +279,7 @@ def test_scales_beyond_float16_are_saved_and_read(tmp_path):
     for store, again in zip(stores(cache), stores(loaded), strict=True):
         assert torch.equal(store.values, again.values) and store.values.isfinite().all()
         assert store.nbytes == again.nbytes
-    assert stores(loaded)[1].held.blocks[0].values.scale.dtype == torch.float32
+    assert stores(loaded)[1].snapshot.segments[0].values.scale.dtype == torch.float32
     assert stores(loaded)[1].values.abs().max() > 65504
 
 
@@ -291,7 +291,9 @@ def test_pages_of_another_storage_follow_those_that_are_there():
             for store in stores(cache):
                 store.codec = Codec.of("int4")
         forward(model, cache, input_ids=tokens(1, seed=step))
-    bits = [x.keys.bits for x in stores(cache)[0].held.blocks if isinstance(x.keys, Quantized)]
+    bits = [
+        x.keys.bits for x in stores(cache)[0].snapshot.segments if isinstance(x.keys, Quantized)
+    ]
     assert bits == [8, 4] and int(stores(cache)[0].lengths.sum()) == 2 * 310
 
 

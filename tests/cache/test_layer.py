@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import cachepress as cp
-from cachepress.cache import Codec, Store
+from cachepress.cache import Codec, CompressedLayer
 from cachepress.cache.codec import Quantized
 from cachepress.cache.masks import TextMask
 from cachepress.cache.tail import SLACK
@@ -20,7 +20,7 @@ from cachepress.forward import Rows
 from cachepress.ops import AttentionRule
 from cachepress.ops.ragged_attention import PAGE
 from cachepress.ops.ragged_attention.naive import naive_attention
-from cachepress.persist import _pack, _state, _unpack
+from cachepress.persist import _named_today, _pack, _state, _unpack
 from tests.bounds import close, half_a_step
 from tests.tiny import rand, randn
 from tests.tiny_cache import allocated
@@ -88,7 +88,7 @@ class Pair:
 
     def __init__(self, kind: Kind, batch: int, draw: random.Random) -> None:
         self.kind, self.draw, self.seen, self.settled = kind, draw, 0, 0
-        self.store = Store()
+        self.store = CompressedLayer()
         self.store.codec, self.store.reads = kind.codec, kind.reads
         self.heads = [[Head() for _ in range(HEADS)] for _ in range(batch)]
         # Of several texts some begin with columns that are no tokens.
@@ -121,7 +121,7 @@ class Pair:
 
     def keep(self) -> None:
         """What a press drops of them, turns, leaves with them, and stores of them."""
-        rows, kind, draw = self.store.held.rows(), self.kind, self.draw
+        rows, kind, draw = self.store.snapshot.rows(), self.kind, self.draw
         where = rows.text_positions()
         slots = [
             [(head >= padding).nonzero()[:, 0].tolist() for head in sequence]
@@ -162,9 +162,9 @@ class Pair:
         if self.kind.codec is None:
             return
         counts = torch.zeros(len(self.heads), HEADS, dtype=torch.long)
-        for block in self.store.held.blocks:
-            if isinstance(block.keys, Quantized):
-                counts += torch.tensor(block.layout.lengths).view(block.shape)
+        for segment in self.store.snapshot.segments:
+            if isinstance(segment.keys, Quantized):
+                counts += torch.tensor(segment.layout.lengths).view(segment.shape)
         n = torch.tensor([[len(head.positions) for head in row] for row in self.heads])
         assert torch.equal(counts, (n - self.kind.codec.residual).clamp(min=0))
 
@@ -215,8 +215,8 @@ class Pair:
         """Write it, and read it."""
         tensors: dict[str, Tensor] = {}
         packed = json.loads(json.dumps(_pack(_state(self.store), "0", tensors)))
-        self.store = Store()
-        vars(self.store).update(_unpack(packed, tensors, torch.device("cpu")))
+        self.store = CompressedLayer()
+        vars(self.store).update(_named_today(_unpack(packed, tensors, torch.device("cpu"))))
 
     def rest(self) -> None:
         """What changes how rows are stored, and nothing about them."""
@@ -230,7 +230,7 @@ class Pair:
 
     def check(self) -> None:
         """Everything that can be asked of the store is what the lists say."""
-        store, held = self.store, self.store.held
+        store, held = self.store, self.store.snapshot
         rows, b = held.rows(), len(self.heads)
         where = rows.text_positions()
         rope = torch.full_like(where, -1) if rows.rope is None else rows.rope
@@ -268,12 +268,12 @@ class Pair:
 
     def _check_attention(self, rows: Rows) -> None:
         """The newest tokens attend to all that is held of their text up to themselves."""
-        b, where, tail = len(self.heads), rows.text_positions(), self.store.held.tail
+        b, where, tail = len(self.heads), rows.text_positions(), self.store.snapshot.tail
         n = 1 if tail is None else max(1, min(self.draw.randint(1, 3), tail.keys.shape[2]))
         query = randn(b, 2 * HEADS, n, SIZE)
         none = not any(self.padding) and self.draw.random() < 0.5
         mask = TextMask(None if none else self._tokens().long(), n)
-        ours = self.store.held.whole().attend(query, mask, RULE)
+        ours = self.store.snapshot.whole().attend(query, mask, RULE)
         for t in range(n):
             first = torch.tensor(self.padding)[:, None, None]
             seen = (where >= first) & (where < self.seen - n + 1 + t)
@@ -287,13 +287,13 @@ class Pair:
 
     def _check_bounds(self) -> None:
         """The keys of a page lie within its bounds, and reach them; slots behind them are free."""
-        for block in self.store.held.blocks:
-            left = [n - first for n in block.layout.lengths for first in range(0, n, PAGE)]
+        for segment in self.store.snapshot.segments:
+            left = [n - first for n in segment.layout.lengths for first in range(0, n, PAGE)]
             used = torch.arange(PAGE) < torch.tensor(left, dtype=torch.long)[:, None]
-            assert torch.equal(block.positions >= 0, used)
-            if block.bounds is None:
+            assert torch.equal(segment.positions >= 0, used)
+            if segment.bounds is None:
                 continue
-            for keys, real, bounds in zip(block.keys, used, block.bounds, strict=True):
+            for keys, real, bounds in zip(segment.keys, used, segment.bounds, strict=True):
                 close(bounds, torch.stack([keys[real].amin(0), keys[real].amax(0)]))
 
 
@@ -355,7 +355,7 @@ def test_joined_stores_hold_what_each_of_them_does(kind):
     same = [one(seed, "keep", "decode_on") for seed in (1, 2, 3)]
     assert len({pair.store.form for pair in same}) == 1
     joined = Pair(kind, 1, random.Random(6))
-    joined.store = Store.join([[pair.store for pair in same]], 2)
+    joined.store = CompressedLayer.join([[pair.store for pair in same]], 2)
     joined.heads = copied([*(pair.heads[0] for pair in same)] * 2)
     joined.padding = [0, 40, 3, 17, 0, 31]  # What a mask hides of rows that two of them share.
     for head in (head for row in joined.heads for head in row):
@@ -381,7 +381,7 @@ def test_groups_of_joined_stores_hold_what_each_of_them_does():
 
     groups = [[made("uneven", 1)], [made("even", 2), made("even", 3)], [made("thin", 4)]]
     order = [pair for group in groups for pair in group * 2]
-    store = Store.join([[pair.store for pair in group] for group in groups], 2)
+    store = CompressedLayer.join([[pair.store for pair in group] for group in groups], 2)
     assert store.batch_size == len(order)
     apart = [pair.store.fork() for pair in order]
     for _ in range(3):
@@ -391,10 +391,10 @@ def test_groups_of_joined_stores_hold_what_each_of_them_does():
         mask = torch.ones(len(order), store.get_seq_length(), dtype=torch.long)
         # Of a question that is shorter than others the first columns are none.
         mask[[1, 2, 7], 2 * PAGE + 3] = 0
-        ours = store.held.attend(query, TextMask(mask, 1), RULE)
+        ours = store.snapshot.attend(query, TextMask(mask, 1), RULE)
         for i, one in enumerate(apart):
             one.update(*(x[i : i + 1] for x in new))
-            wanted = one.held.attend(query[i : i + 1], TextMask(mask[i : i + 1], 1), RULE)
+            wanted = one.snapshot.attend(query[i : i + 1], TextMask(mask[i : i + 1], 1), RULE)
             close(ours[i], wanted[0])
             assert torch.equal(store.lengths[i], one.lengths[0])
 
@@ -407,9 +407,9 @@ def test_padding_of_a_question_stays_hidden_when_its_rows_are_shared():
     pair.keep()
     pair.append(SLACK + 3)
     store = pair.store.fork()
-    assert len(store.held.blocks) == 2
+    assert len(store.snapshot.segments) == 2
     store.update(*(randn(2, HEADS, 1, SIZE) for _ in range(2)))
-    rows, query = store.held.rows(), randn(2, 2 * HEADS, 1, SIZE)
+    rows, query = store.snapshot.rows(), randn(2, 2 * HEADS, 1, SIZE)
     valid = torch.arange(store.get_seq_length()) >= torch.tensor(pair.padding)[:, None]
     valid[0, 2 * PAGE : 2 * PAGE + 2] = False
     columns = []
@@ -417,13 +417,13 @@ def test_padding_of_a_question_stays_hidden_when_its_rows_are_shared():
         seen = (sequence >= 0) & valid[b][sequence.clamp(min=0)]
         columns.append([(rows.keys[b, h][seen[h]], rows.values[b, h][seen[h]]) for h in range(2)])
     wanted = naive_attention(query.view(2, HEADS, 2, 1, SIZE), columns, RULE)
-    ours = store.held.attend(query, TextMask(valid.long(), 1), RULE)
+    ours = store.snapshot.attend(query, TextMask(valid.long(), 1), RULE)
     close(ours.transpose(1, 2), wanted.view(2, 2 * HEADS, 1, SIZE))
 
 
 def test_a_tail_is_no_longer_than_it_has_to_be():
     """What a token more takes, and what a prompt of several tokens does."""
-    store = Store()
+    store = CompressedLayer()
     store.update(randn(1, HEADS, 70, SIZE), randn(1, HEADS, 70, SIZE))
     assert store._tail.keys.shape[2] == 70
     store.update(randn(1, HEADS, 1, SIZE), randn(1, HEADS, 1, SIZE))

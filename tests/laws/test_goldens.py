@@ -61,7 +61,7 @@ def test_keeps_the_rows_of_the_reference(model, name):
             head[[p for p in row if p >= 0]] = 1
         wanted = np.unpackbits(golden[f"mask_{layer}"], axis=-1)
         np.testing.assert_array_equal(mask, wanted, err_msg=f"layer {layer}")
-        rows = store.held.rows()
+        rows = store.snapshot.rows()
         for column in {"keys", "values"} - OTHER.get(name, set()):
             if f"{column}_{layer}" in golden:
                 ours, wanted = getattr(rows, column).numpy(), golden[f"{column}_{layer}"]

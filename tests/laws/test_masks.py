@@ -68,7 +68,7 @@ def test_a_query_sees_its_text_up_to_itself(press, decoded, padded):
         new = randn(2, 2, n, 8), randn(2, 2, n, 8)
         store.update(*new)
         valid = torch.cat([valid, torch.ones(2, n, dtype=torch.bool)], dim=1)
-        held, query = store.held, randn(2, 4, n, 8)
+        held, query = store.snapshot, randn(2, 4, n, 8)
         rows, visible = held.rows(), visible_rows(store, valid, n)
         wanted = torch.stack([of_query(query[:, :, i], rows, visible[:, :, i]) for i in range(n)])
         for given in masks(valid, n, padded).values():

@@ -164,7 +164,7 @@ def _bytes_are_those_allocated(cache, ids, storage, wrapper):
     if storage == "full" and not wrapper.stores:
         for store, nbytes in zip(stores(cache), store_bytes, strict=True):
             rows, spans = int(store.lengths.sum()), store.lengths.numel()
-            held = store.held.rows()
+            held = store.snapshot.rows()
             row = (
                 (8 + wrapper.channels) * 8
                 + 4
@@ -177,7 +177,7 @@ def _bytes_are_those_allocated(cache, ids, storage, wrapper):
 
 def _attends_like_the_reference(cache, ids):
     for store in stores(cache):
-        rows, b = store.held.rows(), ids.shape[0]
+        rows, b = store.snapshot.rows(), ids.shape[0]
         valid = rows.text_positions() >= 0
         query = torch.randn(b, 2 * HEADS, 3, 8, dtype=torch.float64)
         columns = [
@@ -186,14 +186,14 @@ def _attends_like_the_reference(cache, ids):
         ]
         rule = AttentionRule(0.3)
         wanted = naive_attention(query.view(b, HEADS, 2, 3, 8), columns, rule)
-        ours = store.held.attend(query, TextMask(None, 3), rule)
+        ours = store.snapshot.attend(query, TextMask(None, 3), rule)
         close(ours.transpose(1, 2), wanted.view(b, 2 * HEADS, 3, 8))
 
 
 def _rows_are_those_of_the_text(cache, ids, mask, press, storage, wrapper):
     whole = compress(None, ids, mask, "one shot")
     for store, layer in zip(stores(cache), whole.layers, strict=True):
-        rows = store.held.rows()
+        rows = store.snapshot.rows()
         where = rows.text_positions()
         column = where.clamp(min=0).long()[..., None].expand_as(rows.keys)
         valid = (where >= 0)[..., None].expand_as(rows.keys)

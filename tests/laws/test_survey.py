@@ -54,7 +54,7 @@ def test_a_shared_reading_is_as_one_alone(wrapper, chunk):
         for store, wanted in zip(stores(ours), stores(alone), strict=True):
             assert (store.codec, store.reads) == (wanted.codec, wanted.reads)
             assert store.looked_at == wanted.looked_at
-            rows, alike = store.held.rows(), wanted.held.rows()
+            rows, alike = store.snapshot.rows(), wanted.snapshot.rows()
             for name in ("keys", "values", "rope", "carried"):
                 x, y = getattr(rows, name), getattr(alike, name)
                 assert (x is None) == (y is None)

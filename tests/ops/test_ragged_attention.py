@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cachepress.cache.masks import TextMask
-from cachepress.cache.segment import Block
-from cachepress.cache.snapshot import Held
+from cachepress.cache.segment import Segment
+from cachepress.cache.snapshot import Snapshot
 from cachepress.cache.tail import Tail
 from cachepress.forward import Rows
 from cachepress.ops import AttentionRule
@@ -31,7 +31,7 @@ def table(counts, n, dtype=torch.float64, seed=0):
     values = randn(b, H, n, E, generator=generator).to(dtype)
     order = rand(b, H, n, generator=generator).argsort(-1).argsort(-1)
     mask = order < torch.tensor(counts)[..., None]
-    return keys, values, mask, Block.of(Rows(keys, values), mask)
+    return keys, values, mask, Segment.of(Rows(keys, values), mask)
 
 
 @pytest.mark.parametrize("n_new", [1, 5])
@@ -39,7 +39,7 @@ def table(counts, n, dtype=torch.float64, seed=0):
 def test_blocks_and_tail_equal_the_specification(name, n_new):
     keys, values, mask, block = table(COUNTS, 1000)
     new_keys, new_values = randn(3, H, n_new, D), randn(3, H, n_new, E)
-    held = Held((block,), Tail.of(new_keys, new_values).read(), 1000 + n_new, 3, None)
+    held = Snapshot((block,), Tail.of(new_keys, new_values).read(), 1000 + n_new, 3, None)
     query = randn(3, H * G, n_new, D)
     ours = held.attend(query, TextMask(None, n_new), RULES[name]).transpose(1, 2)
     for q in range(n_new):
@@ -64,7 +64,7 @@ def test_blocks_and_tail_equal_the_specification(name, n_new):
 def test_equals_masked_dense_attention(counts, dtype):
     keys, values, mask, block = table(counts, 1000, dtype)
     b = len(counts)
-    held = Held((block,), None, 1000, b, None)
+    held = Snapshot((block,), None, 1000, b, None)
     query = randn(b, H * G, 1, D).to(dtype)
     ours = held.attend(query, TextMask(None, 1), AttentionRule(D**-0.5)).transpose(1, 2)
     k, v, m = (x.repeat_interleave(G, dim=1) for x in (keys, values, mask.unsqueeze(2)))
@@ -89,7 +89,7 @@ def test_rows_that_are_shared_equal_rows_that_are_copied():
     mask[2, 3:9] = 0
     for text in (TextMask(None, 2), TextMask(mask, 2)):
         shared, own = (
-            Held((rows,), tail, 52, 4, None).attend(query, text, AttentionRule(0.4))
+            Snapshot((rows,), tail, 52, 4, None).attend(query, text, AttentionRule(0.4))
             for rows in (block, copied)
         )
         close(shared, own)
@@ -102,17 +102,19 @@ def test_a_mask_hides_the_rows_of_its_columns():
     tail = Tail.of(randn(1, H, 1, D), randn(1, H, 1, E)).read()
     mask = torch.cat([~hidden, torch.ones(1, 1, dtype=torch.bool)], dim=1)
     query = randn(1, H * G, 1, D)
-    held = Held((block,), tail, 51, 1, None)
+    held = Snapshot((block,), tail, 51, 1, None)
     ours = held.attend(query, TextMask(mask.long(), 1), AttentionRule(0.4))
-    fewer = Block.of(Rows(keys, values), kept & ~hidden)
-    wanted = Held((fewer,), tail, 51, 1, None).attend(query, TextMask(None, 1), AttentionRule(0.4))
+    fewer = Segment.of(Rows(keys, values), kept & ~hidden)
+    wanted = Snapshot((fewer,), tail, 51, 1, None).attend(
+        query, TextMask(None, 1), AttentionRule(0.4)
+    )
     close(ours, wanted)
 
 
 def test_many_queries_are_taken_in_turns(monkeypatch):
     _, _, _, block = table([(9, 40, 21)], 50)
     tail = Tail.of(randn(1, H, 30, D), randn(1, H, 30, E)).read()
-    held = Held((block,), tail, 80, 1, None)
+    held = Snapshot((block,), tail, 80, 1, None)
     query = randn(1, H * G, 30, D)
     whole = held.attend(query, TextMask(None, 30), AttentionRule(0.4))
     monkeypatch.setattr(joint, "LOGITS", 64 * H * G * 7)

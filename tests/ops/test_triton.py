@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from cachepress.cache.segment import Block
+from cachepress.cache.segment import Segment
 from cachepress.cache.tail import Tail
 from cachepress.forward import Rows
 from cachepress.ops.ragged_attention import triton as kernel
@@ -24,7 +24,7 @@ def parts_of(counts, n_tail, batch, dtype):
     tail = [randn(batch, H, n_tail, size).to(dtype) for size in (D, E)]
     return [
         [
-            Block.of(Rows(keys.to(kind), values.to(kind)), mask).part(None),
+            Segment.of(Rows(keys.to(kind), values.to(kind)), mask).part(None),
             Tail.of(*(x.to(kind) for x in tail)).read().part(None),
         ]
         for kind in (dtype, torch.float64)

@@ -100,7 +100,7 @@ def test_decoding_is_the_algorithm_of_the_paper(size, budget, interval, seed):
             wanted = forward(plain, whole, input_ids=ids).logits
             close(ours, wanted)
             for layer, store in enumerate(stores(cache)):
-                rows = store.held.rows()
+                rows = store.snapshot.rows()
                 for j, positions in enumerate(rows.text_positions()[0].tolist()):
                     values = simulation.values[layer][j]
                     assert positions == sorted(values)
@@ -159,7 +159,7 @@ def test_a_row_of_a_padded_batch_draws_as_if_alone(inner):
     batch = decoded(press, ids, (ids > 0).long())
     for b, text in enumerate(texts):
         for ours, wanted in zip(stores(batch), stores(decoded(press, text)), strict=True):
-            ours, wanted = ours.held.rows(), wanted.held.rows()
+            ours, wanted = ours.snapshot.rows(), wanted.snapshot.rows()
             for h in range(2):
                 some, all_ = ours.text_positions()[b, h] >= 0, wanted.text_positions()[0, h] >= 0
                 moved = ours.text_positions()[b, h][some] - (31 - text.shape[1])
@@ -190,7 +190,7 @@ def test_the_attention_received_goes_on_unless_the_inner_press_leaves_a_number()
     view, mask, _ = found[4]
     row = int(mask[0, 0].nonzero()[0])
     received = view.carried[0, 0, row] + view.attention_sums[0, 0, :, row].mean()
-    close(stores(cache)[0].held.rows().carried[0, 0, 0], received)
+    close(stores(cache)[0].snapshot.rows().carried[0, 0, 0], received)
     whole, found = folding(CAMPress(H2OPress(), 4, 9))
     decoded(whole, tokens(20), steps=4)
     view = found[4][0]

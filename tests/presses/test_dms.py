@@ -59,7 +59,7 @@ def test_while_decoding_rows_go_when_they_leave_the_window(interval):
     with press(model):
         forward(model, cache, input_ids=ids)
         for step in range(12):
-            before = [store.held.rows() for store in stores(cache)]
+            before = [store.snapshot.rows() for store in stores(cache)]
             forward(model, cache, input_ids=tokens(1, seed=step))
             if (step + 1) % interval:
                 continue
@@ -83,7 +83,7 @@ def test_a_surrogate_decides_for_decoded_rows_too():
         for step in range(4):
             forward(model, cache, input_ids=tokens(1, seed=step))
     for store in stores(cache):
-        carried = store.held.rows().carried
+        carried = store.snapshot.rows().carried
         assert store.lengths.tolist() == [[24, 24]]
         assert torch.isfinite(carried).all()
 
@@ -96,7 +96,7 @@ def test_kvzip_scores_are_held_against_the_threshold():
         tiny(), ids, cp.KVzipPress(0.01, layerwise=True, n_sink=0), tokenizer=tokenizer()
     )
     for store, whole_store in zip(stores(cache), stores(everything), strict=True):
-        rows = whole_store.held.rows()
+        rows = whole_store.snapshot.rows()
         for head in range(2):
             scores = zip(
                 whole_store.positions[0, head].tolist(), rows.carried[0, head].tolist(), strict=True

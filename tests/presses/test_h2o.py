@@ -70,7 +70,7 @@ def test_compression_at_each_token_is_the_algorithm_of_the_paper(size, ratio, re
             for layer, heads in enumerate(kept(cache)):
                 assert heads[0] == [sorted(rows) for rows in simulation.alive[layer]]
     for layer, store in enumerate(stores(cache)):
-        rows = store.held.rows()
+        rows = store.snapshot.rows()
         for j, positions in enumerate(rows.text_positions()[0].tolist()):
             sums = [simulation.sums[layer][j][p] / 2 for p in positions]
             close(rows.carried[0, j], torch.tensor(sums, dtype=torch.float64))
@@ -112,7 +112,7 @@ def test_what_is_carried_belongs_to_its_row_in_a_padded_batch():
     for i in range(2):
         alone, _ = two_turns(tiny(), H2OPress(0.5), texts[i : i + 1], later[i : i + 1])
         for ours, wanted in zip(stores(batch), stores(alone), strict=True):
-            rows, wanted = ours.held.rows(), wanted.held.rows()
+            rows, wanted = ours.snapshot.rows(), wanted.snapshot.rows()
             for j in range(2):
                 held = rows.positions[i, j] >= 0
                 assert own[i][rows.positions[i, j][held].long()].tolist() == (
@@ -128,7 +128,7 @@ def test_online_chunks_add_up():
     assert kept(exact) == kept(once)
     for store in stores(online):
         assert store.lengths.tolist() == [[20, 20]]
-        received = store.held.rows().carried
+        received = store.snapshot.rows().carried
         assert received[..., 0].min() > received[..., -1].max()
 
 

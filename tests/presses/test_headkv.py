@@ -206,7 +206,7 @@ def test_around_and_inside_other_presses():
     alone = kept(pressed(model, HeadKVPress(SNAP, SCORES), ids))
     thin = pressed(model, HeadKVPress(ComposedPress([ThinKPress(0.5, 4), SNAP]), SCORES), ids)
     assert kept(thin) == alone
-    assert all(store.held.blocks[0].keys.shape[-1] == 4 for store in stores(thin))
+    assert all(store.snapshot.segments[0].keys.shape[-1] == 4 for store in stores(thin))
     assert kept(pressed(model, HeadKVPress(cp.AdaKVPress(SNAP), SCORES), ids)) == alone
     weighed = HeadKVPress(cp.CriticalKVPress(SNAP), SCORES)
     assert kept(pressed(model, weighed, ids)) == kept(pressed(model, weighed.press, ids))

@@ -31,7 +31,7 @@ def test_keys_are_rounded_by_channel_and_values_by_row(bits):
     cache = cp.prefill(model, ids, KIVIPress(cp.KnormPress(0.0), bits, residual=20))
     whole = cp.prefill(model, ids)
     for store, layer in zip(stores(cache), whole.layers, strict=True):
-        rows, n = store.held.rows(), 150 - 20
+        rows, n = store.snapshot.rows(), 150 - 20
         assert rows.text_positions()[0, 0].tolist() == list(range(150))
         keys = layer.keys[:, :, :n].split(32, dim=2)
         keys = torch.cat([rounded(page, 2, bits) for page in keys], dim=2)
@@ -112,7 +112,7 @@ def test_a_row_of_a_padded_batch_is_stored_as_if_alone():
     for b, text in enumerate(texts):
         alone = cp.prefill(tiny(), text, press)
         for ours, wanted in zip(stores(cache), stores(alone), strict=True):
-            ours, wanted = ours.held.rows(), wanted.held.rows()
+            ours, wanted = ours.snapshot.rows(), wanted.snapshot.rows()
             some = ours.text_positions()[b] >= 0
             close(ours.values[b][some], wanted.values.flatten(0, 2))
 

@@ -73,7 +73,7 @@ def test_values_are_those_of_the_rule(threshold, fraction, adaptive, monkeypatch
         wanted = by_hand(view, mask, threshold, fraction)
         close(values[mask], wanted[mask])
         assert keys is view.keys
-        held = store.held.rows()
+        held = store.snapshot.rows()
         close(held.values[held.text_positions() >= 0], values[mask])
         changed += int((values[mask] != view.values[mask]).any(-1).sum())
     assert 0 < changed < 4 * 40
@@ -100,7 +100,7 @@ def test_a_row_of_a_padded_batch_is_merged_as_if_alone(press):
     for b, text in enumerate(texts):
         alone = cp.prefill(tiny(), text, press)
         for ours, wanted in zip(stores(cache), stores(alone), strict=True):
-            ours, wanted = ours.held.rows(), wanted.held.rows()
+            ours, wanted = ours.snapshot.rows(), wanted.snapshot.rows()
             for h in range(2):
                 some, all_ = ours.text_positions()[b, h] >= 0, wanted.text_positions()[0, h] >= 0
                 for x, y in ((ours.keys, wanted.keys), (ours.values, wanted.values)):
@@ -111,7 +111,7 @@ def test_the_order_of_adakv_and_merging_makes_no_difference():
     inside = pressed(tiny(), MergingPress(cp.AdaKVPress(SNAPKV)), tokens(40))
     outside = pressed(tiny(), cp.AdaKVPress(MergingPress(SNAPKV)), tokens(40))
     for one, other in zip(stores(inside), stores(outside), strict=True):
-        assert torch.equal(one.held.rows().values, other.held.rows().values)
+        assert torch.equal(one.snapshot.rows().values, other.snapshot.rows().values)
 
 
 def test_a_head_that_keeps_nothing_and_one_that_keeps_all():

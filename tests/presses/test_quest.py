@@ -29,7 +29,7 @@ RULE = AttentionRule(0.3)
 def pages_of(store, b, h, queries, reads):
     """Rows of one head that its queries read, page after page, the settled ones first."""
     pages = []
-    for block in store._blocks:
+    for block in store._segments:
         rows = block.rows()
         i = b if block.shape[0] > 1 else 0
         real = rows.text_positions()[i, h] >= 0
@@ -47,7 +47,7 @@ def pages_of(store, b, h, queries, reads):
 
 def assert_reads_the_best_pages(store, reads, seed=0):
     torch.manual_seed(seed)
-    held, b = store.held, store.batch_size
+    held, b = store.snapshot, store.batch_size
     query = randn(b, 2, 2, 1, 8)
     rows = []
     for i in range(b):
@@ -76,7 +76,7 @@ def test_one_query_reads_the_pages_that_promise_most(press, reads):
             some = assert_reads_the_best_pages(store, reads, seed=step)
             torch.manual_seed(step)
             query = randn(1, 2, 2, 1, 8).view(1, 4, 1, 8)
-            every = store.held.whole().attend(query, TextMask(None, 1), RULE)
+            every = store.snapshot.whole().attend(query, TextMask(None, 1), RULE)
             assert (some - every).abs().max() > 1e-3
 
 
@@ -85,7 +85,7 @@ def test_the_bound_is_one():
     for codec in (None, cp.Codec(4, residual=0)):
         inner = cp.KnormPress(0.0) if codec is None else cp.KIVIPress(cp.KnormPress(0.0), 4, 0)
         cache = pressed(tiny(), QuestPress(inner, 1, skip_layers=0), tokens(200))
-        block = stores(cache)[0]._blocks[0]
+        block = stores(cache)[0]._segments[0]
         query = randn(2, 3, 8)
         products = (block.rows().keys[0].unsqueeze(1) * query.unsqueeze(2)).sum(-1)  # [H, 3, T]
         pages = [part.amax((1, 2)) for part in products.split(PAGE, dim=-1)]
@@ -114,14 +114,14 @@ def test_as_many_pages_as_there_are_equal_full_attention(press):
         wanted = forward(model, plain, input_ids=token).logits
         close(ours, wanted)
     assert kept(quest) == kept(plain)
-    assert len(stores(quest)[3]._blocks) == (3 if press.storage else 2)
+    assert len(stores(quest)[3]._segments) == (3 if press.storage else 2)
 
 
 def test_pages_of_uneven_heads_differ_in_number():
     """Where the longest head reads some of its pages, short ones read all of theirs."""
     cache = pressed(tiny(), QuestPress(ADAPTIVE, 6, skip_layers=0), tokens(300))
     store = stores(cache)[3]
-    assert store._blocks[0].layout.pages_of == (5, 7)
+    assert store._segments[0].layout.pages_of == (5, 7)
     for reads in (6, 5, 3):
         store.reads = reads
         assert_reads_the_best_pages(store, reads)
@@ -132,7 +132,7 @@ def test_first_layers_and_forwards_of_several_tokens_read_all():
     quest = pressed(model, QuestPress(cp.KeyDiffPress(0.5), 1), ids)
     plain = pressed(model, cp.KeyDiffPress(0.5), ids)
     assert [store.reads for store in stores(quest)] == [None, None, 1, 1]
-    assert [store._blocks[0].bounded for store in stores(quest)] == [False, False, True, True]
+    assert [store._segments[0].bounded for store in stores(quest)] == [False, False, True, True]
     several = [forward(model, cp.fork(c), input_ids=ids[:, :3]).logits for c in (quest, plain)]
     close(*several)
     one = [forward(model, cp.fork(c), input_ids=ids[:, :1]).logits for c in (quest, plain)]
@@ -156,7 +156,7 @@ def test_forks_share_pages_and_beams_are_reordered():
     model, ids = tiny(), tokens(200, seed=1)
     cache = pressed(model, QuestPress(ADAPTIVE, 2, skip_layers=0), ids)
     forked = cp.fork(cache, 3)
-    assert forked.layers[0]._blocks[0].keys is cache.layers[0]._blocks[0].keys
+    assert forked.layers[0]._segments[0].keys is cache.layers[0]._segments[0].keys
     steps = [tokens(1, batch=3, seed=i) for i in range(40)]
     for step in steps[:5]:
         forward(model, forked, input_ids=step)
@@ -206,13 +206,13 @@ def test_a_fork_after_many_tokens_and_a_crop_have_bounds_too():
         for step in range(100):
             forward(model, cache, input_ids=tokens(1, seed=step))
     for store in stores(cache):
-        assert [block.bounded for block in store._blocks] == [True] * 3
+        assert [block.bounded for block in store._segments] == [True] * 3
         assert store._tail.n < 64 + PAGE
         for reads in (1, 2, 4):
             store.reads = reads
             assert_reads_the_best_pages(store, reads)
         store.crop(150)
-        assert store.lengths.tolist() == [[150, 150]] and store._blocks[0].bounded
+        assert store.lengths.tolist() == [[150, 150]] and store._segments[0].bounded
         assert_reads_the_best_pages(store, 4)
 
 
@@ -254,16 +254,16 @@ def test_a_row_of_a_padded_batch_reads_what_it_reads_alone():
 def test_pages_that_a_mask_hides_are_not_read():
     model, ids = tiny(), tokens(160)
     cache = pressed(model, QuestPress(cp.KnormPress(0.0), 2, 0), ids)
-    held = stores(cache)[0].held
+    held = stores(cache)[0].snapshot
     mask = torch.ones(1, 161, dtype=torch.long)
     mask[0, 40:128] = 0  # All of the third and fourth page, most of the second.
     forward(model, cache, input_ids=tokens(1), attention_mask=mask)
     hidden = torch.cat([mask[:, :160], mask[:, 160:]], dim=1)
     query = randn(1, 4, 1, 8)
     read = TextMask(hidden, 1)
-    held = stores(cache)[0].held
+    held = stores(cache)[0].snapshot
     spans = query.view(2, 2, 8)
-    worth = held.blocks[0].worth(spans, read.of_rows(held.start, held.known))
+    worth = held.segments[0].worth(spans, read.of_rows(held.start, held.known))
     lowest = torch.finfo(torch.float32).min
     assert (worth == lowest).tolist() == [[False, False, True, True, False]] * 2
     ours = held.attend(query, read, RULE)
@@ -284,7 +284,7 @@ def test_bytes_are_measured():
         cp.prefill(single(), ids, p) for p in (QuestPress(ADAPTIVE, 4, skip_layers=1), ADAPTIVE)
     )
     for store, same in zip(stores(quest), stores(plain), strict=True):
-        pages = store._blocks[0].layout.n_pages
+        pages = store._segments[0].layout.n_pages
         bounds = 0 if store.reads is None else pages * 2 * 8 * 4
         assert allocated(store) == store.nbytes == allocated(same) + bounds
     assert cp.size_of(quest).bytes_after == allocated(stores(quest))

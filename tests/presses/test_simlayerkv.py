@@ -51,7 +51,7 @@ def test_threshold_0_drops_in_every_layer_and_1_in_none():
     with SimLayerKVPress()(model):
         ours = forward(model, cache, input_ids=ids).logits
     assert torch.equal(ours, forward(model, plain, input_ids=ids).logits)
-    assert [store.held.blocks for store in stores(cache)] == [()] * 4
+    assert [store.snapshot.segments for store in stores(cache)] == [()] * 4
 
 
 def middle_threshold(n, **options):

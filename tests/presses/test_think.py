@@ -28,7 +28,7 @@ def stored(cache):
     """The channels of each sequence and head, by layer, ``[B, H, D]``, of the settled rows."""
     found = []
     for store in stores(cache):
-        block = store.held.blocks[0]
+        block = store.snapshot.segments[0]
         chosen = torch.zeros(len(block.channels), block.width, dtype=torch.bool)
         found.append(chosen.scatter(1, block.channels, True).unflatten(0, block.shape))
     return found
@@ -82,7 +82,7 @@ def test_channels_are_those_of_the_paper(name):
 def test_removes_the_floor_and_bytes_shrink(ratio, left):
     cache = pressed(single(), ThinKPress(ratio, 6), tokens(200))
     for store in stores(cache):
-        block = None if not store.held.blocks else store.held.blocks[0]
+        block = None if not store.snapshot.segments else store.snapshot.segments[0]
         assert (left == 8) == (block is None or block.channels is None)
         if block is None:
             continue
@@ -99,7 +99,7 @@ def test_ratio_0_equals_no_press():
     with ThinKPress(0.0)(model):
         ours = forward(model, cache, input_ids=tokens(30)).logits
     assert torch.equal(ours, forward(model, plain, input_ids=tokens(30)).logits)
-    assert [store.held.blocks for store in stores(cache)] == [()] * 4
+    assert [store.snapshot.segments for store in stores(cache)] == [()] * 4
 
 
 @pytest.mark.parametrize("name", FULL_ONLY)
@@ -165,7 +165,7 @@ def test_heads_with_rows_of_their_own_are_thinned_each():
         assert any(len(set(store.lengths[0].tolist())) > 1 for store in stores(cache))
         for store, whole, chosen in zip(stores(cache), stores(before), stored(cache), strict=True):
             assert torch.equal(chosen.sum(-1), torch.full((1, 2), 4))
-            ours, wanted = store.held.rows(), whole.held.rows()
+            ours, wanted = store.snapshot.rows(), whole.snapshot.rows()
             real = (wanted.positions >= 0)[..., None]
             assert torch.equal(ours.keys * real, wanted.keys * chosen.unsqueeze(2) * real)
             assert torch.equal(ours.values * real, wanted.values * real)
@@ -179,7 +179,7 @@ def test_quantized_rows_are_thin_too(bits):
     with THINK(model, storage=cp.Codec(bits, residual)):
         forward(model, cache, input_ids=ids)
     for store, layer in zip(stores(cache), whole.layers, strict=True):
-        old, new = store.held.blocks
+        old, new = store.snapshot.segments
         assert old.keys.codes.shape[-1] * 8 // bits == new.keys.shape[-1] == 4
         assert allocated(store) == store.nbytes
         for name, dim in (("keys", 2), ("values", 3)):
@@ -212,8 +212,8 @@ def test_forks_share_what_is_left():
     for press in (THINK, ComposedPress([cp.AdaKVPress(SNAP), THINK])):
         cache = pressed(model, press, ids)
         one, many = cp.fork(cache), cp.fork(cache, 3)
-        block = stores(cache)[0].held.blocks[0]
-        assert stores(many)[0].held.blocks[0] is block
+        block = stores(cache)[0].snapshot.segments[0]
+        assert stores(many)[0].snapshot.segments[0] is block
         batched = forward(model, many, input_ids=steps).logits
         for i in range(3):
             branch = cp.fork(one)
@@ -261,7 +261,7 @@ def test_a_second_turn_chooses_for_all_rows():
 
 
 def first_head(cache):
-    rows = stores(cache)[0].held.rows()
+    rows = stores(cache)[0].snapshot.rows()
     return rows.text_positions()[0, 0].tolist(), rows.keys[0, 0]
 
 

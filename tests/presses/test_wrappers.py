@@ -144,7 +144,7 @@ def test_key_rotation_agrees_with_the_reference_after_one_common_rotation():
         keys = torch.from_numpy(golden[f"keys_{layer}"]).double()
         shifted = rotary(keys, torch.full((1, keys.shape[2]), 256 - 128))
         near(store.keys, shifted, torch.float32, terms=TERMS, depth=4)
-        assert store.held.rows().rope[0, 0].tolist() == list(range(128, 256))
+        assert store.snapshot.rows().rope[0, 0].tolist() == list(range(128, 256))
 
 
 def test_rotated_keys_are_those_of_a_text_without_gaps():
