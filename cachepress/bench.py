@@ -32,7 +32,7 @@ from cachepress.errors import CachepressError
 from cachepress.generation.prefill import check_prefill, prefill
 from cachepress.hf import cache_argument
 from cachepress.hf.observation import Watched
-from cachepress.hf.repeat import Repeater
+from cachepress.hf.reconstruction import Reconstructor
 from cachepress.limits import check_whole
 from cachepress.models import load
 from cachepress.ops import wait
@@ -347,7 +347,7 @@ def _timed_notes() -> Iterator[list[float]]:
 
     with (
         mock.patch.object(Watched, "note", timed(Watched.note)),
-        mock.patch.object(Repeater, "repeat", timed(Repeater.repeat)),
+        mock.patch.object(Reconstructor, "repeat", timed(Reconstructor.repeat)),
     ):
         yield spent
 

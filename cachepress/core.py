@@ -12,12 +12,12 @@ from torch import Tensor
 
 from cachepress.forward import Forward, Rows
 from cachepress.ops import gather, valid_last, wide
-from cachepress.replay import Replay, ReplayView
-from cachepress.trace import Trace
+from cachepress.query_stats import QueryStats
+from cachepress.reconstruction import Reconstruction, ReconstructionView
 from cachepress.view import LayerView, Needs, RowBytes
 
 
-class Turn(NamedTuple):
+class Step(NamedTuple):
     """A forward, as a schedule sees it.
 
     Attributes:
@@ -76,7 +76,7 @@ class Schedule(Protocol):
         """Whether every token counts, since the bytes of the cache are limited while it grows."""
         ...
 
-    def due(self, turn: Turn) -> bool:
+    def due(self, step: Step) -> bool:
         """Whether a forward settles the layer."""
         ...
 
@@ -120,11 +120,11 @@ class Press(Protocol):
         ...
 
     @property
-    def replay(self) -> Replay | None:
+    def reconstruction(self) -> Reconstruction | None:
         """What the model has to repeat before its layers are settled; None for nothing."""
         ...
 
-    def replayed(self, view: ReplayView) -> Tensor:
+    def reconstructed(self, view: ReconstructionView) -> Tensor:
         """What a layer showed of each row of a chunk that was repeated, ``[H, chunk]``."""
         ...
 
@@ -132,15 +132,15 @@ class Press(Protocol):
         """Worth of each row, ``[B, H, T]``; the highest are kept."""
         ...
 
-    def carry(self, view: LayerView) -> Tensor | None:
+    def token_state(self, view: LayerView) -> Tensor | None:
         """What is left with each row for the next time, ``[B, H, T]``; None for nothing."""
         ...
 
-    def fold(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    def merge(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
         """Keys and values in which the rows outside of ``mask`` left something; None for not."""
         ...
 
-    def channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
+    def key_channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
         """Which channels of the keys are stored, ``[B, H, D]``; None for all."""
         ...
 
@@ -161,11 +161,13 @@ class CacheLayer(Protocol):
         """Whether rows that are kept are stored in another form than they came in."""
         ...
 
-    def keep(self, rows: Rows, mask: Tensor, known: Tensor | None, channels: Tensor | None) -> None:
+    def keep(
+        self, rows: Rows, mask: Tensor, text_valid: Tensor | None, key_channels: Tensor | None
+    ) -> None:
         """Hold exactly the rows of ``mask [B, H, T]``, in their order.
 
-        ``known [B, S]`` says which text columns are tokens; None for all. ``channels [B, H, D]``
-        says which channels of the keys are stored; None for all.
+        ``text_valid [B, S]`` says which text columns are tokens; None for all.
+        ``key_channels [B, H, D]`` says which channels of the keys are stored; None for all.
         """
         ...
 
@@ -177,10 +179,12 @@ class Pending:
     store: CacheLayer
     view: LayerView
     scores: Tensor
-    known: Tensor | None
+    text_valid: Tensor | None
 
 
-def settle(press: Press, store: CacheLayer, forward: Forward, trace: Trace) -> Pending | None:
+def compress(
+    press: Press, store: CacheLayer, forward: Forward, query_stats: QueryStats
+) -> Pending | None:
     """Score the rows of a layer and drop the losers from its store.
 
     Nothing is scored when the budget holds every row and the press leaves rows as they are, so
@@ -190,7 +194,7 @@ def settle(press: Press, store: CacheLayer, forward: Forward, trace: Trace) -> P
         press: says what stays.
         store: holds the layer's rows.
         forward: the forward that settles the layer.
-        trace: what was noted since the layer was last settled, this forward included.
+        query_stats: what was noted since the layer was last settled, this forward included.
 
     Returns:
         The scored layer, if it competes with the others of the model; else None.
@@ -204,7 +208,7 @@ def settle(press: Press, store: CacheLayer, forward: Forward, trace: Trace) -> P
     if idle and budget.scope != "model":
         _keep_all(press, store, view, forward.text_valid)
         return None
-    view = trace.show(view, forward)
+    view = query_stats.show(view, forward)
     scores = press.score(view)
     if budget.scope == "model":
         return Pending(store, view, scores, forward.text_valid)
@@ -222,7 +226,7 @@ def _row_bytes(press: Press, store: CacheLayer, forward: Forward) -> RowBytes:
     return bytes_of._replace(fixed=bytes_of.fixed + forward.text_valid.nbytes / heads)
 
 
-def settle_together(press: Press, layers: list[Pending]) -> None:
+def compress_together(press: Press, layers: list[Pending]) -> None:
     """Let the rows of all layers compete, and drop the losers."""
     longest = max(layer.scores.shape[-1] for layer in layers)
 
@@ -236,31 +240,31 @@ def settle_together(press: Press, layers: list[Pending]) -> None:
     n_kept = counts.sum(0) / len(layers)
     if not press.rewrites and press.budget.holds_all(valid, n_kept):
         for layer in layers:
-            _keep_all(press, layer.store, layer.view, layer.known)
+            _keep_all(press, layer.store, layer.view, layer.text_valid)
         return
     mask = press.budget.select(scores, valid, n_kept)
     for layer, part in zip(layers, mask.split(h, dim=1), strict=True):
         part = part[..., longest - layer.scores.shape[-1] :]
-        _drop(press, layer.store, layer.view, part, layer.known)
+        _drop(press, layer.store, layer.view, part, layer.text_valid)
 
 
-def _keep_all(press: Press, store: CacheLayer, view: LayerView, known: Tensor | None) -> None:
+def _keep_all(press: Press, store: CacheLayer, view: LayerView, text_valid: Tensor | None) -> None:
     """Leave every row in the store, as it came where nothing speaks against it."""
     if store.recodes or not bool(view.valid.all()):
-        _drop(press, store, view, view.valid, known)
+        _drop(press, store, view, view.valid, text_valid)
     else:
         store.restore()
 
 
 def _drop(
-    press: Press, store: CacheLayer, view: LayerView, mask: Tensor, known: Tensor | None
+    press: Press, store: CacheLayer, view: LayerView, mask: Tensor, text_valid: Tensor | None
 ) -> None:
     """Leave the rows of ``mask [B, H, T]`` in the store."""
-    rows = Rows(view.keys, view.values, view.positions, carried=press.carry(view))
-    folded = press.fold(view, mask)
-    if folded is not None:
-        rows = replace(rows, keys=folded[0], values=folded[1])
-        view = replace(view, keys=folded[0], values=folded[1])
+    rows = Rows(view.keys, view.values, view.positions, token_state=press.token_state(view))
+    merged = press.merge(view, mask)
+    if merged is not None:
+        rows = replace(rows, keys=merged[0], values=merged[1])
+        view = replace(view, keys=merged[0], values=merged[1])
     if press.compacts and view.rotary is not None:
         rank = mask.cumsum(-1)
         rope = view.next_position[:, None, None] - rank[..., -1:] + rank - 1
@@ -268,7 +272,7 @@ def _drop(
         bare = view.rotary(wide(keys), view.rope.clamp(min=0).flatten(0, 1), inverse=True)
         turned = view.rotary(bare, rope.clamp(min=0).flatten(0, 1)).to(keys.dtype)
         rows = replace(rows, keys=turned.view_as(view.keys), rope=rope)
-    store.keep(rows, mask, known, press.channels(replace(view, keys=rows.keys), mask))
+    store.keep(rows, mask, text_valid, press.key_channels(replace(view, keys=rows.keys), mask))
 
 
 def _table(forward: Forward) -> LayerView:
@@ -291,14 +295,14 @@ def _table(forward: Forward) -> LayerView:
     rope = index + (next_position - n_seen)[:, None, None]
     if rows.rope is not None:
         rope = torch.where(rows.rope >= 0, rows.rope, rope)
-    carried = rows.carried
+    token_state = rows.token_state
     if forward.text_valid is not None or not rows.full:
         order = valid_last(valid)
         keys, values = gather(keys, order), gather(values, order)
         positions, index, rope, valid = (
             x.gather(-1, order) for x in (positions, index, rope, valid)
         )
-        carried = None if carried is None else carried.gather(-1, order)
+        token_state = None if token_state is None else token_state.gather(-1, order)
     return LayerView(
         keys=keys,
         values=values,
@@ -314,7 +318,7 @@ def _table(forward: Forward) -> LayerView:
         n_layers=forward.n_layers,
         row_bytes=RowBytes(0, 0),
         rule=forward.rule,
-        carried=carried,
+        token_state=token_state,
     )
 
 

@@ -193,14 +193,14 @@ def _remembered(path: Path) -> str | None:
 def _read(path: Path, bar: tqdm) -> str:
     """Read a file for its digest, and remember that if the file can be told from a later one."""
     mark, changed = _mark(path)
-    settled = time.time_ns() - changed > _SETTLED_NS
+    compressed = time.time_ns() - changed > _SETTLED_NS
     digest, piece = hashlib.sha256(), bytearray(_PIECE)
     with path.open("rb", buffering=0) as file:
         while n := file.readinto(piece):
             digest.update(memoryview(piece)[:n])
             bar.update(n)
     found = digest.hexdigest()
-    if settled and mark == _mark(path)[0]:
+    if compressed and mark == _mark(path)[0]:
         with suppress(OSError, CachepressError):
             place = _place(mark)
             place.parent.mkdir(parents=True, exist_ok=True)

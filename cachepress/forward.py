@@ -24,7 +24,8 @@ class Rows:
             head is text column t.
         full: whether no slot is empty.
         rope: ``[B, H, T]`` position that each key is rotated to; None where it is the position.
-        carried: ``[B, H, T]`` what a press left with each row, NaN for nothing; None for no row.
+        token_state: ``[B, H, T]`` a number that a press keeps with each token, NaN for none; None
+            where no token has one.
     """
 
     keys: Tensor
@@ -32,7 +33,7 @@ class Rows:
     positions: Tensor | None = None
     full: bool = True
     rope: Tensor | None = None
-    carried: Tensor | None = None
+    token_state: Tensor | None = None
 
     def text_positions(self) -> Tensor:
         """Positions ``[B, H, T]``, written out."""

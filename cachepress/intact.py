@@ -97,35 +97,35 @@ class _StoreCheck:
     def run(self) -> None:
         """Raise ValueError unless everything fits together."""
         store, state = self.store, vars(self.store)
-        counts = [state[name] for name in ("_batch", "_seen", "_settled_at", "looked_at")]
+        counts = [state[name] for name in ("_batch", "_seen", "_compressed_at", "scored_at")]
         _need(_counts(tuple(counts), least=0), "counts")
-        batch, seen, settled, looked = counts
-        _need(max(settled, looked) <= seen, "counts that fit")
-        _need(state["_groups"] == () and state["trace"] is None, "one group of sequences")
+        batch, seen, compressed, mark_scored = counts
+        _need(max(compressed, mark_scored) <= seen, "counts that fit")
+        _need(state["_groups"] == () and state["query_stats"] is None, "one group of sequences")
         _need(isinstance(state["_encoded"], bool), "flags")
         _need(store.codec is None or isinstance(store.codec, Codec), "a codec")
-        _need(store.reads is None or is_whole(store.reads, 1), "pages to read")
+        _need(store.page_budget is None or is_whole(store.page_budget, 1), "pages to read")
         segments, tail = state["_segments"], state["_tail"]
         _need(
             isinstance(segments, tuple) and all(isinstance(x, Segment) for x in segments), "blocks"
         )
         _need(tail is None or isinstance(tail, Tail), "a tail")
-        self._check_known(batch, settled)
+        self._check_known(batch, compressed)
         if tail is not None:
             self._check_tail(tail, batch)
         start = seen - (0 if tail is None else tail.n)
-        _need(start >= settled, "as many tokens as there are rows")
-        _need(bool(segments) or not settled, "the rows that were kept")
-        self._check_blocks(segments, batch, start, settled)
+        _need(start >= compressed, "as many tokens as there are rows")
+        _need(bool(segments) or not compressed, "the rows that were kept")
+        self._check_blocks(segments, batch, start, compressed)
         if state["_encoded"]:
             self._check_encoded(segments)
 
-    def _check_known(self, batch: int, settled: int) -> None:
-        known = self.store.known
-        if known is None:
+    def _check_known(self, batch: int, compressed: int) -> None:
+        text_valid = self.store.text_valid
+        if text_valid is None:
             return
-        _need(isinstance(known, Tensor) and known.dtype == torch.bool, "a mask")
-        _need(known.shape == (batch, settled), "a mask of the text")
+        _need(isinstance(text_valid, Tensor) and text_valid.dtype == torch.bool, "a mask")
+        _need(text_valid.shape == (batch, compressed), "a mask of the text")
 
     def _check_tail(self, tail: Tail, batch: int) -> None:
         rows = tail.read()
@@ -135,7 +135,7 @@ class _StoreCheck:
             _need(x.dtype == like.dtype, f"a tail of {like.dtype}, as the model makes it here")
 
     def _check_blocks(
-        self, segments: Sequence[Segment], batch: int, start: int, settled: int
+        self, segments: Sequence[Segment], batch: int, start: int, compressed: int
     ) -> None:
         """Rows rise from block to block, and every token since the store was settled is there."""
         ends: Tensor | None = None
@@ -143,7 +143,7 @@ class _StoreCheck:
         for segment in segments:
             _need(batch % segment.shape[0] == 0, "sequences that share rows")
             _need(segment.shape[1] == self.key.shape[1], "as many heads as the layer")
-            first, last, newer = self._check_block(segment, start, settled)
+            first, last, newer = self._check_block(segment, start, compressed)
             if ends is None:
                 ends, held = last, newer
                 continue
@@ -153,10 +153,12 @@ class _StoreCheck:
             )
             _need(bool((first > ends).all()), "positions that rise from block to block")
             ends, held = torch.maximum(ends, last), held + newer
-        _need(bool((held == start - settled).all()), "the rows of all tokens since it was settled")
+        _need(
+            bool((held == start - compressed).all()), "the rows of all tokens since it was settled"
+        )
 
     def _check_block(
-        self, segment: Segment, start: int, settled: int
+        self, segment: Segment, start: int, compressed: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The first and last position of each head, and the rows since, ``[F, H]`` each.
 
@@ -171,7 +173,7 @@ class _StoreCheck:
         rising = (positions[:, 1:] > positions[:, :-1]) | ~real[:, 1:]
         _need(bool(rising.all()), "rising positions")
         width = self.key.shape[3]
-        stored = width if segment.channels is None else self._stored_channels(segment)
+        stored = width if segment.key_channels is None else self._stored_channels(segment)
         _need(is_whole(segment.width, width, width), "channels")
         _check_numbers(segment.keys, self.key, (pages, PAGE, stored), of_channels=True)
         size = self.value.shape[3]
@@ -182,12 +184,12 @@ class _StoreCheck:
             nothing = torch.full(shape, start, device=positions.device)
             return nothing, torch.full_like(nothing, -1), torch.zeros(shape, dtype=torch.long)
         first = positions[:, 0].masked_fill(~real[:, 0], start)
-        newer = (positions >= settled).sum(-1)
+        newer = (positions >= compressed).sum(-1)
         return first.view(shape), positions.amax(-1).view(shape), newer.view(shape).cpu()
 
     def _stored_channels(self, segment: Segment) -> int:
         """The number of key channels that are stored."""
-        channels = segment.channels
+        channels = segment.key_channels
         _need(isinstance(channels, Tensor) and channels.dtype == torch.int64, "channels")
         assert channels is not None
         _need(channels.ndim == 2 and len(channels) == len(segment.layout.lengths), "channels")
@@ -196,18 +198,18 @@ class _StoreCheck:
         return channels.shape[1]
 
     def _check_columns(self, segment: Segment, stored: int) -> None:
-        pages, rope, carried, bounds = (
+        pages, rope, token_state, bounds = (
             segment.layout.n_pages,
             segment.rope,
-            segment.carried,
+            segment.token_state,
             segment.bounds,
         )
         if rope is not None:
             _need(_is(rope, torch.int32, (pages, PAGE)), "positions that keys are rotated to")
             least, most = (int(x) for x in rope.aminmax()) if rope.numel() else (0, 0)
             _need(least >= -1 and most < self.store.get_seq_length(), "rotations in the text")
-        if carried is not None:
-            _need(_is(carried, wide_dtype(self.key), (pages, PAGE)), "a number for each slot")
+        if token_state is not None:
+            _need(_is(token_state, wide_dtype(self.key), (pages, PAGE)), "a number for each slot")
         if bounds is not None:
             _need(isinstance(segment.keys, Tensor), "bounds of keys that are not quantized")
             _need(_is(bounds, self.key.dtype, (pages, 2, stored)), "bounds of each page")
@@ -217,7 +219,9 @@ class _StoreCheck:
         _need(bool(segments), "pages that grow")
         last = segments[-1]
         _need((last.layout.even or 1) % PAGE == 0, "full pages")
-        _need(last.rope is last.carried is last.channels is None, "pages of rows as they came")
+        _need(
+            last.rope is last.token_state is last.key_channels is None, "pages of rows as they came"
+        )
 
 
 def _check_numbers(

@@ -28,7 +28,7 @@ from cachepress.fingerprint import fingerprint, other_model
 from cachepress.hf import attach, learned_positions, sample_cache
 from cachepress.intact import Fitting, check_pages
 from cachepress.ops.ragged_attention import Layout
-from cachepress.trace import Trace
+from cachepress.query_stats import QueryStats
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -38,7 +38,16 @@ _EARLIER = "cachepress-cache-1"
 _SAMPLE = 64
 _LAYER = "Store"
 _PARTS = {"Block": Segment, "Codec": Codec, "Layout": Layout, "Quantized": Quantized}
-_NAMES = {"_segments": "_blocks"}
+_NAMES = {
+    "_segments": "_blocks",
+    "_compressed_at": "_settled_at",
+    "scored_at": "looked_at",
+    "page_budget": "reads",
+    "query_stats": "trace",
+    "text_valid": "known",
+    "token_state": "carried",
+    "key_channels": "channels",
+}
 """Classes and fields are called in a file what version 0.1.0 called them; those that have another
 name since, by the one of today."""
 _TODAY = {on_disk: today for today, on_disk in _NAMES.items()}
@@ -182,7 +191,7 @@ def _state(layer: object) -> dict[str, object]:
     state = {name: x for name, x in vars(layer).items() if name != TEXT}
     if not isinstance(layer, CompressedLayer):
         return state
-    return {_NAMES.get(k, k): None if isinstance(x, Trace) else x for k, x in state.items()}
+    return {_NAMES.get(k, k): None if isinstance(x, QueryStats) else x for k, x in state.items()}
 
 
 def _named_today(parts: Mapping[str, T]) -> dict[str, T]:

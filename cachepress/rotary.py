@@ -47,19 +47,19 @@ class PairRotary:
         if inverse:
             length = cos.square() + sin.square()
             cos, sin = cos / length, -sin / length
-        return self._turn(x, cos, sin)
+        return self._step(x, cos, sin)
 
     def mean(self, x: Tensor, positions: Tensor) -> Tensor:
         """Average of ``x [B, ..., D]`` rotated to each of ``positions [B, n]``."""
         cos, sin = self._angles(x, positions, x.ndim - 2)
-        return self._turn(x, cos.mean(-2), sin.mean(-2))
+        return self._step(x, cos.mean(-2), sin.mean(-2))
 
     def _angles(self, x: Tensor, positions: Tensor, inner: int) -> tuple[Tensor, Tensor]:
         pair = self.cos_sin(x, positions)
         cos, sin = (t.view(t.shape[0], *[1] * inner, *t.shape[1:]) for t in pair)
         return cos, sin
 
-    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _step(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         r = 2 * cos.shape[-1]
         part, rest = x[..., :r], x[..., r:]
         if self.neighbours:

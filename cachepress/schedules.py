@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cachepress.core import Turn
+from cachepress.core import Step
 
 
 @dataclass(frozen=True)
@@ -12,9 +12,9 @@ class AfterPrefill:
     decodes: bool = False
     bounded: bool = False
 
-    def due(self, turn: Turn) -> bool:
+    def due(self, step: Step) -> bool:
         """Whether a forward settles the layer."""
-        return turn.prompt and not turn.later
+        return step.prompt and not step.later
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Every:
     bounded: bool = False
     decodes: bool = True
 
-    def due(self, turn: Turn) -> bool:
+    def due(self, step: Step) -> bool:
         """Whether a forward settles the layer."""
-        if turn.later:
-            return self.bounded and turn.since >= self.interval
-        return turn.prompt or turn.since >= self.interval
+        if step.later:
+            return self.bounded and step.since >= self.interval
+        return step.prompt or step.since >= self.interval

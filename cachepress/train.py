@@ -202,7 +202,7 @@ class _LabelPress(KVzipPress):
 
     def score(self, view: LayerView) -> Tensor:
         """What the replay showed, ``[B, H, T]``."""
-        self.scores[view.depth] = self.carry(view)[0].mT.float().cpu()
+        self.scores[view.depth] = self.token_state(view)[0].mT.float().cpu()
         return super().score(view)
 
     def _note(self, hidden: Tensor, depth: int) -> Tensor:

@@ -18,7 +18,7 @@ from cachepress.ops import AttentionRule, attention_column_sums, gather
 EVERY = 1 << 62
 """As a number of queries: all of them."""
 
-Note = Callable[[Tensor, int], Tensor]
+HiddenFeature = Callable[[Tensor, int], Tensor]
 """What is noted of the hidden states ``[B, n, M]`` of a layer (by its depth): ``[B, H, n]``."""
 
 
@@ -43,10 +43,10 @@ class Needs:
     rotary: bool = False
     projection: bool = False
     question: bool = False
-    hidden: Note | None = None
+    hidden: HiddenFeature | None = None
 
     @property
-    def watches(self) -> bool:
+    def observes(self) -> bool:
         """Whether something must be noted at every forward, not only when a layer is settled."""
         asked = self.attention_sums or self.question
         return bool(self.queries) or self.moments_after is not None or asked or self.notes
@@ -85,7 +85,7 @@ class Needs:
         )
 
 
-_NUMBERS = ("positions", "index", "rope", "valid", "carried", "noted")
+_NUMBERS = ("positions", "index", "rope", "valid", "token_state", "hidden_feature")
 _ATTENTION = ("attention_sums", "attention_counts")
 """Columns of a view with a number for each row."""
 
@@ -153,10 +153,10 @@ class LayerView:
         projection: ``[H, G, E, M]`` output projection of each query head to M channels, or None.
         attention_sums: ``[B, H, G, T]`` attention received from all queries, or None.
         attention_counts: ``[B, H, T]`` how many queries could attend to the row, or None.
-        carried: ``[B, H, T]`` what the press left with the row when the layer was last settled, NaN
-            for rows that are new; None if it left nothing.
-        noted: ``[B, H, T]`` what was noted of the row's hidden state, NaN for rows of before; None
-            if the press declared nothing.
+        token_state: ``[B, H, T]`` what the press kept with the token when the layer was last
+            compressed, NaN for tokens that are new; None if it kept nothing.
+        hidden_feature: ``[B, H, T]`` what the press computed from the token's hidden state, NaN for
+            tokens of before; None if it declared nothing.
         n_question: ``[B]`` tokens at the end of the text that are the question, or None.
     """
 
@@ -181,8 +181,8 @@ class LayerView:
     projection: Tensor | None = None
     attention_sums: Tensor | None = None
     attention_counts: Tensor | None = None
-    carried: Tensor | None = None
-    noted: Tensor | None = None
+    token_state: Tensor | None = None
+    hidden_feature: Tensor | None = None
     n_question: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> "LayerView":
@@ -237,7 +237,7 @@ class LayerView:
         return replace(self, valid=self.valid & rows)
 
     def last_queries(self, n: int) -> Tensor:
-        """The last ``n`` queries (fewer if the turn was shorter), ``[B, H, G, Q, D]``."""
+        """The last ``n`` queries (fewer if the step was shorter), ``[B, H, G, Q, D]``."""
         if self.queries is None:
             raise TypeError("the press did not declare queries in its needs")
         return self.queries[..., -n:, :]

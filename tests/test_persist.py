@@ -322,7 +322,7 @@ def test_token_ids_follow_the_text():
         model(ids, past_key_values=watched)
     assert torch.equal(text_of(watched), ids)
     forward(model, watched, input_ids=ids[:, :8])
-    watched.crop(-10 if cp.cache.batch.stores(watched)[0]._settled_at < 48 else -8)
+    watched.crop(-10 if cp.cache.batch.stores(watched)[0]._compressed_at < 48 else -8)
     assert torch.equal(text_of(watched), ids)
 
 

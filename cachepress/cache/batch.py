@@ -161,7 +161,7 @@ def form_of(cache: Cache) -> tuple[object, ...] | None:
     layers = stores(cache)
     if not layers or len(layers) != len(cache.layers) or layers[0].batch_size != 1:
         return None
-    return None if layers[0].known is not None else tuple(layer.form for layer in layers)
+    return None if layers[0].text_valid is not None else tuple(layer.form for layer in layers)
 
 
 def join(groups: Sequence[Sequence[Cache]], n: int = 1) -> Cache:
@@ -209,7 +209,7 @@ def grouped(caches: Sequence[Cache]) -> list[list[int]]:
 
 def is_plain(cache: Cache) -> bool:
     """Whether rows are stored and read as they came, neither quantized nor by page."""
-    return all(layer.codec is None and layer.reads is None for layer in stores(cache))
+    return all(layer.codec is None and layer.page_budget is None for layer in stores(cache))
 
 
 def ordinary(cache: Cache) -> Cache:

@@ -18,7 +18,7 @@ from cachepress.errors import CachepressError, UnsupportedError
 from cachepress.forward import Rows
 from cachepress.ops import wide_dtype
 from cachepress.ops.ragged_attention import PAGE
-from cachepress.trace import Trace
+from cachepress.query_stats import QueryStats
 from cachepress.view import RowBytes
 
 POSITION_BYTES = 4
@@ -39,12 +39,12 @@ class CompressedLayer(CacheLayerMixin):
     tail of this store's own.
 
     Attributes:
-        known: ``[B, S]`` which of the settled text columns are tokens; None if all.
+        text_valid: ``[B, S]`` which of the settled text columns are tokens; None if all.
         codec: how kept rows are stored; None for as they are.
-        reads: pages of settled rows that a decoded token reads in each head; None for all.
-        looked_at: text columns seen when a press last looked at the rows, and those of prompts that
+        page_budget: pages of settled rows that a decoded token reads in each head; None for all.
+        scored_at: text columns seen when a press last looked at the rows, and those of prompts that
             were left as they are since.
-        trace: what a press noted since.
+        query_stats: what a press noted since.
         text_ids: ``[1, n]`` token ids of the text, or of its beginning, where all sequences have
             it in common, in the host's memory; None where it is not known.
     """
@@ -60,13 +60,13 @@ class CompressedLayer(CacheLayerMixin):
         self._tail: Tail | None = None
         self._batch = -1
         self._seen = 0
-        self._settled_at = 0
-        self.looked_at = 0
-        self.trace: Trace | None = None
+        self._compressed_at = 0
+        self.scored_at = 0
+        self.query_stats: QueryStats | None = None
         self.codec: Codec | None = None
-        self.reads: int | None = None
+        self.page_budget: int | None = None
         self._encoded = False
-        self.known: Tensor | None = None
+        self.text_valid: Tensor | None = None
         self.text_ids: np.ndarray | None = None
 
     @classmethod
@@ -75,7 +75,7 @@ class CompressedLayer(CacheLayerMixin):
         store = cls()
         if keys is not None and values is not None and keys.numel():
             store._append(keys, values)
-            store.looked_at = store._seen
+            store.scored_at = store._seen
         return store
 
     @property
@@ -114,8 +114,10 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             raise CachepressError("the store is empty: run a forward with it first")
         tail = None if self._tail is None else self._tail.read()
-        known, reads = self.known, self.reads
-        return Snapshot(self._segments, tail, self._seen, self._batch, known, reads, self._groups)
+        text_valid, page_budget = self.text_valid, self.page_budget
+        return Snapshot(
+            self._segments, tail, self._seen, self._batch, text_valid, page_budget, self._groups
+        )
 
     @property
     def nbytes(self) -> int:
@@ -138,7 +140,7 @@ class CompressedLayer(CacheLayerMixin):
         grouped = [segment for segments, _ in self._groups for segment in segments]
         found = [x for segment in (*self._segments, *grouped) for x in segment.tensors()]
         found += [] if self._tail is None else self._tail.tensors()
-        return found if self.known is None else [*found, self.known]
+        return found if self.text_valid is None else [*found, self.text_valid]
 
     @torch.compiler.disable
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -156,33 +158,33 @@ class CompressedLayer(CacheLayerMixin):
         self,
         rows: Rows,
         mask: Tensor,
-        known: Tensor | None = None,
-        channels: Tensor | None = None,
+        text_valid: Tensor | None = None,
+        key_channels: Tensor | None = None,
     ) -> None:
         """Hold exactly the rows of ``mask [B, H, T]``, in their order, in new storage.
 
         Args:
             rows: a table of everything that is held.
             mask: what stays of it.
-            known: ``[B, S]`` which text columns are tokens; None where all are.
-            channels: ``[B, H, D]`` which channels of the keys are stored, as many in every head;
-                None for all.
+            text_valid: ``[B, S]`` which text columns are tokens; None where all are.
+            key_channels: ``[B, H, D]`` which channels of the keys are stored, as many in every
+                head; None for all.
         """
-        segments = self._segments_of(rows, mask, channels)
+        segments = self._segments_of(rows, mask, key_channels)
         self._segments, self._tail, self._encoded = segments, None, False
-        self._settled_at, self.known = self._seen, known
+        self._compressed_at, self.text_valid = self._seen, text_valid
 
     @property
     def recodes(self) -> bool:
         """Whether rows that are kept are stored in another form than they came in."""
-        return self.codec is not None or self.reads is not None
+        return self.codec is not None or self.page_budget is not None
 
     def row_bytes(self, rows: Rows, compacts: bool, carries: bool = False) -> RowBytes:
         """Bytes that the kept rows of a head need: keys, values, positions, what is carried."""
         d, e = rows.keys.shape[-1], rows.values.shape[-1]
         key = d * rows.keys.element_size()
         full = key + e * rows.values.element_size()
-        full += 0 if self.reads is None else 2 * key / PAGE
+        full += 0 if self.page_budget is None else 2 * key / PAGE
         positions = POSITION_BYTES * (1 + (compacts or rows.rope is not None))
         positions += carries * wide_dtype(rows.keys).itemsize
         if self.codec is None:
@@ -198,7 +200,7 @@ class CompressedLayer(CacheLayerMixin):
 
         What forks share is in pages, which have positions and end with free slots.
         """
-        if self._settled_at or not self.is_initialized or self._groups:
+        if self._compressed_at or not self.is_initialized or self._groups:
             return
         if any(segment.shape[0] != self._batch for segment in self._segments):
             return
@@ -217,18 +219,18 @@ class CompressedLayer(CacheLayerMixin):
         # The rest of a tail that was put into pages is copied with slack, and grows by it.
         return n * paged + (min(n, residual + PAGE) + 2 * SLACK) * whole
 
-    def looked(self) -> None:
+    def mark_scored(self) -> None:
         """Note that a press looked at the rows, whether or not it dropped any."""
-        self.looked_at, self.trace = self._seen, None
+        self.scored_at, self.query_stats = self._seen, None
 
-    def passed(self, n: int, bounded: bool = False) -> None:
+    def mark_skipped(self, n: int, bounded: bool = False) -> None:
         """Note that a press left the ``n`` tokens of a prompt as they are.
 
         Where the bytes are ``bounded`` they count as if they had been decoded, and are put into
         pages at once, as decoded ones are.
         """
         if not bounded:
-            self.looked_at += n
+            self.scored_at += n
         elif n and self._pages_tail:
             self._page_tail()
 
@@ -238,8 +240,8 @@ class CompressedLayer(CacheLayerMixin):
             self._freeze()
         forked = copy.copy(self)
         forked._tail = None if self._tail is None else self._tail.copy()
-        if self.trace is not None:
-            forked.trace = self.trace.select(torch.arange(self._batch))
+        if self.query_stats is not None:
+            forked.query_stats = self.query_stats.select(torch.arange(self._batch))
         return forked
 
     @property
@@ -247,7 +249,12 @@ class CompressedLayer(CacheLayerMixin):
         """What stores have in common that can be one group of a joined batch."""
         if self._tail is not None:
             self._freeze()
-        return (self._seen, self.codec, self.reads, *(segment.form for segment in self._segments))
+        return (
+            self._seen,
+            self.codec,
+            self.page_budget,
+            *(segment.form for segment in self._segments),
+        )
 
     @property
     def even(self) -> tuple[int, ...] | None:
@@ -268,9 +275,9 @@ class CompressedLayer(CacheLayerMixin):
         for group in groups:
             parts = zip(*(store._segments for store in group), strict=True)
             stacked.append((tuple(Segment.stack(segments) for segments in parts), len(group) * n))
-        joined._batch, joined.trace = sum(size for _, size in stacked), None
+        joined._batch, joined.query_stats = sum(size for _, size in stacked), None
         joined.text_ids = None
-        joined._settled_at = max(store._settled_at for group in groups for store in group)
+        joined._compressed_at = max(store._compressed_at for group in groups for store in group)
         joined._segments = stacked[0][0] if len(stacked) == 1 else ()
         joined._groups = () if len(stacked) == 1 else tuple(stacked)
         return joined
@@ -298,12 +305,12 @@ class CompressedLayer(CacheLayerMixin):
         target = tokens_to_remove if tokens_to_remove > 0 else self._seen + tokens_to_remove
         if target >= self._seen or not self.is_initialized:
             return
-        if target < self._settled_at or target < 0:
+        if target < self._compressed_at or target < 0:
             raise CachepressError(
                 f"cannot crop a compressed cache to {target} tokens: rows before "
-                f"{self._settled_at} were dropped when the prompt was compressed; crop to "
-                f"{self._settled_at} or more, and do assisted decoding after `with press(model)`, "
-                "on a cache that cachepress.prefill compressed"
+                f"{self._compressed_at} were dropped when the prompt was compressed; crop to "
+                f"{self._compressed_at} or more, and do assisted decoding after `with press(model)`"
+                ", on a cache that cachepress.prefill compressed"
             )
         surplus, own = self._seen - target, 0 if self._tail is None else self._tail.n
         if self._tail is not None and surplus <= own:
@@ -316,13 +323,13 @@ class CompressedLayer(CacheLayerMixin):
         self._seen = target
         if self.text_ids is not None:
             self.text_ids = self.text_ids[:, :target]
-        self.looked_at, self.trace = min(self.looked_at, target), None
+        self.scored_at, self.query_stats = min(self.scored_at, target), None
 
     def reset(self) -> None:
         """Forget everything but how rows are stored."""
-        codec, reads = self.codec, self.reads
+        codec, page_budget = self.codec, self.page_budget
         self.__init__()
-        self.codec, self.reads = codec, reads
+        self.codec, self.page_budget = codec, page_budget
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: buffers are made when the first rows arrive."""
@@ -343,10 +350,10 @@ class CompressedLayer(CacheLayerMixin):
         )
         if self._tail is not None:
             self._tail = self._tail.select(index)
-        if self.known is not None:
-            self.known = self.known[index.to(self.known.device)]
-        if self.trace is not None:
-            self.trace = self.trace.select(index)
+        if self.text_valid is not None:
+            self.text_valid = self.text_valid[index.to(self.text_valid.device)]
+        if self.query_stats is not None:
+            self.query_stats = self.query_stats.select(index)
         self._batch = len(index)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -396,27 +403,31 @@ class CompressedLayer(CacheLayerMixin):
         self._encoded = False
 
     def _segments_of(
-        self, rows: Rows, mask: Tensor, channels: Tensor | None = None
+        self, rows: Rows, mask: Tensor, key_channels: Tensor | None = None
     ) -> tuple[Segment, ...]:
         """The rows of ``mask [B, H, T]`` as they are stored."""
         if self.codec is None:
-            return (self._segment(rows, mask, None, channels),)
+            return (self._segment(rows, mask, None, key_channels),)
         rank = mask.flip(-1).cumsum(-1).flip(-1)  # 1 for the last row that stays
         newest = mask & (rank <= self.codec.residual)
         old = mask & ~newest
-        segments = [self._segment(rows, old, self.codec, channels)] if bool(old.any()) else []
-        return (*segments, self._segment(rows, newest, None, channels))
+        segments = [self._segment(rows, old, self.codec, key_channels)] if bool(old.any()) else []
+        return (*segments, self._segment(rows, newest, None, key_channels))
 
     def _segment(
-        self, rows: Rows, mask: Tensor, codec: Codec | None = None, channels: Tensor | None = None
+        self,
+        rows: Rows,
+        mask: Tensor,
+        codec: Codec | None = None,
+        key_channels: Tensor | None = None,
     ) -> Segment:
         """The rows of ``mask [B, H, T]`` as one block."""
-        return Segment.of(rows, mask, codec, channels, self.reads is not None)
+        return Segment.of(rows, mask, codec, key_channels, self.page_budget is not None)
 
     @property
     def _pages_tail(self) -> bool:
         """Whether the oldest rows of a long tail are put into pages."""
-        return self.recodes and bool(self._settled_at)
+        return self.recodes and bool(self._compressed_at)
 
     def _page_tail(self) -> None:
         """Put the oldest rows of a tail that is longer than the residual into pages, full ones."""

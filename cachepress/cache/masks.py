@@ -78,21 +78,23 @@ class TextMask:
         causal = torch.ones(self._n, s, dtype=torch.bool, device=mask.device).tril_(s - self._n)
         return _bias(mask.bool()[:, None, None] & causal)
 
-    def of_rows(self, end: int, known: Tensor | None) -> Tensor | None:
+    def of_rows(self, end: int, text_valid: Tensor | None) -> Tensor | None:
         """The bias ``[B, n, S]``, if it hides any token before ``end`` from any query; else None.
 
         Args:
             end: a text column before those of this forward.
-            known: ``[B, S]`` of the first columns, False where no row of it is held; None where
-                all are.
+            text_valid: ``[B, S]`` of the first columns, False where no pair of it is held; None
+                where all are.
         """
         if self._mask is None:
             return None
-        key = (end, id(known))
+        key = (end, id(text_valid))
         if key not in self._seen:
             hidden = _hidden(self._mask, end)  # [B, n or 1, end]
-            if known is not None:
-                hidden = hidden & F.pad(known, (0, end - known.shape[1]), value=True)[:, None]
+            if text_valid is not None:
+                hidden = (
+                    hidden & F.pad(text_valid, (0, end - text_valid.shape[1]), value=True)[:, None]
+                )
             self._seen[key] = bool(hidden.any())
         return self.by_head[:, 0] if self._seen[key] else None
 

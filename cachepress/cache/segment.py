@@ -24,12 +24,13 @@ class Segment:
         shape: ``(B, H)``.
         layout: where each head's rows are.
         keys: ``[P, C, D]``, as they are or quantized; of some channels only, where there are
-            ``channels``.
+            ``key_channels``.
         values: ``[P, C, E]``, as they are or quantized.
         positions: ``[P, C]`` index of each row in the text, -1 in an unused slot.
         rope: ``[P, C]`` position that each key is rotated to; None where it is the position.
-        carried: ``[P, C]`` what a press left with each row; None for no row.
-        channels: ``[B * H, D']`` the channels of the keys that are stored, ascending; None for all.
+        token_state: ``[P, C]`` what a press left with each row; None for no row.
+        key_channels: ``[B * H, D']`` the channels of the keys that are stored, ascending; None for
+            all.
         bounds: ``[P, 2, D']`` the lowest and the highest number of each channel of a page's keys;
             None where nobody asks. Quantized keys know their own.
         width: channels of a key, stored or not.
@@ -41,8 +42,8 @@ class Segment:
     values: Tensor | Quantized
     positions: Tensor
     rope: Tensor | None = None
-    carried: Tensor | None = None
-    channels: Tensor | None = None
+    token_state: Tensor | None = None
+    key_channels: Tensor | None = None
     width: int = 0
     bounds: Tensor | None = None
 
@@ -56,10 +57,10 @@ class Segment:
         rows: Rows,
         mask: Tensor,
         codec: Codec | None = None,
-        channels: Tensor | None = None,
+        key_channels: Tensor | None = None,
         bounded: bool = False,
     ) -> "Segment":
-        """The rows of ``mask [B, H, T]``, in their order, with some ``channels [B, H, D]``.
+        """The rows of ``mask [B, H, T]``, in their order, with some ``key_channels [B, H, D]``.
 
         ``bounded`` says that the keys of each page get bounds.
         """
@@ -75,7 +76,7 @@ class Segment:
                 pages[slots] = x[mask]
             return pages.view(layout.n_pages, PAGE, *x.shape[3:])
 
-        chosen = None if channels is None else _indices(channels)
+        chosen = None if key_channels is None else _indices(key_channels)
         keys, values = paged(_picked(rows.keys, chosen)), paged(rows.values)
         positions = paged(rows.text_positions().int(), -1)
         return cls(
@@ -85,8 +86,10 @@ class Segment:
             values=values if codec is None else codec.encode_values(values),
             positions=positions,
             rope=None if rows.rope is None else paged(rows.rope.int(), -1),
-            carried=None if rows.carried is None else paged(rows.carried.to(wide_dtype(rows.keys))),
-            channels=None if chosen is None else chosen.flatten(0, 1),
+            token_state=None
+            if rows.token_state is None
+            else paged(rows.token_state.to(wide_dtype(rows.keys))),
+            key_channels=None if chosen is None else chosen.flatten(0, 1),
             width=rows.keys.shape[-1],
             bounds=_bounds(keys, positions >= 0) if bounded and codec is None else None,
         )
@@ -98,22 +101,22 @@ class Segment:
             _decoded(self.values),
             self.positions,
             self.rope,
-            self.carried,
+            self.token_state,
         )
         n = self.layout.even
         if n is not None:
             tables = [None if x is None else self._spans(x)[:, :, :n] for x in columns]
-            keys, values, positions, rope, carried = tables
-            return Rows(self._whole(keys), values, positions, rope=rope, carried=carried)  # pyright: ignore[reportArgumentType]
+            keys, values, positions, rope, token_state = tables
+            return Rows(self._whole(keys), values, positions, rope=rope, token_state=token_state)  # pyright: ignore[reportArgumentType]
         table, real = self.layout.padded()
         tables = [
             None if x is None else x.flatten(0, 1)[table].unflatten(0, self.shape) for x in columns
         ]
-        keys, values, positions, rope, carried = tables
+        keys, values, positions, rope, token_state = tables
         hidden = ~real.unflatten(0, self.shape)
         positions = positions.masked_fill(hidden, -1)  # pyright: ignore[reportOptionalMemberAccess]
         keys = self._whole(keys)
-        return Rows(keys, values, positions, full=False, rope=rope, carried=carried)  # pyright: ignore[reportArgumentType]
+        return Rows(keys, values, positions, full=False, rope=rope, token_state=token_state)  # pyright: ignore[reportArgumentType]
 
     def part(self, mask: Tensor | None) -> Part:
         """The rows as attention reads them.
@@ -125,10 +128,10 @@ class Segment:
         keys, values = _decoded(self.keys), _decoded(self.values)
         if n is None:
             bias = None if mask is None else self._bias(mask)
-            return PagedPart(keys, values, self.layout, bias, self.channels)
+            return PagedPart(keys, values, self.layout, bias, self.key_channels)
         bias = None if mask is None else _of_columns(mask, self._spans(self.positions)[:, :, :n])
         keys, values = (self._spans(x)[:, :, :n].flatten(0, 1) for x in (keys, values))
-        return DensePart(keys, values, bias, self.channels)
+        return DensePart(keys, values, bias, self.key_channels)
 
     @property
     def whole_row(self) -> int:
@@ -156,7 +159,7 @@ class Segment:
         bounds = self.keys.bounds() if isinstance(self.keys, Quantized) else self.bounds
         assert bounds is not None
         bounds = bounds.flatten(1).to(query.dtype)  # [P, 2 * D']
-        queries = of_channels(together(query, spans), self.channels)
+        queries = of_channels(together(query, spans), self.key_channels)
         signed = torch.cat([queries.clamp(max=0), queries.clamp(min=0)], dim=-1)
         if layout.even is not None:
             products = torch.bmm(signed, bounds.view(spans, -1, bounds.shape[-1]).mT)
@@ -190,11 +193,11 @@ class Segment:
         bias = torch.zeros(positions.shape, device=positions.device)[:, :, None, None]
         bias = bias if mask is None else _of_columns(mask, positions)
         bias = bias.masked_fill(positions[:, :, None, None] < 0, LOWEST)
-        channels = self.channels
-        if channels is not None:
-            channels = channels.repeat(spans // len(channels), 1)
+        key_channels = self.key_channels
+        if key_channels is not None:
+            key_channels = key_channels.repeat(spans // len(key_channels), 1)
         keys, values = (x.view(spans, width * PAGE, x.shape[-1]) for x in (keys, values))
-        return DensePart(keys, values, bias, channels)
+        return DensePart(keys, values, bias, key_channels)
 
     def select(self, sequences: Tensor) -> "Segment":
         """The block of some of the sequences ``[B']``, which may repeat."""
@@ -216,8 +219,8 @@ class Segment:
             values=_paged(self.values, lambda x: x[pages]),
             positions=self.positions[pages],
             rope=None if self.rope is None else self.rope[pages],
-            carried=None if self.carried is None else self.carried[pages],
-            channels=None if self.channels is None else self._channels_of(wanted),
+            token_state=None if self.token_state is None else self.token_state[pages],
+            key_channels=None if self.key_channels is None else self._channels_of(wanted),
             bounds=None if self.bounds is None else self.bounds[pages],
         )
 
@@ -227,8 +230,8 @@ class Segment:
         stored = [
             (x.form if isinstance(x, Quantized) else x.dtype) for x in (self.keys, self.values)
         ]
-        channels = None if self.channels is None else self.channels.shape[-1]
-        return (self.shape[1], *stored, self.width, channels, self.bounds is not None)
+        key_channels = None if self.key_channels is None else self.key_channels.shape[-1]
+        return (self.shape[1], *stored, self.width, key_channels, self.bounds is not None)
 
     @classmethod
     def stack(cls, segments: Sequence["Segment"]) -> "Segment":
@@ -254,8 +257,8 @@ class Segment:
             values=_stacked([segment.values for segment in segments]),
             positions=torch.cat([segment.positions for segment in segments]),
             rope=None,
-            carried=None,
-            channels=stacked([segment.channels for segment in segments]),
+            token_state=None,
+            key_channels=stacked([segment.key_channels for segment in segments]),
             bounds=stacked([segment.bounds for segment in segments]),
         )
 
@@ -281,7 +284,7 @@ class Segment:
 
     def tensors(self) -> Sequence[Tensor]:
         """Everything that is allocated."""
-        others = (self.positions, self.rope, self.carried, self.channels, self.bounds)
+        others = (self.positions, self.rope, self.token_state, self.key_channels, self.bounds)
         columns = [x for x in others if x is not None]
         for x in (self.keys, self.values):
             columns += x.tensors() if isinstance(x, Quantized) else [x]
@@ -289,16 +292,16 @@ class Segment:
 
     def _whole(self, keys: Tensor | None) -> Tensor | None:
         """Keys ``[B, H, n, D]`` with zeros in the channels that are not stored."""
-        if self.channels is None or keys is None:
+        if self.key_channels is None or keys is None:
             return keys
         b, h, n, _ = keys.shape
-        index = self.channels.view(b, h, 1, -1).expand(-1, -1, n, -1)
+        index = self.key_channels.view(b, h, 1, -1).expand(-1, -1, n, -1)
         return keys.new_zeros(b, h, n, self.width).scatter(-1, index, keys)
 
     def _channels_of(self, sequences: list[int]) -> Tensor | None:
-        if self.channels is None:
+        if self.key_channels is None:
             return None
-        return self.channels.unflatten(0, self.shape)[sequences].flatten(0, 1)
+        return self.key_channels.unflatten(0, self.shape)[sequences].flatten(0, 1)
 
     def _spans(self, x: Tensor) -> Tensor:
         """Pages of even spans as a table ``[B, H, slots, ...]``."""
@@ -325,12 +328,12 @@ def _of_columns(mask: Tensor, positions: Tensor) -> Tensor:
     return picked.unsqueeze(2)
 
 
-def _indices(channels: Tensor) -> Tensor:
-    """The chosen of ``channels [B, H, D]``, as many in every head, ``[B, H, D']``."""
+def _indices(key_channels: Tensor) -> Tensor:
+    """The chosen of ``key_channels [B, H, D]``, as many in every head, ``[B, H, D']``."""
     with torch.inference_mode(False):
         # A copy, because a view would hold the indices of the heads as well.
-        chosen = channels.nonzero()[:, -1].clone()
-    return chosen.view(*channels.shape[:2], -1)
+        chosen = key_channels.nonzero()[:, -1].clone()
+    return chosen.view(*key_channels.shape[:2], -1)
 
 
 def _picked(keys: Tensor, chosen: Tensor | None) -> Tensor:

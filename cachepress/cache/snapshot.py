@@ -26,8 +26,8 @@ class Snapshot:
         tail: rows since.
         seen: text columns seen.
         batch: number of sequences.
-        known: ``[B, S]`` of the settled text columns, those that are tokens; None if all.
-        reads: pages of the blocks that one query reads in each head; None for all.
+        text_valid: ``[B, S]`` of the settled text columns, those that are tokens; None if all.
+        page_budget: pages of the blocks that one query reads in each head; None for all.
         groups: where the batch is several groups of sequences, one after the other, the blocks of
             each, and the number of its sequences; there are no other blocks then.
     """
@@ -36,8 +36,8 @@ class Snapshot:
     tail: TailRows | None
     seen: int
     batch: int
-    known: Tensor | None
-    reads: int | None = None
+    text_valid: Tensor | None
+    page_budget: int | None = None
     groups: tuple[tuple[tuple[Segment, ...], int], ...] = ()
 
     @property
@@ -86,37 +86,39 @@ class Snapshot:
             columns = [part.text_positions().new_full(part.keys.shape[:3], -1) for part in parts]
             ropes = [c if p.rope is None else p.rope for p, c in zip(parts, columns, strict=True)]
             rope = torch.cat(ropes, dim=2)
-        carried = None
-        if any(part.carried is not None for part in parts):
+        token_state = None
+        if any(part.token_state is not None for part in parts):
             nothing = [part.keys.new_full(part.keys.shape[:3], float("nan")) for part in parts]
             left = [
-                n if p.carried is None else p.carried for p, n in zip(parts, nothing, strict=True)
+                n if p.token_state is None else p.token_state
+                for p, n in zip(parts, nothing, strict=True)
             ]
-            carried = torch.cat([wide(x) for x in left], dim=2)
+            token_state = torch.cat([wide(x) for x in left], dim=2)
         return Rows(
             keys=torch.cat([part.keys for part in parts], dim=2),
             values=torch.cat([part.values for part in parts], dim=2),
             positions=torch.cat([part.text_positions() for part in parts], dim=2),
             full=all(part.full for part in parts),
             rope=rope,
-            carried=carried,
+            token_state=token_state,
         )
 
     def attend(self, query: Tensor, mask: TextMask, rule: AttentionRule) -> Tensor:
         """Attention of ``query [B, H * G, n, D]`` over everything, ``[B, n, H * G, E]``.
 
         The rows of the tail end with those of the queries. Rows that sequences share are read
-        once for all of them. One query reads the pages that matter to it, if there are ``reads``.
+        once for all of them. One query reads the pages that matter most to it, where a
+        ``page_budget`` says so.
         """
         if self.groups:
             return self._attend_apart(query, mask, rule)
         b, hq, n, d = query.shape
-        bias = mask.of_rows(self.start, self.known)
-        if self.reads is None or n > 1:
+        bias = mask.of_rows(self.start, self.text_valid)
+        if self.page_budget is None or n > 1:
             parts: list[Part] = [segment.part(bias) for segment in self.segments]
         else:
             spans = wide(query).reshape(b * self.heads, -1, d)
-            parts = self._chosen_parts(spans, bias, self.reads)
+            parts = self._chosen_parts(spans, bias, self.page_budget)
         if self.tail is not None:
             parts.append(self.tail.part(mask.of_columns(self.start, self.seen, query.device)))
         grouped = query.reshape(b, self.heads, hq // self.heads, n, d)
@@ -125,7 +127,7 @@ class Snapshot:
 
     def whole(self) -> "Snapshot":
         """The same, with every page read."""
-        return replace(self, reads=None)
+        return replace(self, page_budget=None)
 
     def _attend_apart(self, query: Tensor, mask: TextMask, rule: AttentionRule) -> Tensor:
         """Attention of each group by itself: heads of one length are much faster so."""
@@ -145,7 +147,7 @@ class Snapshot:
             yield Snapshot(segments, tail, self.seen, n, None)
             first += n
 
-    def _chosen_parts(self, query: Tensor, mask: Tensor | None, reads: int) -> list[Part]:
+    def _chosen_parts(self, query: Tensor, mask: Tensor | None, page_budget: int) -> list[Part]:
         """Parts with the pages of each span that promise most to ``query [X, G, D]``.
 
         Every span reads its last page, and all of blocks whose keys have no bounds.
@@ -153,7 +155,7 @@ class Snapshot:
         segments = [
             segment for segment in self.segments if segment.bounded and segment.layout.n_pages
         ]
-        if sum(segment.layout.most_pages for segment in segments) <= reads:
+        if sum(segment.layout.most_pages for segment in segments) <= page_budget:
             return [segment.part(mask) for segment in self.segments]
         parts = [segment.part(mask) for segment in self.segments if not segment.bounded]
         worth = torch.cat([segment.worth(query, mask) for segment in segments], dim=1)  # [X, pages]
@@ -161,7 +163,7 @@ class Snapshot:
         rank = torch.arange(worth.shape[1], device=worth.device).expand_as(worth)
         last = rank.masked_fill(~real, -1).amax(-1, keepdim=True)
         worth = worth.masked_fill(rank == last, float("inf"))
-        best = worth.topk(reads, dim=-1).indices
+        best = worth.topk(page_budget, dim=-1).indices
         chosen = torch.zeros_like(real).scatter_(-1, best, True) & real
         some = chosen.split([segment.layout.most_pages for segment in segments], dim=1)
         return parts + [
@@ -173,7 +175,7 @@ class Snapshot:
         if rows.keys.shape[0] == self.batch:
             return rows
         columns = {"keys": rows.keys, "values": rows.values}
-        columns |= {"positions": rows.positions, "rope": rows.rope, "carried": rows.carried}
+        columns |= {"positions": rows.positions, "rope": rows.rope, "token_state": rows.token_state}
         return replace(
             rows,
             **{k: self._repeated(x) for k, x in columns.items() if x is not None},

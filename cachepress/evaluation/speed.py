@@ -83,7 +83,7 @@ def speed_lines(
     survey = Survey(model, presses)
     survey.read(ids)
     caches: list[Cache] = [ordinary(survey.cache)]
-    caches += [survey.settled(press)[0] for press in presses]
+    caches += [survey.compressed(press)[0] for press in presses]
     sizes = [size_of(cache) for cache in caches]
     found = step_seconds(model, [(cache, None) for cache in caches])
     return [

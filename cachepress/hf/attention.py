@@ -239,7 +239,7 @@ def _mask_of_rows(mask: TextMask, held: Snapshot, rows: Rows, query: Tensor) -> 
     b, hq, n = query.shape[:3]
     positions = rows.text_positions()  # [B, H, T]
     h, t = positions.shape[1:]
-    if mask.per_head or mask.of_rows(held.start, held.known) is not None:
+    if mask.per_head or mask.of_rows(held.start, held.text_valid) is not None:
         column = positions.clamp(min=0).long().repeat_interleave(hq // h, dim=1).unsqueeze(-2)
         bias = mask.by_head.expand(b, hq, n, -1).gather(-1, column.expand(-1, -1, n, -1))
     else:

@@ -45,7 +45,9 @@ class Capture:
 
     def __init__(self, presses: Sequence[Press], model: PreTrainedModel) -> None:
         needs = [press.needs for press in presses]
-        weighs = any(press.replay is not None and press.replay.weighs for press in presses)
+        weighs = any(
+            press.reconstruction is not None and press.reconstruction.weighs for press in presses
+        )
         self._who = ", ".join(map(repr, presses))
         self._model, self._decoder = model, model.get_decoder()
         self._rotates = any(need.rotates for need in needs)

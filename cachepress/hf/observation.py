@@ -15,12 +15,12 @@ from transformers.configuration_utils import PretrainedConfig
 
 from cachepress.cache import Codec, CompressedLayer
 from cachepress.cache.batch import note_text, trim
-from cachepress.core import Pending, Press, Turn, settle, settle_together
+from cachepress.core import Pending, Press, Step, compress, compress_together
 from cachepress.errors import CachepressError
 from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen, attach
 from cachepress.hf.capture import Capture, Place
 from cachepress.hf.kinds import bring_kind_back, set_kind_aside
-from cachepress.hf.repeat import Read, Repeater
+from cachepress.hf.reconstruction import Read, Reconstructor
 from cachepress.hf.wiring import (
     CACHE_NAMES,
     cache_argument,
@@ -28,8 +28,8 @@ from cachepress.hf.wiring import (
     compressed_layers,
     install_stores,
 )
-from cachepress.replay import tokenizer_of
-from cachepress.trace import Trace
+from cachepress.query_stats import QueryStats
+from cachepress.reconstruction import tokenizer_of
 
 if TYPE_CHECKING:
     from cachepress.presses.base import BasePress
@@ -52,36 +52,40 @@ class Watched:
     observation: "Observation"
     press: Press
     place: Place
-    turn: Turn
+    step: Step
     due: bool
 
     differentiates = False
 
     def note(self, seen: Seen) -> None:
         """Note what the forward showed of the layer, and settle the layer if it is due."""
-        press, turn, store = self.press, self.turn, seen.key.store
-        capture, trace = self.observation.capture, self._trace(store)
-        if not turn.prompt and not self.due:
+        press, step, store = self.press, self.step, seen.key.store
+        capture, query_stats = self.observation.capture, self._query_stats(store)
+        if not step.prompt and not self.due:
             rope = self.place.rope.to(seen.query.device)
             hidden = capture.hidden(seen)
-            trace.add_decoded(seen.query, rope, hidden, self.place.depth, press.buffer)
+            query_stats.add_decoded(seen.query, rope, hidden, self.place.depth, press.buffer)
             return
         forward = capture.forward(seen, self.place, self.observation.question_of(seen.query))
-        if press.needs.watches:
-            if turn.prompt:
-                trace.add(forward)
+        if press.needs.observes:
+            if step.prompt:
+                query_stats.add(forward)
             else:
                 query, depth = seen.query, self.place.depth
-                trace.add_decoded(query, forward.rope, forward.hidden, depth, press.buffer)
+                query_stats.add_decoded(query, forward.rope, forward.hidden, depth, press.buffer)
         if self.due:
-            self.observation.settle(Read(press, store, forward, trace), turn)
+            self.observation.compress(Read(press, store, forward, query_stats), step)
 
-    def _trace(self, store: CompressedLayer) -> Trace:
-        trace = store.trace
-        if trace is None or trace.needs != self.press.needs or trace.end != self.turn.seen:
-            trace = Trace(self.press.needs, self.turn.seen)
-        store.trace, trace.end = trace, self.turn.seen + self.turn.new
-        return trace
+    def _query_stats(self, store: CompressedLayer) -> QueryStats:
+        query_stats = store.query_stats
+        if (
+            query_stats is None
+            or query_stats.needs != self.press.needs
+            or query_stats.end != self.step.seen
+        ):
+            query_stats = QueryStats(self.press.needs, self.step.seen)
+        store.query_stats, query_stats.end = query_stats, self.step.seen + self.step.new
+        return query_stats
 
 
 class Observation:
@@ -122,17 +126,17 @@ class Observation:
         self._config = model.get_decoder().config
         self._codec = codec_of(press, storage)
         self._question = _question(press, question)
-        if press.replay is not None and press.replay.speaks and tokenizer is None:
+        if press.reconstruction is not None and press.reconstruction.speaks and tokenizer is None:
             tokenizer = tokenizer_of(model)
         self.chunk: str | None = None
         self.capture = Capture([press], model)
-        self._repeater = Repeater(press, model, tokenizer, self.capture)
+        self._repeater = Reconstructor(press, model, tokenizer, self.capture)
         self._pending: dict[Press, list[Pending]] = {}
         self._stores: list[CompressedLayer] = []
         self._read: Cache | None = None
         self._covered = {m for m in model.modules() if isinstance(m, PreTrainedModel)}
         self._hooks: list[RemovableHandle] = []
-        self._depth = self._passed = 0
+        self._depth = self._skipped = 0
         self._kind_is_aside = False
 
     def __enter__(self) -> None:
@@ -150,7 +154,7 @@ class Observation:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        query_stats: TracebackType | None,
     ) -> None:
         _ACTIVE.remove(self)
         for hook in self._hooks:
@@ -171,16 +175,16 @@ class Observation:
             )
         return torch.tensor(self._question, device=batch.device).expand(b)
 
-    def settle(self, layer: Read, turn: Turn) -> None:
+    def compress(self, layer: Read, step: Step) -> None:
         """Settle a layer, or let it wait for a replay."""
-        if layer.press.replay is not None and turn.prompt:
+        if layer.press.reconstruction is not None and step.prompt:
             self._repeater.wait(layer)
         else:
-            self._settle(layer)
+            self._compress(layer)
 
-    def _settle(self, layer: Read) -> None:
-        pending = settle(*layer)
-        layer.store.looked()
+    def _compress(self, layer: Read) -> None:
+        pending = compress(*layer)
+        layer.store.mark_scored()
         if pending is not None:
             self._pending.setdefault(layer.press, []).append(pending)
 
@@ -213,21 +217,21 @@ class Observation:
         b, n = tokens.shape[:2]
         self.question_of(tokens)
         seen = cache.get_seq_length()
-        since = seen + n - next(iter(stores.values())).looked_at
+        since = seen + n - next(iter(stores.values())).scored_at
         prompt = n > 1 or self.chunk is not None
         later = prompt and self.chunk is None and seen > 0 and self._turns == "first"
-        turn = Turn(seen, n, since, prompt, later)
-        press = self._press.acting(turn)
-        due = self.chunk != "hold" and self._press.schedule.due(turn)
-        self._passed = n if turn.prompt and not due else 0
-        self._read = cache if turn.prompt else None
-        if press.replay is not None and turn.prompt:
+        step = Step(seen, n, since, prompt, later)
+        press = self._press.acting(step)
+        due = self.chunk != "hold" and self._press.schedule.due(step)
+        self._skipped = n if step.prompt and not due else 0
+        self._read = cache if step.prompt else None
+        if press.reconstruction is not None and step.prompt:
             self._repeater.read(cache, given.get("input_ids"))
         self._prepare(stores)
         ids = given.get("input_ids")
-        if turn.prompt and self.chunk is None and isinstance(ids, Tensor):
+        if step.prompt and self.chunk is None and isinstance(ids, Tensor):
             note_text(cache, ids, seen)
-        if not due and not (press.needs.watches and self._watches(turn)):
+        if not due and not (press.needs.observes and self._watches(step)):
             return
         rope = given.get("position_ids")
         if not isinstance(rope, Tensor):
@@ -235,7 +239,7 @@ class Observation:
         rope = rope.reshape(-1, *rope.shape[-2:])[0].expand(b, n)
         for depth, (layer, store) in enumerate(stores.items()):
             place = Place(layer, depth, len(stores), rope)
-            WATCHED[store] = Watched(self, press, place, turn, due)
+            WATCHED[store] = Watched(self, press, place, step, due)
 
     def _prepare(self, stores: Mapping[int, CompressedLayer]) -> None:
         """Tell stores how rows are kept and read."""
@@ -248,9 +252,9 @@ class Observation:
                 # Rows that are settled chunk by chunk would be quantized again and again.
                 store.codec = None
 
-    def _watches(self, turn: Turn) -> bool:
+    def _watches(self, step: Step) -> bool:
         """Whether a forward that settles nothing has to be noted for one that will."""
-        return self.chunk == "hold" or (self._press.schedule.decodes and not turn.prompt)
+        return self.chunk == "hold" or (self._press.schedule.decodes and not step.prompt)
 
     def _after(self, module: nn.Module, args: object, output: object) -> None:
         self._depth = max(0, self._depth - 1)
@@ -259,11 +263,11 @@ class Observation:
         if output is not None:
             with torch.inference_mode(False), torch.no_grad():
                 for store in self._stores:
-                    store.passed(self._passed, self._press.schedule.bounded)
+                    store.mark_skipped(self._skipped, self._press.schedule.bounded)
                 for layer in self._repeat():
-                    self._settle(layer)
+                    self._compress(layer)
                 for press, layers in self._pending.items():
-                    settle_together(press, layers)
+                    compress_together(press, layers)
                 if self._read is not None:
                     trim(self._read)
         self._end_forward()
@@ -302,9 +306,9 @@ def prepared(press: "BasePress", model: PreTrainedModel) -> "BasePress":
 def instruct(stores: Sequence[CompressedLayer], press: "BasePress", codec: Codec | None) -> None:
     """Tell the stores of a cache how rows are kept and read under a press, where it says so."""
     for depth, store in enumerate(stores):
-        pages = press.reads(depth)
+        pages = press.page_budget(depth)
         store.codec = store.codec if codec is None else codec
-        store.reads = store.reads if pages is None else pages
+        store.page_budget = store.page_budget if pages is None else pages
 
 
 def codec_of(press: "BasePress", storage: str | Codec) -> Codec | None:

@@ -13,17 +13,17 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from cachepress.cache import Codec
 from cachepress.cache.batch import fork, size_of, stores, trim
-from cachepress.core import Pending, Press, Turn, settle, settle_together
+from cachepress.core import Pending, Press, Step, compress, compress_together
 from cachepress.errors import CachepressError
 from cachepress.forward import Forward
 from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen, attach
 from cachepress.hf.capture import Capture, Place
 from cachepress.hf.observation import codec_of, instruct, prepared
-from cachepress.hf.repeat import Read, Repeater, resolved
+from cachepress.hf.reconstruction import Read, Reconstructor, resolved
 from cachepress.hf.wiring import cache_argument, install_stores
 from cachepress.ops import wait
-from cachepress.replay import tokenizer_of
-from cachepress.trace import Trace
+from cachepress.query_stats import QueryStats
+from cachepress.reconstruction import tokenizer_of
 from cachepress.view import Needs
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class _Layer:
 
     survey: "Survey"
     place: Place
-    traces: dict[Needs, Trace]
+    traces: dict[Needs, QueryStats]
     last: bool = False
     forward: Forward | None = None
 
@@ -51,11 +51,11 @@ class _Layer:
         spent = time.perf_counter() - start
         survey.note_seconds += spent
         survey.common_seconds += spent
-        for needs, trace in self.traces.items():
+        for needs, query_stats in self.traces.items():
             start = time.perf_counter()
-            trace.end += seen.query.shape[2]
-            if needs.watches:
-                trace.add(forward)
+            query_stats.end += seen.query.shape[2]
+            if needs.observes:
+                query_stats.add(forward)
             if self.last and needs.rotates:
                 forward.find_rotary()
             wait(survey.model.device)
@@ -108,7 +108,7 @@ class Survey:
             if not shares(press):
                 raise CachepressError(f"{press!r} looks at the question: it reads for itself")
         self._ready = [(press, prepared(press, self.model)) for press in self.presses]
-        acting = [ready.acting(_turn(1)) for _, ready in self._ready]
+        acting = [ready.acting(_step(1)) for _, ready in self._ready]
         self._needs = list(dict.fromkeys(press.needs for press in acting))
         self.capture = Capture(acting, self.model)
         self._layers: list[_Layer] = []
@@ -139,7 +139,7 @@ class Survey:
             READ_WHOLE.discard(store)
         self.whole_bytes = size_of(self.cache).bytes_before
 
-    def settled(self, press: "BasePress", storage: str | Codec = "full") -> tuple[Cache, float]:
+    def compressed(self, press: "BasePress", storage: str | Codec = "full") -> tuple[Cache, float]:
         """The cache that a press leaves, and the seconds that it adds to the reading.
 
         Args:
@@ -147,16 +147,16 @@ class Survey:
             storage: how kept rows are stored.
         """
         ready = next(ready for given, ready in self._ready if given == press)
-        turn, branch = _turn(self._ids.shape[1]), fork(self.cache)
-        acting = ready.acting(turn)
+        step, branch = _step(self._ids.shape[1]), fork(self.cache)
+        acting = ready.acting(step)
         instruct(stores(branch), ready, codec_of(ready, storage))
-        if not ready.schedule.due(turn):
+        if not ready.schedule.due(step):
             for store in stores(branch):
-                store.passed(turn.new)
+                store.mark_skipped(step.new)
             return branch, 0.0
         layers, seconds = self._repeated(acting)
         start = time.perf_counter()
-        self._settle(acting, branch, layers)
+        self._compress(acting, branch, layers)
         wait(self.model.device)
         seconds += time.perf_counter() - start + self.common_seconds
         return branch, self.seconds_of[acting.needs] + seconds
@@ -166,7 +166,7 @@ class Survey:
         rope = torch.arange(begin, end, device=self.model.device).unsqueeze(0)
         for depth, (index, store) in enumerate(found.items()):
             if not begin:
-                traces = {needs: Trace(needs, 0) for needs in self._needs}
+                traces = {needs: QueryStats(needs, 0) for needs in self._needs}
                 self._layers.append(_Layer(self, Place(index, depth, len(found), rope), traces))
             layer = self._layers[depth]
             layer.place, layer.last = layer.place._replace(rope=rope), last
@@ -180,7 +180,7 @@ class Survey:
             assert layer.forward is not None
             forward = replace(layer.forward, rows=store.snapshot.rows())
             layers.append(Read(press, store, forward, layer.traces[press.needs]))
-        if press.replay is None:
+        if press.reconstruction is None:
             return layers, 0.0
         key = _without_ratio(press)
         if key not in self._replays:
@@ -193,26 +193,26 @@ class Survey:
 
     def _repeat(self, press: Press, layers: list[Read]) -> list[Read]:
         tokenizer = self.tokenizer
-        if press.replay is not None and press.replay.speaks and tokenizer is None:
+        if press.reconstruction is not None and press.reconstruction.speaks and tokenizer is None:
             tokenizer = tokenizer_of(self.model)
-        repeater = Repeater(press, self.model, tokenizer, self.capture)
+        repeater = Reconstructor(press, self.model, tokenizer, self.capture)
         repeater.read(self.cache, self._ids)
         for layer in layers:
-            repeater.wait(layer._replace(trace=copy.copy(layer.trace)))
+            repeater.wait(layer._replace(query_stats=copy.copy(layer.query_stats)))
         with torch.no_grad(), self.capture.hooked():
             repeated = repeater.repeat()
         self.capture.clear()
         return repeated
 
-    def _settle(self, press: Press, branch: Cache, layers: list[Read]) -> None:
+    def _compress(self, press: Press, branch: Cache, layers: list[Read]) -> None:
         waiting: list[Pending] = []
         with torch.no_grad():
             for store, layer in zip(stores(branch), layers, strict=True):
-                pending = settle(press, store, layer.forward, copy.copy(layer.trace))
-                store.looked()
+                pending = compress(press, store, layer.forward, copy.copy(layer.query_stats))
+                store.mark_scored()
                 waiting += [] if pending is None else [pending]
             if waiting:
-                settle_together(press, waiting)
+                compress_together(press, waiting)
 
 
 def shares(press: "BasePress") -> bool:
@@ -220,8 +220,8 @@ def shares(press: "BasePress") -> bool:
     return not press.needs.question
 
 
-def _turn(n: int) -> Turn:
-    return Turn(seen=0, new=n, since=n, prompt=True)
+def _step(n: int) -> Step:
+    return Step(seen=0, new=n, since=n, prompt=True)
 
 
 def _without_ratio(press: Press) -> str:

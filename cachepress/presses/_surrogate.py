@@ -35,13 +35,13 @@ class _SurrogatePress(ScorerPress):
 
     def score(self, view: LayerView) -> Tensor:
         """The guess, ``[B, H, T]``."""
-        return unknown_as_average(self.carry(view), view.valid)
+        return unknown_as_average(self.token_state(view), view.valid)
 
-    def carry(self, view: LayerView) -> Tensor:
+    def token_state(self, view: LayerView) -> Tensor:
         """The guess of each row, from this turn or an earlier one."""
-        if view.noted is None:
+        if view.hidden_feature is None:
             raise TypeError("the view was made without hidden states")
-        return noted_or_carried(view, view.noted)
+        return noted_or_carried(view, view.hidden_feature)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from cachepress.budgets import (
     parse_bytes,
 )
 from cachepress.cache import Codec
-from cachepress.core import Schedule, Turn
+from cachepress.core import Schedule, Step
 from cachepress.errors import CachepressError
 from cachepress.files import real_path
 from cachepress.hf import Observation
@@ -35,7 +35,7 @@ from cachepress.limits import (
     shown,
 )
 from cachepress.ops import wide_dtype
-from cachepress.replay import Replay, ReplayView
+from cachepress.reconstruction import Reconstruction, ReconstructionView
 from cachepress.schedules import AfterPrefill
 from cachepress.view import LayerView, Needs
 
@@ -92,7 +92,7 @@ class BasePress:
 
     @property
     def carries(self) -> bool:
-        """Whether something is left with each row for the next time: what ``carry`` gives."""
+        """Whether something is left with each row for the next time: what ``token_state`` gives."""
         return False
 
     @property
@@ -110,7 +110,7 @@ class BasePress:
         """How kept rows are stored; None for as they are, or as the call says."""
         return None
 
-    def reads(self, depth: int) -> int | None:
+    def page_budget(self, depth: int) -> int | None:
         """Pages of settled rows that a decoded token reads in each head of a layer; None for all.
 
         ``depth`` is the rank of the layer among those that are compressed.
@@ -122,25 +122,25 @@ class BasePress:
         raise NotImplementedError(f"{type(self).__name__} has no score")
 
     @property
-    def replay(self) -> Replay | None:
+    def reconstruction(self) -> Reconstruction | None:
         """What the model has to repeat before its layers are settled; None for nothing."""
         return None
 
-    def replayed(self, view: ReplayView) -> Tensor:
+    def reconstructed(self, view: ReconstructionView) -> Tensor:
         """What a layer showed of each row of a chunk that was repeated, ``[H, chunk]``.
 
-        It is read as ``view.noted`` when the layer is scored.
+        It is read as ``view.hidden_feature`` when the layer is scored.
         """
         raise NotImplementedError(f"{type(self).__name__} does not replay")
 
-    def carry(self, view: LayerView) -> Tensor | None:
-        """What is left with each row, to be read as ``view.carried`` the next time, ``[B, H, T]``.
+    def token_state(self, view: LayerView) -> Tensor | None:
+        """A number to keep with each token until the next compression, ``[B, H, T]``; None for none.
 
         Rows whose score cannot be found again later need it; see ``carries``.
         """
         return None
 
-    def fold(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    def merge(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
         """What the rows outside of ``mask [B, H, T]`` leave in the others.
 
         Returns:
@@ -148,7 +148,7 @@ class BasePress:
         """
         return None
 
-    def channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
+    def key_channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
         """Which channels of the keys in ``mask [B, H, T]`` are stored, ``[B, H, D]``.
 
         Every head stores the same number of them. None for all channels.
@@ -159,7 +159,7 @@ class BasePress:
         """The same press at another compression ratio."""
         raise CachepressError(f"{type(self).__name__} has no compression ratio to set")
 
-    def acting(self, turn: Turn) -> "BasePress":
+    def acting(self, step: Step) -> "BasePress":
         """The press that acts in a forward: this one, unless it is made of several."""
         return self
 
@@ -323,9 +323,9 @@ class WrapperPress(BasePress):
         """How the inner press stores rows."""
         return self.press.storage
 
-    def reads(self, depth: int) -> int | None:
+    def page_budget(self, depth: int) -> int | None:
         """The pages that the inner press reads."""
-        return self.press.reads(depth)
+        return self.press.page_budget(depth)
 
     @property
     def compression_ratio(self) -> float | None:
@@ -337,29 +337,29 @@ class WrapperPress(BasePress):
         return self.press.score(view)
 
     @property
-    def replay(self) -> Replay | None:
+    def reconstruction(self) -> Reconstruction | None:
         """What the inner press wants repeated."""
-        return self.press.replay
+        return self.press.reconstruction
 
-    def replayed(self, view: ReplayView) -> Tensor:
+    def reconstructed(self, view: ReconstructionView) -> Tensor:
         """What the inner press makes of a chunk that was repeated."""
-        return self.press.replayed(view)
+        return self.press.reconstructed(view)
 
-    def carry(self, view: LayerView) -> Tensor | None:
+    def token_state(self, view: LayerView) -> Tensor | None:
         """What the inner press leaves with each row."""
-        return self.press.carry(view)
+        return self.press.token_state(view)
 
-    def fold(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    def merge(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
         """What the inner press lets dropped rows leave."""
-        return self.press.fold(view, mask)
+        return self.press.merge(view, mask)
 
-    def channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
+    def key_channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
         """The channels that the inner press stores."""
-        return self.press.channels(view, mask)
+        return self.press.key_channels(view, mask)
 
-    def acting(self, turn: Turn) -> BasePress:
+    def acting(self, step: Step) -> BasePress:
         """The same wrapper around the inner press that acts."""
-        acting = self.press.acting(turn)
+        acting = self.press.acting(step)
         return self if acting is self.press else replace(self, press=acting)
 
     def check_layers(self, n_layers: int) -> None:
@@ -376,9 +376,13 @@ class WrapperPress(BasePress):
         return replace(self, press=self.press.with_ratio(ratio))
 
 
-def noted_or_carried(view: LayerView, noted: Tensor) -> Tensor:
+def noted_or_carried(view: LayerView, hidden_feature: Tensor) -> Tensor:
     """What was noted of each row in this turn, ``[B, H, T]``, else what an earlier one left."""
-    return noted if view.carried is None else torch.where(noted.isnan(), view.carried, noted)
+    return (
+        hidden_feature
+        if view.token_state is None
+        else torch.where(hidden_feature.isnan(), view.token_state, hidden_feature)
+    )
 
 
 def unknown_as_average(scores: Tensor, valid: Tensor) -> Tensor:
@@ -405,11 +409,11 @@ def mean_of_token(x: Tensor, view: LayerView) -> Tensor:
     return mean.expand(-1, h, -1).gather(-1, column)
 
 
-def replays(press: BasePress) -> bool:
+def reconstructs(press: BasePress) -> bool:
     """Whether a press lets prompts be repeated, at its own ratio or at one that drops something."""
     with suppress(CachepressError):
         press = press.with_ratio(0.5)
-    return press.replay is not None
+    return press.reconstruction is not None
 
 
 def fill(press: BasePress, values: Mapping[str, object]) -> None:

@@ -87,16 +87,16 @@ class CAMPress(DecodingPress, alias="cam"):
         """True: what a row received is stored with it, even when none is dropped."""
         return True
 
-    def carry(self, view: LayerView) -> Tensor | None:
+    def token_state(self, view: LayerView) -> Tensor | None:
         """What the inner press leaves with each row, or the attention received, ``[B, H, T]``."""
-        return self.press.carry(view) if self.press.carries else self._received(view)
+        return self.press.token_state(view) if self.press.carries else self._received(view)
 
-    def fold(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    def merge(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
         """Keys as they are, and values with the shares of dropped rows."""
-        folded, dropped = self.press.fold(view, mask), view.valid & ~mask
+        merged, dropped = self.press.merge(view, mask), view.valid & ~mask
         if not bool(dropped.any()):
-            return folded
-        keys, values = (view.keys, view.values) if folded is None else folded
+            return merged
+        keys, values = (view.keys, view.values) if merged is None else merged
         values, received = values.clone(), self._received(view)
         draws = RandomPress(seed=self.seed + _STREAM).score(view)
         for b, h in product(*map(range, mask.shape[:2])):
@@ -127,6 +127,6 @@ class CAMPress(DecodingPress, alias="cam"):
         if view.attention_sums is None:
             raise TypeError("the view was made without attention sums")
         received = view.attention_sums.mean(2)
-        if view.carried is None or self.press.carries:
+        if view.token_state is None or self.press.carries:
             return received
-        return received + view.carried.nan_to_num(nan=0.0)
+        return received + view.token_state.nan_to_num(nan=0.0)

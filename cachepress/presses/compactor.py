@@ -67,10 +67,10 @@ class CompactorPress(ScorerPress, alias="compactor"):
         """True: the queries of a row are gone when it is looked at again."""
         return True
 
-    def carry(self, view: LayerView) -> Tensor:
+    def token_state(self, view: LayerView) -> Tensor:
         """Attention that each row between the pinned ones received so far, ``[B, H, T]``."""
         free = self._free(view)
-        return torch.where(free.valid, self._attention.carry(free), torch.nan)
+        return torch.where(free.valid, self._attention.token_state(free), torch.nan)
 
     def score(self, view: LayerView) -> Tensor:
         """Attention plus weighted leverage, pinned rows above all others, ``[B, H, T]``."""

@@ -15,7 +15,7 @@ from cachepress.cache import Codec
 from cachepress.errors import CachepressError
 from cachepress.ops import wide
 from cachepress.presses.base import BasePress
-from cachepress.replay import Replay, ReplayView
+from cachepress.reconstruction import Reconstruction, ReconstructionView
 from cachepress.schedules import AfterPrefill
 from cachepress.view import LayerView, Needs
 
@@ -115,19 +115,19 @@ class ComposedPress(BasePress, alias="composed"):
         """How the press that says so stores rows."""
         return next((press.storage for press in self.presses if press.storage), None)
 
-    def reads(self, depth: int) -> int | None:
+    def page_budget(self, depth: int) -> int | None:
         """The fewest pages that one of the presses reads."""
-        found = (press.reads(depth) for press in self.presses)
+        found = (press.page_budget(depth) for press in self.presses)
         return min((pages for pages in found if pages is not None), default=None)
 
     @property
-    def replay(self) -> Replay | None:
+    def reconstruction(self) -> Reconstruction | None:
         """What the press that replays wants repeated."""
-        return next((press.replay for press in self.presses if press.replay), None)
+        return next((press.reconstruction for press in self.presses if press.reconstruction), None)
 
-    def replayed(self, view: ReplayView) -> Tensor:
+    def reconstructed(self, view: ReconstructionView) -> Tensor:
         """What the press that replays makes of a chunk that was repeated."""
-        return next(press.replayed(view) for press in self.presses if press.replay)
+        return next(press.reconstructed(view) for press in self.presses if press.reconstruction)
 
     def score(self, view: LayerView) -> Tensor:
         """The last press's score of the rows that all others keep, ``[B, H, T]``."""
@@ -140,19 +140,19 @@ class ComposedPress(BasePress, alias="composed"):
         lowest = torch.finfo(torch.float32).min
         return torch.where(view.valid | ~everyone, scores, lowest)
 
-    def carry(self, view: LayerView) -> Tensor | None:
+    def token_state(self, view: LayerView) -> Tensor | None:
         """What the press that leaves something leaves."""
-        return next((press.carry(view) for press in self.presses if press.carries), None)
+        return next((press.token_state(view) for press in self.presses if press.carries), None)
 
-    def fold(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    def merge(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
         """What the first press that folds lets dropped rows leave."""
-        folds = (press.fold(view, mask) for press in self.presses)
-        return next((fold for fold in folds if fold is not None), None)
+        folds = (press.merge(view, mask) for press in self.presses)
+        return next((merge for merge in folds if merge is not None), None)
 
-    def channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
+    def key_channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
         """The channels of the first press that chooses some."""
-        found = (press.channels(view, mask) for press in self.presses)
-        return next((channels for channels in found if channels is not None), None)
+        found = (press.key_channels(view, mask) for press in self.presses)
+        return next((key_channels for key_channels in found if key_channels is not None), None)
 
     def check_layers(self, n_layers: int) -> None:
         """Raise if one of the presses does not fit the model."""

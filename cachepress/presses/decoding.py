@@ -13,7 +13,7 @@ from cachepress.presses.base import (
     counted,
     either,
     fill,
-    replays,
+    reconstructs,
 )
 from cachepress.schedules import AfterPrefill, Every
 
@@ -35,7 +35,7 @@ class _WhileDecodingPress(WrapperPress):
                 "already: give it the press that scores"
             )
 
-        if replays(self.press):
+        if reconstructs(self.press):
             raise CachepressError(
                 f"{type(self).__name__} scores decoded rows, and {self.press!r} replays prompts: "
                 "use PrefillDecodingPress with one press for each"

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from cachepress.budgets import Threshold, pin_window
 from cachepress.core import Schedule
 from cachepress.errors import CachepressError
-from cachepress.presses.base import BasePress, WrapperPress, check_count, fill, replays
+from cachepress.presses.base import BasePress, WrapperPress, check_count, fill, reconstructs
 from cachepress.schedules import AfterPrefill, Every
 from cachepress.view import LayerView
 
@@ -70,12 +70,12 @@ class DMSPress(WrapperPress, alias="dms"):
                 f"DMSPress decides when rows are dropped, and {self.press!r} does so already: give "
                 "it the press that scores"
             )
-        if replays(self.press) and self.press.replay is None:
+        if reconstructs(self.press) and self.press.reconstruction is None:
             raise CachepressError(
                 f"{self.press!r} replays nothing at ratio 0: give it a ratio above 0, which then "
                 "does not count"
             )
-        if self.decoding and self.press.replay is not None:
+        if self.decoding and self.press.reconstruction is not None:
             raise CachepressError(
                 f"decoded rows have no score by {self.press!r}, which replays prompts: leave out "
                 "decoding, or use KVzapPress"

@@ -46,11 +46,15 @@ class H2OPress(ScorerPress, alias="h2o"):
         """Attention received so far, the newest rows above all, ``[B, H, T]``."""
         newest = floor_of(view.n_kept.double(), self.recent_ratio)
         recent = view.index >= (view.n_seen - newest)[:, None, None]
-        return pin(self.carry(view), recent)
+        return pin(self.token_state(view), recent)
 
-    def carry(self, view: LayerView) -> Tensor:
+    def token_state(self, view: LayerView) -> Tensor:
         """Attention received in all turns so far, ``[B, H, T]``."""
         if view.attention_sums is None:
             raise TypeError("the view was made without attention sums")
         received = view.attention_sums.mean(2)
-        return received if view.carried is None else received + view.carried.nan_to_num(nan=0.0)
+        return (
+            received
+            if view.token_state is None
+            else received + view.token_state.nan_to_num(nan=0.0)
+        )

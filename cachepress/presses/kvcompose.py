@@ -8,6 +8,7 @@ from torch import Tensor
 from cachepress.budgets import TopK, pin
 from cachepress.errors import CachepressError
 from cachepress.ops import attention_weights, wide, wide_dtype
+from cachepress.presses._reconstructing import replayed_or_carried
 from cachepress.presses.base import (
     ScorerPress,
     check_count,
@@ -15,8 +16,7 @@ from cachepress.presses.base import (
     unknown_as_average,
 )
 from cachepress.presses.chunkkv import highest_first, places
-from cachepress.presses.replaying import replayed_or_carried
-from cachepress.replay import Replay, ReplayView
+from cachepress.reconstruction import Reconstruction, ReconstructionView
 from cachepress.view import LayerView, Needs
 
 
@@ -102,11 +102,11 @@ class KVComposePress(ScorerPress, alias="kvcompose"):
         return self.with_ratio(0.0) != self
 
     @property
-    def replay(self) -> Replay | None:
+    def reconstruction(self) -> Reconstruction | None:
         """The whole prompt behind itself, unless nothing will be dropped."""
-        return Replay(self.chunk_size, 0, "", "", whole=True) if self.carries else None
+        return Reconstruction(self.chunk_size, 0, "", "", whole=True) if self.carries else None
 
-    def replayed(self, view: ReplayView) -> Tensor:
+    def reconstructed(self, view: ReconstructionView) -> Tensor:
         """Attention that each row received so far by query head; at last by head, ``[H, T]``."""
         shape = *view.queries.shape[1:3], view.chunk.stop - view.chunk.start
         received = view.keys.new_zeros(shape, dtype=wide_dtype(view.keys))  # [H, G, T]
@@ -125,7 +125,7 @@ class KVComposePress(ScorerPress, alias="kvcompose"):
             received = received / view.valid[0, :, None, view.chunk].sum(-1, keepdim=True)
         return received.amax(1) if self.agg_group == "max" else received.mean(1)
 
-    def carry(self, view: LayerView) -> Tensor:
+    def token_state(self, view: LayerView) -> Tensor:
         """Attention that each row received in the second reading of its turn, ``[B, H, T]``."""
         return replayed_or_carried(view)
 
@@ -148,7 +148,7 @@ class KVComposePress(ScorerPress, alias="kvcompose"):
 
     def _worth(self, view: LayerView) -> Tensor:
         """What each row is worth to its own head, ``[B, H, T]``."""
-        worth = unknown_as_average(self.carry(view), view.valid)
+        worth = unknown_as_average(self.token_state(view), view.valid)
         if self.add_v_norm:
             worth = worth * wide(view.values).norm(dim=-1)
         return worth + mean_of_token(worth, view) if self.add_mean_across_heads else worth

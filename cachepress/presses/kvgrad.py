@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from cachepress.presses.replaying import _ReplayPress
-from cachepress.replay import Replay, ReplayView
+from cachepress.presses._reconstructing import _ReplayPress
+from cachepress.reconstruction import Reconstruction, ReconstructionView
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class KVgradPress(_ReplayPress, alias="kvgrad"):
     chunk_size: int = 512
 
     @property
-    def replay(self) -> Replay | None:
+    def reconstruction(self) -> Reconstruction | None:
         """The whole prompt with gradients, unless nothing will be dropped."""
-        replay = super().replay
-        return replay and replace(replay, weighs=True, gradient=True)
+        reconstruction = super().reconstruction
+        return reconstruction and replace(reconstruction, weighs=True, gradient=True)
 
-    def weights(self, view: ReplayView) -> tuple[Tensor, Tensor]:
+    def weights(self, view: ReconstructionView) -> tuple[Tensor, Tensor]:
         """Sizes of the values, and of the gradients."""
         if view.gradient is None:
             raise TypeError("the context was repeated without gradients")

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from cachepress.ops import wide
-from cachepress.presses.replaying import _ReplayPress
-from cachepress.replay import Replay, ReplayView
+from cachepress.presses._reconstructing import _ReplayPress
+from cachepress.reconstruction import Reconstruction, ReconstructionView
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class KVzipPress(_ReplayPress, alias="kvzip"):
     kvzip_plus_normalization: bool = False
 
     @property
-    def replay(self) -> Replay | None:
+    def reconstruction(self) -> Reconstruction | None:
         """The whole prompt, unless nothing will be dropped."""
-        replay = super().replay
-        return replay and replace(replay, weighs=self.kvzip_plus_normalization)
+        reconstruction = super().reconstruction
+        return reconstruction and replace(reconstruction, weighs=self.kvzip_plus_normalization)
 
-    def weights(self, view: ReplayView) -> tuple[Tensor, Tensor]:
+    def weights(self, view: ReconstructionView) -> tuple[Tensor, Tensor]:
         """Sizes of the values, and one over those of the hidden states, for KVzip+."""
         if not self.kvzip_plus_normalization or view.hidden is None:
             return super().weights(view)

@@ -45,12 +45,12 @@ class MergingPress(WrapperPress, alias="merging"):
         check_fraction(self.similarity_threshold, "similarity_threshold")
         check_fraction(self.merge_fraction, "merge_fraction")
 
-    def fold(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    def merge(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
         """Keys as they are, and values with what dropped rows leave in them."""
-        folded, dropped = self.press.fold(view, mask), view.valid & ~mask
+        merged, dropped = self.press.merge(view, mask), view.valid & ~mask
         if not bool(dropped.any()):
-            return folded
-        keys, values = (view.keys, view.values) if folded is None else folded
+            return merged
+        keys, values = (view.keys, view.values) if merged is None else merged
         values = values.clone()
         for b, h in product(*map(range, mask.shape[:2])):
             kept, lost = (x[b, h].nonzero()[:, 0] for x in (mask, dropped))

@@ -46,19 +46,19 @@ class NonCausalAttnPress(ScorerPress, alias="noncausal"):
         """True: the queries of a row are gone when it is looked at again."""
         return True
 
-    def carry(self, view: LayerView) -> Tensor:
+    def token_state(self, view: LayerView) -> Tensor:
         """Attention that each row received so far, ``[B, H, T]``."""
         queries, voters = view.last_queries(EVERY), view.voters
         assert voters is not None
         new = F.pad(voters, (view.valid.shape[-1] - voters.shape[1], 0))  # [B, T]
         before = (~new[:, None]).float().expand(view.valid.shape)
-        if view.carried is not None:
-            before = torch.where(view.carried.isnan(), before, wide(view.carried))
+        if view.token_state is not None:
+            before = torch.where(view.token_state.isnan(), before, wide(view.token_state))
         return before + self._received(view, queries, voters)
 
     def score(self, view: LayerView) -> Tensor:
         """Attention times the value's norm, smoothed and standardised, ``[B, H, T]``."""
-        worth = self.carry(view) * wide(view.values).norm(dim=-1)
+        worth = self.token_state(view) * wide(view.values).norm(dim=-1)
         smooth = F.avg_pool1d(worth.masked_fill(~view.valid, 0), 3, stride=1, padding=1)
         return standardised(smooth, view.valid)
 

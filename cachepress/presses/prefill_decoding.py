@@ -6,10 +6,10 @@ from transformers import PreTrainedModel
 
 from cachepress.budgets import Bytes, Threshold, TopK, bytes_of
 from cachepress.cache import Codec
-from cachepress.core import Schedule, Turn
+from cachepress.core import Schedule, Step
 from cachepress.errors import CachepressError
 from cachepress.presses.base import BasePress, WrapperPress
-from cachepress.replay import Replay
+from cachepress.reconstruction import Reconstruction
 from cachepress.view import Needs
 
 
@@ -71,15 +71,15 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
         """How one of them stores rows."""
         return self._first.storage or self._second.storage
 
-    def reads(self, depth: int) -> int | None:
+    def page_budget(self, depth: int) -> int | None:
         """The fewest pages that one of them reads."""
-        found = (self._first.reads(depth), self._second.reads(depth))
+        found = (self._first.page_budget(depth), self._second.page_budget(depth))
         return min((pages for pages in found if pages is not None), default=None)
 
     @property
-    def replay(self) -> Replay | None:
+    def reconstruction(self) -> Reconstruction | None:
         """What the press for prompts wants repeated."""
-        return self._first.replay
+        return self._first.reconstruction
 
     @property
     def buffer(self) -> int:
@@ -91,9 +91,9 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
         """The ratio for prompts."""
         return getattr(self.prefilling_press, "compression_ratio", None)
 
-    def acting(self, turn: Turn) -> BasePress:
+    def acting(self, step: Step) -> BasePress:
         """The press for prompts, or the one for decoding."""
-        return self._first if turn.prompt and not turn.later else self._second
+        return self._first if step.prompt and not step.later else self._second
 
     def check_layers(self, n_layers: int) -> None:
         """Raise if one of the presses does not fit the model."""
@@ -184,7 +184,7 @@ class _Both:
         """Whether the press for decoding counts every token."""
         return self.second is not None and self.second.schedule.bounded
 
-    def due(self, turn: Turn) -> bool:
+    def due(self, step: Step) -> bool:
         """Whether the press that acts is due."""
-        press = self.first if turn.prompt and not turn.later else self.second
-        return press is not None and press.schedule.due(turn)
+        press = self.first if step.prompt and not step.later else self.second
+        return press is not None and press.schedule.due(step)

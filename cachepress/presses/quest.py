@@ -47,10 +47,10 @@ class QuestPress(WrapperPress, alias="quest"):
         if len(given) > 1:
             raise CachepressError("got both pages and token_budget: give one")
 
-    def reads(self, depth: int) -> int | None:
+    def page_budget(self, depth: int) -> int | None:
         """Pages that a decoded token reads in each head of a layer; None for all."""
         if depth < self.skip_layers:
-            return self.press.reads(depth)
+            return self.press.page_budget(depth)
         if self.pages is not None:
             return self.pages
         return _DEFAULT_PAGES if self.token_budget is None else -(-self.token_budget // PAGE)

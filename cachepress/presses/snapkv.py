@@ -59,7 +59,7 @@ def check_kernel(press: ScorerPress, size: int) -> None:
 
 
 def in_window(view: LayerView, n: int) -> Tensor:
-    """Which rows are those of the last ``n`` queries of the turn, ``[B, 1, T]``.
+    """Which rows are those of the last ``n`` queries of the step, ``[B, 1, T]``.
 
     Fewer than ``n`` where the turn of a sequence was shorter.
     """

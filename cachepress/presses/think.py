@@ -76,7 +76,7 @@ class ThinKPress(BasePress, alias="think"):
         """The age of each row, for wrappers that drop some, ``[B, H, T]``."""
         return view.index.float()
 
-    def channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
+    def key_channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
         """The channels that weigh most, ``[B, H, D]``."""
         d = view.keys.shape[-1]
         removed = floor(d * Fraction(str(self.key_channel_compression_ratio)))

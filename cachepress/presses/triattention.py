@@ -96,14 +96,14 @@ class _Turns(NamedTuple):
         # Both in one call: some embeddings depend on the highest position that they are given.
         positions = torch.stack([torch.ones_like(last), last], 1).repeat_interleave(d, 1)
         step, now = view.rotary(unit, positions).chunk(2, dim=1)
-        turn = step[0].double()  # Rounding grows with every distance.
-        length = turn.norm(dim=-1, keepdim=True)
-        turn = turn / length
-        ahead, band = torch.zeros_like(turn), torch.zeros_like(turn)
+        step = step[0].double()  # Rounding grows with every distance.
+        length = step.norm(dim=-1, keepdim=True)
+        step = step / length
+        ahead, band = torch.zeros_like(step), torch.zeros_like(step)
         count = farthest.bit_length()
         for _ in range(count):
-            ahead, band = ahead + turn / count, band.maximum((turn != 0).double())
-            turn = turn @ turn
+            ahead, band = ahead + step / count, band.maximum((step != 0).double())
+            step = step @ step
         weight = length.squeeze(-1) / band.sum(-1)
         return cls(now, *(x.to(now.dtype) for x in (ahead, band, weight)))
 

@@ -176,7 +176,7 @@ def plain(cache, seen):
         rows = store.snapshot.rows()
         where = rows.text_positions()
         store.codec, store._seen = None, seen
-        store.keep(rows, (where >= 0) & (where < seen), store.known)
+        store.keep(rows, (where >= 0) & (where < seen), store.text_valid)
     return copied
 
 

@@ -42,7 +42,7 @@ class Kind:
     """
 
     codec: Codec | None = None
-    reads: int | None = None
+    page_budget: int | None = None
     thin: bool = False
     extras: bool = False
     even: bool = False
@@ -53,9 +53,9 @@ KINDS = {
     "uneven": Kind(),
     "turned, with numbers": Kind(extras=True),
     "thin": Kind(thin=True),
-    "by page": Kind(reads=1),
+    "by page": Kind(page_budget=1),
     "in few bits": Kind(Codec(8, residual=5)),
-    "in few bits, even, by page": Kind(Codec(8, residual=0), reads=1, even=True),
+    "in few bits, even, by page": Kind(Codec(8, residual=0), page_budget=1, even=True),
     "thin, in few bits": Kind(Codec(4, residual=40), thin=True, extras=True),
 }
 by_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
@@ -69,10 +69,10 @@ class Head:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     rope: list[int] = field(default_factory=list)
-    carried: list[float] = field(default_factory=list)
+    token_state: list[float] = field(default_factory=list)
 
-    def add(self, position: int, key: Tensor, value: Tensor, rope: int, carried: float) -> None:
-        row = (position, key, value, rope, carried)
+    def add(self, position: int, key: Tensor, value: Tensor, rope: int, token_state: float) -> None:
+        row = (position, key, value, rope, token_state)
         for column, x in zip(vars(self).values(), row, strict=True):
             column.append(x)
 
@@ -87,9 +87,9 @@ class Pair:
     """A store, and lists of what it should hold: everything is done to both."""
 
     def __init__(self, kind: Kind, batch: int, draw: random.Random) -> None:
-        self.kind, self.draw, self.seen, self.settled = kind, draw, 0, 0
+        self.kind, self.draw, self.seen, self.compressed = kind, draw, 0, 0
         self.store = CompressedLayer()
-        self.store.codec, self.store.reads = kind.codec, kind.reads
+        self.store.codec, self.store.page_budget = kind.codec, kind.page_budget
         self.heads = [[Head() for _ in range(HEADS)] for _ in range(batch)]
         # Of several texts some begin with columns that are no tokens.
         self.padding = [draw.randrange(PAGE) if b and batch > 1 else 0 for b in range(batch)]
@@ -130,9 +130,9 @@ class Pair:
         least = min(len(found) for sequence in slots for found in sequence)
         same = draw.randrange(max(1, least // 2), least + 1)
         mask, size = torch.zeros_like(where, dtype=torch.bool), where.shape
-        channels = rand(*size[:2], SIZE).argsort(-1) < SIZE // 2 if kind.thin else None
+        key_channels = rand(*size[:2], SIZE).argsort(-1) < SIZE // 2 if kind.thin else None
         rope = torch.randint(0, 99, size).int() if kind.extras else None
-        carried = randn(size) if kind.extras else None
+        token_state = randn(size) if kind.extras else None
         for b, sequence in enumerate(self.heads):
             for h, head in enumerate(sequence):
                 found = slots[b][h]
@@ -144,13 +144,15 @@ class Pair:
                 chosen = [found[i] for i in some]
                 mask[b, h, chosen] = True
                 left.rope = [-1] * n if rope is None else rope[b, h, chosen].tolist()
-                left.carried = [NAN] * n if carried is None else carried[b, h, chosen].tolist()
-                if channels is not None:
-                    left.keys = [key * channels[b, h] for key in left.keys]
-        table = Rows(rows.keys, rows.values, where, rope=rope, carried=carried)
-        known = self._tokens() if any(self.padding) else None
-        self.store.keep(table, mask, known, channels)
-        self.settled = self.seen
+                left.token_state = (
+                    [NAN] * n if token_state is None else token_state[b, h, chosen].tolist()
+                )
+                if key_channels is not None:
+                    left.keys = [key * key_channels[b, h] for key in left.keys]
+        table = Rows(rows.keys, rows.values, where, rope=rope, token_state=token_state)
+        text_valid = self._tokens() if any(self.padding) else None
+        self.store.keep(table, mask, text_valid, key_channels)
+        self.compressed = self.seen
         self._check_residual()
 
     def _tokens(self) -> Tensor:
@@ -170,16 +172,16 @@ class Pair:
 
     def crop(self) -> None:
         """Forget the newest text columns, as far back as to what was compressed."""
-        store, target = self.store, self.draw.randint(self.settled, self.seen)
-        target = self.draw.choice([target, target, self.settled, self.seen])
-        if self.settled > 1:
+        store, target = self.store, self.draw.randint(self.compressed, self.seen)
+        target = self.draw.choice([target, target, self.compressed, self.seen])
+        if self.compressed > 1:
             with pytest.raises(cp.CachepressError, match="cannot crop a compressed cache"):
-                store.crop(self.settled - 1)
-        store.looked_at = looked_at = self.draw.randint(0, self.seen)
+                store.crop(self.compressed - 1)
+        store.scored_at = scored_at = self.draw.randint(0, self.seen)
         store.text_ids = np.arange(self.seen)[None]
         by_length = target > 0 and self.draw.random() < 0.5
         store.crop(target if by_length else target - self.seen)
-        assert store.looked_at == min(looked_at, target)
+        assert store.scored_at == min(scored_at, target)
         assert store.text_ids.tolist() == [list(range(target))]
         self.heads = [[head.before(target) for head in sequence] for sequence in self.heads]
         self.seen = target
@@ -226,7 +228,7 @@ class Pair:
         elif how == 1:
             self.store.restore()
         else:
-            self.store.passed(1, bounded=True)
+            self.store.mark_skipped(1, bounded=True)
 
     def check(self) -> None:
         """Everything that can be asked of the store is what the lists say."""
@@ -234,7 +236,7 @@ class Pair:
         rows, b = held.rows(), len(self.heads)
         where = rows.text_positions()
         rope = torch.full_like(where, -1) if rows.rope is None else rows.rope
-        carried = torch.full(where.shape, NAN) if rows.carried is None else rows.carried
+        token_state = torch.full(where.shape, NAN) if rows.token_state is None else rows.token_state
         assert where.shape[0] == store.batch_size == b and store.get_seq_length() == self.seen
         for i, sequence in enumerate(self.heads):
             for j, head in enumerate(sequence):
@@ -242,8 +244,8 @@ class Pair:
                 assert where[i, j][real].tolist() == head.positions
                 assert store.lengths[i, j] == len(head.positions)
                 assert rope[i, j][real].tolist() == head.rope
-                left = torch.tensor(head.carried, dtype=torch.float64)
-                close(carried[i, j][real].double(), left)
+                left = torch.tensor(head.token_state, dtype=torch.float64)
+                close(token_state[i, j][real].double(), left)
                 for dim, name in enumerate(("keys", "values")):
                     ours = getattr(rows, name)[i, j][real]
                     wanted = torch.stack(getattr(head, name))
@@ -360,8 +362,8 @@ def test_joined_stores_hold_what_each_of_them_does(kind):
     joined.padding = [0, 40, 3, 17, 0, 31]  # What a mask hides of rows that two of them share.
     for head in (head for row in joined.heads for head in row):
         # What presses alone read stays behind.
-        head.rope, head.carried = [-1] * len(head.rope), [NAN] * len(head.carried)
-    joined.seen, joined.settled = same[0].seen, same[0].settled
+        head.rope, head.token_state = [-1] * len(head.rope), [NAN] * len(head.token_state)
+    joined.seen, joined.compressed = same[0].seen, same[0].compressed
     joined.check()
     for name in ("decode", "fork", "save", "reorder", "decode", "crop", "keep", "read"):
         getattr(joined, name)()

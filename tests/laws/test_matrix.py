@@ -166,10 +166,10 @@ def _bytes_are_those_allocated(cache, ids, storage, wrapper):
             rows, spans = int(store.lengths.sum()), store.lengths.numel()
             held = store.snapshot.rows()
             row = (
-                (8 + wrapper.channels) * 8
+                (8 + wrapper.key_channels) * 8
                 + 4
                 + 4 * (held.rope is not None)
-                + 8 * (held.carried is not None)
+                + 8 * (held.token_state is not None)
             )
             index = 16 * (rows // PAGE + spans) + 160 * spans + ids.numel()
             assert rows * row <= nbytes <= (rows + (PAGE - 1) * spans) * row + index

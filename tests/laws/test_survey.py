@@ -47,15 +47,15 @@ def survey(chunk):
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_shared_reading_is_as_one_alone(wrapper, chunk):
     for press in presses(wrapper):
-        ours, seconds = survey(chunk).settled(press)
+        ours, seconds = survey(chunk).compressed(press)
         alone = cp.prefill(model(), IDS, press, chunk_size=chunk, tokenizer=tokenizer())
         assert kept(ours) == kept(alone), press
         assert seconds >= 0
         for store, wanted in zip(stores(ours), stores(alone), strict=True):
-            assert (store.codec, store.reads) == (wanted.codec, wanted.reads)
-            assert store.looked_at == wanted.looked_at
+            assert (store.codec, store.page_budget) == (wanted.codec, wanted.page_budget)
+            assert store.scored_at == wanted.scored_at
             rows, alike = store.snapshot.rows(), wanted.snapshot.rows()
-            for name in ("keys", "values", "rope", "carried"):
+            for name in ("keys", "values", "rope", "token_state"):
                 x, y = getattr(rows, name), getattr(alike, name)
                 assert (x is None) == (y is None)
                 if x is not None:
@@ -76,5 +76,5 @@ def test_a_press_that_looks_at_the_question_cannot_share():
 
 
 def test_storage_is_that_of_the_call():
-    ours, _ = survey(None).settled(presses("none")[0], "int8")
+    ours, _ = survey(None).compressed(presses("none")[0], "int8")
     assert {store.codec.bits for store in stores(ours)} == {8}

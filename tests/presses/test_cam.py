@@ -189,13 +189,13 @@ def test_the_attention_received_goes_on_unless_the_inner_press_leaves_a_number()
     cache = decoded(press, tokens(20), steps=4)
     view, mask, _ = found[4]
     row = int(mask[0, 0].nonzero()[0])
-    received = view.carried[0, 0, row] + view.attention_sums[0, 0, :, row].mean()
-    close(stores(cache)[0].snapshot.rows().carried[0, 0, 0], received)
+    received = view.token_state[0, 0, row] + view.attention_sums[0, 0, :, row].mean()
+    close(stores(cache)[0].snapshot.rows().token_state[0, 0, 0], received)
     whole, found = folding(CAMPress(H2OPress(), 4, 9))
     decoded(whole, tokens(20), steps=4)
     view = found[4][0]
     assert torch.equal(whole._received(view), view.attention_sums.mean(2))
-    assert torch.equal(whole.carry(view), H2OPress().carry(view))
+    assert torch.equal(whole.token_state(view), H2OPress().token_state(view))
 
 
 def test_the_last_rows_have_no_one_to_leave_anything_to():
@@ -204,10 +204,10 @@ def test_the_last_rows_have_no_one_to_leave_anything_to():
     view, mask, _ = found[0]
     mask = torch.zeros_like(mask)
     mask[..., :3] = True
-    _, values = press.fold(view, mask)
+    _, values = press.merge(view, mask)
     assert torch.equal(values[mask], view.values[mask])
-    assert press.fold(view, view.valid) is None
-    _, values = press.fold(view, torch.zeros_like(mask))
+    assert press.merge(view, view.valid) is None
+    _, values = press.merge(view, torch.zeros_like(mask))
     assert values.shape == view.values.shape
 
 

@@ -19,7 +19,7 @@ SMALL = {"sink_size_start": 3, "sink_size_end": 2, "chunk_size": 7, "sketch_dime
 
 class Noted(CompactorPress):
     def score(self, view):
-        SEEN[view.depth] = view, super().score(view), self.carry(view)
+        SEEN[view.depth] = view, super().score(view), self.token_state(view)
         return SEEN[view.depth][1]
 
 
@@ -105,7 +105,7 @@ def test_a_further_turn_adds_to_what_rows_received():
     """Rows that were pinned as the newest are not any more, and count as average."""
     press, model, ids = Noted(0.5, **SMALL), tiny(), tokens(41)
     cache = pressed(model, press, ids[:, :22])
-    first = {depth: carried for depth, (_, _, carried) in SEEN.items()}
+    first = {depth: token_state for depth, (_, _, token_state) in SEEN.items()}
     with press(model):
         forward(model, cache, input_ids=ids[:, 22:])
     for depth, (view, scores, _) in SEEN.items():

@@ -83,9 +83,9 @@ def test_a_surrogate_decides_for_decoded_rows_too():
         for step in range(4):
             forward(model, cache, input_ids=tokens(1, seed=step))
     for store in stores(cache):
-        carried = store.snapshot.rows().carried
+        token_state = store.snapshot.rows().token_state
         assert store.lengths.tolist() == [[24, 24]]
-        assert torch.isfinite(carried).all()
+        assert torch.isfinite(token_state).all()
 
 
 def test_kvzip_scores_are_held_against_the_threshold():
@@ -99,7 +99,9 @@ def test_kvzip_scores_are_held_against_the_threshold():
         rows = whole_store.snapshot.rows()
         for head in range(2):
             scores = zip(
-                whole_store.positions[0, head].tolist(), rows.carried[0, head].tolist(), strict=True
+                whole_store.positions[0, head].tolist(),
+                rows.token_state[0, head].tolist(),
+                strict=True,
             )
             wanted = {p for p, score in scores if p >= 0 and score >= 0.05} | {0, 1, 2, 3}
             assert set(kept(cache)[stores(cache).index(store)][0][head]) == wanted

@@ -56,14 +56,14 @@ def test_scores_are_those_of_the_formula_with_the_learned_moments(stats, covaria
         )
     )
     pressed(tiny(), press, tokens(20))
-    turn, known = rotation(range(20, 36)), learned()
+    step, known = rotation(range(20, 36)), learned()
     for depth in range(4):
         [(view, score)] = seen[depth]
         for h in range(2):
             total = torch.zeros(17, dtype=torch.double)
             for g in range(2):
-                mean = turn @ known["mean"][depth, h, g].double()
-                spread = turn @ known["covariance"][depth, h, g].double() @ turn.T
+                mean = step @ known["mean"][depth, h, g].double()
+                spread = step @ known["covariance"][depth, h, g].double() @ step.T
                 logits = []
                 for key in view.keys[0, h, 3:].double():
                     logit = float(mean @ key) / 8**0.5
@@ -106,7 +106,7 @@ def test_padding_changes_nothing(stats):
 
 def test_it_watches_no_query_and_scores_decoded_rows(stats):
     press = ExpectedAttentionStatsPress(0.5, 16, stats=stats)
-    assert not press.needs.watches and press.needs.rotary
+    assert not press.needs.observes and press.needs.rotary
     inner, seen = noting(press)
     model, cache = tiny(), DynamicCache()
     with cp.DecodingPress(inner, 2, 12)(model):

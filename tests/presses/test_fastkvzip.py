@@ -87,7 +87,7 @@ def test_guesses_are_those_of_the_gate(gates):
         [(view, score)] = seen[depth]
         wanted = [plainly(depth, state) for state in hidden[depth]]
         wanted = torch.tensor(wanted, dtype=torch.float64).mT
-        close(press.carry(view)[0], wanted)
+        close(press.token_state(view)[0], wanted)
         close(score[0, :, :-1], wanted[:, :-1])
         assert pinned(score)[0, :, -1].all()
         assert 0 < wanted.min() < wanted.max() < 1
@@ -128,7 +128,7 @@ def assert_carried(press, seen, hidden):
         wanted = [plainly(depth, state) for state in hidden[depth]]
         wanted = torch.tensor(wanted, dtype=torch.float64)
         for view, _ in seen[depth]:
-            found = press.carry(view)
+            found = press.token_state(view)
             for h in range(2):
                 valid = view.valid[0, h]
                 rows = view.positions[0, h][valid].tolist()
@@ -171,17 +171,17 @@ def test_padding_changes_nothing(gates):
     ],
 )
 def test_the_window_is_a_fraction_of_short_texts_and_fixed_in_long_ones(n, pad, window):
-    view = replace(table(n, 5, pad), noted=rand(1, 1, n))
+    view = replace(table(n, 5, pad), hidden_feature=rand(1, 1, n))
     score = FastKVzipPress(0.5, n_sink=2, window_size=7).score(view)
     rows = pinned(score)[0, 0].nonzero().flatten().tolist()
     assert [t for t in rows if t >= pad] == [pad, pad + 1, *range(n - window, n)]
-    assert torch.equal(score[~pinned(score)], view.noted[~pinned(score)])
+    assert torch.equal(score[~pinned(score)], view.hidden_feature[~pinned(score)])
 
 
 def test_the_window_is_the_floor_of_the_decimal_fraction():
     press = FastKVzipPress(0.5, n_sink=0, window_ratio=0.07)
     for n in range(1, 400):
-        view = replace(table(n, 5), noted=torch.zeros(1, 1, n))
+        view = replace(table(n, 5), hidden_feature=torch.zeros(1, 1, n))
         assert int(pinned(press.score(view)).sum()) == max(1, 7 * n // 100), n
 
 

@@ -73,7 +73,7 @@ def test_compression_at_each_token_is_the_algorithm_of_the_paper(size, ratio, re
         rows = store.snapshot.rows()
         for j, positions in enumerate(rows.text_positions()[0].tolist()):
             sums = [simulation.sums[layer][j][p] / 2 for p in positions]
-            close(rows.carried[0, j], torch.tensor(sums, dtype=torch.float64))
+            close(rows.token_state[0, j], torch.tensor(sums, dtype=torch.float64))
 
 
 def test_sums_of_an_earlier_turn_stay_with_the_rows_that_are_left():
@@ -89,9 +89,9 @@ def test_sums_of_an_earlier_turn_stay_with_the_rows_that_are_left():
                 received = second.attention_sums[0, j, :, row].mean()
                 if i < 20:
                     received = received + first.attention_sums[0, j, :, i].mean()
-                close(press.carry(second)[0, j, row], received)
+                close(press.token_state(second)[0, j, row], received)
                 if i < 34 - 8:
-                    assert score[0, j, row] == press.carry(second)[0, j, row]
+                    assert score[0, j, row] == press.token_state(second)[0, j, row]
     assert all(rows[-8:] == list(range(26, 34)) for layer in kept(cache) for rows in layer[0])
 
 
@@ -118,7 +118,7 @@ def test_what_is_carried_belongs_to_its_row_in_a_padded_batch():
                 assert own[i][rows.positions[i, j][held].long()].tolist() == (
                     wanted.positions[0, j].tolist()
                 )
-                close(rows.carried[i, j][held], wanted.carried[0, j])
+                close(rows.token_state[i, j][held], wanted.token_state[0, j])
 
 
 def test_online_chunks_add_up():
@@ -128,7 +128,7 @@ def test_online_chunks_add_up():
     assert kept(exact) == kept(once)
     for store in stores(online):
         assert store.lengths.tolist() == [[20, 20]]
-        received = store.snapshot.rows().carried
+        received = store.snapshot.rows().token_state
         assert received[..., 0].min() > received[..., -1].max()
 
 

@@ -160,10 +160,10 @@ def test_the_mean_over_heads_is_that_of_the_same_token_in_a_later_turn():
         forward(model, cache, input_ids=ids[:, 25:])
     apart = 0
     for (first, _), (view, _) in seen.values():
-        alone = press.carry(view)[0]
+        alone = press.token_state(view)[0]
         for j in range(2):
             old = view.index[0, j] < 25
-            close(alone[j, old], first.noted[0, j, view.index[0, j, old]])
+            close(alone[j, old], first.hidden_feature[0, j, view.index[0, j, old]])
         worth = press._worth(view)[0]
         for j in range(2):
             for t, token in enumerate(view.index[0, j].tolist()):
@@ -185,7 +185,7 @@ def test_the_second_reading_in_parts_is_that_in_one_go(task):
         with press(model):
             forward(model, cache, input_ids=tokens(33))
             forward(model, cache, input_ids=tokens(20, seed=1))
-        worth.append([view.noted for views in seen.values() for view, _ in views])
+        worth.append([view.hidden_feature for views in seen.values() for view, _ in views])
     for whole, parts in zip(*worth, strict=True):
         close(whole, parts)
         assert whole.isfinite().any()

@@ -52,7 +52,9 @@ def test_scores_are_those_of_plain_autograd():
         for head in range(2):
             held = [p for p in store.positions[0, head].tolist() if p >= 0]
             assert len(held) >= 28
-            close(store.snapshot.rows().carried[0, head][: len(held)], wanted[layer, head][held])
+            close(
+                store.snapshot.rows().token_state[0, head][: len(held)], wanted[layer, head][held]
+            )
 
 
 def test_weights_keep_their_gradients_and_inference_mode_works():

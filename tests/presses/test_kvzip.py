@@ -6,9 +6,9 @@ from transformers import DynamicCache, pipeline
 
 import cachepress as cp
 from cachepress.cache.batch import stores
+from cachepress.presses._reconstructing import FIRST, LATER
 from cachepress.presses.kvzip import KVzipPress
-from cachepress.presses.replaying import FIRST, LATER
-from cachepress.replay import opening_of
+from cachepress.reconstruction import opening_of
 from tests.bounds import close
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tokenizer, tokens, words
@@ -22,7 +22,7 @@ class _Watching(KVzipPress):
     """Notes what it carries."""
 
     def score(self, view):
-        SEEN[view.depth] = self.carry(view)
+        SEEN[view.depth] = self.token_state(view)
         return super().score(view)
 
 

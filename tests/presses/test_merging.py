@@ -27,10 +27,10 @@ def folding(press):
     found = []
 
     class Noting(type(press)):
-        def fold(self, view, mask):
-            folded = super().fold(view, mask)
-            found.append((view, mask, folded))
-            return folded
+        def merge(self, view, mask):
+            merged = super().merge(view, mask)
+            found.append((view, mask, merged))
+            return merged
 
     return Noting(**vars(press)), found
 
@@ -120,9 +120,9 @@ def test_a_head_that_keeps_nothing_and_one_that_keeps_all():
     view, _, _ = found[0]
     mask = view.valid.clone()
     mask[0, 0] = False
-    _, values = press.fold(view, mask)
+    _, values = press.merge(view, mask)
     assert torch.equal(values[0, 1], view.values[0, 1])
-    assert press.fold(view, view.valid) is None
+    assert press.merge(view, view.valid) is None
     ids, mask = tokens(9), torch.ones(1, 9, dtype=torch.long)
     mask[0, :4] = 0  # Padding is dropped, and leaves nothing.
     padded = cp.prefill(tiny(), ids, MergingPress(cp.KnormPress(0.0)), attention_mask=mask)
@@ -135,13 +135,13 @@ def test_what_the_inner_press_merged_is_not_merged_again():
     press, found = folding(MergingPress(SNAPKV))
     pressed(tiny(), press, tokens(30))
     view, mask, (_, once) = found[0]
-    _, twice = MergingPress(MergingPress(SNAPKV)).fold(view, mask)
+    _, twice = MergingPress(MergingPress(SNAPKV)).merge(view, mask)
     assert torch.equal(once[mask], twice[mask])
-    _, rest = MergingPress(MergingPress(SNAPKV, merge_fraction=0.4)).fold(view, mask)
+    _, rest = MergingPress(MergingPress(SNAPKV, merge_fraction=0.4)).merge(view, mask)
     assert not torch.equal(once[mask], rest[mask])
-    _, part = MergingPress(SNAPKV, merge_fraction=0.4).fold(view, mask)
+    _, part = MergingPress(SNAPKV, merge_fraction=0.4).merge(view, mask)
     left = replace(view, values=part)
-    assert torch.equal(rest, press.fold(left, mask)[1])
+    assert torch.equal(rest, press.merge(left, mask)[1])
 
 
 def test_memory_is_bounded_in_both_directions(monkeypatch):

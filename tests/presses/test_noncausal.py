@@ -17,7 +17,7 @@ SEEN = {}
 
 class Noted(NonCausalAttnPress):
     def score(self, view):
-        SEEN[view.depth] = view, super().score(view), self.carry(view)
+        SEEN[view.depth] = view, super().score(view), self.token_state(view)
         return SEEN[view.depth][1]
 
 

@@ -26,7 +26,7 @@ CLEAR = cp.SnapKVPress(0.3, window_size=8)
 RULE = AttentionRule(0.3)
 
 
-def pages_of(store, b, h, queries, reads):
+def pages_of(store, b, h, queries, page_budget):
     """Rows of one head that its queries read, page after page, the settled ones first."""
     pages = []
     for block in store._segments:
@@ -42,10 +42,10 @@ def pages_of(store, b, h, queries, reads):
         each = [torch.maximum(q * low, q * high).sum() for q in queries]
         bounds.append(max(float(x) for x in each))
     bounds[-1] = float("inf")
-    return [pages[i] for i in sorted(range(len(pages)), key=lambda i: -bounds[i])[:reads]]
+    return [pages[i] for i in sorted(range(len(pages)), key=lambda i: -bounds[i])[:page_budget]]
 
 
-def assert_reads_the_best_pages(store, reads, seed=0):
+def assert_reads_the_best_pages(store, page_budget, seed=0):
     torch.manual_seed(seed)
     held, b = store.snapshot, store.batch_size
     query = randn(b, 2, 2, 1, 8)
@@ -53,7 +53,7 @@ def assert_reads_the_best_pages(store, reads, seed=0):
     for i in range(b):
         rows.append([])
         for h in range(2):
-            read = pages_of(store, i, h, query[i, h, :, 0], reads)
+            read = pages_of(store, i, h, query[i, h, :, 0], page_budget)
             if held.tail is not None:
                 read.append((held.tail.keys[i, h], held.tail.values[i, h]))
             keys, values = zip(*read, strict=True)
@@ -64,16 +64,16 @@ def assert_reads_the_best_pages(store, reads, seed=0):
     return ours
 
 
-@pytest.mark.parametrize("reads", [1, 2, 5])
+@pytest.mark.parametrize("page_budget", [1, 2, 5])
 @pytest.mark.parametrize("press", [cp.KnormPress(0.0), ADAPTIVE], ids=["all rows", "uneven"])
-def test_one_query_reads_the_pages_that_promise_most(press, reads):
+def test_one_query_reads_the_pages_that_promise_most(press, page_budget):
     model = tiny()
-    cache = pressed(model, QuestPress(press, reads, skip_layers=0), tokens(300))
+    cache = pressed(model, QuestPress(press, page_budget, skip_layers=0), tokens(300))
     for step in range(3):
         if step:
             forward(model, cache, input_ids=tokens(1))
         for store in stores(cache):
-            some = assert_reads_the_best_pages(store, reads, seed=step)
+            some = assert_reads_the_best_pages(store, page_budget, seed=step)
             torch.manual_seed(step)
             query = randn(1, 2, 2, 1, 8).view(1, 4, 1, 8)
             every = store.snapshot.whole().attend(query, TextMask(None, 1), RULE)
@@ -122,16 +122,16 @@ def test_pages_of_uneven_heads_differ_in_number():
     cache = pressed(tiny(), QuestPress(ADAPTIVE, 6, skip_layers=0), tokens(300))
     store = stores(cache)[3]
     assert store._segments[0].layout.pages_of == (5, 7)
-    for reads in (6, 5, 3):
-        store.reads = reads
-        assert_reads_the_best_pages(store, reads)
+    for page_budget in (6, 5, 3):
+        store.page_budget = page_budget
+        assert_reads_the_best_pages(store, page_budget)
 
 
 def test_first_layers_and_forwards_of_several_tokens_read_all():
     model, ids = tiny(), tokens(200)
     quest = pressed(model, QuestPress(cp.KeyDiffPress(0.5), 1), ids)
     plain = pressed(model, cp.KeyDiffPress(0.5), ids)
-    assert [store.reads for store in stores(quest)] == [None, None, 1, 1]
+    assert [store.page_budget for store in stores(quest)] == [None, None, 1, 1]
     assert [store._segments[0].bounded for store in stores(quest)] == [False, False, True, True]
     several = [forward(model, cp.fork(c), input_ids=ids[:, :3]).logits for c in (quest, plain)]
     close(*several)
@@ -208,9 +208,9 @@ def test_a_fork_after_many_tokens_and_a_crop_have_bounds_too():
     for store in stores(cache):
         assert [block.bounded for block in store._segments] == [True] * 3
         assert store._tail.n < 64 + PAGE
-        for reads in (1, 2, 4):
-            store.reads = reads
-            assert_reads_the_best_pages(store, reads)
+        for page_budget in (1, 2, 4):
+            store.page_budget = page_budget
+            assert_reads_the_best_pages(store, page_budget)
         store.crop(150)
         assert store.lengths.tolist() == [[150, 150]] and store._segments[0].bounded
         assert_reads_the_best_pages(store, 4)
@@ -221,7 +221,7 @@ def test_a_saved_cache_reads_the_same_pages(tmp_path):
     cache = pressed(model, QuestPress(ADAPTIVE, 2, skip_layers=1), tokens(200, seed=1))
     cp.save_cache(cache, tmp_path / "cache", model)
     loaded = cp.load_cache(tmp_path / "cache", model)
-    assert [store.reads for store in stores(loaded)] == [None, 2, 2, 2]
+    assert [store.page_budget for store in stores(loaded)] == [None, 2, 2, 2]
     for step in range(3):
         token = tokens(1, seed=step)
         ours, wanted = (forward(model, c, input_ids=token).logits for c in (loaded, cache))
@@ -263,7 +263,7 @@ def test_pages_that_a_mask_hides_are_not_read():
     read = TextMask(hidden, 1)
     held = stores(cache)[0].snapshot
     spans = query.view(2, 2, 8)
-    worth = held.segments[0].worth(spans, read.of_rows(held.start, held.known))
+    worth = held.segments[0].worth(spans, read.of_rows(held.start, held.text_valid))
     lowest = torch.finfo(torch.float32).min
     assert (worth == lowest).tolist() == [[False, False, True, True, False]] * 2
     ours = held.attend(query, read, RULE)
@@ -285,7 +285,7 @@ def test_bytes_are_measured():
     )
     for store, same in zip(stores(quest), stores(plain), strict=True):
         pages = store._segments[0].layout.n_pages
-        bounds = 0 if store.reads is None else pages * 2 * 8 * 4
+        bounds = 0 if store.page_budget is None else pages * 2 * 8 * 4
         assert allocated(store) == store.nbytes == allocated(same) + bounds
     assert cp.size_of(quest).bytes_after == allocated(stores(quest))
 
@@ -309,7 +309,7 @@ def test_it_goes_with_presses_for_decoding():
             forward(model, cache, input_ids=tokens(60))
             for step in range(30):
                 forward(model, cache, input_ids=tokens(1, seed=step))
-        assert stores(cache)[0].reads == 1
+        assert stores(cache)[0].page_budget == 1
         assert stores(cache)[0].lengths[0, 0] <= 78
         assert_reads_the_best_pages(stores(cache)[0], 1)
 
@@ -322,10 +322,10 @@ def test_the_spelling_and_bad_options():
     assert cp.parse("quest") == press == cp.parse(repr(press))
     other = QuestPress(cp.SnapKVPress(0.5), token_budget=100)
     assert cp.parse(repr(other)) == other
-    assert [other.reads(depth) for depth in range(4)] == [None, None, 4, 4]
-    assert press.reads(2) == 32 and QuestPress(pages=3).reads(5) == 3
-    assert cp.AdaKVPress(other).reads(2) == 4
-    assert cp.ComposedPress([other, QuestPress(pages=3)]).reads(2) == 3
+    assert [other.page_budget(depth) for depth in range(4)] == [None, None, 4, 4]
+    assert press.page_budget(2) == 32 and QuestPress(pages=3).page_budget(5) == 3
+    assert cp.AdaKVPress(other).page_budget(2) == 4
+    assert cp.ComposedPress([other, QuestPress(pages=3)]).page_budget(2) == 3
     assert other.with_ratio(0.25).compression_ratio == 0.25
     for bad in ({"pages": 0}, {"token_budget": 0}, {"skip_layers": -1}):
         with pytest.raises(cp.CachepressError, match=f"{next(iter(bad))}: got"):

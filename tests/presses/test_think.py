@@ -29,8 +29,8 @@ def stored(cache):
     found = []
     for store in stores(cache):
         block = store.snapshot.segments[0]
-        chosen = torch.zeros(len(block.channels), block.width, dtype=torch.bool)
-        found.append(chosen.scatter(1, block.channels, True).unflatten(0, block.shape))
+        chosen = torch.zeros(len(block.key_channels), block.width, dtype=torch.bool)
+        found.append(chosen.scatter(1, block.key_channels, True).unflatten(0, block.shape))
     return found
 
 
@@ -47,8 +47,8 @@ def noting(press):
     seen = []
 
     class Noted(ThinKPress):
-        def channels(self, view, mask):
-            chosen = super().channels(view, mask)
+        def key_channels(self, view, mask):
+            chosen = super().key_channels(view, mask)
             seen.append((view, mask, chosen))
             return chosen
 
@@ -83,12 +83,12 @@ def test_removes_the_floor_and_bytes_shrink(ratio, left):
     cache = pressed(single(), ThinKPress(ratio, 6), tokens(200))
     for store in stores(cache):
         block = None if not store.snapshot.segments else store.snapshot.segments[0]
-        assert (left == 8) == (block is None or block.channels is None)
+        assert (left == 8) == (block is None or block.key_channels is None)
         if block is None:
             continue
         assert block.keys.shape[-1] == left
         # 224 slots: a key of `left` numbers, a value of 8, a position; and the list of channels.
-        index = 0 if block.channels is None else 2 * left * 8
+        index = 0 if block.key_channels is None else 2 * left * 8
         assert allocated(store) == 2 * 224 * (left * 4 + 8 * 4 + 4) + index == store.nbytes
     assert cp.size_of(cache).bytes_after == allocated(stores(cache))
     assert cp.size_of(cache).rows_held == 4 * 2 * 200

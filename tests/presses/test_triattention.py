@@ -159,12 +159,12 @@ def test_rows_of_an_earlier_turn_keep_their_distance():
         forward(model, cache, input_ids=ids[:, 24:])
     for depth, [_, (view, score)] in seen.items():
         keys = torch.cat([found["k"][depth], found["k"][4 + depth]])
-        turn = found["q"][4 + depth]
+        step = found["q"][4 + depth]
         distances, h = [1, 2, 4, 8, 16], 0
         assert view.keys.shape[2] == 28
         heads = []
         for k in range(2):
-            query = turn[:, h * 2 + k]
+            query = step[:, h * 2 + k]
             every = series_of_turn(query, keys[:, h], distances)
             own = every[view.index[0, h].long()]
             free = own[2:-4]

@@ -26,7 +26,7 @@ class _Decoded(NamedTuple):
 
 
 @dataclass
-class Trace:
+class QueryStats:
     """Queries, moments and attention sums of one layer since it was last settled.
 
     Chunks of a prompt are noted as they come; of decoded tokens the last queries are held, and
@@ -73,9 +73,9 @@ class Trace:
         self._decoded.append(_Decoded(query.detach(), rope))
         del self._decoded[: max(0, len(self._decoded) - most)]
 
-    def note(self, noted: Tensor) -> None:
+    def note(self, hidden_feature: Tensor) -> None:
         """Note a number ``[B, H, n]`` for each of the last ``n`` text columns."""
-        self._noted = noted
+        self._noted = hidden_feature
 
     def show(self, view: LayerView, forward: Forward) -> LayerView:
         """The view with all that was noted, and what the press declared besides."""
@@ -89,7 +89,7 @@ class Trace:
             sums, counts = _ordered(self._sums, forward), _times_seen(view, self._length)
             view = replace(view, attention_sums=sums, attention_counts=counts)
         if self.needs.notes or self._noted is not None:
-            view = replace(view, noted=self._noted_rows(view))
+            view = replace(view, hidden_feature=self._noted_rows(view))
         if self.needs.question:
             view = replace(view, n_question=forward.n_question)
         if self._moments is not None:
@@ -100,13 +100,13 @@ class Trace:
             view = replace(view, projection=forward.find_projection())
         return view
 
-    def select(self, sequences: Tensor) -> "Trace":
+    def select(self, sequences: Tensor) -> "QueryStats":
         """The trace of some of the sequences ``[B']``, which may repeat."""
 
         def of(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.index_select(0, sequences)
 
-        return Trace(
+        return QueryStats(
             self.needs,
             self.end,
             self._length,
@@ -126,16 +126,16 @@ class Trace:
 
     def _add_hidden(self, hidden: Tensor | None, depth: int) -> None:
         if self.needs.hidden is not None and hidden is not None:
-            noted = wide(self.needs.hidden(hidden.detach(), depth))
-            self._noted = _joined(self._noted, noted, 2)
+            hidden_feature = wide(self.needs.hidden(hidden.detach(), depth))
+            self._noted = _joined(self._noted, hidden_feature, 2)
 
     def _noted_rows(self, view: LayerView) -> Tensor:
         """What was noted of each row of the view, ``[B, H, T]``, NaN where nothing was."""
-        noted = self._noted
-        if noted is None:
+        hidden_feature = self._noted
+        if hidden_feature is None:
             return view.keys.new_full(view.valid.shape, float("nan"), dtype=wide_dtype(view.keys))
-        column = view.positions.long() - (self.end - noted.shape[-1])
-        picked = noted.gather(-1, column.clamp(min=0))
+        column = view.positions.long() - (self.end - hidden_feature.shape[-1])
+        picked = hidden_feature.gather(-1, column.clamp(min=0))
         return picked.masked_fill(column < 0, float("nan"))
 
     def _add_queries(self, query: Tensor, counted: Tensor, most: int) -> None:

@@ -19,7 +19,7 @@ _LEAD = 8
 
 
 @dataclass(frozen=True)
-class Replay:
+class Reconstruction:
     """What a press wants the model to repeat when a prompt was read.
 
     Attributes:
@@ -49,7 +49,7 @@ class Replay:
 
 
 @dataclass(frozen=True)
-class ReplayView:
+class ReconstructionView:
     """What one layer showed while one sequence's chunk was repeated.
 
     The rows are the sinks that stand before the chunk, the chunk's, and those of the replay itself;
@@ -106,19 +106,23 @@ class Chunk(NamedTuple):
 
 
 def chunks(
-    replay: Replay, ids: Tensor, tokenizer: PreTrainedTokenizerBase | None, opening: int = 0
+    reconstruction: Reconstruction,
+    ids: Tensor,
+    tokenizer: PreTrainedTokenizerBase | None,
+    opening: int = 0,
 ) -> Iterator[Chunk]:
     """The chunks of one sequence ``[1, T]`` of token ids, after its first ``opening`` tokens."""
     first = later = after = ids[:, :0]
-    if replay.speaks and tokenizer is not None:
+    if reconstruction.speaks and tokenizer is not None:
         after = encode(tokenizer, template(tokenizer, False)[1], special=False).to(ids)
         first, later = (
-            encode(tokenizer, text, special=False).to(ids) for text in (replay.first, replay.later)
+            encode(tokenizer, text, special=False).to(ids)
+            for text in (reconstruction.first, reconstruction.later)
         )
-    for start in range(opening, ids.shape[1], replay.chunk_size):
-        stop = min(start + replay.chunk_size, ids.shape[1])
+    for start in range(opening, ids.shape[1], reconstruction.chunk_size):
+        stop = min(start + reconstruction.chunk_size, ids.shape[1])
         asked = [first] if start == opening else [later, ids[:, max(0, start - _LEAD) : start]]
-        asked = asked if replay.speaks else []
+        asked = asked if reconstruction.speaks else []
         repeated = torch.cat([*asked, after, ids[:, start:stop]], dim=1)
         yield Chunk(start, stop, repeated, opening)
 

@@ -13,7 +13,7 @@ from cachepress.presses.base import (
     noted_or_carried,
     unknown_as_average,
 )
-from cachepress.replay import Replay, ReplayView
+from cachepress.reconstruction import Reconstruction, ReconstructionView
 from cachepress.view import LayerView, Needs
 
 FIRST = "\n\nRepeat the text above, word for word."
@@ -58,11 +58,11 @@ class _ReplayPress(ScorerPress):
         return self.with_ratio(0.0) != self
 
     @property
-    def replay(self) -> Replay | None:
+    def reconstruction(self) -> Reconstruction | None:
         """The whole prompt, unless nothing will be dropped."""
-        return Replay(self.chunk_size, self.n_sink, FIRST, LATER) if self.carries else None
+        return Reconstruction(self.chunk_size, self.n_sink, FIRST, LATER) if self.carries else None
 
-    def replayed(self, view: ReplayView) -> Tensor:
+    def reconstructed(self, view: ReconstructionView) -> Tensor:
         """The most attention, weighed, that each row of the chunk receives, ``[H, chunk]``."""
         of_rows, of_queries = self.weights(view)
         peaks = view.keys.new_zeros((), dtype=wide_dtype(view.keys))
@@ -71,25 +71,25 @@ class _ReplayPress(ScorerPress):
             peaks = torch.maximum(peaks, weights.amax(-2) * of_rows)  # [1, H, G, chunk]
         return peaks.amax(2)[0]
 
-    def weights(self, view: ReplayView) -> tuple[Tensor, Tensor]:
+    def weights(self, view: ReconstructionView) -> tuple[Tensor, Tensor]:
         """Factors of the chunk's rows ``[1, H or 1, G or 1, chunk or 1]`` and of the queries."""
         one = torch.ones(1, 1, device=view.keys.device)
         return one[None, None], one.expand(1, view.queries.shape[3])
 
     def score(self, view: LayerView) -> Tensor:
         """What the replay showed, ``[B, H, T]``."""
-        carried = self.carry(view)
-        scores = unknown_as_average(carried, view.valid)
-        return pin_sinks(pin_first(scores, view, carried.isposinf()), view, self.n_sink)
+        token_state = self.token_state(view)
+        scores = unknown_as_average(token_state, view.valid)
+        return pin_sinks(pin_first(scores, view, token_state.isposinf()), view, self.n_sink)
 
-    def carry(self, view: LayerView) -> Tensor:
+    def token_state(self, view: LayerView) -> Tensor:
         """The score of each row, from this turn's replay or from an earlier one."""
         return replayed_or_carried(view)
 
 
 def replayed_or_carried(view: LayerView) -> Tensor:
     """What a replay showed of each row, ``[B, H, T]``, else what an earlier one left; or NaN."""
-    noted = view.noted
-    if noted is None:
-        noted = torch.full_like(view.index, float("nan"), dtype=wide_dtype(view.keys))
-    return noted_or_carried(view, noted)
+    hidden_feature = view.hidden_feature
+    if hidden_feature is None:
+        hidden_feature = torch.full_like(view.index, float("nan"), dtype=wide_dtype(view.keys))
+    return noted_or_carried(view, hidden_feature)

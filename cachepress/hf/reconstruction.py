@@ -19,8 +19,8 @@ from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen
 from cachepress.hf.capture import Capture
 from cachepress.hf.wiring import attention_modules, cache_argument, install_stores, last_layer
 from cachepress.ops import wide, wide_dtype
-from cachepress.replay import Chunk, Replay, ReplayView, chunks, opening_of
-from cachepress.trace import Trace
+from cachepress.query_stats import QueryStats
+from cachepress.reconstruction import Chunk, Reconstruction, ReconstructionView, chunks, opening_of
 
 _T = TypeVar("_T")
 _MOST = torch.finfo(torch.float32).max
@@ -32,7 +32,7 @@ class Read(NamedTuple):
     press: Press
     store: CompressedLayer
     forward: Forward
-    trace: Trace
+    query_stats: QueryStats
 
 
 class _Text(NamedTuple):
@@ -79,7 +79,7 @@ class _Look:
     repeated: int
     before: Tensor | None
     last: bool
-    view: ReplayView = field(init=False)
+    view: ReconstructionView = field(init=False)
     found: Tensor = field(init=False)
     module: nn.Module = field(init=False)
 
@@ -95,7 +95,7 @@ class _Look:
         keys, values, valid, chunk = (
             self._whole(seen, n) if self._replay.whole else self._part(seen, n)
         )
-        view = ReplayView(
+        view = ReconstructionView(
             queries=query.detach().view(1, h, -1, n, query.shape[-1]),
             keys=keys,
             values=values,
@@ -112,13 +112,13 @@ class _Look:
             self.view = view
         else:
             # At once, so that the rows of one layer only are held.
-            self.found = self.press.replayed(view)
+            self.found = self.press.reconstructed(view)
 
     @property
-    def _replay(self) -> Replay:
-        replay = self.press.replay
-        assert replay is not None
-        return replay
+    def _replay(self) -> Reconstruction:
+        reconstruction = self.press.reconstruction
+        assert reconstruction is not None
+        return reconstruction
 
     def _part(self, seen: Seen, n: int) -> tuple[Tensor, Tensor, Tensor, slice]:
         """Keys, values and validity of the sinks, the chunk and the replay; where the chunk is."""
@@ -141,7 +141,7 @@ class _Look:
         return rows.keys.detach(), rows.values.detach(), valid, chunk
 
 
-class Repeater:
+class Reconstructor:
     """Notes what a model reads, and lets it repeat that.
 
     Args:
@@ -191,8 +191,8 @@ class Repeater:
         if not self._layers:
             return []
         layers, cache, ids = self._layers, self._cache, torch.cat(self._ids, dim=1)
-        replay, valid = layers[0].press.replay, layers[0].forward.text_valid
-        assert replay is not None and cache is not None
+        reconstruction, valid = layers[0].press.reconstruction, layers[0].forward.text_valid
+        assert reconstruction is not None and cache is not None
         b, n = ids.shape
         notes = [
             layer.forward.query.new_zeros(
@@ -213,7 +213,7 @@ class Repeater:
                 own = ids[row : row + 1, columns]
                 self._repeat_one(branch, own, text, [note[row] for note in notes])
         for layer, note in zip(layers, notes, strict=True):
-            layer.trace.note(note)
+            layer.query_stats.note(note)
         return [
             layer._replace(forward=replace(layer.forward, rows=layer.store.snapshot.rows()))
             for layer in layers
@@ -222,27 +222,27 @@ class Repeater:
     def _repeat_one(self, branch: Cache, ids: Tensor, text: _Text, notes: list[Tensor]) -> None:
         """Let the model repeat one sequence ``ids [1, T]``, and note ``[H, n]`` in each layer."""
         press = self._layers[0].press
-        replay = press.replay
-        assert replay is not None
+        reconstruction = press.reconstruction
+        assert reconstruction is not None
         opening = 0
-        if replay.speaks and branch.get_seq_length() == text.n:
+        if reconstruction.speaks and branch.get_seq_length() == text.n:
             opening = opening_of(ids, self._tokenizer)
         for note in notes:
             # Every question comes after the template's tokens, which no repetition asks for.
             note[:, text.columns[:opening]] = float("inf")
         repeated = 0
         before: Sequence[Tensor | None] = [None] * len(notes)
-        whole = fork(branch) if replay.whole else None
-        for chunk in chunks(replay, ids, self._tokenizer, opening):
+        whole = fork(branch) if reconstruction.whole else None
+        for chunk in chunks(reconstruction, ids, self._tokenizer, opening):
             cache = fork(branch) if whole is None else whole
             found = self._repeated(press, cache, chunk, text, before, repeated)
-            if replay.whole:
+            if reconstruction.whole:
                 repeated, before = repeated + chunk.ids.shape[1], found
                 continue
             for note, one in zip(notes, found, strict=True):
                 # Infinity stands for the template's tokens alone.
                 note[:, text.columns[chunk.start : chunk.stop]] = one.clamp(max=_MOST)
-        if replay.whole:
+        if reconstruction.whole:
             for note, one in zip(notes, before, strict=True):
                 assert one is not None
                 note[:] = one
@@ -267,13 +267,17 @@ class Repeater:
             repeated: tokens of these.
         """
         self._capture.clear()
-        replay, length, device = press.replay, chunk.ids.shape[1], text.columns.device
-        assert replay is not None
+        reconstruction, length, device = (
+            press.reconstruction,
+            chunk.ids.shape[1],
+            text.columns.device,
+        )
+        assert reconstruction is not None
         seen = cache.get_seq_length() - repeated - text.n
-        n_sink = max(replay.n_sink, chunk.opening)
+        n_sink = max(reconstruction.n_sink, chunk.opening)
         sinks = text.columns[: min(n_sink, chunk.start)] + seen
         if seen:
-            sinks = torch.arange(replay.n_sink, device=device)
+            sinks = torch.arange(reconstruction.n_sink, device=device)
         own = text.columns[chunk.start : chunk.stop] - text.n
         last = chunk.stop == len(text.columns)
         looks = []
@@ -288,13 +292,15 @@ class Repeater:
             inputs["attention_mask"] = valid.long()
             start = int(text.valid.sum()) + repeated
             inputs["position_ids"] = torch.arange(start, start + length, device=device)[None]
-        if replay.gradient:
+        if reconstruction.gradient:
             views = self._differentiated(inputs, looks)
-            return [press.replayed(view) for view in views]
+            return [press.reconstructed(view) for view in views]
         self._decoder(**inputs)
         return [look.found for look in looks]
 
-    def _differentiated(self, inputs: dict[str, object], looks: list[_Look]) -> list[ReplayView]:
+    def _differentiated(
+        self, inputs: dict[str, object], looks: list[_Look]
+    ) -> list[ReconstructionView]:
         """A forward that repeats, and the gradient of its last hidden states."""
         added: dict[nn.Module, Tensor] = {}
         last: list[Tensor] = []
