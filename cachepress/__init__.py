@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from cachepress._pipelines import register_when_loaded
 
 if TYPE_CHECKING:
-    from cachepress.cache import Codec as Codec
     from cachepress.cache.batch import CacheSize as CacheSize
     from cachepress.cache.batch import fork as fork
     from cachepress.cache.batch import size_of as size_of
+    from cachepress.cache.codec import Codec as Codec
     from cachepress.errors import CachepressError as CachepressError
     from cachepress.errors import ForeignAttentionError as ForeignAttentionError
     from cachepress.errors import UnsupportedError as UnsupportedError
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 _HOMES = {
-    "CacheSize": "cache",
+    "CacheSize": "cache.batch",
     "CachepressError": "errors",
-    "Codec": "cache",
+    "Codec": "cache.codec",
     "ForeignAttentionError": "errors",
     "KVPressTextGenerationPipeline": "pipeline",
     "LayerView": "view",
@@ -42,12 +42,12 @@ _HOMES = {
     "UnsupportedError": "errors",
     "ask": "generation.ask",
     "detach": "hf",
-    "fork": "cache",
+    "fork": "cache.batch",
     "load_cache": "persist",
     "parse": "spec",
     "prefill": "generation.prefill",
     "save_cache": "persist",
-    "size_of": "cache",
+    "size_of": "cache.batch",
 }
 """The module of each public name that is no press; no name may be that of a module itself."""
 

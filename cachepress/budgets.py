@@ -98,13 +98,13 @@ class Bytes:
         """
         b, h = view.keys.shape[:2]
         heads = b * h * view.n_layers
-        each, fixed = view.row_bytes.each, view.row_bytes.fixed
-        fixed += view.row_bytes.decoded(self.room) if self.room else 0
+        each, fixed = view.pair_bytes.each, view.pair_bytes.fixed
+        fixed += view.pair_bytes.decoded(self.room) if self.room else 0
         if self.uneven or len(view.n_seen.unique()) > 1:
             fixed += _SPAN_INDEX + _PAGE_INDEX * (PAGE - 1) / PAGE
             each += _PAGE_INDEX / PAGE
         if self.uneven:
-            fixed += (PAGE - 1) * view.row_bytes.each
+            fixed += (PAGE - 1) * view.pair_bytes.each
         step = 1 if self.uneven else PAGE
         # The nudge is far above the rounding of a double, and far below a row.
         rows = floor((self.limit / heads - fixed) / (each * step) + 1e-9) * step

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachepress.forward import Forward, Rows
+from cachepress.cache.pairs import PairBytes, Pairs
+from cachepress.forward import Forward
 from cachepress.ops import gather, valid_last, wide
 from cachepress.query_stats import QueryStats
 from cachepress.reconstruction import Reconstruction, ReconstructionView
-from cachepress.view import LayerView, Needs, RowBytes
+from cachepress.view import LayerView, Needs
 
 
 class Step(NamedTuple):
@@ -148,7 +149,7 @@ class Press(Protocol):
 class CacheLayer(Protocol):
     """What the engine asks of a cache layer: hold rows, and drop those that lost."""
 
-    def row_bytes(self, rows: Rows, compacts: bool, carries: bool) -> RowBytes:
+    def pair_bytes(self, rows: Pairs, compacts: bool, carries: bool) -> PairBytes:
         """Bytes that the kept rows of a head will need."""
         ...
 
@@ -162,7 +163,7 @@ class CacheLayer(Protocol):
         ...
 
     def keep(
-        self, rows: Rows, mask: Tensor, text_valid: Tensor | None, key_channels: Tensor | None
+        self, rows: Pairs, mask: Tensor, text_valid: Tensor | None, key_channels: Tensor | None
     ) -> None:
         """Hold exactly the rows of ``mask [B, H, T]``, in their order.
 
@@ -200,7 +201,7 @@ def compress(
         The scored layer, if it competes with the others of the model; else None.
     """
     budget = press.budget
-    view = replace(_table(forward), row_bytes=_row_bytes(press, store, forward))
+    view = replace(_table(forward), pair_bytes=_pair_bytes(press, store, forward))
     n_kept = budget.count(view)
     average = n_kept if n_kept.ndim == 1 else n_kept.double().mean(-1)
     view = replace(view, n_kept=average)
@@ -217,9 +218,9 @@ def compress(
     return None
 
 
-def _row_bytes(press: Press, store: CacheLayer, forward: Forward) -> RowBytes:
+def _pair_bytes(press: Press, store: CacheLayer, forward: Forward) -> PairBytes:
     """What a row of a head costs, the share of a head in what is known of padding included."""
-    bytes_of = store.row_bytes(forward.rows, press.compacts, press.carries)
+    bytes_of = store.pair_bytes(forward.rows, press.compacts, press.carries)
     if forward.text_valid is None:
         return bytes_of
     heads = forward.rows.keys.shape[0] * forward.rows.keys.shape[1] * forward.n_layers
@@ -260,7 +261,7 @@ def _drop(
     press: Press, store: CacheLayer, view: LayerView, mask: Tensor, text_valid: Tensor | None
 ) -> None:
     """Leave the rows of ``mask [B, H, T]`` in the store."""
-    rows = Rows(view.keys, view.values, view.positions, token_state=press.token_state(view))
+    rows = Pairs(view.keys, view.values, view.positions, token_state=press.token_state(view))
     merged = press.merge(view, mask)
     if merged is not None:
         rows = replace(rows, keys=merged[0], values=merged[1])
@@ -316,7 +317,7 @@ def _table(forward: Forward) -> LayerView:
         layer=forward.layer,
         depth=forward.depth,
         n_layers=forward.n_layers,
-        row_bytes=RowBytes(0, 0),
+        pair_bytes=PairBytes(0, 0),
         rule=forward.rule,
         token_state=token_state,
     )

@@ -6,41 +6,11 @@ Shape letters are explained in ``cachepress.view``.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from cachepress.cache.pairs import Pairs
 from cachepress.ops import AttentionRule
 from cachepress.view import Rotary
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one layer at one moment: what attention reads and a press scores.
-
-    Attributes:
-        keys: ``[B, H, T, D]``.
-        values: ``[B, H, T, E]``.
-        positions: ``[B, H, T]`` index in the text, -1 in an empty slot; None when row t of every
-            head is text column t.
-        full: whether no slot is empty.
-        rope: ``[B, H, T]`` position that each key is rotated to; None where it is the position.
-        token_state: ``[B, H, T]`` a number that a press keeps with each token, NaN for none; None
-            where no token has one.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor | None = None
-    full: bool = True
-    rope: Tensor | None = None
-    token_state: Tensor | None = None
-
-    def text_positions(self) -> Tensor:
-        """Positions ``[B, H, T]``, written out."""
-        if self.positions is not None:
-            return self.positions
-        b, h, t, _ = self.keys.shape
-        return torch.arange(t, dtype=torch.int32, device=self.keys.device).expand(b, h, t)
 
 
 @dataclass(frozen=True)
@@ -63,7 +33,7 @@ class Forward:
     """
 
     query: Tensor
-    rows: Rows
+    rows: Pairs
     text_valid: Tensor | None
     rope: Tensor
     layer: int

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from cachepress.cache import Codec, CompressedLayer
-from cachepress.cache.codec import Quantized
+from cachepress.cache.codec import Codec, Quantized
+from cachepress.cache.layer import CompressedLayer
 from cachepress.cache.segment import Segment
 from cachepress.cache.tail import Tail
 from cachepress.limits import MOST, MOST_TOKENS, is_whole

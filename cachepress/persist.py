@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from cachepress.cache import Codec, CompressedLayer
 from cachepress.cache.batch import TEXT, note_text, text_of
-from cachepress.cache.codec import Quantized
+from cachepress.cache.codec import Codec, Quantized
+from cachepress.cache.layer import CompressedLayer
 from cachepress.cache.segment import Segment
 from cachepress.cache.tail import Tail
 from cachepress.digests import checksum_of

@@ -19,8 +19,8 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from cachepress.cache import Codec
 from cachepress.cache.batch import CacheSize, fork, size_of, text_of
+from cachepress.cache.codec import Codec
 from cachepress.chat import encode, template
 from cachepress.decode import check_generation, generate
 from cachepress.errors import CachepressError

@@ -7,11 +7,12 @@ Shape letters, used at the end of lines where shapes change:
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from cachepress.cache.pairs import PairBytes
 from cachepress.errors import CachepressError
 from cachepress.ops import AttentionRule, attention_column_sums, gather
 
@@ -110,20 +111,6 @@ class Moments:
     covariance: Tensor
 
 
-class RowBytes(NamedTuple):
-    """What the kept rows of a head cost.
-
-    Attributes:
-        each: bytes of a row.
-        fixed: bytes that do not depend on the number of rows.
-        decoded: the most bytes for a number of tokens that are decoded after it.
-    """
-
-    each: float
-    fixed: float
-    decoded: Callable[[int], float] = float
-
-
 @dataclass(frozen=True)
 class LayerView:
     """One layer's table of rows, as a scorer sees it: rows are tokens in text order.
@@ -172,7 +159,7 @@ class LayerView:
     layer: int
     depth: int
     n_layers: int
-    row_bytes: RowBytes
+    pair_bytes: PairBytes
     rule: AttentionRule
     queries: Tensor | None = None
     voters: Tensor | None = None

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import cachepress as cp
 from cachepress.budgets import Ratio, TopK, apportion, pin_sinks, pin_window
+from cachepress.cache.pairs import PairBytes
 from cachepress.ops import AttentionRule
-from cachepress.view import LayerView, RowBytes
+from cachepress.view import LayerView
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import rand, tokens
 from tests.tiny_cache import kept
@@ -31,7 +32,7 @@ def view(n, kept, pad=0):
         layer=0,
         depth=0,
         n_layers=1,
-        row_bytes=RowBytes(20, 0),
+        pair_bytes=PairBytes(20, 0),
         rule=AttentionRule(1.0),
     )
 

@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache, pipeline
 
 import cachepress as cp
-from cachepress.cache import CompressedLayer
 from cachepress.cache.batch import stores
+from cachepress.cache.layer import CompressedLayer
 from tests.bounds import close
 from tests.tiny import ARCHITECTURES, tokenizer, tokens, words
 from tests.tiny import exact_tiny as tiny

@@ -81,7 +81,7 @@ class Codec:
         high = torch.stack([group.amax(-1) for group in high.split(size, dim=-1)], dim=-1)
         return self._encode(pages, low, high, self.value_group)
 
-    def row_bytes(self, keys: Tensor, values: Tensor) -> float:
+    def pair_bytes(self, keys: Tensor, values: Tensor) -> float:
         """Bytes of a row of a head, its share of the scales included.
 
         ``keys [B, H, T, D]`` and ``values [B, H, T, E]`` hold the rows, among others.

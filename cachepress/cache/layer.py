@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -11,15 +11,16 @@ from transformers.cache_utils import CacheLayerMixin
 
 from cachepress.cache.codec import Codec
 from cachepress.cache.handle import RowsHandle
+from cachepress.cache.pairs import PairBytes, Pairs
 from cachepress.cache.segment import Segment
 from cachepress.cache.snapshot import Snapshot
 from cachepress.cache.tail import SLACK, Tail, slack_after
 from cachepress.errors import CachepressError, UnsupportedError
-from cachepress.forward import Rows
 from cachepress.ops import wide_dtype
 from cachepress.ops.ragged_attention import PAGE
-from cachepress.query_stats import QueryStats
-from cachepress.view import RowBytes
+
+if TYPE_CHECKING:
+    from cachepress.query_stats import QueryStats
 
 POSITION_BYTES = 4
 
@@ -156,7 +157,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def keep(
         self,
-        rows: Rows,
+        rows: Pairs,
         mask: Tensor,
         text_valid: Tensor | None = None,
         key_channels: Tensor | None = None,
@@ -179,7 +180,7 @@ class CompressedLayer(CacheLayerMixin):
         """Whether rows that are kept are stored in another form than they came in."""
         return self.codec is not None or self.page_budget is not None
 
-    def row_bytes(self, rows: Rows, compacts: bool, carries: bool = False) -> RowBytes:
+    def pair_bytes(self, rows: Pairs, compacts: bool, carries: bool = False) -> PairBytes:
         """Bytes that the kept rows of a head need: keys, values, positions, what is carried."""
         d, e = rows.keys.shape[-1], rows.values.shape[-1]
         key = d * rows.keys.element_size()
@@ -191,9 +192,9 @@ class CompressedLayer(CacheLayerMixin):
             each, fixed = full + positions, 0.0
         else:
             # Quantized rows and the residual end with a page each that is not full.
-            each = self.codec.row_bytes(rows.keys, rows.values) + positions
+            each = self.codec.pair_bytes(rows.keys, rows.values) + positions
             fixed = (self.codec.residual + 2 * PAGE) * (full + positions)
-        return RowBytes(each, fixed, lambda n: self._bytes_of_decoded(n, each, full))
+        return PairBytes(each, fixed, lambda n: self._bytes_of_decoded(n, each, full))
 
     def restore(self) -> None:
         """Hold rows as they came, without a free slot, if none was ever dropped.
@@ -403,7 +404,7 @@ class CompressedLayer(CacheLayerMixin):
         self._encoded = False
 
     def _segments_of(
-        self, rows: Rows, mask: Tensor, key_channels: Tensor | None = None
+        self, rows: Pairs, mask: Tensor, key_channels: Tensor | None = None
     ) -> tuple[Segment, ...]:
         """The rows of ``mask [B, H, T]`` as they are stored."""
         if self.codec is None:
@@ -416,7 +417,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def _segment(
         self,
-        rows: Rows,
+        rows: Pairs,
         mask: Tensor,
         codec: Codec | None = None,
         key_channels: Tensor | None = None,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cachepress.cache.codec import Codec, Quantized
-from cachepress.forward import Rows
+from cachepress.cache.pairs import Pairs
 from cachepress.ops import wide_dtype
 from cachepress.ops.ragged_attention import PAGE, DensePart, Layout, PagedPart, Part
 from cachepress.ops.ragged_attention.parts import LOWEST, apart, of_channels, together
@@ -54,7 +54,7 @@ class Segment:
     @classmethod
     def of(
         cls,
-        rows: Rows,
+        rows: Pairs,
         mask: Tensor,
         codec: Codec | None = None,
         key_channels: Tensor | None = None,
@@ -94,7 +94,7 @@ class Segment:
             bounds=_bounds(keys, positions >= 0) if bounded and codec is None else None,
         )
 
-    def rows(self) -> Rows:
+    def rows(self) -> Pairs:
         """All rows as a table ``[B, H, longest, ...]``; a view where all heads hold the same."""
         columns = (
             _decoded(self.keys),
@@ -107,7 +107,7 @@ class Segment:
         if n is not None:
             tables = [None if x is None else self._spans(x)[:, :, :n] for x in columns]
             keys, values, positions, rope, token_state = tables
-            return Rows(self._whole(keys), values, positions, rope=rope, token_state=token_state)  # pyright: ignore[reportArgumentType]
+            return Pairs(self._whole(keys), values, positions, rope=rope, token_state=token_state)  # pyright: ignore[reportArgumentType]
         table, real = self.layout.padded()
         tables = [
             None if x is None else x.flatten(0, 1)[table].unflatten(0, self.shape) for x in columns
@@ -116,7 +116,7 @@ class Segment:
         hidden = ~real.unflatten(0, self.shape)
         positions = positions.masked_fill(hidden, -1)  # pyright: ignore[reportOptionalMemberAccess]
         keys = self._whole(keys)
-        return Rows(keys, values, positions, full=False, rope=rope, token_state=token_state)  # pyright: ignore[reportArgumentType]
+        return Pairs(keys, values, positions, full=False, rope=rope, token_state=token_state)  # pyright: ignore[reportArgumentType]
 
     def part(self, mask: Tensor | None) -> Part:
         """The rows as attention reads them.

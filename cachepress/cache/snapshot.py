@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from cachepress.cache.masks import TextMask
+from cachepress.cache.pairs import Pairs
 from cachepress.cache.segment import Segment
 from cachepress.cache.tail import TailRows
 from cachepress.errors import UnsupportedError
-from cachepress.forward import Rows
 from cachepress.ops import AttentionRule, wide
 from cachepress.ops.ragged_attention import Part, ragged_attention
 from cachepress.ops.ragged_attention.parts import LOWEST
@@ -69,12 +69,12 @@ class Snapshot:
         segments = self.groups[0][0] if self.groups else self.segments
         return segments[0].shape[1]
 
-    def rows(self) -> Rows:
+    def rows(self) -> Pairs:
         """Everything as one table ``[B, H, T, ...]``, the rows of the tail last."""
         if self.groups:
             raise UnsupportedError("a joined cache can be decoded from, and nothing else")
         if not self.segments and self.tail is not None:
-            return Rows(self.tail.keys, self.tail.values)
+            return Pairs(self.tail.keys, self.tail.values)
         parts = [segment.rows() for segment in self.segments]
         if self.tail is not None:
             parts.append(self.tail.rows(self.seen))
@@ -94,7 +94,7 @@ class Snapshot:
                 for p, n in zip(parts, nothing, strict=True)
             ]
             token_state = torch.cat([wide(x) for x in left], dim=2)
-        return Rows(
+        return Pairs(
             keys=torch.cat([part.keys for part in parts], dim=2),
             values=torch.cat([part.values for part in parts], dim=2),
             positions=torch.cat([part.text_positions() for part in parts], dim=2),
@@ -170,7 +170,7 @@ class Snapshot:
             segment.part_of(pages, mask) for segment, pages in zip(segments, some, strict=True)
         ]
 
-    def _expanded(self, rows: Rows) -> Rows:
+    def _expanded(self, rows: Pairs) -> Pairs:
         """A shared table as one of every sequence."""
         if rows.keys.shape[0] == self.batch:
             return rows

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachepress.forward import Rows
+from cachepress.cache.pairs import Pairs
 from cachepress.ops.ragged_attention import DensePart
 
 SLACK = 64
@@ -82,11 +82,11 @@ class TailRows:
     keys: Tensor
     values: Tensor
 
-    def rows(self, seen: int) -> Rows:
+    def rows(self, seen: int) -> Pairs:
         """The rows as a table, when ``seen`` text columns were seen."""
         b, h, n = self.keys.shape[:3]
         positions = torch.arange(seen - n, seen, dtype=torch.int32, device=self.keys.device)
-        return Rows(self.keys, self.values, positions.expand(b, h, n))
+        return Pairs(self.keys, self.values, positions.expand(b, h, n))
 
     def of_sequences(self, first: int, last: int) -> "TailRows":
         """The rows of some of the sequences."""

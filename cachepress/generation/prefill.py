@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
-from cachepress.cache import Codec
 from cachepress.cache.batch import note_text, trim
+from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError, out_of_memory
 from cachepress.hf import Observation, cache_argument, codec_of
 from cachepress.limits import MOST_TOKENS, check_whole, is_out_of_memory, shown

@@ -14,10 +14,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cachepress.cache import CompressedLayer, RowsHandle, Snapshot
+from cachepress.cache.handle import RowsHandle
+from cachepress.cache.layer import CompressedLayer
 from cachepress.cache.masks import TextMask
+from cachepress.cache.pairs import Pairs
+from cachepress.cache.snapshot import Snapshot
 from cachepress.errors import UnsupportedError
-from cachepress.forward import Rows
 from cachepress.ops import AttentionRule
 from cachepress.ops.ragged_attention.parts import LOWEST
 
@@ -43,12 +45,12 @@ class Seen(NamedTuple):
     query: Tensor
     output: Tensor
     key: RowsHandle
-    read: Rows | None
+    read: Pairs | None
     mask: TextMask
     rule: AttentionRule
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> Pairs:
         """All rows of the layer."""
         return self.key.snapshot.rows() if self.read is None else self.read
 
@@ -154,7 +156,7 @@ def _attention(
     mask, rule = _text_mask(module, attention_mask, n), _rule(module, query, kwargs, base)
     rows = None
     if key.fresh is not None:
-        rows = Rows(*key.fresh)
+        rows = Pairs(*key.fresh)
         output = function(module, query, *key.fresh, mask.given, **kwargs)
     elif _differentiates(key.store):
         rows = _with_gradient(key)
@@ -183,7 +185,7 @@ def _differentiates(store: CompressedLayer) -> bool:
     return watcher is not None and watcher.differentiates
 
 
-def _with_gradient(key: RowsHandle) -> Rows:
+def _with_gradient(key: RowsHandle) -> Pairs:
     """All rows, those of the forward as the model computed them and can differentiate them."""
     rows, n = key.snapshot.rows(), key.added[0].shape[2]
     keys, values = (
@@ -231,7 +233,7 @@ def _rule(
     return AttentionRule(scaling, cast(float | None, softcap), cast(Tensor | None, sinks))
 
 
-def _mask_of_rows(mask: TextMask, held: Snapshot, rows: Rows, query: Tensor) -> Tensor:
+def _mask_of_rows(mask: TextMask, held: Snapshot, rows: Pairs, query: Tensor) -> Tensor:
     """A mask over text columns as one over rows, added to logits: ``[B, heads, n, T]``.
 
     Where only the tail hides rows from some query, one mask serves all heads.

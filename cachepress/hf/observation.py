@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PretrainedConfig
 
-from cachepress.cache import Codec, CompressedLayer
 from cachepress.cache.batch import note_text, trim
+from cachepress.cache.codec import Codec
+from cachepress.cache.layer import CompressedLayer
 from cachepress.core import Pending, Press, Step, compress, compress_together
 from cachepress.errors import CachepressError
 from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen, attach

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from cachepress.cache import CompressedLayer
 from cachepress.cache.batch import fork
+from cachepress.cache.layer import CompressedLayer
+from cachepress.cache.pairs import Pairs
 from cachepress.core import Press
 from cachepress.errors import CachepressError
-from cachepress.forward import Forward, Rows
+from cachepress.forward import Forward
 from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen
 from cachepress.hf.capture import Capture
 from cachepress.hf.wiring import attention_modules, cache_argument, install_stores, last_layer
@@ -334,7 +335,7 @@ def resolved(forward: Forward, rotates: bool, projects: bool) -> Forward:
     return replace(
         forward,
         query=forward.query[:, :, :0].clone(),
-        rows=Rows(forward.rows.keys[:, :, :0].clone(), forward.rows.values[:, :, :0].clone()),
+        rows=Pairs(forward.rows.keys[:, :, :0].clone(), forward.rows.values[:, :, :0].clone()),
         find_rotary=_found(forward.find_rotary, rotates),
         find_projection=_found(forward.find_projection, projects),
         hidden=None,

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
-from cachepress.cache import Codec
 from cachepress.cache.batch import fork, size_of, stores, trim
+from cachepress.cache.codec import Codec
 from cachepress.core import Pending, Press, Step, compress, compress_together
 from cachepress.errors import CachepressError
 from cachepress.forward import Forward

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.configuration_utils import PretrainedConfig
 
-from cachepress.cache import CompressedLayer
+from cachepress.cache.layer import CompressedLayer
 from cachepress.errors import UnsupportedError
 from cachepress.rotary import CosSin
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
 import cachepress
-from cachepress.cache import CompressedLayer
+from cachepress.cache.layer import CompressedLayer
 from cachepress.chat import encode, template
 from cachepress.errors import CachepressError
 from cachepress.evaluation.answering import answers_of, pipeline_of

@@ -21,7 +21,7 @@ from cachepress.budgets import (
     check_ratio,
     parse_bytes,
 )
-from cachepress.cache import Codec
+from cachepress.cache.codec import Codec
 from cachepress.core import Schedule, Step
 from cachepress.errors import CachepressError
 from cachepress.files import real_path
@@ -134,7 +134,7 @@ class BasePress:
         raise NotImplementedError(f"{type(self).__name__} does not replay")
 
     def token_state(self, view: LayerView) -> Tensor | None:
-        """A number to keep with each token until the next compression, ``[B, H, T]``; None for none.
+        """A number to keep with each token until the next compression, ``[B, H, T]``, or None.
 
         Rows whose score cannot be found again later need it; see ``carries``.
         """

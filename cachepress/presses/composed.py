@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachepress.budgets import CHOSEN, Amount, Threshold, TopK, choose
-from cachepress.cache import Codec
+from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError
 from cachepress.ops import wide
 from cachepress.presses.base import BasePress

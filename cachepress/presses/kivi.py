@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cachepress.cache import Codec
+from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError
 from cachepress.presses.base import WrapperPress
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from cachepress.budgets import Bytes, Threshold, TopK, bytes_of
-from cachepress.cache import Codec
+from cachepress.cache.codec import Codec
 from cachepress.core import Schedule, Step
 from cachepress.errors import CachepressError
 from cachepress.presses.base import BasePress, WrapperPress

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 import cachepress as cp
-from cachepress.cache import Codec
 from cachepress.cache.batch import stores
-from cachepress.cache.codec import Quantized
+from cachepress.cache.codec import Codec, Quantized
 from tests.bounds import close, half_a_step, near, rounding
 from tests.tiny import exact_tiny, tiny, tokens
 from tests.tiny_cache import allocated, forward, kept
@@ -63,7 +62,7 @@ def test_two_bits_are_four_numbers_a_byte():
 def test_the_bytes_of_a_row_are_those_that_are_stored(codec, size):
     pages, used = size * torch.randn(4, 32, 80), torch.ones(4, 32, dtype=torch.bool)
     held = [*codec.encode_keys(pages, used).tensors(), *codec.encode_values(pages).tensors()]
-    assert codec.row_bytes(pages, pages) * 4 * 32 == sum(x.nbytes for x in held)
+    assert codec.pair_bytes(pages, pages) * 4 * 32 == sum(x.nbytes for x in held)
     assert held[1].dtype == (torch.float16 if size == 1 else torch.float32)
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import cachepress as cp
-from cachepress.cache import Codec, CompressedLayer
-from cachepress.cache.codec import Quantized
+from cachepress.cache.codec import Codec, Quantized
+from cachepress.cache.layer import CompressedLayer
 from cachepress.cache.masks import TextMask
+from cachepress.cache.pairs import Pairs
 from cachepress.cache.tail import SLACK
-from cachepress.forward import Rows
 from cachepress.ops import AttentionRule
 from cachepress.ops.ragged_attention import PAGE
 from cachepress.ops.ragged_attention.naive import naive_attention
@@ -149,7 +149,7 @@ class Pair:
                 )
                 if key_channels is not None:
                     left.keys = [key * key_channels[b, h] for key in left.keys]
-        table = Rows(rows.keys, rows.values, where, rope=rope, token_state=token_state)
+        table = Pairs(rows.keys, rows.values, where, rope=rope, token_state=token_state)
         text_valid = self._tokens() if any(self.padding) else None
         self.store.keep(table, mask, text_valid, key_channels)
         self.compressed = self.seen
@@ -268,7 +268,7 @@ class Pair:
             off = half_a_step(wanted, dim, codec.bits)
             assert ((ours - wanted).abs() <= off).all()
 
-    def _check_attention(self, rows: Rows) -> None:
+    def _check_attention(self, rows: Pairs) -> None:
         """The newest tokens attend to all that is held of their text up to themselves."""
         b, where, tail = len(self.heads), rows.text_positions(), self.store.snapshot.tail
         n = 1 if tail is None else max(1, min(self.draw.randint(1, 3), tail.keys.shape[2]))

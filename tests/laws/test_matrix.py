@@ -166,7 +166,7 @@ def _bytes_are_those_allocated(cache, ids, storage, wrapper):
             rows, spans = int(store.lengths.sum()), store.lengths.numel()
             held = store.snapshot.rows()
             row = (
-                (8 + wrapper.key_channels) * 8
+                (8 + wrapper.channels) * 8
                 + 4
                 + 4 * (held.rope is not None)
                 + 8 * (held.token_state is not None)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from cachepress.cache.masks import TextMask
+from cachepress.cache.pairs import Pairs
 from cachepress.cache.segment import Segment
 from cachepress.cache.snapshot import Snapshot
 from cachepress.cache.tail import Tail
-from cachepress.forward import Rows
 from cachepress.ops import AttentionRule
 from cachepress.ops.ragged_attention import joint
 from cachepress.ops.ragged_attention.naive import naive_attention
@@ -31,7 +31,7 @@ def table(counts, n, dtype=torch.float64, seed=0):
     values = randn(b, H, n, E, generator=generator).to(dtype)
     order = rand(b, H, n, generator=generator).argsort(-1).argsort(-1)
     mask = order < torch.tensor(counts)[..., None]
-    return keys, values, mask, Segment.of(Rows(keys, values), mask)
+    return keys, values, mask, Segment.of(Pairs(keys, values), mask)
 
 
 @pytest.mark.parametrize("n_new", [1, 5])
@@ -104,7 +104,7 @@ def test_a_mask_hides_the_rows_of_its_columns():
     query = randn(1, H * G, 1, D)
     held = Snapshot((block,), tail, 51, 1, None)
     ours = held.attend(query, TextMask(mask.long(), 1), AttentionRule(0.4))
-    fewer = Segment.of(Rows(keys, values), kept & ~hidden)
+    fewer = Segment.of(Pairs(keys, values), kept & ~hidden)
     wanted = Snapshot((fewer,), tail, 51, 1, None).attend(
         query, TextMask(None, 1), AttentionRule(0.4)
     )

@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from cachepress.cache.pairs import Pairs
 from cachepress.cache.segment import Segment
 from cachepress.cache.tail import Tail
-from cachepress.forward import Rows
 from cachepress.ops.ragged_attention import triton as kernel
 from cachepress.ops.ragged_attention.joint import joint_attention
 from tests.bounds import close, near
@@ -24,7 +24,7 @@ def parts_of(counts, n_tail, batch, dtype):
     tail = [randn(batch, H, n_tail, size).to(dtype) for size in (D, E)]
     return [
         [
-            Segment.of(Rows(keys.to(kind), values.to(kind)), mask).part(None),
+            Segment.of(Pairs(keys.to(kind), values.to(kind)), mask).part(None),
             Tail.of(*(x.to(kind) for x in tail)).read().part(None),
         ]
         for kind in (dtype, torch.float64)

@@ -9,9 +9,10 @@ from transformers import DynamicCache
 
 import cachepress as cp
 from cachepress.budgets import pin_sinks, pin_window
+from cachepress.cache.pairs import PairBytes
 from cachepress.ops import AttentionRule
 from cachepress.presses.chunkkv import ChunkKVPress
-from cachepress.view import LayerView, RowBytes
+from cachepress.view import LayerView
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import rand, randn, tokens
 from tests.tiny_cache import forward, kept, pressed
@@ -48,7 +49,7 @@ def table(scores, n_kept, lengths=None):
         layer=0,
         depth=0,
         n_layers=1,
-        row_bytes=RowBytes(0, 0),
+        pair_bytes=PairBytes(0, 0),
         rule=AttentionRule(1.0),
     )
 

@@ -1,0 +1,52 @@
+"""Key-value pairs of one layer at one moment, as a table, and what they cost in bytes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows of one layer at one moment: what attention reads and a press scores.
+
+    Attributes:
+        keys: ``[B, H, T, D]``.
+        values: ``[B, H, T, E]``.
+        positions: ``[B, H, T]`` index in the text, -1 in an empty slot; None when row t of every
+            head is text column t.
+        full: whether no slot is empty.
+        rope: ``[B, H, T]`` position that each key is rotated to; None where it is the position.
+        token_state: ``[B, H, T]`` a number that a press keeps with each token, NaN for none; None
+            where no token has one.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor | None = None
+    full: bool = True
+    rope: Tensor | None = None
+    token_state: Tensor | None = None
+
+    def text_positions(self) -> Tensor:
+        """Positions ``[B, H, T]``, written out."""
+        if self.positions is not None:
+            return self.positions
+        b, h, t, _ = self.keys.shape
+        return torch.arange(t, dtype=torch.int32, device=self.keys.device).expand(b, h, t)
+
+
+class PairBytes(NamedTuple):
+    """What the kept rows of a head cost.
+
+    Attributes:
+        each: bytes of a row.
+        fixed: bytes that do not depend on the number of rows.
+        decoded: the most bytes for a number of tokens that are decoded after it.
+    """
+
+    each: float
+    fixed: float
+    decoded: Callable[[int], float] = float
