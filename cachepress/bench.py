@@ -31,8 +31,8 @@ from cachepress.cache.batch import fork, size_of
 from cachepress.errors import CachepressError
 from cachepress.generation.prefill import check_prefill, prefill
 from cachepress.hf import cache_argument
-from cachepress.hf.observation import Watched
 from cachepress.hf.reconstruction import Reconstructor
+from cachepress.hf.session import Watched
 from cachepress.limits import check_whole
 from cachepress.models import load
 from cachepress.ops import wait

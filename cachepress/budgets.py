@@ -27,6 +27,33 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
+class Budget(Protocol):
+    """How many rows stay, and who competes for them."""
+
+    @property
+    def scope(self) -> str:
+        """Who competes: the rows of a "head", of a "layer" or of the whole "model"."""
+        ...
+
+    def count(self, view: LayerView) -> Tensor:
+        """Rows that each head keeps, ``[B]``, on average where heads compete.
+
+        ``[B, H]`` where heads have numbers of their own.
+        """
+        ...
+
+    def holds_all(self, valid: Tensor, n_kept: Tensor) -> bool:
+        """Whether no row is dropped, whatever the scores."""
+        ...
+
+    def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
+        """Keep mask ``[B, H, T]`` from ``scores [B, H, T]``, higher is kept.
+
+        ``valid [B, H, T]`` are the rows that may stay, ``n_kept [B]`` is what ``count`` said.
+        """
+        ...
+
+
 class Amount(Protocol):
     """A number of rows, in the user's unit."""
 

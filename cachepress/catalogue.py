@@ -224,8 +224,8 @@ def _looks_at(press: BasePress) -> str:
     found += [text for name, text in words.items() if getattr(needs, name)]
     if needs.moments_after is not None:
         found.append("moments of the queries")
-    if press.reconstruction is not None:
-        gradient = " with gradients" if press.reconstruction.gradient else ""
+    if press.needs.reconstruction is not None:
+        gradient = " with gradients" if press.needs.reconstruction.gradient else ""
         found.append(f"a replay of the prompt{gradient}")
     return ", ".join(found) or "the rows only"
 
@@ -238,18 +238,14 @@ def _queries(n: int) -> str:
 
 def _frees(press: BasePress) -> str:
     """What becomes smaller, in words."""
-    if press.storage is not None:
-        return f"rows, and bits: {press.storage.bits} a number"
-    if press.page_budget(2) is not None:
+    if press.needs.storage is not None:
+        return f"rows, and bits: {press.needs.storage.bits} a number"
+    if press.needs.pages_read(2) is not None:
         return "nothing; fewer rows are read"
     if isinstance(press.budget, Threshold):
         return "rows, as many as its rule says"
     own = {"head": "rows, as many in each head", "layer": "rows, each head its own number"}
     text = own.get(press.budget.scope, "rows, each head of each layer its own number")
-    if (
-        type(press).key_channels is not BasePress.key_channels
-        and press.rewrites
-        and not press.carries
-    ):
+    if type(press).key_channels is not BasePress.key_channels and press.needs.rewrites:
         return "channels of the keys"
     return text

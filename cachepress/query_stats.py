@@ -88,7 +88,7 @@ class QueryStats:
         if self._sums is not None:
             sums, counts = _ordered(self._sums, forward), _times_seen(view, self._length)
             view = replace(view, attention_sums=sums, attention_counts=counts)
-        if self.needs.notes or self._noted is not None:
+        if self.needs.hidden is not None or self._noted is not None:
             view = replace(view, hidden_feature=self._noted_rows(view))
         if self.needs.question:
             view = replace(view, n_question=forward.n_question)

@@ -1,8 +1,44 @@
-"""Schedules: when a layer is settled."""
+"""Schedules: in which forwards a layer is compressed."""
 
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-from cachepress.core import Step
+
+class Step(NamedTuple):
+    """A forward, as a schedule sees it.
+
+    Attributes:
+        seen: tokens before it.
+        new: tokens of it.
+        since: tokens since a press last looked at the layer, those of this forward included, and
+            those of prompts that were left as they are not, unless the schedule is ``bounded``.
+        prompt: whether it reads a text, rather than decoding a token.
+        later: whether that is a text after the first one, which is to be left as it is.
+    """
+
+    seen: int
+    new: int
+    since: int
+    prompt: bool
+    later: bool = False
+
+
+class Schedule(Protocol):
+    """When a layer is settled."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether layers are settled while tokens are decoded."""
+        ...
+
+    @property
+    def bounded(self) -> bool:
+        """Whether every token counts, since the bytes of the cache are limited while it grows."""
+        ...
+
+    def due(self, step: Step) -> bool:
+        """Whether a forward settles the layer."""
+        ...
 
 
 @dataclass(frozen=True)

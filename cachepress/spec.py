@@ -17,8 +17,8 @@ from functools import cache
 from cachepress.errors import CachepressError
 from cachepress.kvpress_names import PREFIX, SPELLINGS
 from cachepress.limits import DEEPEST_SPELLING, LONGEST_SHOWN, LONGEST_SPELLING, shown
+from cachepress.press import all_presses
 from cachepress.presses import BasePress
-from cachepress.presses.base import all_presses
 from cachepress.presses.composed import ComposedPress
 from cachepress.presses.restorekv import REASON as RESTOREKV
 

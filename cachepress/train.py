@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pydoc_data import topics
 
@@ -28,9 +28,9 @@ from cachepress.chat import encode
 from cachepress.errors import CachepressError
 from cachepress.files import expanded
 from cachepress.generation.prefill import prefill
+from cachepress.press import BasePress, WrapperPress
 from cachepress.presses import fastkvzip, kvzap, lukv
 from cachepress.presses._looking import _LookingPress
-from cachepress.presses.base import BasePress, WrapperPress
 from cachepress.presses.kvzip import KVzipPress
 from cachepress.view import EVERY, LayerView, Needs
 
@@ -197,8 +197,8 @@ class _LabelPress(KVzipPress):
 
     @property
     def needs(self) -> Needs:
-        """The hidden states."""
-        return Needs(hidden=self._note)
+        """The hidden states as well."""
+        return super().needs | Needs(hidden=self._note)
 
     def score(self, view: LayerView) -> Tensor:
         """What the replay showed, ``[B, H, T]``."""
@@ -366,9 +366,9 @@ class _ScoredPress(WrapperPress):
         return TopK(Ratio(0.0))
 
     @property
-    def rewrites(self) -> bool:
-        """True, so that layers are scored although no row is dropped."""
-        return True
+    def needs(self) -> Needs:
+        """What the inner press needs, in every layer although no pair is evicted."""
+        return replace(self.press.needs, rewrites=True)
 
     def score(self, view: LayerView) -> Tensor:
         """The inner score, ``[B, H, T]``."""

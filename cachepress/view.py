@@ -5,37 +5,69 @@ Shape letters, used at the end of lines where shapes change:
     Q queries, D key head size, E value head size, S text columns (seen plus new).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from cachepress.cache.codec import Codec
 from cachepress.cache.pairs import PairBytes
 from cachepress.errors import CachepressError
 from cachepress.ops import AttentionRule, attention_column_sums, gather
+from cachepress.reconstruction import Reconstruction
+
+T = TypeVar("T")
 
 EVERY = 1 << 62
 """As a number of queries: all of them."""
 
 HiddenFeature = Callable[[Tensor, int], Tensor]
-"""What is noted of the hidden states ``[B, n, M]`` of a layer (by its depth): ``[B, H, n]``."""
+"""A number for each token and head, ``[B, H, n]``, from hidden states ``[B, n, M]`` of a layer
+(given by its depth)."""
+
+
+@dataclass(frozen=True)
+class PageBudget:
+    """How many pages of a compressed layer a decoded token reads in each KV head.
+
+    Attributes:
+        pages: pages of 32 slots.
+        skip_layers: first layers (of those that are compressed) that read all of their pages.
+    """
+
+    pages: int
+    skip_layers: int = 0
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a press wants to see beyond keys, values and positions; paid for only when declared.
+    """What a press declares: what its scorer must observe, and how pairs are stored after it.
+
+    What is observed is paid for only when it is declared. ``a | b`` is what two presses need that
+    act together.
 
     Attributes:
-        queries: how many of the last queries of the turn, 0 for none, ``EVERY`` for all.
+        queries: how many of the last queries of the text, 0 for none, ``EVERY`` for all.
         moments_after: mean and covariance of the queries before RoPE, over all queries but the
             first ``moments_after`` of the text; None for none.
-        attention_sums: attention that each row received, summed over the queries of the turn.
+        attention_sums: attention that each token received, summed over the queries of the text.
         rotary: the layer's position embedding.
         projection: the layer's output projection.
         question: the queries of the question at the end of the text.
-        hidden: what to note of the hidden states that attention reads; None for nothing.
+        hidden: a number computed from each token's hidden state; None for none.
+        decoded_queries: most queries of decoded tokens held between two compressions; None for as
+            many as ``queries``.
+        reconstruction: how the model repeats the context before its layers are compressed; None
+            where it does not.
+        token_state: whether a number is kept with each token until the next compression, see
+            ``BasePress.token_state``.
+        rewrites: whether a layer is compressed even when no token is evicted, because kept pairs
+            are stored differently.
+        compaction: whether kept keys are rotated to positions without gaps.
+        storage: how kept pairs are stored; None for as they are, or as the call says.
+        page_budgets: pages that a decoded token reads; where several apply, the fewest.
     """
 
     queries: int = 0
@@ -45,12 +77,32 @@ class Needs:
     projection: bool = False
     question: bool = False
     hidden: HiddenFeature | None = None
+    decoded_queries: int | None = None
+    reconstruction: Reconstruction | None = None
+    token_state: bool = False
+    rewrites: bool = False
+    compaction: bool = False
+    storage: Codec | None = None
+    page_budgets: tuple[PageBudget, ...] = ()
 
     @property
     def observes(self) -> bool:
-        """Whether something must be noted at every forward, not only when a layer is settled."""
-        asked = self.attention_sums or self.question
-        return bool(self.queries) or self.moments_after is not None or asked or self.notes
+        """Whether every forward must be observed, not only those that compress a layer."""
+        asked = self.attention_sums or self.question or self.hidden is not None
+        return bool(self.queries) or self.moments_after is not None or asked
+
+    @property
+    def observed(self) -> "Needs":
+        """The part that is observed; presses that agree in it can share what was observed."""
+        return replace(
+            self,
+            reconstruction=None,
+            token_state=False,
+            rewrites=False,
+            compaction=False,
+            storage=None,
+            page_budgets=(),
+        )
 
     @property
     def rotates(self) -> bool:
@@ -58,32 +110,75 @@ class Needs:
         return self.rotary or self.moments_after is not None
 
     @property
-    def notes(self) -> bool:
-        """Whether hidden states are noted."""
-        return self.hidden is not None
+    def speaks(self) -> bool:
+        """Whether the model is asked in words to repeat its context, which takes a tokenizer."""
+        return self.reconstruction is not None and self.reconstruction.speaks
+
+    @property
+    def weighs(self) -> bool:
+        """Whether a reconstruction observes output projections and hidden states."""
+        return self.reconstruction is not None and self.reconstruction.weighs
+
+    @property
+    def always(self) -> bool:
+        """Whether a layer is compressed even when no token is evicted."""
+        return self.rewrites or self.token_state
+
+    @property
+    def most_decoded(self) -> int:
+        """Most queries of decoded tokens that are held between two compressions."""
+        return self.queries if self.decoded_queries is None else self.decoded_queries
+
+    def pages_read(self, depth: int) -> int | None:
+        """Pages that a decoded token reads in each head of a layer; None for all.
+
+        ``depth`` is the rank of the layer among those that are compressed.
+        """
+        found = (x.pages for x in self.page_budgets if depth >= x.skip_layers)
+        return min(found, default=None)
 
     def __or__(self, other: "Needs") -> "Needs":
-        """What both need."""
-        after = [n.moments_after for n in (self, other) if n.moments_after is not None]
-        if len(set(after)) > 1:
-            raise CachepressError(
-                f"presses that leave out {after[0]} and {after[1]} first queries from their "
-                "statistics cannot be combined: give them the same n_sink"
-            )
-        hidden = [n.hidden for n in (self, other) if n.hidden is not None]
-        if len(hidden) > 1 and hidden[0] != hidden[1]:
-            raise CachepressError(
-                "presses that note different things of hidden states cannot be combined: use one"
-            )
+        """What both need.
+
+        Raises:
+            CachepressError: if they cannot be combined.
+        """
+        both = (self, other)
+        decoded = [n.decoded_queries for n in both if n.decoded_queries is not None]
         return Needs(
             queries=max(self.queries, other.queries),
-            moments_after=after[0] if after else None,
+            moments_after=_common(
+                [n.moments_after for n in both],
+                "presses that leave out {} and {} first queries from their statistics cannot be "
+                "combined: give them the same n_sink",
+            ),
             attention_sums=self.attention_sums or other.attention_sums,
             rotary=self.rotary or other.rotary,
             projection=self.projection or other.projection,
             question=self.question or other.question,
-            hidden=hidden[0] if hidden else None,
+            hidden=_common(
+                [n.hidden for n in both],
+                "presses that compute different numbers from hidden states cannot be combined: "
+                "use one",
+            ),
+            decoded_queries=max(self.most_decoded, other.most_decoded) if decoded else None,
+            reconstruction=self.reconstruction or other.reconstruction,
+            token_state=self.token_state or other.token_state,
+            rewrites=self.rewrites or other.rewrites,
+            compaction=self.compaction or other.compaction,
+            storage=_common(
+                [n.storage for n in both], "presses that store pairs differently: keep one of them"
+            ),
+            page_budgets=tuple(dict.fromkeys((*self.page_budgets, *other.page_budgets))),
         )
+
+
+def _common(values: Sequence[T | None], refusal: str) -> T | None:
+    """The value that is not None, of several; different ones are refused."""
+    given = [x for x in values if x is not None]
+    if len(given) > 1 and given[0] != given[1]:
+        raise CachepressError(refusal.format(*given))
+    return given[0] if given else None
 
 
 _NUMBERS = ("positions", "index", "rope", "valid", "token_state", "hidden_feature")

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import cachepress as cp
 from cachepress.cache.batch import ordinary, stores
-from cachepress.presses.base import BasePress
+from cachepress.press import BasePress
 from tests.laws.presses import every_scorer, name_of
 from tests.tiny import tiny, tokens
 from tests.tiny_cache import allocated, forward
@@ -132,7 +132,7 @@ def test_what_forks_share_is_held_as_it_came_once_it_is_compressed_to_everything
 @pytest.mark.parametrize("wrapper", list(WRAPPERS))
 @pytest.mark.parametrize(("press", "storage", "dtype", "batch"), EACH[::3])
 def test_max_bytes_holds_from_the_least_on(press, storage, dtype, batch, wrapper):
-    if press.compacts and wrapper == "rotated":
+    if press.needs.compaction and wrapper == "rotated":
         pytest.skip("it rotates keys itself")
     model, ids = model_of(dtype), tokens(150, batch)
 

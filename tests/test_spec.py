@@ -2,7 +2,7 @@ import pytest
 
 import cachepress as cp
 from cachepress.catalogue import example
-from cachepress.presses.base import ScorerPress, WrapperPress, all_presses
+from cachepress.press import ScorerPress, WrapperPress, all_presses
 from cachepress.spec import aliases, brief, known_names
 
 

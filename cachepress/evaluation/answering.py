@@ -22,7 +22,7 @@ from cachepress.evaluation.samples import Context
 from cachepress.evaluation.speed import CONTEXTS, StepSeconds, peak_memory, step_seconds
 from cachepress.evaluation.tasks.base import PERPLEXITY
 from cachepress.hf import has_only_full_attention
-from cachepress.hf.observation import prepared
+from cachepress.hf.session import prepared
 from cachepress.hf.survey import Survey, shares
 from cachepress.pipeline import (
     TASK,

@@ -18,8 +18,8 @@ from cachepress.generation.prefill import check_prefill
 from cachepress.limits import MOST, MOST_SEED, MOST_TOKENS, check_whole, shown
 from cachepress.models import BUILTIN_MODELS
 from cachepress.pipeline import END, MIDDLE
+from cachepress.press import with_real_paths
 from cachepress.presses import BasePress
-from cachepress.presses.base import with_real_paths
 from cachepress.spec import NO_PRESS, brief, parse
 from cachepress.structured import read_mapping
 

@@ -28,8 +28,8 @@ from cachepress.evaluation.registry import find_dataset
 from cachepress.evaluation.results import metrics_of, predictions_of, score
 from cachepress.evaluation.samples import Context, Sample
 from cachepress.limits import shown
+from cachepress.press import with_inner
 from cachepress.presses import BasePress
-from cachepress.presses.base import with_inner
 from cachepress.structured import read_mapping
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from transformers.utils import logging
 from cachepress.cache.batch import note_text, trim
 from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError, out_of_memory
-from cachepress.hf import Observation, cache_argument, codec_of
+from cachepress.hf import PressSession, cache_argument, codec_of
 from cachepress.limits import MOST_TOKENS, check_whole, is_out_of_memory, shown
-from cachepress.presses.base import BasePress
+from cachepress.press import BasePress
 
 MODES = ("exact", "online")
 
@@ -78,7 +78,7 @@ def prefill(
     observation = None
     if press is not None:
         options = {"storage": storage, "question": question, "tokenizer": tokenizer}
-        observation = Observation(press, model, **options)
+        observation = PressSession(press, model, **options)
     with torch.no_grad(), _memory_explained():
         for start in bar:
             stop = min(start + chunk_size, n)

@@ -6,7 +6,7 @@ It is touched in three places: a named attention function selected on one model
 """
 
 from cachepress.hf.attention import attach, detach
-from cachepress.hf.observation import Observation, codec_of
+from cachepress.hf.session import PressSession, codec_of
 from cachepress.hf.wiring import (
     cache_argument,
     check_model,
@@ -17,7 +17,7 @@ from cachepress.hf.wiring import (
 )
 
 __all__ = [
-    "Observation",
+    "PressSession",
     "attach",
     "cache_argument",
     "check_model",

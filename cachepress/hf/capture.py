@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from cachepress.core import Press
 from cachepress.errors import UnsupportedError
 from cachepress.forward import Forward
 from cachepress.hf.attention import Seen
 from cachepress.hf.wiring import attention_modules, rotary_modules
+from cachepress.press import BasePress
 from cachepress.projection import Projections
 from cachepress.rotary import CosSin, find_rotary
 from cachepress.view import Rotary
@@ -43,16 +43,14 @@ class Capture:
         model: the model.
     """
 
-    def __init__(self, presses: Sequence[Press], model: PreTrainedModel) -> None:
+    def __init__(self, presses: Sequence[BasePress], model: PreTrainedModel) -> None:
         needs = [press.needs for press in presses]
-        weighs = any(
-            press.reconstruction is not None and press.reconstruction.weighs for press in presses
-        )
+        weighs = any(need.weighs for need in needs)
         self._who = ", ".join(map(repr, presses))
         self._model, self._decoder = model, model.get_decoder()
         self._rotates = any(need.rotates for need in needs)
         self._projects = weighs or any(need.projection for need in needs)
-        self._reads_hidden = weighs or any(need.notes for need in needs)
+        self._reads_hidden = weighs or any(need.hidden is not None for need in needs)
         self._rotary_modules: list[CosSin] = []
         self._outputs: dict[nn.Module, dict[nn.Module, Tensor]] = {}
         self._hidden: dict[nn.Module, Tensor] = {}

@@ -13,15 +13,16 @@ from transformers.cache_utils import Cache
 from cachepress.cache.batch import fork
 from cachepress.cache.layer import CompressedLayer
 from cachepress.cache.pairs import Pairs
-from cachepress.core import Press
 from cachepress.errors import CachepressError
 from cachepress.forward import Forward
 from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen
 from cachepress.hf.capture import Capture
+from cachepress.hf.chunks import Chunk, chunks, opening_of
 from cachepress.hf.wiring import attention_modules, cache_argument, install_stores, last_layer
 from cachepress.ops import wide, wide_dtype
+from cachepress.press import BasePress
 from cachepress.query_stats import QueryStats
-from cachepress.reconstruction import Chunk, Reconstruction, ReconstructionView, chunks, opening_of
+from cachepress.reconstruction import Reconstruction, ReconstructionView
 
 _T = TypeVar("_T")
 _MOST = torch.finfo(torch.float32).max
@@ -30,7 +31,7 @@ _MOST = torch.finfo(torch.float32).max
 class Read(NamedTuple):
     """A layer whose prompt was read, and that is settled when the model has repeated it."""
 
-    press: Press
+    press: BasePress
     store: CompressedLayer
     forward: Forward
     query_stats: QueryStats
@@ -72,7 +73,7 @@ class _Look:
         module: the attention module.
     """
 
-    press: Press
+    press: BasePress
     capture: Capture
     text: _Text
     sinks: Tensor
@@ -117,7 +118,7 @@ class _Look:
 
     @property
     def _replay(self) -> Reconstruction:
-        reconstruction = self.press.reconstruction
+        reconstruction = self.press.needs.reconstruction
         assert reconstruction is not None
         return reconstruction
 
@@ -154,7 +155,7 @@ class Reconstructor:
 
     def __init__(
         self,
-        press: Press,
+        press: BasePress,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
         capture: Capture,
@@ -192,7 +193,7 @@ class Reconstructor:
         if not self._layers:
             return []
         layers, cache, ids = self._layers, self._cache, torch.cat(self._ids, dim=1)
-        reconstruction, valid = layers[0].press.reconstruction, layers[0].forward.text_valid
+        reconstruction, valid = layers[0].press.needs.reconstruction, layers[0].forward.text_valid
         assert reconstruction is not None and cache is not None
         b, n = ids.shape
         notes = [
@@ -223,7 +224,7 @@ class Reconstructor:
     def _repeat_one(self, branch: Cache, ids: Tensor, text: _Text, notes: list[Tensor]) -> None:
         """Let the model repeat one sequence ``ids [1, T]``, and note ``[H, n]`` in each layer."""
         press = self._layers[0].press
-        reconstruction = press.reconstruction
+        reconstruction = press.needs.reconstruction
         assert reconstruction is not None
         opening = 0
         if reconstruction.speaks and branch.get_seq_length() == text.n:
@@ -250,7 +251,7 @@ class Reconstructor:
 
     def _repeated(
         self,
-        press: Press,
+        press: BasePress,
         cache: Cache,
         chunk: Chunk,
         text: _Text,
@@ -269,7 +270,7 @@ class Reconstructor:
         """
         self._capture.clear()
         reconstruction, length, device = (
-            press.reconstruction,
+            press.needs.reconstruction,
             chunk.ids.shape[1],
             text.columns.device,
         )

@@ -13,21 +13,23 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from cachepress.cache.batch import fork, size_of, stores, trim
 from cachepress.cache.codec import Codec
-from cachepress.core import Pending, Press, Step, compress, compress_together
+from cachepress.engine import Pending, compress, compress_together
 from cachepress.errors import CachepressError
 from cachepress.forward import Forward
 from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen, attach
 from cachepress.hf.capture import Capture, Place
-from cachepress.hf.observation import codec_of, instruct, prepared
+from cachepress.hf.chunks import tokenizer_of
 from cachepress.hf.reconstruction import Read, Reconstructor, resolved
+from cachepress.hf.session import codec_of, instruct, prepared
 from cachepress.hf.wiring import cache_argument, install_stores
 from cachepress.ops import wait
+from cachepress.press import BasePress
 from cachepress.query_stats import QueryStats
-from cachepress.reconstruction import tokenizer_of
+from cachepress.schedules import Step
 from cachepress.view import Needs
 
 if TYPE_CHECKING:
-    from cachepress.presses.base import BasePress
+    from cachepress.press import BasePress
 
 
 @dataclass
@@ -109,7 +111,7 @@ class Survey:
                 raise CachepressError(f"{press!r} looks at the question: it reads for itself")
         self._ready = [(press, prepared(press, self.model)) for press in self.presses]
         acting = [ready.acting(_step(1)) for _, ready in self._ready]
-        self._needs = list(dict.fromkeys(press.needs for press in acting))
+        self._needs = list(dict.fromkeys(press.needs.observed for press in acting))
         self.capture = Capture(acting, self.model)
         self._layers: list[_Layer] = []
         self._replays: dict[str, tuple[list[Read], float]] = {}
@@ -159,7 +161,7 @@ class Survey:
         self._compress(acting, branch, layers)
         wait(self.model.device)
         seconds += time.perf_counter() - start + self.common_seconds
-        return branch, self.seconds_of[acting.needs] + seconds
+        return branch, self.seconds_of[acting.needs.observed] + seconds
 
     def _watch(self, begin: int, end: int, last: bool) -> None:
         found = install_stores(self.cache, self.model)
@@ -173,14 +175,14 @@ class Survey:
             WATCHED[store] = layer
             READ_WHOLE.add(store)
 
-    def _repeated(self, press: Press) -> tuple[list[Read], float]:
+    def _repeated(self, press: BasePress) -> tuple[list[Read], float]:
         """The layers as a press has to see them, and the seconds that a replay for it took."""
         layers = []
         for store, layer in zip(stores(self.cache), self._layers, strict=True):
             assert layer.forward is not None
             forward = replace(layer.forward, rows=store.snapshot.rows())
-            layers.append(Read(press, store, forward, layer.traces[press.needs]))
-        if press.reconstruction is None:
+            layers.append(Read(press, store, forward, layer.traces[press.needs.observed]))
+        if press.needs.reconstruction is None:
             return layers, 0.0
         key = _without_ratio(press)
         if key not in self._replays:
@@ -191,9 +193,13 @@ class Survey:
         repeated, seconds = self._replays[key]
         return [layer._replace(press=press) for layer in repeated], seconds
 
-    def _repeat(self, press: Press, layers: list[Read]) -> list[Read]:
+    def _repeat(self, press: BasePress, layers: list[Read]) -> list[Read]:
         tokenizer = self.tokenizer
-        if press.reconstruction is not None and press.reconstruction.speaks and tokenizer is None:
+        if (
+            press.needs.reconstruction is not None
+            and press.needs.reconstruction.speaks
+            and tokenizer is None
+        ):
             tokenizer = tokenizer_of(self.model)
         repeater = Reconstructor(press, self.model, tokenizer, self.capture)
         repeater.read(self.cache, self._ids)
@@ -204,7 +210,7 @@ class Survey:
         self.capture.clear()
         return repeated
 
-    def _compress(self, press: Press, branch: Cache, layers: list[Read]) -> None:
+    def _compress(self, press: BasePress, branch: Cache, layers: list[Read]) -> None:
         waiting: list[Pending] = []
         with torch.no_grad():
             for store, layer in zip(stores(branch), layers, strict=True):
@@ -224,7 +230,7 @@ def _step(n: int) -> Step:
     return Step(seen=0, new=n, since=n, prompt=True)
 
 
-def _without_ratio(press: Press) -> str:
+def _without_ratio(press: BasePress) -> str:
     """What a replay depends on: a scorer never reads its own ratio."""
     try:
         return repr(press.with_ratio(0.0))  # type: ignore

@@ -1,9 +1,9 @@
 """The methods, one file each: a new one is a file, and a line here."""
 
+from cachepress.press import BasePress as BasePress
+from cachepress.press import ScorerPress as ScorerPress
+from cachepress.press import WrapperPress as WrapperPress
 from cachepress.presses.adakv import AdaKVPress as AdaKVPress
-from cachepress.presses.base import BasePress as BasePress
-from cachepress.presses.base import ScorerPress as ScorerPress
-from cachepress.presses.base import WrapperPress as WrapperPress
 from cachepress.presses.block import BlockPress as BlockPress
 from cachepress.presses.cam import CAMPress as CAMPress
 from cachepress.presses.cap import CapPress as CapPress

@@ -1,12 +1,12 @@
 """A press that drops nothing and looks: for what is found or learned of a model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from cachepress.budgets import Ratio, TopK
-from cachepress.presses.base import BasePress
+from cachepress.press import BasePress
 from cachepress.view import LayerView, Needs
 
 
@@ -24,18 +24,13 @@ class _LookingPress(BasePress):
 
     @property
     def needs(self) -> Needs:
-        """What the function wants to see."""
-        return self.wants
+        """What the function wants to see, in every layer although no pair is evicted."""
+        return replace(self.wants, rewrites=True)
 
     @property
     def budget(self) -> TopK:
         """All rows."""
         return TopK(Ratio(0.0))
-
-    @property
-    def rewrites(self) -> bool:
-        """True, so that layers are looked at although no row is dropped."""
-        return True
 
     def score(self, view: LayerView) -> Tensor:
         """The age of each row, ``[B, H, T]``."""

@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import TopK, pin_first, pin_sinks
+from cachepress.checks import check_count
 from cachepress.ops import attention_weights, wide_dtype
-from cachepress.presses.base import (
-    ScorerPress,
-    check_count,
-    noted_or_carried,
-    unknown_as_average,
-)
+from cachepress.press import ScorerPress
+from cachepress.presses._scores import noted_or_carried, unknown_as_average
 from cachepress.reconstruction import Reconstruction, ReconstructionView
 from cachepress.view import LayerView, Needs
 
@@ -44,8 +41,10 @@ class _ReplayPress(ScorerPress):
 
     @property
     def needs(self) -> Needs:
-        """Nothing of the prompt's own forward."""
-        return Needs()
+        """The whole prompt, unless nothing will be evicted; scores are kept."""
+        if self.with_ratio(0.0) == self:
+            return Needs()
+        return Needs(reconstruction=self._reconstruction, token_state=True)
 
     @property
     def budget(self) -> TopK:
@@ -53,14 +52,8 @@ class _ReplayPress(ScorerPress):
         return replace(super().budget, scope="layer" if self.layerwise else "model")
 
     @property
-    def carries(self) -> bool:
-        """Whether rows can be dropped, so that the others must keep their scores."""
-        return self.with_ratio(0.0) != self
-
-    @property
-    def reconstruction(self) -> Reconstruction | None:
-        """The whole prompt, unless nothing will be dropped."""
-        return Reconstruction(self.chunk_size, self.n_sink, FIRST, LATER) if self.carries else None
+    def _reconstruction(self) -> Reconstruction:
+        return Reconstruction(self.chunk_size, self.n_sink, FIRST, LATER)
 
     def reconstructed(self, view: ReconstructionView) -> Tensor:
         """The most attention, weighed, that each row of the chunk receives, ``[H, chunk]``."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachepress.presses.base import ScorerPress, noted_or_carried, unknown_as_average
+from cachepress.press import ScorerPress
+from cachepress.presses._scores import noted_or_carried, unknown_as_average
 from cachepress.view import LayerView, Needs
 
 _BLOCK = 4096
@@ -21,13 +22,8 @@ class _SurrogatePress(ScorerPress):
 
     @property
     def needs(self) -> Needs:
-        """A guess from the hidden states that attention reads."""
-        return Needs(hidden=_Guess(self))
-
-    @property
-    def carries(self) -> bool:
-        """True: hidden states are gone when a row is looked at again."""
-        return True
+        """A guess from the hidden states that attention reads, kept until the next compression."""
+        return Needs(hidden=_Guess(self), token_state=True)
 
     def guess(self, hidden: Tensor, depth: int) -> Tensor:
         """The score of each row, ``[B, H, n]``, from hidden states ``[B, n, M]`` of a layer."""

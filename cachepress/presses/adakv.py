@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 
 from cachepress.budgets import SCOPES, TopK, check_fraction
 from cachepress.errors import CachepressError
-from cachepress.presses.base import WrapperPress, counted
+from cachepress.press import WrapperPress
+from cachepress.presses._checks import counted
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import choose
+from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.ops import valid_last, wide_dtype
-from cachepress.presses.base import WrapperPress, check_count, counted
+from cachepress.press import WrapperPress
+from cachepress.presses._checks import counted
 from cachepress.view import LayerView
 
 

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachepress.presses.base import BasePress, check_count, either, fill
+from cachepress.checks import check_count
+from cachepress.press import BasePress
+from cachepress.presses._checks import either, fill
 from cachepress.presses.decoding import DecodingPress
 from cachepress.presses.random import RandomPress
 from cachepress.view import LayerView, Needs
@@ -74,22 +76,14 @@ class CAMPress(DecodingPress, alias="cam"):
 
     @property
     def needs(self) -> Needs:
-        """What the inner press needs, and the attention received by each row."""
-        return self.press.needs | Needs(attention_sums=True)
-
-    @property
-    def carries(self) -> bool:
-        """True: the attention that a row received so far."""
-        return True
-
-    @property
-    def rewrites(self) -> bool:
-        """True: what a row received is stored with it, even when none is dropped."""
-        return True
+        """What the inner press needs, and the attention received by each token so far."""
+        return super().needs | Needs(attention_sums=True, token_state=True)
 
     def token_state(self, view: LayerView) -> Tensor | None:
         """What the inner press leaves with each row, or the attention received, ``[B, H, T]``."""
-        return self.press.token_state(view) if self.press.carries else self._received(view)
+        return (
+            self.press.token_state(view) if self.press.needs.token_state else self._received(view)
+        )
 
     def merge(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
         """Keys as they are, and values with the shares of dropped rows."""
@@ -127,6 +121,6 @@ class CAMPress(DecodingPress, alias="cam"):
         if view.attention_sums is None:
             raise TypeError("the view was made without attention sums")
         received = view.attention_sums.mean(2)
-        if view.token_state is None or self.press.carries:
+        if view.token_state is None or self.press.needs.token_state:
             return received
         return received + view.token_state.nan_to_num(nan=0.0)

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.budgets import pin_sinks
+from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.limits import MOST_POSITIONS
 from cachepress.ops import cholesky, wide, wide_dtype
-from cachepress.presses.base import ScorerPress, check_count
+from cachepress.press import ScorerPress
 from cachepress.view import LayerView, Needs
 
 _BLOCK = 1024

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import choose
+from cachepress.checks import check_count
 from cachepress.ops import wide_dtype
-from cachepress.presses.base import WrapperPress, check_by_layer, check_count
+from cachepress.press import WrapperPress
+from cachepress.presses._checks import check_by_layer
 from cachepress.view import EVERY, LayerView, Needs
 
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import best, choose, pinned
+from cachepress.checks import check_count
 from cachepress.ops import wide
-from cachepress.presses.base import WrapperPress, check_by_layer, check_count, counted
+from cachepress.press import WrapperPress
+from cachepress.presses._checks import check_by_layer, counted
 from cachepress.view import LayerView
 
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import pin_sinks, pin_window
+from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.limits import MOST
 from cachepress.ops import wide_dtype
-from cachepress.presses.base import ScorerPress, check_count
+from cachepress.press import ScorerPress
 from cachepress.presses.leverage import LeverageScorePress
 from cachepress.presses.noncausal import NonCausalAttnPress
 from cachepress.view import LayerView, Needs
@@ -61,11 +62,6 @@ class CompactorPress(ScorerPress, alias="compactor"):
     def needs(self) -> Needs:
         """What both halves need."""
         return self._attention.needs | self._leverage.needs
-
-    @property
-    def carries(self) -> bool:
-        """True: the queries of a row are gone when it is looked at again."""
-        return True
 
     def token_state(self, view: LayerView) -> Tensor:
         """Attention that each row between the pinned ones received so far, ``[B, H, T]``."""

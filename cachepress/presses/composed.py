@@ -11,11 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachepress.budgets import CHOSEN, Amount, Threshold, TopK, choose
-from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError
 from cachepress.ops import wide
-from cachepress.presses.base import BasePress
-from cachepress.reconstruction import Reconstruction, ReconstructionView
+from cachepress.press import BasePress
+from cachepress.reconstruction import ReconstructionView
 from cachepress.schedules import AfterPrefill
 from cachepress.view import LayerView, Needs
 
@@ -60,14 +59,14 @@ class ComposedPress(BasePress, alias="composed"):
                     "not: wrap the ComposedPress instead"
                 )
         object.__setattr__(self, "presses", tuple(presses))
-        if any(press.compacts for press in presses[:-1]):
+        if any(press.needs.compaction for press in presses[:-1]):
             raise CachepressError("only the last of the presses can rotate keys: put it last")
-        if sum(press.carries for press in presses) > 1:
+        if sum(press.needs.token_state for press in presses) > 1:
             raise CachepressError(
                 "a row holds one number for the next time, and more than one of the presses leaves "
                 "one: compose one of them with presses that do not"
             )
-        if sum(press.storage is not None for press in presses) > 1:
+        if sum(press.needs.storage is not None for press in presses) > 1:
             raise CachepressError("more than one of the presses says how rows are stored: keep one")
         reduce(or_, (press.needs for press in presses))  # Raises where they cannot be combined.
 
@@ -85,11 +84,6 @@ class ComposedPress(BasePress, alias="composed"):
         return CHOSEN
 
     @property
-    def compacts(self) -> bool:
-        """Whether the last press compacts."""
-        return self.presses[-1].compacts
-
-    @property
     def compression_ratio(self) -> float | None:
         """The ratio of all presses together; None where one has another budget."""
         kept = 1.0
@@ -100,34 +94,11 @@ class ComposedPress(BasePress, alias="composed"):
             kept *= 1 - ratio
         return round(1 - kept, 6)
 
-    @property
-    def carries(self) -> bool:
-        """Whether one of the presses leaves something with each row."""
-        return any(press.carries for press in self.presses)
-
-    @property
-    def rewrites(self) -> bool:
-        """Whether one of the presses stores rows anew."""
-        return any(press.rewrites for press in self.presses)
-
-    @property
-    def storage(self) -> Codec | None:
-        """How the press that says so stores rows."""
-        return next((press.storage for press in self.presses if press.storage), None)
-
-    def page_budget(self, depth: int) -> int | None:
-        """The fewest pages that one of the presses reads."""
-        found = (press.page_budget(depth) for press in self.presses)
-        return min((pages for pages in found if pages is not None), default=None)
-
-    @property
-    def reconstruction(self) -> Reconstruction | None:
-        """What the press that replays wants repeated."""
-        return next((press.reconstruction for press in self.presses if press.reconstruction), None)
-
     def reconstructed(self, view: ReconstructionView) -> Tensor:
         """What the press that replays makes of a chunk that was repeated."""
-        return next(press.reconstructed(view) for press in self.presses if press.reconstruction)
+        return next(
+            press.reconstructed(view) for press in self.presses if press.needs.reconstruction
+        )
 
     def score(self, view: LayerView) -> Tensor:
         """The last press's score of the rows that all others keep, ``[B, H, T]``."""
@@ -142,7 +113,9 @@ class ComposedPress(BasePress, alias="composed"):
 
     def token_state(self, view: LayerView) -> Tensor | None:
         """What the press that leaves something leaves."""
-        return next((press.token_state(view) for press in self.presses if press.carries), None)
+        return next(
+            (press.token_state(view) for press in self.presses if press.needs.token_state), None
+        )
 
     def merge(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
         """What the first press that folds lets dropped rows leave."""

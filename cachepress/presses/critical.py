@@ -8,8 +8,9 @@ from torch import Tensor
 from cachepress.budgets import TopK, best, check_fraction, choose, floor_of, pin, pinned
 from cachepress.errors import CachepressError
 from cachepress.ops import wide
+from cachepress.press import WrapperPress
+from cachepress.presses._checks import check_by_layer, counted
 from cachepress.presses.adakv import AdaKVPress
-from cachepress.presses.base import WrapperPress, check_by_layer, counted
 from cachepress.view import LayerView, Needs
 
 _BLOCK = 1024

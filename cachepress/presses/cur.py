@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import pin_sinks
+from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.ops import wide
-from cachepress.presses.base import ScorerPress, check_count
+from cachepress.press import ScorerPress
 from cachepress.presses.leverage import gaussian
 from cachepress.view import LayerView
 

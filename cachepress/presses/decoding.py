@@ -4,18 +4,12 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from cachepress.budgets import Amount, Fixed, Ratio, TopK, bytes_of, check_ratio
-from cachepress.core import Schedule
+from cachepress.checks import check_count
 from cachepress.errors import CachepressError
-from cachepress.presses.base import (
-    BasePress,
-    WrapperPress,
-    check_count,
-    counted,
-    either,
-    fill,
-    reconstructs,
-)
-from cachepress.schedules import AfterPrefill, Every
+from cachepress.press import BasePress, WrapperPress
+from cachepress.presses._checks import counted, either, fill, reconstructs
+from cachepress.schedules import AfterPrefill, Every, Schedule
+from cachepress.view import Needs
 
 
 class _WhileDecodingPress(WrapperPress):
@@ -55,9 +49,10 @@ class _WhileDecodingPress(WrapperPress):
         return replace(limit, room=self.compression_interval, most=amount)
 
     @property
-    def buffer(self) -> int:
-        """Decoded queries that are held for the score."""
-        return min(self.hidden_states_buffer_size, self.compression_interval)
+    def needs(self) -> Needs:
+        """What the inner press needs, and so many decoded queries."""
+        most = min(self.hidden_states_buffer_size, self.compression_interval)
+        return replace(self.press.needs, decoded_queries=most)
 
 
 @dataclass(frozen=True)

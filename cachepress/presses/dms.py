@@ -1,17 +1,18 @@
 """DMS: rows below a threshold go when they leave the window."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachepress.budgets import Threshold, pin_window
-from cachepress.core import Schedule
+from cachepress.checks import check_count
 from cachepress.errors import CachepressError
-from cachepress.presses.base import BasePress, WrapperPress, check_count, fill, reconstructs
-from cachepress.schedules import AfterPrefill, Every
-from cachepress.view import LayerView
+from cachepress.press import BasePress, WrapperPress
+from cachepress.presses._checks import fill, reconstructs
+from cachepress.schedules import AfterPrefill, Every, Schedule
+from cachepress.view import LayerView, Needs
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,12 @@ class DMSPress(WrapperPress, alias="dms"):
                 f"DMSPress decides when rows are dropped, and {self.press!r} does so already: give "
                 "it the press that scores"
             )
-        if reconstructs(self.press) and self.press.reconstruction is None:
+        if reconstructs(self.press) and self.press.needs.reconstruction is None:
             raise CachepressError(
                 f"{self.press!r} replays nothing at ratio 0: give it a ratio above 0, which then "
                 "does not count"
             )
-        if self.decoding and self.press.reconstruction is not None:
+        if self.decoding and self.press.needs.reconstruction is not None:
             raise CachepressError(
                 f"decoded rows have no score by {self.press!r}, which replays prompts: leave out "
                 "decoding, or use KVzapPress"
@@ -92,9 +93,10 @@ class DMSPress(WrapperPress, alias="dms"):
         return Every(self.interval) if self.decoding else AfterPrefill()
 
     @property
-    def buffer(self) -> int:
-        """Decoded queries that are held for the score."""
-        return min(super().buffer, self.interval)
+    def needs(self) -> Needs:
+        """What the inner press needs, and no more decoded queries than are compressed at once."""
+        inner = self.press.needs
+        return replace(inner, decoded_queries=min(inner.most_decoded, self.interval))
 
     @property
     def compression_ratio(self) -> None:

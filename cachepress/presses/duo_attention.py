@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachepress.budgets import CHOSEN, Ratio, Threshold, TopK, check_fraction, choose
+from cachepress.checks import check_count
 from cachepress.errors import CachepressError
+from cachepress.press import BasePress
 from cachepress.presses._heads import (
     Scores,
     checked,
@@ -21,7 +23,6 @@ from cachepress.presses._heads import (
     pattern_file,
     read_scores,
 )
-from cachepress.presses.base import BasePress, check_count
 from cachepress.structured import parse_json
 from cachepress.view import LayerView
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cachepress.checks import check_count
 from cachepress.errors import CachepressError
-from cachepress.presses.base import check_count
 from cachepress.presses.chunkkv import ChunkKVPress, Chunks, highest_first, places
 
 

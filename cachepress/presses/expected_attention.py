@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import pin_sinks
+from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.limits import MOST_POSITIONS
 from cachepress.ops import wide
-from cachepress.presses.base import ScorerPress, check_count
+from cachepress.press import ScorerPress
 from cachepress.view import LayerView, Moments, Needs
 
 

@@ -13,7 +13,7 @@ from cachepress.artefacts import (
     sizes,
 )
 from cachepress.ops import wide_dtype
-from cachepress.presses.base import either, fill
+from cachepress.presses._checks import either, fill
 from cachepress.presses.expected_attention import ExpectedAttentionPress
 from cachepress.view import LayerView, Moments, Needs
 

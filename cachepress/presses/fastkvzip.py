@@ -16,9 +16,9 @@ from cachepress.artefacts import (
     sizes,
 )
 from cachepress.budgets import TopK, check_fraction, pin_sinks, pin_window
+from cachepress.checks import check_count
 from cachepress.ops import wide
 from cachepress.presses._surrogate import _SurrogatePress
-from cachepress.presses.base import check_count
 from cachepress.view import LayerView
 
 KIND = "fastkvzip"

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import best, choose, pin
+from cachepress.checks import check_count
 from cachepress.ops import attention_column_sums
-from cachepress.presses.base import ScorerPress, check_count
+from cachepress.press import ScorerPress
 from cachepress.view import LayerView, Needs
 
 
@@ -41,12 +42,7 @@ class FinchPress(ScorerPress, alias="finch"):
     @property
     def needs(self) -> Needs:
         """The queries of the question."""
-        return Needs(question=True, rotary=self.rerotate_keys)
-
-    @property
-    def compacts(self) -> bool:
-        """Whether kept keys are rotated."""
-        return self.rerotate_keys
+        return Needs(question=True, rotary=self.rerotate_keys, compaction=self.rerotate_keys)
 
     def score(self, view: LayerView) -> Tensor:
         """Attention from the question, ``[B, H, T]``."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cachepress.budgets import check_fraction, floor_of, pin
-from cachepress.presses.base import ScorerPress
+from cachepress.press import ScorerPress
 from cachepress.view import LayerView, Needs
 
 
@@ -34,13 +34,8 @@ class H2OPress(ScorerPress, alias="h2o"):
 
     @property
     def needs(self) -> Needs:
-        """Attention received by each row."""
-        return Needs(attention_sums=True)
-
-    @property
-    def carries(self) -> bool:
-        """True: the attention that a row received so far."""
-        return True
+        """Attention received by each token, which is summed up from one compression to the next."""
+        return Needs(attention_sums=True, token_state=True)
 
     def score(self, view: LayerView) -> Tensor:
         """Attention received so far, the newest rows above all, ``[B, H, T]``."""

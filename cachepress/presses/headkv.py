@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from cachepress.budgets import PerLayer, Pyramid, TopK, apportion, best, choose, pinned
 from cachepress.errors import CachepressError
 from cachepress.ops import wide
+from cachepress.press import WrapperPress
+from cachepress.presses._checks import counted
 from cachepress.presses._heads import (
     Scores,
     checked,
@@ -20,7 +22,6 @@ from cachepress.presses._heads import (
     pattern_file,
     read_scores,
 )
-from cachepress.presses.base import WrapperPress, counted
 from cachepress.view import LayerView
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cachepress.presses.base import WrapperPress
+from cachepress.press import WrapperPress
 from cachepress.view import Needs
 
 
@@ -21,9 +21,4 @@ class KeyRerotationPress(WrapperPress, alias="key_rerotation"):
     @property
     def needs(self) -> Needs:
         """What the inner press needs, and the rotary embedding."""
-        return self.press.needs | Needs(rotary=True)
-
-    @property
-    def compacts(self) -> bool:
-        """Yes."""
-        return True
+        return self.press.needs | Needs(rotary=True, compaction=True)

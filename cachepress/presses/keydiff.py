@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.ops import wide
-from cachepress.presses.base import ScorerPress
+from cachepress.press import ScorerPress
 from cachepress.view import LayerView
 
 

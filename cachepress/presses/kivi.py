@@ -1,10 +1,11 @@
 """KIVI: two bits a number, keys by channel and values by token."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError
-from cachepress.presses.base import WrapperPress
+from cachepress.press import WrapperPress
+from cachepress.view import Needs
 
 _GROUP = 32
 
@@ -34,13 +35,14 @@ class KIVIPress(WrapperPress, alias="kivi"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.press.storage is not None:
+        if self.press.needs.storage is not None:
             raise CachepressError(
                 f"KIVIPress says how rows are stored, and {self.press!r} does so already: keep one"
             )
-        _ = self.storage  # Raises where the numbers are wrong.
+        _ = self.needs  # Raises where the numbers are wrong.
 
     @property
-    def storage(self) -> Codec:
-        """Few bits, with a scale for each group."""
-        return Codec(self.bits, self.residual, value_group=_GROUP)
+    def needs(self) -> Needs:
+        """What the inner press needs, and few bits, with a scale for each group."""
+        codec = Codec(self.bits, self.residual, value_group=_GROUP)
+        return replace(self.press.needs, storage=codec)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cachepress.ops import wide
-from cachepress.presses.base import ScorerPress
+from cachepress.press import ScorerPress
 from cachepress.view import LayerView
 
 

@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import TopK, pin
+from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.ops import attention_weights, wide, wide_dtype
+from cachepress.press import ScorerPress
 from cachepress.presses._reconstructing import replayed_or_carried
-from cachepress.presses.base import (
-    ScorerPress,
-    check_count,
-    mean_of_token,
-    unknown_as_average,
-)
+from cachepress.presses._scores import mean_of_token, unknown_as_average
 from cachepress.presses.chunkkv import highest_first, places
 from cachepress.reconstruction import Reconstruction, ReconstructionView
 from cachepress.view import LayerView, Needs
@@ -93,18 +90,11 @@ class KVComposePress(ScorerPress, alias="kvcompose"):
 
     @property
     def needs(self) -> Needs:
-        """Nothing of the prompt's own forward."""
-        return Needs()
-
-    @property
-    def carries(self) -> bool:
-        """Whether rows can be dropped, so that the others must keep what they are worth."""
-        return self.with_ratio(0.0) != self
-
-    @property
-    def reconstruction(self) -> Reconstruction | None:
-        """The whole prompt behind itself, unless nothing will be dropped."""
-        return Reconstruction(self.chunk_size, 0, "", "", whole=True) if self.carries else None
+        """The whole prompt behind itself, unless nothing will be evicted; scores are kept."""
+        if self.with_ratio(0.0) == self:
+            return Needs()
+        whole = Reconstruction(self.chunk_size, 0, "", "", whole=True)
+        return Needs(reconstruction=whole, token_state=True)
 
     def reconstructed(self, view: ReconstructionView) -> Tensor:
         """Attention that each row received so far by query head; at last by head, ``[H, T]``."""

@@ -29,10 +29,8 @@ class KVgradPress(_ReplayPress, alias="kvgrad"):
     chunk_size: int = 512
 
     @property
-    def reconstruction(self) -> Reconstruction | None:
-        """The whole prompt with gradients, unless nothing will be dropped."""
-        reconstruction = super().reconstruction
-        return reconstruction and replace(reconstruction, weighs=True, gradient=True)
+    def _reconstruction(self) -> Reconstruction:
+        return replace(super()._reconstruction, weighs=True, gradient=True)
 
     def weights(self, view: ReconstructionView) -> tuple[Tensor, Tensor]:
         """Sizes of the values, and of the gradients."""

@@ -34,10 +34,8 @@ class KVzipPress(_ReplayPress, alias="kvzip"):
     kvzip_plus_normalization: bool = False
 
     @property
-    def reconstruction(self) -> Reconstruction | None:
-        """The whole prompt, unless nothing will be dropped."""
-        reconstruction = super().reconstruction
-        return reconstruction and replace(reconstruction, weighs=self.kvzip_plus_normalization)
+    def _reconstruction(self) -> Reconstruction:
+        return replace(super()._reconstruction, weighs=self.kvzip_plus_normalization)
 
     def weights(self, view: ReconstructionView) -> tuple[Tensor, Tensor]:
         """Sizes of the values, and one over those of the hidden states, for KVzip+."""

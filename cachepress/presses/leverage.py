@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cachepress.checks import check_count
 from cachepress.limits import MOST
 from cachepress.ops import cholesky, wide, wide_dtype
-from cachepress.presses.base import ScorerPress, check_count
+from cachepress.press import ScorerPress
 from cachepress.presses.noncausal import standardised
 from cachepress.view import LayerView, Needs
 

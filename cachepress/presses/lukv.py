@@ -16,15 +16,10 @@ from cachepress.artefacts import (
     sizes,
 )
 from cachepress.budgets import PerLayer, Pyramid, TopK, apportion, pin_sinks, pin_window
+from cachepress.checks import check_count
 from cachepress.errors import CachepressError
-from cachepress.presses.base import (
-    BasePress,
-    WrapperPress,
-    check_by_layer,
-    check_count,
-    counted,
-    fill,
-)
+from cachepress.press import BasePress, WrapperPress
+from cachepress.presses._checks import check_by_layer, counted, fill
 from cachepress.presses.expected_attention import ExpectedAttentionPress
 from cachepress.view import LayerView
 

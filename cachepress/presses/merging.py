@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cachepress.budgets import best, check_fraction, floor_of
 from cachepress.ops import wide
-from cachepress.presses.base import WrapperPress
+from cachepress.press import WrapperPress
 from cachepress.view import LayerView
 
 _BLOCK = 1024

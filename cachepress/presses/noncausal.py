@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cachepress.checks import check_count
 from cachepress.ops import wide, wide_dtype
-from cachepress.presses.base import ScorerPress, check_count
+from cachepress.press import ScorerPress
 from cachepress.view import EVERY, LayerView, Needs
 
 
@@ -38,13 +39,8 @@ class NonCausalAttnPress(ScorerPress, alias="noncausal"):
 
     @property
     def needs(self) -> Needs:
-        """All queries."""
-        return Needs(queries=EVERY)
-
-    @property
-    def carries(self) -> bool:
-        """True: the queries of a row are gone when it is looked at again."""
-        return True
+        """All queries; scores are kept, because the queries are gone at the next compression."""
+        return Needs(queries=EVERY, token_state=True)
 
     def token_state(self, view: LayerView) -> Tensor:
         """Attention that each row received so far, ``[B, H, T]``."""

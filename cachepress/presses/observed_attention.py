@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cachepress.presses.base import ScorerPress
+from cachepress.press import ScorerPress
 from cachepress.view import LayerView, Needs
 
 

@@ -7,7 +7,8 @@ from typing import NoReturn
 
 from cachepress.budgets import PerLayer, TopK, check_ratio
 from cachepress.errors import CachepressError
-from cachepress.presses.base import WrapperPress, counted
+from cachepress.press import WrapperPress
+from cachepress.presses._checks import counted
 
 
 @dataclass(frozen=True)

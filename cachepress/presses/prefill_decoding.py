@@ -4,12 +4,10 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from cachepress.budgets import Bytes, Threshold, TopK, bytes_of
-from cachepress.cache.codec import Codec
-from cachepress.core import Schedule, Step
+from cachepress.budgets import Budget, Bytes, TopK, bytes_of
 from cachepress.errors import CachepressError
-from cachepress.presses.base import BasePress, WrapperPress
-from cachepress.reconstruction import Reconstruction
+from cachepress.press import BasePress, WrapperPress
+from cachepress.schedules import Schedule, Step
 from cachepress.view import Needs
 
 
@@ -51,7 +49,7 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
         return self._first.needs | self._second.needs
 
     @property
-    def budget(self) -> TopK | Threshold:
+    def budget(self) -> Budget:
         """The budget for prompts, or the one for decoding if there is no other."""
         return self._first.budget
 
@@ -60,31 +58,6 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
         """That of both."""
         first = self.prefilling_press if self._limit is None else self._first
         return _Both(first, self.decoding_press)
-
-    @property
-    def compacts(self) -> bool:
-        """Whether one of them rotates keys."""
-        return self._first.compacts or self._second.compacts
-
-    @property
-    def storage(self) -> Codec | None:
-        """How one of them stores rows."""
-        return self._first.storage or self._second.storage
-
-    def page_budget(self, depth: int) -> int | None:
-        """The fewest pages that one of them reads."""
-        found = (self._first.page_budget(depth), self._second.page_budget(depth))
-        return min((pages for pages in found if pages is not None), default=None)
-
-    @property
-    def reconstruction(self) -> Reconstruction | None:
-        """What the press for prompts wants repeated."""
-        return self._first.reconstruction
-
-    @property
-    def buffer(self) -> int:
-        """That of the press for decoding."""
-        return self._second.buffer
 
     @property
     def compression_ratio(self) -> float | None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cachepress.budgets import Amount, Pyramid
-from cachepress.presses.base import check_count
+from cachepress.checks import check_count
 from cachepress.presses.snapkv import SnapKVPress
 
 

@@ -14,7 +14,7 @@ from cachepress.artefacts import (
     sizes,
 )
 from cachepress.ops import wide
-from cachepress.presses.base import ScorerPress
+from cachepress.press import ScorerPress
 from cachepress.view import LayerView
 
 KIND = "q_filters"

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.ops.ragged_attention import PAGE
-from cachepress.presses.base import BasePress, WrapperPress, check_count
+from cachepress.press import BasePress, WrapperPress
 from cachepress.presses.knorm import KnormPress
+from cachepress.view import Needs, PageBudget
 
 _DEFAULT_PAGES = 32
 _ALL_ROWS = KnormPress(0.0)
@@ -47,10 +49,10 @@ class QuestPress(WrapperPress, alias="quest"):
         if len(given) > 1:
             raise CachepressError("got both pages and token_budget: give one")
 
-    def page_budget(self, depth: int) -> int | None:
-        """Pages that a decoded token reads in each head of a layer; None for all."""
-        if depth < self.skip_layers:
-            return self.press.page_budget(depth)
-        if self.pages is not None:
-            return self.pages
-        return _DEFAULT_PAGES if self.token_budget is None else -(-self.token_budget // PAGE)
+    @property
+    def needs(self) -> Needs:
+        """What the inner press needs, and few pages for each decoded token."""
+        pages = self.pages or _DEFAULT_PAGES
+        if self.token_budget is not None:
+            pages = -(-self.token_budget // PAGE)
+        return self.press.needs | Needs(page_budgets=(PageBudget(pages, self.skip_layers),))

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachepress.presses.base import ScorerPress, check_count
+from cachepress.checks import check_count
+from cachepress.press import ScorerPress
 from cachepress.view import LayerView
 
 _WRAP = 1 << 64

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.budgets import check_fraction, pin_window
+from cachepress.checks import check_count
 from cachepress.ops import wide
-from cachepress.presses.base import ScorerPress, check_count
+from cachepress.press import ScorerPress
 from cachepress.presses.snapkv import check_kernel, in_window, pool
 from cachepress.view import LayerView, Needs
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cachepress.budgets import CHOSEN, Ratio, Threshold, TopK, check_fraction, choose
-from cachepress.presses.base import BasePress, check_count
+from cachepress.checks import check_count
+from cachepress.press import BasePress
 from cachepress.view import LayerView, Needs
 
 

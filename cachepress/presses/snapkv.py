@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.budgets import pin_window
+from cachepress.checks import check_count
 from cachepress.errors import CachepressError
-from cachepress.presses.base import ScorerPress, check_count
+from cachepress.press import ScorerPress
 from cachepress.view import LayerView, Needs
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cachepress.budgets import pin_sinks
-from cachepress.presses.base import ScorerPress, check_count
+from cachepress.checks import check_count
+from cachepress.press import ScorerPress
 from cachepress.view import LayerView
 
 

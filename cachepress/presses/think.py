@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import Ratio, TopK, check_fraction
+from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.ops import wide
-from cachepress.presses.base import BasePress, check_count
+from cachepress.press import BasePress
 from cachepress.view import LayerView, Needs
 
 
@@ -60,17 +61,12 @@ class ThinKPress(BasePress, alias="think"):
     @property
     def needs(self) -> Needs:
         """The queries of the window."""
-        return Needs(queries=self.window_size)
+        return Needs(queries=self.window_size, rewrites=self.key_channel_compression_ratio > 0)
 
     @property
     def budget(self) -> TopK:
         """All rows; heads that got different numbers of them from another press keep those."""
         return _Left(Ratio(0.0), scope="layer")
-
-    @property
-    def rewrites(self) -> bool:
-        """Whether keys are stored anew, without some channels."""
-        return self.key_channel_compression_ratio > 0
 
     def score(self, view: LayerView) -> Tensor:
         """The age of each row, for wrappers that drop some, ``[B, H, T]``."""

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import pin_sinks, pin_window
+from cachepress.checks import check_count
 from cachepress.ops import wide, wide_dtype
-from cachepress.presses.base import ScorerPress, check_count
+from cachepress.press import ScorerPress
 from cachepress.view import LayerView, Needs
 
 

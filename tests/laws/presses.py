@@ -6,7 +6,7 @@ from itertools import product
 from math import floor
 
 import cachepress as cp
-from cachepress.presses.base import BasePress, ScorerPress, WrapperPress, all_presses
+from cachepress.press import BasePress, ScorerPress, WrapperPress, all_presses
 from tests.learned import learned
 
 SOURCES = {

@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import cachepress as cp
 from cachepress.catalogue import grows
-from cachepress.presses.base import BasePress, ScorerPress, all_presses
+from cachepress.press import BasePress, ScorerPress, all_presses
 from tests.laws.presses import SOURCES
 from tests.tiny import tokenizer, tokens
 

@@ -201,7 +201,7 @@ def _rows_are_those_of_the_text(cache, ids, mask, press, storage, wrapper):
         tolerance = _rounding_of(STORAGES[storage], layer)
         if wrapper.values:
             assert (rows.values - values)[valid].abs().max() <= tolerance
-        if wrapper.keys and not press.compacts:
+        if wrapper.keys and not press.needs.compaction:
             assert (rows.keys - layer.keys.gather(2, column))[valid].abs().max() <= tolerance
 
 

@@ -6,9 +6,9 @@ from transformers import DynamicCache, pipeline
 
 import cachepress as cp
 from cachepress.cache.batch import stores
+from cachepress.hf.chunks import opening_of
 from cachepress.presses._reconstructing import FIRST, LATER
 from cachepress.presses.kvzip import KVzipPress
-from cachepress.reconstruction import opening_of
 from tests.bounds import close
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tokenizer, tokens, words

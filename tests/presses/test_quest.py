@@ -114,7 +114,7 @@ def test_as_many_pages_as_there_are_equal_full_attention(press):
         wanted = forward(model, plain, input_ids=token).logits
         close(ours, wanted)
     assert kept(quest) == kept(plain)
-    assert len(stores(quest)[3]._segments) == (3 if press.storage else 2)
+    assert len(stores(quest)[3]._segments) == (3 if press.needs.storage else 2)
 
 
 def test_pages_of_uneven_heads_differ_in_number():
@@ -322,10 +322,10 @@ def test_the_spelling_and_bad_options():
     assert cp.parse("quest") == press == cp.parse(repr(press))
     other = QuestPress(cp.SnapKVPress(0.5), token_budget=100)
     assert cp.parse(repr(other)) == other
-    assert [other.page_budget(depth) for depth in range(4)] == [None, None, 4, 4]
-    assert press.page_budget(2) == 32 and QuestPress(pages=3).page_budget(5) == 3
-    assert cp.AdaKVPress(other).page_budget(2) == 4
-    assert cp.ComposedPress([other, QuestPress(pages=3)]).page_budget(2) == 3
+    assert [other.needs.pages_read(depth) for depth in range(4)] == [None, None, 4, 4]
+    assert press.needs.pages_read(2) == 32 and QuestPress(pages=3).needs.pages_read(5) == 3
+    assert cp.AdaKVPress(other).needs.pages_read(2) == 4
+    assert cp.ComposedPress([other, QuestPress(pages=3)]).needs.pages_read(2) == 3
     assert other.with_ratio(0.25).compression_ratio == 0.25
     for bad in ({"pages": 0}, {"token_budget": 0}, {"skip_layers": -1}):
         with pytest.raises(cp.CachepressError, match=f"{next(iter(bad))}: got"):

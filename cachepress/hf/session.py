@@ -16,10 +16,11 @@ from transformers.configuration_utils import PretrainedConfig
 from cachepress.cache.batch import note_text, trim
 from cachepress.cache.codec import Codec
 from cachepress.cache.layer import CompressedLayer
-from cachepress.core import Pending, Press, Step, compress, compress_together
+from cachepress.engine import Pending, compress, compress_together
 from cachepress.errors import CachepressError
 from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen, attach
 from cachepress.hf.capture import Capture, Place
+from cachepress.hf.chunks import tokenizer_of
 from cachepress.hf.kinds import bring_kind_back, set_kind_aside
 from cachepress.hf.reconstruction import Read, Reconstructor
 from cachepress.hf.wiring import (
@@ -29,13 +30,14 @@ from cachepress.hf.wiring import (
     compressed_layers,
     install_stores,
 )
+from cachepress.press import BasePress
 from cachepress.query_stats import QueryStats
-from cachepress.reconstruction import tokenizer_of
+from cachepress.schedules import Step
 
 if TYPE_CHECKING:
-    from cachepress.presses.base import BasePress
+    from cachepress.press import BasePress
 
-_ACTIVE: list["Observation"] = []
+_ACTIVE: list["PressSession"] = []
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Watched:
         due: whether the layer is settled.
     """
 
-    observation: "Observation"
-    press: Press
+    observation: "PressSession"
+    press: BasePress
     place: Place
     step: Step
     due: bool
@@ -65,7 +67,9 @@ class Watched:
         if not step.prompt and not self.due:
             rope = self.place.rope.to(seen.query.device)
             hidden = capture.hidden(seen)
-            query_stats.add_decoded(seen.query, rope, hidden, self.place.depth, press.buffer)
+            query_stats.add_decoded(
+                seen.query, rope, hidden, self.place.depth, press.needs.most_decoded
+            )
             return
         forward = capture.forward(seen, self.place, self.observation.question_of(seen.query))
         if press.needs.observes:
@@ -73,7 +77,9 @@ class Watched:
                 query_stats.add(forward)
             else:
                 query, depth = seen.query, self.place.depth
-                query_stats.add_decoded(query, forward.rope, forward.hidden, depth, press.buffer)
+                query_stats.add_decoded(
+                    query, forward.rope, forward.hidden, depth, press.needs.most_decoded
+                )
         if self.due:
             self.observation.compress(Read(press, store, forward, query_stats), step)
 
@@ -81,15 +87,15 @@ class Watched:
         query_stats = store.query_stats
         if (
             query_stats is None
-            or query_stats.needs != self.press.needs
+            or query_stats.needs != self.press.needs.observed
             or query_stats.end != self.step.seen
         ):
-            query_stats = QueryStats(self.press.needs, self.step.seen)
+            query_stats = QueryStats(self.press.needs.observed, self.step.seen)
         store.query_stats, query_stats.end = query_stats, self.step.seen + self.step.new
         return query_stats
 
 
-class Observation:
+class PressSession:
     """``with press(model)``: the model's caches are settled by the press until exit.
 
     Args:
@@ -127,12 +133,16 @@ class Observation:
         self._config = model.get_decoder().config
         self._codec = codec_of(press, storage)
         self._question = _question(press, question)
-        if press.reconstruction is not None and press.reconstruction.speaks and tokenizer is None:
+        if (
+            press.needs.reconstruction is not None
+            and press.needs.reconstruction.speaks
+            and tokenizer is None
+        ):
             tokenizer = tokenizer_of(model)
         self.chunk: str | None = None
         self.capture = Capture([press], model)
         self._repeater = Reconstructor(press, model, tokenizer, self.capture)
-        self._pending: dict[Press, list[Pending]] = {}
+        self._pending: dict[BasePress, list[Pending]] = {}
         self._stores: list[CompressedLayer] = []
         self._read: Cache | None = None
         self._covered = {m for m in model.modules() if isinstance(m, PreTrainedModel)}
@@ -178,7 +188,7 @@ class Observation:
 
     def compress(self, layer: Read, step: Step) -> None:
         """Settle a layer, or let it wait for a replay."""
-        if layer.press.reconstruction is not None and step.prompt:
+        if layer.press.needs.reconstruction is not None and step.prompt:
             self._repeater.wait(layer)
         else:
             self._compress(layer)
@@ -226,7 +236,7 @@ class Observation:
         due = self.chunk != "hold" and self._press.schedule.due(step)
         self._skipped = n if step.prompt and not due else 0
         self._read = cache if step.prompt else None
-        if press.reconstruction is not None and step.prompt:
+        if press.needs.reconstruction is not None and step.prompt:
             self._repeater.read(cache, given.get("input_ids"))
         self._prepare(stores)
         ids = given.get("input_ids")
@@ -307,7 +317,7 @@ def prepared(press: "BasePress", model: PreTrainedModel) -> "BasePress":
 def instruct(stores: Sequence[CompressedLayer], press: "BasePress", codec: Codec | None) -> None:
     """Tell the stores of a cache how rows are kept and read under a press, where it says so."""
     for depth, store in enumerate(stores):
-        pages = press.page_budget(depth)
+        pages = press.needs.pages_read(depth)
         store.codec = store.codec if codec is None else codec
         store.page_budget = store.page_budget if pages is None else pages
 
@@ -318,7 +328,7 @@ def codec_of(press: "BasePress", storage: str | Codec) -> Codec | None:
     Raises:
         CachepressError: if both the press and the call say something.
     """
-    given, own = Codec.of(storage), press.storage
+    given, own = Codec.of(storage), press.needs.storage
     if given is not None and own is not None:
         raise CachepressError(
             f"{press!r} says how rows are stored: got storage={storage!r} besides, leave it out"

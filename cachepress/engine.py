@@ -4,7 +4,7 @@ Shape letters are explained in ``cachepress.view``.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,137 +13,9 @@ from torch import Tensor
 from cachepress.cache.pairs import PairBytes, Pairs
 from cachepress.forward import Forward
 from cachepress.ops import gather, valid_last, wide
+from cachepress.press import BasePress
 from cachepress.query_stats import QueryStats
-from cachepress.reconstruction import Reconstruction, ReconstructionView
-from cachepress.view import LayerView, Needs
-
-
-class Step(NamedTuple):
-    """A forward, as a schedule sees it.
-
-    Attributes:
-        seen: tokens before it.
-        new: tokens of it.
-        since: tokens since a press last looked at the layer, those of this forward included, and
-            those of prompts that were left as they are not, unless the schedule is ``bounded``.
-        prompt: whether it reads a text, rather than decoding a token.
-        later: whether that is a text after the first one, which is to be left as it is.
-    """
-
-    seen: int
-    new: int
-    since: int
-    prompt: bool
-    later: bool = False
-
-
-class Budget(Protocol):
-    """How many rows stay, and who competes for them."""
-
-    @property
-    def scope(self) -> str:
-        """Who competes: the rows of a "head", of a "layer" or of the whole "model"."""
-        ...
-
-    def count(self, view: LayerView) -> Tensor:
-        """Rows that each head keeps, ``[B]``, on average where heads compete.
-
-        ``[B, H]`` where heads have numbers of their own.
-        """
-        ...
-
-    def holds_all(self, valid: Tensor, n_kept: Tensor) -> bool:
-        """Whether no row is dropped, whatever the scores."""
-        ...
-
-    def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
-        """Keep mask ``[B, H, T]`` from ``scores [B, H, T]``, higher is kept.
-
-        ``valid [B, H, T]`` are the rows that may stay, ``n_kept [B]`` is what ``count`` said.
-        """
-        ...
-
-
-class Schedule(Protocol):
-    """When a layer is settled."""
-
-    @property
-    def decodes(self) -> bool:
-        """Whether layers are settled while tokens are decoded."""
-        ...
-
-    @property
-    def bounded(self) -> bool:
-        """Whether every token counts, since the bytes of the cache are limited while it grows."""
-        ...
-
-    def due(self, step: Step) -> bool:
-        """Whether a forward settles the layer."""
-        ...
-
-
-class Press(Protocol):
-    """What the engine asks of a press."""
-
-    @property
-    def needs(self) -> Needs:
-        """What the scorer wants to see beyond keys, values and positions."""
-        ...
-
-    @property
-    def budget(self) -> Budget:
-        """How many rows stay, and who competes for them."""
-        ...
-
-    @property
-    def schedule(self) -> Schedule:
-        """When a layer is settled."""
-        ...
-
-    @property
-    def compacts(self) -> bool:
-        """Whether kept keys are rotated to positions without gaps."""
-        ...
-
-    @property
-    def carries(self) -> bool:
-        """Whether something is left with each row for the next time."""
-        ...
-
-    @property
-    def buffer(self) -> int:
-        """Most decoded queries that are held between two settles."""
-        ...
-
-    @property
-    def rewrites(self) -> bool:
-        """Whether rows are stored anew even when none is dropped."""
-        ...
-
-    @property
-    def reconstruction(self) -> Reconstruction | None:
-        """What the model has to repeat before its layers are settled; None for nothing."""
-        ...
-
-    def reconstructed(self, view: ReconstructionView) -> Tensor:
-        """What a layer showed of each row of a chunk that was repeated, ``[H, chunk]``."""
-        ...
-
-    def score(self, view: LayerView) -> Tensor:
-        """Worth of each row, ``[B, H, T]``; the highest are kept."""
-        ...
-
-    def token_state(self, view: LayerView) -> Tensor | None:
-        """What is left with each row for the next time, ``[B, H, T]``; None for nothing."""
-        ...
-
-    def merge(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Keys and values in which the rows outside of ``mask`` left something; None for not."""
-        ...
-
-    def key_channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
-        """Which channels of the keys are stored, ``[B, H, D]``; None for all."""
-        ...
+from cachepress.view import LayerView
 
 
 class CacheLayer(Protocol):
@@ -184,7 +56,7 @@ class Pending:
 
 
 def compress(
-    press: Press, store: CacheLayer, forward: Forward, query_stats: QueryStats
+    press: BasePress, store: CacheLayer, forward: Forward, query_stats: QueryStats
 ) -> Pending | None:
     """Score the rows of a layer and drop the losers from its store.
 
@@ -205,7 +77,7 @@ def compress(
     n_kept = budget.count(view)
     average = n_kept if n_kept.ndim == 1 else n_kept.double().mean(-1)
     view = replace(view, n_kept=average)
-    idle = not press.rewrites and budget.holds_all(view.valid, n_kept)
+    idle = not press.needs.always and budget.holds_all(view.valid, n_kept)
     if idle and budget.scope != "model":
         _keep_all(press, store, view, forward.text_valid)
         return None
@@ -218,16 +90,16 @@ def compress(
     return None
 
 
-def _pair_bytes(press: Press, store: CacheLayer, forward: Forward) -> PairBytes:
+def _pair_bytes(press: BasePress, store: CacheLayer, forward: Forward) -> PairBytes:
     """What a row of a head costs, the share of a head in what is known of padding included."""
-    bytes_of = store.pair_bytes(forward.rows, press.compacts, press.carries)
+    bytes_of = store.pair_bytes(forward.rows, press.needs.compaction, press.needs.token_state)
     if forward.text_valid is None:
         return bytes_of
     heads = forward.rows.keys.shape[0] * forward.rows.keys.shape[1] * forward.n_layers
     return bytes_of._replace(fixed=bytes_of.fixed + forward.text_valid.nbytes / heads)
 
 
-def compress_together(press: Press, layers: list[Pending]) -> None:
+def compress_together(press: BasePress, layers: list[Pending]) -> None:
     """Let the rows of all layers compete, and drop the losers."""
     longest = max(layer.scores.shape[-1] for layer in layers)
 
@@ -239,7 +111,7 @@ def compress_together(press: Press, layers: list[Pending]) -> None:
     h = layers[0].scores.shape[1]
     counts = torch.stack([layer.view.n_kept for layer in layers])  # [layers, B]
     n_kept = counts.sum(0) / len(layers)
-    if not press.rewrites and press.budget.holds_all(valid, n_kept):
+    if not press.needs.always and press.budget.holds_all(valid, n_kept):
         for layer in layers:
             _keep_all(press, layer.store, layer.view, layer.text_valid)
         return
@@ -249,7 +121,9 @@ def compress_together(press: Press, layers: list[Pending]) -> None:
         _drop(press, layer.store, layer.view, part, layer.text_valid)
 
 
-def _keep_all(press: Press, store: CacheLayer, view: LayerView, text_valid: Tensor | None) -> None:
+def _keep_all(
+    press: BasePress, store: CacheLayer, view: LayerView, text_valid: Tensor | None
+) -> None:
     """Leave every row in the store, as it came where nothing speaks against it."""
     if store.recodes or not bool(view.valid.all()):
         _drop(press, store, view, view.valid, text_valid)
@@ -258,7 +132,7 @@ def _keep_all(press: Press, store: CacheLayer, view: LayerView, text_valid: Tens
 
 
 def _drop(
-    press: Press, store: CacheLayer, view: LayerView, mask: Tensor, text_valid: Tensor | None
+    press: BasePress, store: CacheLayer, view: LayerView, mask: Tensor, text_valid: Tensor | None
 ) -> None:
     """Leave the rows of ``mask [B, H, T]`` in the store."""
     rows = Pairs(view.keys, view.values, view.positions, token_state=press.token_state(view))
@@ -266,7 +140,7 @@ def _drop(
     if merged is not None:
         rows = replace(rows, keys=merged[0], values=merged[1])
         view = replace(view, keys=merged[0], values=merged[1])
-    if press.compacts and view.rotary is not None:
+    if press.needs.compaction and view.rotary is not None:
         rank = mask.cumsum(-1)
         rope = view.next_position[:, None, None] - rank[..., -1:] + rank - 1
         keys = view.keys.flatten(0, 1)
