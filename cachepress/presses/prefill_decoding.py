@@ -38,7 +38,9 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
                 f"decoding_press: got {second!r}, wanted for example "
                 "DecodingPress(KnormPress(), target_size=1024)"
             )
-        stored = {p.storage for p in (self._first, self._second) if p.storage is not None}
+        stored = {
+            p.needs.storage for p in (self._first, self._second) if p.needs.storage is not None
+        }
         if len(stored) > 1:
             raise CachepressError("the two presses store rows in different ways: give one of them")
         _ = self.needs  # Raises where they cannot be combined.
