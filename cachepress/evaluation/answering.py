@@ -262,7 +262,7 @@ class Answerer:
         if run.press is None:
             size = size_of(ordinary(survey.cache))
             return _Fork(run, fork(survey.cache), size, survey.seconds, 0.0)
-        cache, seconds = survey.settled(run.press, run.config.storage)
+        cache, seconds = survey.compressed(run.press, run.config.storage)
         return _Fork(run, cache, size_of(cache), survey.seconds + seconds, seconds)
 
     def _batches(
