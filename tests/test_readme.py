@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import cachepress as cp
 from tests.snippets import printed, snippets
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,13 @@ def test_the_first_snippet_has_six_lines():
 
 def test_the_readme_fits_on_two_screens():
     assert len(TEXT.splitlines()) <= 120
+
+
+def test_the_papers_name_the_version_that_is():
+    wheel = f"cachepress-{cp.__version__}-py3-none-any.whl"
+    assert wheel in TEXT
+    assert wheel in (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
+    assert f"({cp.__version__})" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_every_figure_of_the_demo_is_measured():
