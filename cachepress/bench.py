@@ -3,20 +3,15 @@
 Runs are interleaved and repeated, and medians are compared: a shared machine is never quiet.
 """
 
-import ctypes
-import gc
 import itertools
 import json
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pydoc_data import topics
-from unittest import mock
 
 import torch
 import transformers
@@ -31,11 +26,9 @@ from cachepress.cache.batch import fork, size_of
 from cachepress.errors import CachepressError
 from cachepress.generation.prefill import check_prefill, prefill
 from cachepress.hf import cache_argument
-from cachepress.hf.reconstruction import Reconstructor
-from cachepress.hf.session import Watched
 from cachepress.limits import check_whole
+from cachepress.measure import Stopwatch, peak_memory
 from cachepress.models import load
-from cachepress.ops import wait
 from cachepress.presses import BasePress
 from cachepress.spec import NO_PRESS, parse
 
@@ -289,7 +282,11 @@ def _repeat(
 
 
 def _read(
-    model: PreTrainedModel, context: Tensor, press: BasePress | None, options: BenchOptions
+    model: PreTrainedModel,
+    context: Tensor,
+    press: BasePress | None,
+    options: BenchOptions,
+    scoring: Stopwatch,
 ) -> Cache:
     if press is None:
         return prefill(model, context, chunk_size=options.prefill_chunk_size)
@@ -301,6 +298,7 @@ def _read(
         mode=options.prefill_mode,
         storage=options.storage,
         question=min(_QUESTION, context.shape[1]),
+        stopwatch=scoring,
     )
 
 
@@ -311,13 +309,11 @@ def _prefill(
     cell: Cell,
     options: BenchOptions,
 ) -> Cache:
-    with _peak_memory(model.device) as peak, _timed_notes() as spent:
-        start = time.perf_counter()
-        cache = _read(model, context, press, options)
-        wait(model.device)
-        seconds = time.perf_counter() - start
-    cell.prefill.append(seconds)
-    cell.scoring.append(sum(spent))
+    reading, scoring = Stopwatch(model.device), Stopwatch(model.device)
+    with peak_memory(model.device) as peak, reading:
+        cache = _read(model, context, press, options, scoring)
+    cell.prefill.append(reading.seconds)
+    cell.scoring.append(scoring.seconds)
     cell.held = size_of(cache).bytes_after
     cell.peak = max(cell.peak, peak[0])
     return cache
@@ -325,60 +321,9 @@ def _prefill(
 
 def timed_step(model: PreTrainedModel, token: Tensor, cache: Cache) -> float:
     """Seconds of one forward of ``token [B, 1]``."""
-    start = time.perf_counter()
-    model(token, **{cache_argument(model): cache})
-    wait(model.device)
-    return time.perf_counter() - start
-
-
-@contextmanager
-def _timed_notes() -> Iterator[list[float]]:
-    """Collects the seconds that noting, replaying and settling take."""
-    spent: list[float] = []
-
-    def timed(real: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object) -> object:
-            start = time.perf_counter()
-            result = real(*args)
-            spent.append(time.perf_counter() - start)
-            return result
-
-        return call
-
-    with (
-        mock.patch.object(Watched, "note", timed(Watched.note)),
-        mock.patch.object(Reconstructor, "repeat", timed(Reconstructor.repeat)),
-    ):
-        yield spent
-
-
-@contextmanager
-def _peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """Most bytes above those at the start; 0 where the system does not tell."""
-    peak = [0]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield peak
-        peak[0] = torch.cuda.max_memory_allocated(device) - before
-        return
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    try:
-        # What earlier runs freed would hide what this one needs.
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        reset.write_text("5")
-        before = _status_bytes(status, "VmRSS")
-    except (OSError, AttributeError):
-        yield peak
-        return
-    yield peak
-    peak[0] = max(0, _status_bytes(status, "VmHWM") - before)
-
-
-def _status_bytes(status: Path, name: str) -> int:
-    lines = status.read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    with Stopwatch(model.device) as stopwatch:
+        model(token, **{cache_argument(model): cache})
+    return stopwatch.seconds
 
 
 def _model_and_text(options: BenchOptions) -> tuple[PreTrainedModel, Tensor]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.cache.pairs import PairBytes, Pairs
-from cachepress.forward import Forward
+from cachepress.call import AttentionCall
 from cachepress.ops import gather, valid_last, wide
 from cachepress.press import BasePress
 from cachepress.query_stats import QueryStats
@@ -56,7 +56,7 @@ class Pending:
 
 
 def compress(
-    press: BasePress, store: CacheLayer, forward: Forward, query_stats: QueryStats
+    press: BasePress, store: CacheLayer, call: AttentionCall, query_stats: QueryStats
 ) -> Pending | None:
     """Score the rows of a layer and drop the losers from its store.
 
@@ -66,37 +66,37 @@ def compress(
     Args:
         press: says what stays.
         store: holds the layer's rows.
-        forward: the forward that settles the layer.
-        query_stats: what was noted since the layer was last settled, this forward included.
+        call: the attention call after which the layer is compressed.
+        query_stats: what was observed since the last compression, this call included.
 
     Returns:
         The scored layer, if it competes with the others of the model; else None.
     """
     budget = press.budget
-    view = replace(_table(forward), pair_bytes=_pair_bytes(press, store, forward))
+    view = replace(_table(call), pair_bytes=_pair_bytes(press, store, call))
     n_kept = budget.count(view)
     average = n_kept if n_kept.ndim == 1 else n_kept.double().mean(-1)
     view = replace(view, n_kept=average)
     idle = not press.needs.always and budget.holds_all(view.valid, n_kept)
     if idle and budget.scope != "model":
-        _keep_all(press, store, view, forward.text_valid)
+        _keep_all(press, store, view, call.text_valid)
         return None
-    view = query_stats.show(view, forward)
+    view = query_stats.show(view, call)
     scores = press.score(view)
     if budget.scope == "model":
-        return Pending(store, view, scores, forward.text_valid)
+        return Pending(store, view, scores, call.text_valid)
     mask = budget.select(scores, view.valid, n_kept)
-    _drop(press, store, view, mask, forward.text_valid)
+    _drop(press, store, view, mask, call.text_valid)
     return None
 
 
-def _pair_bytes(press: BasePress, store: CacheLayer, forward: Forward) -> PairBytes:
+def _pair_bytes(press: BasePress, store: CacheLayer, call: AttentionCall) -> PairBytes:
     """What a row of a head costs, the share of a head in what is known of padding included."""
-    bytes_of = store.pair_bytes(forward.rows, press.needs.compaction, press.needs.token_state)
-    if forward.text_valid is None:
+    bytes_of = store.pair_bytes(call.pairs, press.needs.compaction, press.needs.token_state)
+    if call.text_valid is None:
         return bytes_of
-    heads = forward.rows.keys.shape[0] * forward.rows.keys.shape[1] * forward.n_layers
-    return bytes_of._replace(fixed=bytes_of.fixed + forward.text_valid.nbytes / heads)
+    heads = call.pairs.keys.shape[0] * call.pairs.keys.shape[1] * call.place.n_layers
+    return bytes_of._replace(fixed=bytes_of.fixed + call.text_valid.nbytes / heads)
 
 
 def compress_together(press: BasePress, layers: list[Pending]) -> None:
@@ -150,28 +150,28 @@ def _drop(
     store.keep(rows, mask, text_valid, press.key_channels(replace(view, keys=rows.keys), mask))
 
 
-def _table(forward: Forward) -> LayerView:
-    """The bare table of a forward's rows, those that are not valid moved to the front."""
-    rows = forward.rows
+def _table(call: AttentionCall) -> LayerView:
+    """The bare table of a call's pairs, those that are not valid moved to the front."""
+    rows = call.pairs
     keys, values, positions = rows.keys.detach(), rows.values.detach(), rows.text_positions()
     b, _, t = positions.shape
     valid, index = positions >= 0, positions
     n_seen = torch.full((b,), t, device=keys.device)
     if rows.positions is not None:
         n_seen = positions[:, 0, -1].long() + 1
-    if forward.text_valid is not None:
-        text = forward.text_valid
+    if call.text_valid is not None:
+        text = call.text_valid
         own = text.cumsum(-1, dtype=torch.int32) - 1
         column = positions.clamp(min=0).long().flatten(1)
         valid = valid & text.gather(1, column).view_as(positions)
         index = own.gather(1, column).view_as(positions)
         n_seen = text.sum(-1)
-    next_position = _next_position(forward)
+    next_position = _next_position(call)
     rope = index + (next_position - n_seen)[:, None, None]
     if rows.rope is not None:
         rope = torch.where(rows.rope >= 0, rows.rope, rope)
     token_state = rows.token_state
-    if forward.text_valid is not None or not rows.full:
+    if call.text_valid is not None or not rows.full:
         order = valid_last(valid)
         keys, values = gather(keys, order), gather(values, order)
         positions, index, rope, valid = (
@@ -188,18 +188,18 @@ def _table(forward: Forward) -> LayerView:
         n_seen=n_seen,
         n_kept=n_seen,
         next_position=next_position,
-        layer=forward.layer,
-        depth=forward.depth,
-        n_layers=forward.n_layers,
+        layer=call.place.layer,
+        depth=call.place.depth,
+        n_layers=call.place.n_layers,
         pair_bytes=PairBytes(0, 0),
-        rule=forward.rule,
+        rule=call.rule,
         token_state=token_state,
     )
 
 
-def _next_position(forward: Forward) -> Tensor:
+def _next_position(call: AttentionCall) -> Tensor:
     """The position after the last token of each sequence, ``[B]``."""
-    rope = forward.rope
-    if forward.text_valid is not None:
-        rope = rope.masked_fill(~forward.text_valid[:, -rope.shape[1] :], -1)
+    rope = call.place.rope
+    if call.text_valid is not None:
+        rope = rope.masked_fill(~call.text_valid[:, -rope.shape[1] :], -1)
     return rope.amax(-1) + 1

@@ -50,6 +50,7 @@ _NAMES = {
 }
 """Classes and fields are called in a file what version 0.1.0 called them; those that have another
 name since, by the one of today."""
+_UNSAVED = (TEXT, "hook", "reads_whole", "masks")
 _TODAY = {on_disk: today for today, on_disk in _NAMES.items()}
 
 
@@ -188,7 +189,7 @@ def _kind(layer: object) -> str:
 
 def _state(layer: object) -> dict[str, object]:
     """What a layer is made of; a trace is about a turn that is not over, and is left out."""
-    state = {name: x for name, x in vars(layer).items() if name != TEXT}
+    state = {name: x for name, x in vars(layer).items() if name not in _UNSAVED}
     if not isinstance(layer, CompressedLayer):
         return state
     return {_NAMES.get(k, k): None if isinstance(x, QueryStats) else x for k, x in state.items()}

@@ -1,4 +1,7 @@
-"""What is noted of a turn between two settles, when it takes more than one forward."""
+"""Query statistics: what is observed of queries between two compressions of a layer.
+
+A press that needs nothing but keys and values has none.
+"""
 
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -7,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachepress.forward import Forward
+from cachepress.call import AttentionCall
 from cachepress.ops import (
     attention_column_sums,
     gather,
@@ -47,57 +50,42 @@ class QueryStats:
     _moments: "_Running | None" = None
     _decoded: list[_Decoded] = field(default_factory=list)
 
-    def add(self, forward: Forward) -> None:
-        """Note the queries of a prompt, or of a part of it."""
-        b, _, n, d = forward.query.shape
-        h = forward.rows.keys.shape[1]
-        query = forward.query.detach().reshape(b, h, -1, n, d)  # [B, H, G, n, D]
-        counted = torch.ones(b, n, dtype=torch.bool, device=query.device)
-        if forward.text_valid is not None:
-            counted = forward.text_valid[:, -n:]
-        self._length += n
-        self._add_hidden(forward.hidden, forward.depth)
-        most = self._most_queries(forward)
-        if most:
-            self._add_queries(query, counted, most)
-        if self.needs.attention_sums:
-            self._add_attention(query, counted, forward)
-        if self.needs.moments_after is not None:
-            self._add_moments(query, counted, forward)
+    def add(self, call: AttentionCall) -> None:
+        """Add the queries of a prompt, or of a part of it."""
+        self._add_hidden(call)
+        self._add(call, call.query, call.place.rope)
 
-    def add_decoded(
-        self, query: Tensor, rope: Tensor, hidden: Tensor | None, depth: int, most: int
-    ) -> None:
-        """Note a decoded token, and hold its query; of all of them the last ``most``."""
-        self._add_hidden(hidden, depth)
-        self._decoded.append(_Decoded(query.detach(), rope))
+    def add_decoded(self, call: AttentionCall, most: int) -> None:
+        """Add a decoded token, and hold its query; of all of them the last ``most``."""
+        self._add_hidden(call)
+        self._decoded.append(_Decoded(call.query.detach(), call.place.rope))
         del self._decoded[: max(0, len(self._decoded) - most)]
 
-    def note(self, hidden_feature: Tensor) -> None:
-        """Note a number ``[B, H, n]`` for each of the last ``n`` text columns."""
-        self._noted = hidden_feature
+    def set_hidden_feature(self, feature: Tensor) -> None:
+        """Set the number ``[B, H, n]`` of each of the last ``n`` text columns."""
+        self._noted = feature
 
-    def show(self, view: LayerView, forward: Forward) -> LayerView:
-        """The view with all that was noted, and what the press declared besides."""
+    def show(self, view: LayerView, call: AttentionCall) -> LayerView:
+        """The view with all that was observed, and what the press declared besides."""
         if self._decoded:
             queries, ropes = zip(*self._decoded, strict=True)
             self._decoded = []
             query, rope = torch.cat(queries, dim=2), torch.cat(ropes, dim=1)
-            self.add(replace(forward, query=query, rope=rope, hidden=None))
+            self._add(call, query, rope)
         view = replace(view, queries=self._queries, voters=self._voters)
         if self._sums is not None:
-            sums, counts = _ordered(self._sums, forward), _times_seen(view, self._length)
+            sums, counts = _ordered(self._sums, call), _times_seen(view, self._length)
             view = replace(view, attention_sums=sums, attention_counts=counts)
         if self.needs.hidden is not None or self._noted is not None:
             view = replace(view, hidden_feature=self._noted_rows(view))
         if self.needs.question:
-            view = replace(view, n_question=forward.n_question)
+            view = replace(view, n_question=call.place.n_question)
         if self._moments is not None:
             view = replace(view, moments=self._moments.moments())
         if self.needs.rotates:
-            view = replace(view, rotary=forward.find_rotary())
+            view = replace(view, rotary=call.rotary())
         if self.needs.projection:
-            view = replace(view, projection=forward.find_projection())
+            view = replace(view, projection=call.projection())
         return view
 
     def select(self, sequences: Tensor) -> "QueryStats":
@@ -118,15 +106,32 @@ class QueryStats:
             [_Decoded(*(x[sequences] for x in token)) for token in self._decoded],
         )
 
-    def _most_queries(self, forward: Forward) -> int:
+    def _add(self, call: AttentionCall, query: Tensor, rope: Tensor) -> None:
+        """Add queries ``[B, H * G, n, D]`` of tokens at ``rope [B, n]``."""
+        b, _, n, d = query.shape
+        h = call.pairs.keys.shape[1]
+        query = query.detach().reshape(b, h, -1, n, d)  # [B, H, G, n, D]
+        counted = torch.ones(b, n, dtype=torch.bool, device=query.device)
+        if call.text_valid is not None:
+            counted = call.text_valid[:, -n:]
+        self._length += n
+        most = self._most_queries(call)
+        if most:
+            self._add_queries(query, counted, most)
+        if self.needs.attention_sums:
+            self._add_attention(query, counted, call)
+        if self.needs.moments_after is not None:
+            self._add_moments(query, counted, call, rope)
+
+    def _most_queries(self, call: AttentionCall) -> int:
         asked = 0
-        if self.needs.question and forward.n_question is not None:
-            asked = int(forward.n_question.max())
+        if self.needs.question and call.place.n_question is not None:
+            asked = int(call.place.n_question.max())
         return max(self.needs.queries, asked)
 
-    def _add_hidden(self, hidden: Tensor | None, depth: int) -> None:
-        if self.needs.hidden is not None and hidden is not None:
-            hidden_feature = wide(self.needs.hidden(hidden.detach(), depth))
+    def _add_hidden(self, call: AttentionCall) -> None:
+        if self.needs.hidden is not None and call.hidden is not None:
+            hidden_feature = wide(self.needs.hidden(call.hidden.detach(), call.place.depth))
             self._noted = _joined(self._noted, hidden_feature, 2)
 
     def _noted_rows(self, view: LayerView) -> Tensor:
@@ -151,17 +156,19 @@ class QueryStats:
             queries, voters = queries[..., -most:, :].clone(), voters[:, -most:]
         self._queries, self._voters = queries, voters
 
-    def _add_attention(self, query: Tensor, counted: Tensor, forward: Forward) -> None:
-        keys, valid = forward.rows.keys.detach(), _valid_rows(forward)
-        sums = attention_column_sums(query, keys, valid, counted, forward.rule)
+    def _add_attention(self, query: Tensor, counted: Tensor, call: AttentionCall) -> None:
+        keys, valid = call.pairs.keys.detach(), _valid_rows(call)
+        sums = attention_column_sums(query, keys, valid, counted, call.rule)
         self._sums = sums if self._sums is None else sums + _widened(self._sums, sums)
 
-    def _add_moments(self, query: Tensor, counted: Tensor, forward: Forward) -> None:
+    def _add_moments(
+        self, query: Tensor, counted: Tensor, call: AttentionCall, rope: Tensor
+    ) -> None:
         n = query.shape[-2]
         own = torch.arange(self.end - n, self.end, device=query.device).expand_as(counted)
-        if forward.text_valid is not None:
-            own = forward.text_valid.cumsum(-1)[:, -n:] - 1
-        raw = forward.find_rotary()(wide(query), forward.rope, inverse=True)
+        if call.text_valid is not None:
+            own = call.text_valid.cumsum(-1)[:, -n:] - 1
+        raw = call.rotary()(wide(query), rope, inverse=True)
         counted = counted & (own >= (self.needs.moments_after or 0))
         new = _Running.of(raw, counted)
         self._moments = new if self._moments is None else self._moments.join(new)
@@ -201,11 +208,11 @@ def _widened(old: Tensor, new: Tensor) -> Tensor:
     return F.pad(old, (0, new.shape[-1] - old.shape[-1]))
 
 
-def _ordered(column: Tensor, forward: Forward) -> Tensor:
+def _ordered(column: Tensor, call: AttentionCall) -> Tensor:
     """A column ``[B, H, G, T]`` in the order of the view."""
-    if forward.text_valid is None and forward.rows.full:
+    if call.text_valid is None and call.pairs.full:
         return column
-    order = valid_last(_valid_rows(forward))
+    order = valid_last(_valid_rows(call))
     return column.gather(-1, order.unsqueeze(2).expand_as(column))
 
 
@@ -213,13 +220,13 @@ def _joined(old: Tensor | None, new: Tensor, dim: int) -> Tensor:
     return new if old is None else torch.cat([old, new], dim=dim)
 
 
-def _valid_rows(forward: Forward) -> Tensor:
+def _valid_rows(call: AttentionCall) -> Tensor:
     """Which rows are tokens, ``[B, H, T]``, in the order of the store."""
-    positions = forward.rows.text_positions()
+    positions = call.pairs.text_positions()
     valid = positions >= 0
-    if forward.text_valid is not None:
+    if call.text_valid is not None:
         column = positions.clamp(min=0).long().flatten(1)
-        valid = valid & forward.text_valid.gather(1, column).view_as(positions)
+        valid = valid & call.text_valid.gather(1, column).view_as(positions)
     return valid
 
 

@@ -215,7 +215,7 @@ def test_what_a_press_for_prompts_stores_and_reads_holds_beside_one_for_decoding
     later = cp.DecodingPress(cp.KnormPress(), 8, 70)
     quantized = cp.PrefillDecodingPress(cp.KIVIPress(cp.KnormPress(0.5)), later)
     sparse = cp.PrefillDecodingPress(cp.QuestPress(pages=3), later)
-    assert quantized.storage == cp.Codec(2, 128, value_group=32)
+    assert quantized.needs.storage == cp.Codec(2, 128, value_group=32)
     assert (sparse.needs.pages_read(0), sparse.needs.pages_read(2)) == (None, 3)
     with pytest.raises(cp.CachepressError, match="store rows in different ways"):
         cp.PrefillDecodingPress(

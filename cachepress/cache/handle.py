@@ -31,13 +31,13 @@ class RowsHandle(Tensor):
     the text has, ``[B, H, S, D]``, and no memory of its own.
 
     Attributes:
-        store: the store that made it.
+        layer: the cache layer that made it.
         snapshot: what it held at that moment, before anything was dropped.
         fresh: keys and values of the forward, if they are all that is held.
         added: keys and values of the forward.
     """
 
-    store: "CompressedLayer"
+    layer: "CompressedLayer"
     snapshot: "Snapshot"
     fresh: tuple[Tensor, Tensor] | None
     added: tuple[Tensor, Tensor]
@@ -45,15 +45,15 @@ class RowsHandle(Tensor):
     @classmethod
     def of(
         cls,
-        store: "CompressedLayer",
+        layer: "CompressedLayer",
         snapshot: "Snapshot",
         added: tuple[Tensor, Tensor],
         like: Tensor,
     ) -> "RowsHandle":
-        """A handle for what ``store`` holds that looks like ``like`` over the whole text."""
+        """A handle for what ``layer`` holds that looks like ``like`` over the whole text."""
         b, h, _, d = like.shape
         handle = _blank(like.dtype, like.device).expand(b, h, snapshot.seen, d).as_subclass(cls)
-        handle.store, handle.snapshot, handle.added = store, snapshot, added
+        handle.layer, handle.snapshot, handle.added = layer, snapshot, added
         handle.fresh = added if snapshot.seen == like.shape[2] else None
         return handle
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from cachepress.cache.codec import Codec
 from cachepress.cache.handle import RowsHandle
+from cachepress.cache.masks import MaskReader
 from cachepress.cache.pairs import PairBytes, Pairs
 from cachepress.cache.segment import Segment
 from cachepress.cache.snapshot import Snapshot
@@ -20,6 +21,7 @@ from cachepress.ops import wide_dtype
 from cachepress.ops.ragged_attention import PAGE
 
 if TYPE_CHECKING:
+    from cachepress.call import Hook
     from cachepress.query_stats import QueryStats
 
 POSITION_BYTES = 4
@@ -46,6 +48,9 @@ class CompressedLayer(CacheLayerMixin):
         scored_at: text columns seen when a press last looked at the rows, and those of prompts that
             were left as they are since.
         query_stats: what a press noted since.
+        hook: observes the next attention call of the layer; None for nobody.
+        reads_whole: whether forwards of one token read every page, being parts of a text.
+        masks: reads the mask of a forward, once for all layers of the cache.
         text_ids: ``[1, n]`` token ids of the text, or of its beginning, where all sequences have
             it in common, in the host's memory; None where it is not known.
     """
@@ -66,6 +71,9 @@ class CompressedLayer(CacheLayerMixin):
         self.query_stats: QueryStats | None = None
         self.codec: Codec | None = None
         self.page_budget: int | None = None
+        self.hook: Hook | None = None
+        self.reads_whole = False
+        self.masks = MaskReader()
         self._encoded = False
         self.text_valid: Tensor | None = None
         self.text_ids: np.ndarray | None = None
@@ -241,6 +249,7 @@ class CompressedLayer(CacheLayerMixin):
             self._freeze()
         forked = copy.copy(self)
         forked._tail = None if self._tail is None else self._tail.copy()
+        forked.hook, forked.reads_whole, forked.masks = None, False, MaskReader()
         if self.query_stats is not None:
             forked.query_stats = self.query_stats.select(torch.arange(self._batch))
         return forked
@@ -373,8 +382,10 @@ class CompressedLayer(CacheLayerMixin):
     prefetch = offload
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
-        """A fork: blocks never change, so they need no copy."""
-        return self.fork()  # pyright: ignore[reportReturnType]
+        """A fork: segments never change, so they need no copy."""
+        forked = self.fork()
+        forked.masks = copy.deepcopy(self.masks, memo)  # One for all layers of the copy.
+        return forked  # pyright: ignore[reportReturnType]
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
         batch = keys.shape[0]

@@ -1,6 +1,9 @@
 """The attention mask of one forward, read as a table of queries and text columns."""
 
-from functools import cached_property
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,7 @@ from torch import Tensor
 from cachepress.errors import UnsupportedError
 from cachepress.ops import wide
 
+T = TypeVar("T")
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -19,9 +23,10 @@ class TextMask:
         mask: None for causal attention, ``[B, S]`` which columns are tokens, or ``[B, heads, n,
             S]``, bool (True is visible) or added to the logits.
         n: queries of the forward, the last n text columns.
+        memo: what was computed from the mask before; it never holds the mask itself.
     """
 
-    def __init__(self, mask: object, n: int) -> None:
+    def __init__(self, mask: object, n: int, memo: dict[object, object] | None = None) -> None:
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim in (2, 4)):
             kind = f"{mask.ndim}-D" if isinstance(mask, Tensor) else type(mask).__name__
             raise UnsupportedError(
@@ -29,24 +34,27 @@ class TextMask:
                 'with attn_implementation="sdpa" or "eager"'
             )
         self._mask, self._n = mask, n
-        self._seen: dict[tuple[int, int], bool] = {}
-        self._parts: dict[tuple[int, int], TextMask] = {}
+        self._memo = {} if memo is None else memo
 
     def of_sequences(self, first: int, last: int) -> "TextMask":
         """The mask of some of the sequences."""
         if self._mask is None or self._mask.shape[0] == 1:
             return self
-        key = (first, last)
-        if key not in self._parts:
-            self._parts[key] = TextMask(self._mask[first:last], self._n)
-        return self._parts[key]
+        memo = self._once(("sequences", first, last), dict)
+        return TextMask(self._mask[first:last], self._n, memo)
+
+    def _once(self, name: object, make: Callable[[], T]) -> T:
+        """What ``make`` gives, made once for all layers of a forward."""
+        if name not in self._memo:
+            self._memo[name] = make()
+        return cast(T, self._memo[name])
 
     @property
     def per_head(self) -> bool:
         """Whether heads have masks of their own."""
         return self._mask is not None and self._mask.ndim == 4 and self._mask.shape[1] > 1
 
-    @cached_property
+    @property
     def given(self) -> Tensor | None:
         """The mask as it came, none of it lower than float32 goes.
 
@@ -54,24 +62,30 @@ class TextMask:
         float64 is -inf, and a query that may attend to nothing, as one of padding, becomes NaN.
         """
         mask = self._mask
-        return mask if mask is None or mask.dtype != torch.float64 else mask.clamp(min=_LOWEST)
+        if mask is None or mask.dtype != torch.float64:
+            return mask
+        return self._once("given", lambda: mask.clamp(min=_LOWEST))
 
-    @cached_property
+    @property
     def valid(self) -> Tensor | None:
         """Which text columns are tokens, ``[B, S]``: those that the last token may attend to."""
         mask = self._mask
-        if mask is None:
-            return None
+        return None if mask is None else self._once("valid", lambda: self._valid(mask))
+
+    def _valid(self, mask: Tensor) -> Tensor | None:
         last = mask if mask.ndim == 2 else mask[:, 0, -1]
         valid = last.bool() if last.dtype == torch.bool or mask.ndim == 2 else last == 0
         # A copy, because stores remember it, and would hold the whole mask with a view of it.
         return None if bool(valid.all()) else valid.clone()
 
-    @cached_property
+    @property
     def by_head(self) -> Tensor:
         """Added to logits, ``[B, 1 or heads, n, S]`` where there is a mask."""
         mask = self._mask
         assert mask is not None
+        return self._once("by head", lambda: self._by_head(mask))
+
+    def _by_head(self, mask: Tensor) -> Tensor:
         if mask.ndim == 4:
             return _bias(mask)
         s = mask.shape[1]
@@ -88,15 +102,9 @@ class TextMask:
         """
         if self._mask is None:
             return None
-        key = (end, id(text_valid))
-        if key not in self._seen:
-            hidden = _hidden(self._mask, end)  # [B, n or 1, end]
-            if text_valid is not None:
-                hidden = (
-                    hidden & F.pad(text_valid, (0, end - text_valid.shape[1]), value=True)[:, None]
-                )
-            self._seen[key] = bool(hidden.any())
-        return self.by_head[:, 0] if self._seen[key] else None
+        hides = partial(_hides_any, self._mask, end, text_valid)
+        hidden = self._once(("hides", end, id(text_valid)), hides)
+        return self.by_head[:, 0] if hidden else None
 
     def of_columns(self, start: int, end: int, device: torch.device) -> Tensor | None:
         """The bias of text columns from ``start`` to the last, ``[B or 1, n, end - start]``."""
@@ -109,6 +117,50 @@ class TextMask:
         n, columns = self._n, end - start
         visible = torch.ones(1, n, columns, dtype=torch.bool, device=device).tril_(columns - n)
         return _bias(visible)
+
+
+class MaskReader:
+    """Reads the mask of a forward once for all layers of a cache, which share the reader.
+
+    What was read is forgotten with the mask, and read anew for the next forward or when the mask
+    was written to since.
+    """
+
+    def __init__(self) -> None:
+        self._mask: Callable[[], object] = _nothing
+        self._module: Callable[[], object] = _nothing
+        self._version: int | None = None
+        self._memo: dict[object, object] = {}
+
+    def __reduce__(self) -> tuple[type["MaskReader"], tuple[()]]:
+        """A copy has read nothing."""
+        return MaskReader, ()
+
+    def read(self, mask: object, n: int, module: object) -> TextMask:
+        """The mask of ``n`` queries, for the attention of a module."""
+        if not isinstance(mask, Tensor):
+            return TextMask(mask, n)
+        # Torch counts no writes to tensors of inference mode.
+        version = None if mask.is_inference() else mask._version
+        # The module that asked first asks again: that is another forward.
+        same = self._mask() is mask and self._version == version and self._module() is not module
+        if not same:
+            memo: dict[object, object] = {}
+            self._mask = weakref.ref(mask, lambda _: memo.clear())
+            self._module, self._version, self._memo = weakref.ref(module), version, memo
+        return TextMask(mask, n, self._memo)
+
+
+def _nothing() -> None:
+    """Stands for what is gone."""
+
+
+def _hides_any(mask: Tensor, end: int, text_valid: Tensor | None) -> bool:
+    """Whether a mask hides any of the first columns that are tokens from any query."""
+    hidden = _hidden(mask, end)
+    if text_valid is not None:
+        hidden = hidden & F.pad(text_valid, (0, end - text_valid.shape[1]), value=True)[:, None]
+    return bool(hidden.any())
 
 
 def _hidden(mask: Tensor, end: int) -> Tensor:

@@ -23,7 +23,7 @@ from cachepress.evaluation.speed import CONTEXTS, StepSeconds, peak_memory, step
 from cachepress.evaluation.tasks.base import PERPLEXITY
 from cachepress.hf import has_only_full_attention
 from cachepress.hf.session import prepared
-from cachepress.hf.survey import Survey, shares
+from cachepress.hf.shared_prefill import SharedPrefill, shares
 from cachepress.pipeline import (
     TASK,
     Answers,
@@ -183,7 +183,7 @@ class Answerer:
                 return f"{press!r} chooses by the question, and there is none in this data set"
             if shares(press):
                 ids = self.tokenizer("A few words to try it on.", return_tensors="pt").input_ids
-                Survey(self.model, [press], self.tokenizer).read(ids)
+                SharedPrefill(self.model, [press], self.tokenizer).read(ids)
         except CachepressError as error:
             return str(error)
         return None
@@ -252,13 +252,13 @@ class Answerer:
         options = context.prompt_options(run.config)
         return make_prompt(self.tokenizer, self.model, context.text, options)
 
-    def _survey(self, shared: Sequence[Run], prompt: Prompt, run: Run) -> Survey:
+    def _survey(self, shared: Sequence[Run], prompt: Prompt, run: Run) -> SharedPrefill:
         presses = [run.press for run in shared if run.press is not None]
-        survey = Survey(self.model, presses, self.tokenizer)
+        survey = SharedPrefill(self.model, presses, self.tokenizer)
         survey.read(prompt.context_ids, run.config.prefill_chunk_size)
         return survey
 
-    def _fork(self, survey: Survey, run: Run) -> _Fork:
+    def _fork(self, survey: SharedPrefill, run: Run) -> _Fork:
         if run.press is None:
             size = size_of(ordinary(survey.cache))
             return _Fork(run, fork(survey.cache), size, survey.seconds, 0.0)
@@ -266,7 +266,7 @@ class Answerer:
         return _Fork(run, cache, size_of(cache), survey.seconds + seconds, seconds)
 
     def _batches(
-        self, survey: Survey, runs: Sequence[Run], context: Context
+        self, survey: SharedPrefill, runs: Sequence[Run], context: Context
     ) -> Iterator[list[_Fork]]:
         """Forks that can be decoded together, as many as there is room for."""
         room, most = max(ROOM, 2 * survey.whole_bytes), self._most_forks(context)

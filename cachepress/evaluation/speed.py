@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from cachepress.bench import timed_step
 from cachepress.cache.batch import fork, ordinary, size_of
-from cachepress.hf.survey import Survey
+from cachepress.hf.shared_prefill import SharedPrefill
 from cachepress.presses import BasePress
 
 CONTEXTS = 1
@@ -80,7 +80,7 @@ def speed_lines(
         ids: the text, ``[1, T]``; it is read once for all.
         presses: presses that act on prompts, and do not look for a question.
     """
-    survey = Survey(model, presses)
+    survey = SharedPrefill(model, presses)
     survey.read(ids)
     caches: list[Cache] = [ordinary(survey.cache)]
     caches += [survey.compressed(press)[0] for press in presses]

@@ -14,6 +14,7 @@ from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError, out_of_memory
 from cachepress.hf import PressSession, cache_argument, codec_of
 from cachepress.limits import MOST_TOKENS, check_whole, is_out_of_memory, shown
+from cachepress.measure import Stopwatch
 from cachepress.press import BasePress
 
 MODES = ("exact", "online")
@@ -32,6 +33,7 @@ def prefill(
     question: int | Sequence[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
+    stopwatch: Stopwatch | None = None,
 ) -> Cache:
     """Read a prompt into a cache, without the LM head, and compress it.
 
@@ -51,6 +53,7 @@ def prefill(
             sequence; for presses that ask for it.
         tokenizer: for presses that replay; None for the one that lies where the model came from.
         progress: show a bar over the chunks.
+        stopwatch: adds up the seconds in which layers are observed and compressed.
 
     Returns:
         The cache.
@@ -77,8 +80,14 @@ def prefill(
     bar = logging.tqdm(starts, unit="chunk", disable=not progress)
     observation = None
     if press is not None:
-        options = {"storage": storage, "question": question, "tokenizer": tokenizer}
-        observation = PressSession(press, model, **options)
+        observation = PressSession(
+            press,
+            model,
+            storage=storage,
+            question=question,
+            tokenizer=tokenizer,
+            stopwatch=stopwatch,
+        )
     with torch.no_grad(), _memory_explained():
         for start in bar:
             stop = min(start + chunk_size, n)

@@ -1,12 +1,10 @@
 """The attention function of pressed models: rows of our stores, and who looks on."""
 
 import sys
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import NamedTuple, Protocol, cast
-from weakref import WeakKeyDictionary, WeakSet
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +13,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cachepress.cache.handle import RowsHandle
-from cachepress.cache.layer import CompressedLayer
 from cachepress.cache.masks import TextMask
 from cachepress.cache.pairs import Pairs
 from cachepress.cache.snapshot import Snapshot
+from cachepress.call import AttentionCall
 from cachepress.errors import UnsupportedError
 from cachepress.ops import AttentionRule
 from cachepress.ops.ragged_attention.parts import LOWEST
@@ -26,75 +24,6 @@ from cachepress.ops.ragged_attention.parts import LOWEST
 _PREFIX = "cachepress|"
 _BASES: dict[str, str] = {}
 _FEW = 16
-
-
-class Seen(NamedTuple):
-    """One attention call of one layer, when it is done.
-
-    Attributes:
-        module: the attention module.
-        query: ``[B, H * G, n, D]`` as attention used it.
-        output: ``[B, n, H * G, E]`` what attention gave.
-        key: the handle of the layer's rows.
-        read: the rows as attention read them; None where the store attended itself.
-        mask: the mask over the text.
-        rule: how the layer turns products into weights.
-    """
-
-    module: nn.Module
-    query: Tensor
-    output: Tensor
-    key: RowsHandle
-    read: Pairs | None
-    mask: TextMask
-    rule: AttentionRule
-
-    @property
-    def rows(self) -> Pairs:
-        """All rows of the layer."""
-        return self.key.snapshot.rows() if self.read is None else self.read
-
-
-class Watcher(Protocol):
-    """Looks at one attention call of one layer."""
-
-    @property
-    def differentiates(self) -> bool:
-        """Whether gradients must flow through the rows of the forward."""
-        ...
-
-    def note(self, seen: Seen) -> None:
-        """Look at it."""
-        ...
-
-
-WATCHED: WeakKeyDictionary[CompressedLayer, Watcher] = WeakKeyDictionary()
-"""Who looks at the next attention call of a store's layer."""
-READ_WHOLE: WeakSet[CompressedLayer] = WeakSet()
-"""Stores of which a forward of one token reads every row as well: it is a part of a text."""
-
-
-def _nothing() -> None:
-    """Stands for what is gone."""
-
-
-class _LastMask(NamedTuple):
-    """The mask that was read last.
-
-    Attributes:
-        mask: the mask.
-        version: how often it was written to; None where torch does not count that.
-        module: the attention module for which it was read, the first one in its forward.
-        read: what was read.
-    """
-
-    mask: Callable[[], object]
-    version: int | None
-    module: Callable[[], object]
-    read: TextMask
-
-
-_last_mask = _LastMask(_nothing, None, _nothing, TextMask(None, 1))
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -146,43 +75,38 @@ def _attention(
     base: str,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention in full on all rows, and then the layer is settled if it is its turn."""
+    """Attention in full on all pairs; then the layer's hook observes it, and may compress it."""
     function = _base_function(base, type(module))
     if not isinstance(key, RowsHandle):
         return function(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise UnsupportedError(f"{type(module).__name__} adds a position bias: not supported")
-    n = query.shape[2]
-    mask, rule = _text_mask(module, attention_mask, n), _rule(module, query, kwargs, base)
-    rows = None
-    if key.fresh is not None:
-        rows = Pairs(*key.fresh)
-        output = function(module, query, *key.fresh, mask.given, **kwargs)
-    elif _differentiates(key.store):
-        rows = _with_gradient(key)
-        bias = mask.given
-        if rows.positions is not None:
-            bias = _mask_of_rows(mask, key.snapshot, rows, query)
-        output = function(module, query, rows.keys, rows.values, bias, **kwargs)
-    elif _own_attention(key.snapshot, n, mask, base, kwargs):
-        held = key.snapshot.whole() if key.store in READ_WHOLE else key.snapshot
-        output = held.attend(query, mask, rule), None
+    layer, n = key.layer, query.shape[2]
+    hook, layer.hook = layer.hook, None
+    mask, rule = layer.masks.read(attention_mask, n, module), _rule(module, query, kwargs, base)
+    differentiates = hook is not None and hook.differentiates
+    own = key.fresh is None and not differentiates
+    if own and _own_attention(key.snapshot, n, mask, base, kwargs):
+        held = key.snapshot.whole() if layer.reads_whole else key.snapshot
+        pairs, output = None, (held.attend(query, mask, rule), None)
     else:
-        rows = key.snapshot.rows()
-        bias = mask.given
-        if rows.positions is not None:
-            bias = _mask_of_rows(mask, key.snapshot, rows, query)
-        output = function(module, query, rows.keys, rows.values, bias, **kwargs)
-    watcher = WATCHED.pop(key.store, None)
-    if watcher is not None:
+        pairs, bias = _pairs(key, differentiates), mask.given
+        if pairs.positions is not None:
+            bias = _mask_of_rows(mask, key.snapshot, pairs, query)
+        output = function(module, query, pairs.keys, pairs.values, bias, **kwargs)
+    if hook is not None:
+        place = hook.place._replace(rope=hook.place.rope.to(query.device))
+        call = AttentionCall(module, key, query, output[0], mask, rule, place, hook.features, pairs)
         with torch.no_grad():
-            watcher.note(Seen(module, query, output[0], key, rows, mask, rule))
+            hook.observe(call)
     return output
 
 
-def _differentiates(store: CompressedLayer) -> bool:
-    watcher = WATCHED.get(store)
-    return watcher is not None and watcher.differentiates
+def _pairs(key: RowsHandle, differentiates: bool) -> Pairs:
+    """All pairs of a layer, those of the forward last."""
+    if key.fresh is not None:
+        return Pairs(*key.fresh)
+    return _with_gradient(key) if differentiates else key.snapshot.rows()
 
 
 def _with_gradient(key: RowsHandle) -> Pairs:
@@ -205,18 +129,6 @@ def _own_attention(
     """
     wanted = n <= _FEW or held.shared or (held.segments and "flash" in base)
     return bool(wanted) and not mask.per_head and not options.get("output_attentions")
-
-
-def _text_mask(module: nn.Module, mask: object, n: int) -> TextMask:
-    """The mask of a forward, read once for all its layers, and anew if it was written to since."""
-    global _last_mask
-    if not isinstance(mask, Tensor):
-        return TextMask(mask, n)
-    last, version = _last_mask, None if mask.is_inference() else mask._version
-    if last.mask() is not mask or last.version != version or last.module() is module:
-        read = TextMask(mask, n)
-        last = _last_mask = _LastMask(weakref.ref(mask), version, weakref.ref(module), read)
-    return last.read
 
 
 def _rule(

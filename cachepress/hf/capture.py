@@ -3,36 +3,18 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from cachepress.call import AttentionCall
 from cachepress.errors import UnsupportedError
-from cachepress.forward import Forward
-from cachepress.hf.attention import Seen
 from cachepress.hf.wiring import attention_modules, rotary_modules
 from cachepress.press import BasePress
 from cachepress.projection import Projections
 from cachepress.rotary import CosSin, find_rotary
 from cachepress.view import Rotary
-
-
-class Place(NamedTuple):
-    """Where in a model, and where in the text, an attention call is.
-
-    Attributes:
-        layer: index of the layer in the model.
-        depth: rank of the layer among those that are compressed.
-        n_layers: number of layers that are compressed.
-        rope: ``[B, n]`` positions that the forward's tokens are rotated to.
-    """
-
-    layer: int
-    depth: int
-    n_layers: int
-    rope: Tensor
 
 
 class Capture:
@@ -89,42 +71,26 @@ class Capture:
         self._hidden.clear()
         self._projections.end_forward()
 
-    def forward(self, seen: Seen, place: Place, n_question: Tensor | None) -> Forward:
-        """All that an attention call showed; what has to be searched for is found when asked."""
-        rope = place.rope.to(seen.query.device)
-        return Forward(
-            query=seen.query,
-            rows=seen.rows,
-            text_valid=seen.mask.valid,
-            rope=rope,
-            layer=place.layer,
-            depth=place.depth,
-            n_layers=place.n_layers,
-            rule=seen.rule,
-            find_rotary=partial(self.rotary, seen, rope),
-            find_projection=partial(self.projection, seen),
-            hidden=self.hidden(seen),
-            n_question=n_question,
-        )
-
-    def rotary(self, seen: Seen, rope: Tensor) -> Rotary:
+    def rotary(self, call: AttentionCall) -> Rotary:
         """The position embedding of a layer, proven on the keys of the forward."""
-        outputs, query = list(self._outputs.get(seen.module, {}).values()), seen.query
-        assert seen.key.snapshot.tail is not None
-        new_keys = seen.key.snapshot.tail.keys[:, :, -query.shape[2] :]
-        found = find_rotary(self._rotary_modules, outputs, query.shape[1], new_keys, rope)
+        outputs, query = list(self._outputs.get(call.module, {}).values()), call.query
+        assert call.key is not None and call.key.snapshot.tail is not None
+        new_keys = call.key.snapshot.tail.keys[:, :, -query.shape[2] :]
+        found = find_rotary(
+            self._rotary_modules, outputs, query.shape[1], new_keys, call.place.rope
+        )
         if found is None:
             raise UnsupportedError(
-                f"{self._who} needs the position embedding of layer {_layer(seen)} of "
+                f"{self._who} needs the position embedding of layer {call.place.layer} of "
                 f"{type(self._model).__name__}, which could not be verified: use a press "
                 "that does not need it, such as KnormPress or SnapKVPress"
             )
         return found
 
-    def projection(self, seen: Seen) -> Tensor:
+    def projection(self, call: AttentionCall) -> Tensor:
         """The output projection ``[H, G, E, M]`` of a layer."""
-        done = list(self._outputs.get(seen.module, {}))
-        found = self._projections.find(seen.module, done, seen.key.shape[1], seen.output)
+        done = list(self._outputs.get(call.module, {}))
+        found = self._projections.find(call.module, done, call.pairs.keys.shape[1], call.output)
         if found is None:
             raise UnsupportedError(
                 f"{self._who} needs the output projection of each layer of "
@@ -133,14 +99,14 @@ class Capture:
             )
         return found
 
-    def hidden(self, seen: Seen) -> Tensor | None:
+    def hidden(self, call: AttentionCall) -> Tensor | None:
         """The hidden states ``[B, n, M]`` that attention read, where the press asks for them."""
         if not self._reads_hidden:
             return None
-        hidden = self._hidden.pop(seen.module, None)
+        hidden = self._hidden.pop(call.module, None)
         if hidden is None:
             raise UnsupportedError(
-                f"{self._who} needs the hidden states of layer {_layer(seen)} of "
+                f"{self._who} needs the hidden states of layer {call.place.layer} of "
                 f"{type(self._model).__name__}, which its attention does not take: use a press "
                 "that does not need them, such as KnormPress or SnapKVPress"
             )
@@ -158,7 +124,3 @@ class Capture:
     ) -> None:
         if isinstance(output, Tensor):
             self._outputs.setdefault(attention, {})[module] = output.detach()
-
-
-def _layer(seen: Seen) -> object:
-    return getattr(seen.module, "layer_idx", "?")

@@ -1,8 +1,8 @@
 """Lets a model repeat what it read, and shows a press which rows each layer read for that."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, NoReturn, TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,8 @@ from transformers.cache_utils import Cache
 
 from cachepress.cache.batch import fork
 from cachepress.cache.layer import CompressedLayer
-from cachepress.cache.pairs import Pairs
+from cachepress.call import AttentionCall, Place
 from cachepress.errors import CachepressError
-from cachepress.forward import Forward
-from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen
 from cachepress.hf.capture import Capture
 from cachepress.hf.chunks import Chunk, chunks, opening_of
 from cachepress.hf.wiring import attention_modules, cache_argument, install_stores, last_layer
@@ -28,12 +26,12 @@ _T = TypeVar("_T")
 _MOST = torch.finfo(torch.float32).max
 
 
-class Read(NamedTuple):
-    """A layer whose prompt was read, and that is settled when the model has repeated it."""
+class Waiting(NamedTuple):
+    """A layer that is to be compressed, and what its press will see of it."""
 
     press: BasePress
-    store: CompressedLayer
-    forward: Forward
+    layer: CompressedLayer
+    call: AttentionCall
     query_stats: QueryStats
 
 
@@ -56,12 +54,13 @@ class _Text(NamedTuple):
 
 
 @dataclass
-class _Look:
-    """One layer of a forward that repeats a chunk.
+class _Hook:
+    """Observes one layer of a forward that repeats a chunk.
 
     Attributes:
-        press: who looks.
-        capture: what hooks keep of that forward.
+        press: the press that asks for it.
+        place: where the layer is.
+        features: what the model's hooks keep of that forward.
         text: what was read.
         sinks: rows of the table that stand for the beginning of the text.
         chunk: the chunk's rows, counted back from the first row of the replay.
@@ -74,7 +73,8 @@ class _Look:
     """
 
     press: BasePress
-    capture: Capture
+    place: Place
+    features: Capture
     text: _Text
     sinks: Tensor
     chunk: Tensor
@@ -90,12 +90,12 @@ class _Look:
         """Whether gradients must flow through the rows of the forward."""
         return self._replay.gradient
 
-    def note(self, seen: Seen) -> None:
-        """Look at the rows and queries of a layer."""
-        query, weighs = seen.query, self._replay.weighs
-        h, n = seen.rows.keys.shape[1], query.shape[2]
+    def observe(self, call: AttentionCall) -> None:
+        """Look at the pairs and queries of a layer."""
+        query, weighs = call.query, self._replay.weighs
+        h, n = call.pairs.keys.shape[1], query.shape[2]
         keys, values, valid, chunk = (
-            self._whole(seen, n) if self._replay.whole else self._part(seen, n)
+            self._whole(call, n) if self._replay.whole else self._part(call, n)
         )
         view = ReconstructionView(
             queries=query.detach().view(1, h, -1, n, query.shape[-1]),
@@ -103,13 +103,13 @@ class _Look:
             values=values,
             valid=valid,
             chunk=chunk,
-            rule=seen.rule,
-            projection=self.capture.projection(seen) if weighs else None,
-            hidden=self.capture.hidden(seen) if weighs else None,
+            rule=call.rule,
+            projection=call.projection() if weighs else None,
+            hidden=call.hidden if weighs else None,
             before=self.before,
             last=self.last,
         )
-        self.module = seen.module
+        self.module = call.module
         if self._replay.gradient:
             self.view = view
         else:
@@ -122,18 +122,18 @@ class _Look:
         assert reconstruction is not None
         return reconstruction
 
-    def _part(self, seen: Seen, n: int) -> tuple[Tensor, Tensor, Tensor, slice]:
+    def _part(self, call: AttentionCall, n: int) -> tuple[Tensor, Tensor, Tensor, slice]:
         """Keys, values and validity of the sinks, the chunk and the replay; where the chunk is."""
-        rows, t = seen.rows, seen.rows.keys.shape[2]
-        own = torch.arange(t - n, t, device=seen.query.device)
+        rows, t = call.pairs, call.pairs.keys.shape[2]
+        own = torch.arange(t - n, t, device=call.query.device)
         index = torch.cat([self.sinks.to(own), self.chunk.to(own) + t - n, own])
         keys, values = (x[:, :, index].detach() for x in (rows.keys, rows.values))
         chunk = slice(len(self.sinks), len(self.sinks) + len(self.chunk))
         return keys, values, rows.text_positions()[:, :, index] >= 0, chunk
 
-    def _whole(self, seen: Seen, n: int) -> tuple[Tensor, Tensor, Tensor, slice]:
+    def _whole(self, call: AttentionCall, n: int) -> tuple[Tensor, Tensor, Tensor, slice]:
         """Those of all rows; where the text is."""
-        rows, positions = seen.rows, seen.rows.text_positions()
+        rows, positions = call.pairs, call.pairs.text_positions()
         valid, text = positions >= 0, self.text.valid_after(self.repeated + n)
         if text is not None:
             column = positions.clamp(min=0).long().flatten(1)
@@ -164,7 +164,7 @@ class Reconstructor:
         self._tokenizer, self._capture = tokenizer, capture
         self._cache: Cache | None = None
         self._ids: list[Tensor] = []
-        self._layers: list[Read] = []
+        self._layers: list[Waiting] = []
 
     def read(self, cache: Cache, ids: object) -> None:
         """Note what a forward reads, and into which cache."""
@@ -175,11 +175,11 @@ class Reconstructor:
         self._cache = cache
         self._ids.append(ids)
 
-    def wait(self, layer: Read) -> None:
+    def wait(self, layer: Waiting) -> None:
         """Let a layer wait until the forward is done."""
         needs = layer.press.needs
-        forward = resolved(layer.forward, needs.rotates, needs.projection)
-        self._layers.append(layer._replace(forward=forward))
+        call = layer.call.when_over(needs.rotates, needs.projection)
+        self._layers.append(layer._replace(call=call))
 
     def clear(self, ids: bool) -> None:
         """Forget the forward; with ``ids``, what was read as well."""
@@ -188,17 +188,17 @@ class Reconstructor:
         if ids:
             self._ids.clear()
 
-    def repeat(self) -> list[Read]:
+    def repeat(self) -> list[Waiting]:
         """Let the model repeat what it read; the layers that wait, with what that showed."""
         if not self._layers:
             return []
         layers, cache, ids = self._layers, self._cache, torch.cat(self._ids, dim=1)
-        reconstruction, valid = layers[0].press.needs.reconstruction, layers[0].forward.text_valid
+        reconstruction, valid = layers[0].press.needs.reconstruction, layers[0].call.text_valid
         assert reconstruction is not None and cache is not None
         b, n = ids.shape
         notes = [
-            layer.forward.query.new_zeros(
-                b, layer.store.lengths.shape[1], n, dtype=wide_dtype(layer.forward.query)
+            layer.call.query.new_zeros(
+                b, layer.layer.lengths.shape[1], n, dtype=wide_dtype(layer.call.query)
             )
             for layer in layers
         ]
@@ -215,9 +215,9 @@ class Reconstructor:
                 own = ids[row : row + 1, columns]
                 self._repeat_one(branch, own, text, [note[row] for note in notes])
         for layer, note in zip(layers, notes, strict=True):
-            layer.query_stats.note(note)
+            layer.query_stats.set_hidden_feature(note)
         return [
-            layer._replace(forward=replace(layer.forward, rows=layer.store.snapshot.rows()))
+            layer._replace(call=replace(layer.call, read=layer.layer.snapshot.rows()))
             for layer in layers
         ]
 
@@ -269,12 +269,9 @@ class Reconstructor:
             repeated: tokens of these.
         """
         self._capture.clear()
-        reconstruction, length, device = (
-            press.needs.reconstruction,
-            chunk.ids.shape[1],
-            text.columns.device,
-        )
+        reconstruction = press.needs.reconstruction
         assert reconstruction is not None
+        length, device = chunk.ids.shape[1], text.columns.device
         seen = cache.get_seq_length() - repeated - text.n
         n_sink = max(reconstruction.n_sink, chunk.opening)
         sinks = text.columns[: min(n_sink, chunk.start)] + seen
@@ -282,18 +279,19 @@ class Reconstructor:
             sinks = torch.arange(reconstruction.n_sink, device=device)
         own = text.columns[chunk.start : chunk.stop] - text.n
         last = chunk.stop == len(text.columns)
-        looks = []
-        for store, made in zip(install_stores(cache, self._model).values(), before, strict=True):
-            look = _Look(press, self._capture, text, sinks, own, repeated, made, last)
-            WATCHED[store] = look
-            READ_WHOLE.add(store)
-            looks.append(look)
         inputs = {"input_ids": chunk.ids, cache_argument(self._decoder): cache, "use_cache": True}
-        valid = text.valid_after(repeated + length)
+        start, valid = cache.get_seq_length(), text.valid_after(repeated + length)
         if text.valid is not None and valid is not None:
-            inputs["attention_mask"] = valid.long()
             start = int(text.valid.sum()) + repeated
-            inputs["position_ids"] = torch.arange(start, start + length, device=device)[None]
+        rope = torch.arange(start, start + length, device=device)[None]
+        if valid is not None:
+            inputs |= {"attention_mask": valid.long(), "position_ids": rope}
+        looks, layers = [], install_stores(cache, self._model)
+        for depth, ((index, layer), made) in enumerate(zip(layers.items(), before, strict=True)):
+            place = Place(index, depth, len(layers), rope)
+            look = _Hook(press, place, self._capture, text, sinks, own, repeated, made, last)
+            layer.hook, layer.reads_whole = look, True
+            looks.append(look)
         if reconstruction.gradient:
             views = self._differentiated(inputs, looks)
             return [press.reconstructed(view) for view in views]
@@ -301,7 +299,7 @@ class Reconstructor:
         return [look.found for look in looks]
 
     def _differentiated(
-        self, inputs: dict[str, object], looks: list[_Look]
+        self, inputs: dict[str, object], looks: list[_Hook]
     ) -> list[ReconstructionView]:
         """A forward that repeats, and the gradient of its last hidden states."""
         added: dict[nn.Module, Tensor] = {}
@@ -329,29 +327,6 @@ class Reconstructor:
                 hook.remove()
         norms = [wide(gradient).norm(dim=-1) for gradient in gradients]
         return [replace(look.view, gradient=x) for look, x in zip(looks, norms, strict=True)]
-
-
-def resolved(forward: Forward, rotates: bool, projects: bool) -> Forward:
-    """A forward that can be read when it is over: what has to be found in it is found."""
-    return replace(
-        forward,
-        query=forward.query[:, :, :0].clone(),
-        rows=Pairs(forward.rows.keys[:, :, :0].clone(), forward.rows.values[:, :, :0].clone()),
-        find_rotary=_found(forward.find_rotary, rotates),
-        find_projection=_found(forward.find_projection, projects),
-        hidden=None,
-    )
-
-
-def _found(find: Callable[[], _T], wanted: bool) -> Callable[[], _T]:
-    if not wanted:
-        return _not_asked  # The search would hold everything that the forward showed.
-    found = find()
-    return lambda: found
-
-
-def _not_asked() -> NoReturn:
-    raise AssertionError("a press reads what it did not declare")
 
 
 def _first(output: object) -> Tensor:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
@@ -16,13 +17,14 @@ from transformers.configuration_utils import PretrainedConfig
 from cachepress.cache.batch import note_text, trim
 from cachepress.cache.codec import Codec
 from cachepress.cache.layer import CompressedLayer
+from cachepress.call import AttentionCall, Place
 from cachepress.engine import Pending, compress, compress_together
 from cachepress.errors import CachepressError
-from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen, attach
-from cachepress.hf.capture import Capture, Place
+from cachepress.hf.attention import attach
+from cachepress.hf.capture import Capture
 from cachepress.hf.chunks import tokenizer_of
 from cachepress.hf.kinds import bring_kind_back, set_kind_aside
-from cachepress.hf.reconstruction import Read, Reconstructor
+from cachepress.hf.reconstruction import Reconstructor, Waiting
 from cachepress.hf.wiring import (
     CACHE_NAMES,
     cache_argument,
@@ -30,9 +32,11 @@ from cachepress.hf.wiring import (
     compressed_layers,
     install_stores,
 )
+from cachepress.measure import Stopwatch
 from cachepress.press import BasePress
 from cachepress.query_stats import QueryStats
 from cachepress.schedules import Step
+from cachepress.view import Needs
 
 if TYPE_CHECKING:
     from cachepress.press import BasePress
@@ -41,18 +45,18 @@ _ACTIVE: list["PressSession"] = []
 
 
 @dataclass(frozen=True)
-class Watched:
-    """One forward of a pressed model in which a layer is noted, or settled as well.
+class _Hook:
+    """Observes a layer in one forward of a pressed model, and has it compressed if it is due.
 
     Attributes:
-        observation: whose forward it is.
+        session: whose forward it is.
         press: the press that acts in it.
         place: where in the model and in the text the layer is.
-        turn: the forward, as a schedule sees it.
-        due: whether the layer is settled.
+        step: the forward, as a schedule sees it.
+        due: whether the layer is compressed.
     """
 
-    observation: "PressSession"
+    session: "PressSession"
     press: BasePress
     place: Place
     step: Step
@@ -60,39 +64,35 @@ class Watched:
 
     differentiates = False
 
-    def note(self, seen: Seen) -> None:
-        """Note what the forward showed of the layer, and settle the layer if it is due."""
-        press, step, store = self.press, self.step, seen.key.store
-        capture, query_stats = self.observation.capture, self._query_stats(store)
-        if not step.prompt and not self.due:
-            rope = self.place.rope.to(seen.query.device)
-            hidden = capture.hidden(seen)
-            query_stats.add_decoded(
-                seen.query, rope, hidden, self.place.depth, press.needs.most_decoded
-            )
-            return
-        forward = capture.forward(seen, self.place, self.observation.question_of(seen.query))
-        if press.needs.observes:
-            if step.prompt:
-                query_stats.add(forward)
-            else:
-                query, depth = seen.query, self.place.depth
-                query_stats.add_decoded(
-                    query, forward.rope, forward.hidden, depth, press.needs.most_decoded
-                )
-        if self.due:
-            self.observation.compress(Read(press, store, forward, query_stats), step)
+    @property
+    def features(self) -> Capture:
+        """What the model's hooks keep of the forward."""
+        return self.session.capture
 
-    def _query_stats(self, store: CompressedLayer) -> QueryStats:
-        query_stats = store.query_stats
-        if (
-            query_stats is None
-            or query_stats.needs != self.press.needs.observed
-            or query_stats.end != self.step.seen
-        ):
-            query_stats = QueryStats(self.press.needs.observed, self.step.seen)
-        store.query_stats, query_stats.end = query_stats, self.step.seen + self.step.new
-        return query_stats
+    def observe(self, call: AttentionCall) -> None:
+        """Add the call to the query statistics, and compress the layer if it is due."""
+        with self.session.stopwatch:
+            self._observe(call)
+
+    def _observe(self, call: AttentionCall) -> None:
+        assert call.key is not None
+        layer, needs = call.key.layer, self.press.needs
+        query_stats = self._query_stats(layer, needs.observed)
+        if self.step.prompt:
+            if needs.observes:
+                query_stats.add(call)
+        elif needs.observes or not self.due:
+            query_stats.add_decoded(call, needs.most_decoded)
+        if self.due:
+            self.session.compress(Waiting(self.press, layer, call, query_stats), self.step)
+
+    def _query_stats(self, layer: CompressedLayer, needs: Needs) -> QueryStats:
+        """The statistics so far; a gap in what was observed makes them void."""
+        stats, step = layer.query_stats, self.step
+        if stats is None or stats.needs != needs or stats.end != step.seen:
+            stats = QueryStats(needs, step.seen)
+        layer.query_stats, stats.end = stats, step.seen + step.new
+        return stats
 
 
 class PressSession:
@@ -105,8 +105,9 @@ class PressSession:
         storage: "full", "int8", "int4", "int2", or a Codec.
         question: tokens at the end of the prompt that are the question, one number or one for each
             sequence; for presses that ask for it.
-        tokenizer: the model's tokenizer, for presses that replay; None for the one that lies where
-            the model came from.
+        tokenizer: the model's tokenizer, for presses that reconstruct the context; None for the one
+            that lies where the model came from.
+        stopwatch: runs while layers are observed and compressed.
 
     Attributes:
         chunk: for forwards that are chunks of one prompt, "hold" if the layers wait for the last
@@ -125,6 +126,7 @@ class PressSession:
         storage: str | Codec = "full",
         question: int | Sequence[int] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         if turns not in ("all", "first"):
             raise CachepressError(f'turns: got {turns!r}, wanted "all" or "first"')
@@ -149,6 +151,7 @@ class PressSession:
         self._hooks: list[RemovableHandle] = []
         self._depth = self._skipped = 0
         self._kind_is_aside = False
+        self.stopwatch = nullcontext() if stopwatch is None else stopwatch
 
     def __enter__(self) -> None:
         attach(self._model)
@@ -186,16 +189,16 @@ class PressSession:
             )
         return torch.tensor(self._question, device=batch.device).expand(b)
 
-    def compress(self, layer: Read, step: Step) -> None:
+    def compress(self, layer: Waiting, step: Step) -> None:
         """Settle a layer, or let it wait for a replay."""
         if layer.press.needs.reconstruction is not None and step.prompt:
             self._repeater.wait(layer)
         else:
             self._compress(layer)
 
-    def _compress(self, layer: Read) -> None:
+    def _compress(self, layer: Waiting) -> None:
         pending = compress(*layer)
-        layer.store.mark_scored()
+        layer.layer.mark_scored()
         if pending is not None:
             self._pending.setdefault(layer.press, []).append(pending)
 
@@ -249,15 +252,16 @@ class PressSession:
             rope = torch.arange(seen, seen + n, device=tokens.device).unsqueeze(0)
         rope = rope.reshape(-1, *rope.shape[-2:])[0].expand(b, n)
         for depth, (layer, store) in enumerate(stores.items()):
-            place = Place(layer, depth, len(stores), rope)
-            WATCHED[store] = Watched(self, press, place, step, due)
+            place = Place(layer, depth, len(stores), rope, self.question_of(tokens))
+            store.hook = _Hook(self, press, place, step, due)
 
     def _prepare(self, stores: Mapping[int, CompressedLayer]) -> None:
         """Tell stores how rows are kept and read."""
         self._stores = list(stores.values())
         instruct(self._stores, self._press, self._codec)
         if self.chunk is not None:
-            READ_WHOLE.update(self._stores)
+            for store in self._stores:
+                store.reads_whole = True
         if self.chunk == "settle" and self._codec is not None:
             for store in self._stores:
                 # Rows that are settled chunk by chunk would be quantized again and again.
@@ -272,7 +276,7 @@ class PressSession:
         if self._depth:
             return
         if output is not None:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), self.stopwatch:
                 for store in self._stores:
                     store.mark_skipped(self._skipped, self._press.schedule.bounded)
                 for layer in self._repeat():
@@ -283,7 +287,7 @@ class PressSession:
                     trim(self._read)
         self._end_forward()
 
-    def _repeat(self) -> list[Read]:
+    def _repeat(self) -> list[Waiting]:
         """The layers that wait for a replay, after it; its forwards are not for the press."""
         self._depth += 1
         try:
@@ -296,8 +300,7 @@ class PressSession:
         self._pending.clear()
         self._repeater.clear(ids=self.chunk != "hold")
         for store in self._stores:
-            WATCHED.pop(store, None)
-            READ_WHOLE.discard(store)
+            store.hook, store.reads_whole = None, False
         self._stores.clear()
         self._read = None
 

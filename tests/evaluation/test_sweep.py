@@ -28,7 +28,7 @@ from cachepress.evaluation.run import (
 )
 from cachepress.evaluation.samples import contexts_of, load_table
 from cachepress.evaluation.sweep import SweepConfig, load_sweep, run_sweep
-from cachepress.hf.survey import Survey
+from cachepress.hf.shared_prefill import SharedPrefill
 from cachepress.pipeline import make_prompt
 from tests.bounds import EXACT, no_near_ties
 from tests.tiny import exact_tiny, tiny, tokenizer, words
@@ -163,13 +163,13 @@ def test_only_what_is_missing_is_computed(model_dir, data_file, tmp_path, monkey
 
 
 def test_a_context_is_read_once_for_all_that_share(model_dir, data_file, tmp_path, monkeypatch):
-    read, real = [], Survey.read
+    read, real = [], SharedPrefill.read
 
     def spied(self, ids, chunk_size=None):
         read.append(ids.shape[1])
         real(self, ids, chunk_size)
 
-    monkeypatch.setattr(Survey, "read", spied)
+    monkeypatch.setattr(SharedPrefill, "read", spied)
     config = sweep(model_dir, data_file, tmp_path, presses=("knorm", "snapkv", "kvzip"), kl=True)
     run_sweep(config, quiet=True)
     assert [n for n in read if n > 8] == [42] * 4  # Presses are tried on a few words before.

@@ -1,7 +1,6 @@
 """One reading of a prompt that many presses look at."""
 
 import copy
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -13,16 +12,16 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from cachepress.cache.batch import fork, size_of, stores, trim
 from cachepress.cache.codec import Codec
+from cachepress.call import AttentionCall, Place
 from cachepress.engine import Pending, compress, compress_together
 from cachepress.errors import CachepressError
-from cachepress.forward import Forward
-from cachepress.hf.attention import READ_WHOLE, WATCHED, Seen, attach
-from cachepress.hf.capture import Capture, Place
+from cachepress.hf.attention import attach
+from cachepress.hf.capture import Capture
 from cachepress.hf.chunks import tokenizer_of
-from cachepress.hf.reconstruction import Read, Reconstructor, resolved
+from cachepress.hf.reconstruction import Reconstructor, Waiting
 from cachepress.hf.session import codec_of, instruct, prepared
 from cachepress.hf.wiring import cache_argument, install_stores
-from cachepress.ops import wait
+from cachepress.measure import Stopwatch
 from cachepress.press import BasePress
 from cachepress.query_stats import QueryStats
 from cachepress.schedules import Step
@@ -33,45 +32,47 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class _Layer:
-    """One layer as the prompt's forward showed it, with what each kind of press noted."""
+class _Hook:
+    """Observes one layer of the prompt's forward for every kind of press.
 
-    survey: "Survey"
+    Attributes:
+        shared: the prefill that the presses share.
+        place: where the layer is.
+        traces: what each kind of press observes.
+        last: whether the forward is the prompt's last chunk.
+        call: the last attention call, as it can be used when the forward is over.
+    """
+
+    shared: "SharedPrefill"
     place: Place
     traces: dict[Needs, QueryStats]
     last: bool = False
-    forward: Forward | None = None
+    call: AttentionCall | None = None
 
     differentiates = False
 
-    def note(self, seen: Seen) -> None:
-        """Note what every kind of press asked for."""
-        survey = self.survey
-        wait(survey.model.device)
-        start = time.perf_counter()
-        forward = survey.capture.forward(seen, self.place, None)
-        spent = time.perf_counter() - start
-        survey.note_seconds += spent
-        survey.common_seconds += spent
+    @property
+    def features(self) -> Capture:
+        """What the model's hooks keep of the forward."""
+        return self.shared.capture
+
+    def observe(self, call: AttentionCall) -> None:
+        """Add the call to the statistics of every kind of press."""
         for needs, query_stats in self.traces.items():
-            start = time.perf_counter()
-            query_stats.end += seen.query.shape[2]
-            if needs.observes:
-                query_stats.add(forward)
-            if self.last and needs.rotates:
-                forward.find_rotary()
-            wait(survey.model.device)
-            spent = time.perf_counter() - start
-            survey.seconds_of[needs] += spent
-            survey.note_seconds += spent
+            with self.shared.observing[needs]:
+                query_stats.end += call.query.shape[2]
+                if needs.observes:
+                    query_stats.add(call)
+                if self.last and needs.rotates:
+                    call.rotary()
         if self.last:
             rotates = any(needs.rotates for needs in self.traces)
             projects = any(needs.projection for needs in self.traces)
-            self.forward = resolved(forward, rotates, projects)
+            self.call = call.when_over(rotates, projects)
 
 
 @dataclass
-class Survey:
+class SharedPrefill:
     """Reads a prompt once, then gives the cache that each press would have left.
 
     Nothing is dropped while the prompt is read; each press settles a fork of the whole cache, and
@@ -86,10 +87,8 @@ class Survey:
     Attributes:
         cache: the whole cache, after ``read``.
         whole_bytes: what it needed before the first fork.
-        seconds: time of the reading, without what presses noted.
-        note_seconds: time of all notes.
-        common_seconds: time of what had to be looked up for all of them.
-        seconds_of: time of the notes of each kind of press.
+        seconds: time of the reading, without what was observed for presses.
+        observing: the time of that, for each kind of press.
 
     Raises:
         CachepressError: if a press does not fit the model.
@@ -101,9 +100,7 @@ class Survey:
     cache: Cache = field(init=False)
     whole_bytes: int = field(init=False, default=0)
     seconds: float = field(init=False, default=0.0)
-    note_seconds: float = field(init=False, default=0.0)
-    common_seconds: float = field(init=False, default=0.0)
-    seconds_of: dict[Needs, float] = field(init=False, default_factory=dict)
+    observing: dict[Needs, Stopwatch] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for press in self.presses:
@@ -113,8 +110,8 @@ class Survey:
         acting = [ready.acting(_step(1)) for _, ready in self._ready]
         self._needs = list(dict.fromkeys(press.needs.observed for press in acting))
         self.capture = Capture(acting, self.model)
-        self._layers: list[_Layer] = []
-        self._replays: dict[str, tuple[list[Read], float]] = {}
+        self._layers: list[_Hook] = []
+        self._replays: dict[str, tuple[list[Waiting], float]] = {}
 
     def read(self, ids: Tensor, chunk_size: int | None = None) -> None:
         """Read a prompt ``[1, T]``, in chunks of so many tokens."""
@@ -123,11 +120,10 @@ class Survey:
         self.cache = DynamicCache(config=decoder.config)
         self._layers.clear()
         self._replays.clear()
-        self.seconds_of = dict.fromkeys(self._needs, 0.0)
-        self.note_seconds = self.common_seconds = 0.0
+        self.observing = {needs: Stopwatch(self.model.device) for needs in self._needs}
         self._ids = ids.to(self.model.device)
-        start = time.perf_counter()
-        with torch.no_grad(), self.capture.hooked():
+        reading = Stopwatch(self.model.device)
+        with torch.no_grad(), self.capture.hooked(), reading:
             for begin in range(0, n, chunk_size or n):
                 end = min(begin + (chunk_size or n), n)
                 self._watch(begin, end, last=end == n)
@@ -135,10 +131,9 @@ class Survey:
                 decoder(input_ids=self._ids[:, begin:end], **inputs)
                 trim(self.cache)
                 self.capture.clear()
-        wait(self.model.device)
-        self.seconds = time.perf_counter() - start - self.note_seconds
+        self.seconds = reading.seconds - sum(x.seconds for x in self.observing.values())
         for store in stores(self.cache):
-            READ_WHOLE.discard(store)
+            store.reads_whole = False
         self.whole_bytes = size_of(self.cache).bytes_before
 
     def compressed(self, press: "BasePress", storage: str | Codec = "full") -> tuple[Cache, float]:
@@ -157,11 +152,10 @@ class Survey:
                 store.mark_skipped(step.new)
             return branch, 0.0
         layers, seconds = self._repeated(acting)
-        start = time.perf_counter()
-        self._compress(acting, branch, layers)
-        wait(self.model.device)
-        seconds += time.perf_counter() - start + self.common_seconds
-        return branch, self.seconds_of[acting.needs.observed] + seconds
+        with Stopwatch(self.model.device) as compressing:
+            self._compress(acting, branch, layers)
+        seconds += compressing.seconds + self.observing[acting.needs.observed].seconds
+        return branch, seconds
 
     def _watch(self, begin: int, end: int, last: bool) -> None:
         found = install_stores(self.cache, self.model)
@@ -169,31 +163,29 @@ class Survey:
         for depth, (index, store) in enumerate(found.items()):
             if not begin:
                 traces = {needs: QueryStats(needs, 0) for needs in self._needs}
-                self._layers.append(_Layer(self, Place(index, depth, len(found), rope), traces))
+                self._layers.append(_Hook(self, Place(index, depth, len(found), rope), traces))
             layer = self._layers[depth]
             layer.place, layer.last = layer.place._replace(rope=rope), last
-            WATCHED[store] = layer
-            READ_WHOLE.add(store)
+            store.hook, store.reads_whole = layer, True
 
-    def _repeated(self, press: BasePress) -> tuple[list[Read], float]:
+    def _repeated(self, press: BasePress) -> tuple[list[Waiting], float]:
         """The layers as a press has to see them, and the seconds that a replay for it took."""
         layers = []
         for store, layer in zip(stores(self.cache), self._layers, strict=True):
-            assert layer.forward is not None
-            forward = replace(layer.forward, rows=store.snapshot.rows())
-            layers.append(Read(press, store, forward, layer.traces[press.needs.observed]))
+            assert layer.call is not None
+            call = replace(layer.call, read=store.snapshot.rows())
+            layers.append(Waiting(press, store, call, layer.traces[press.needs.observed]))
         if press.needs.reconstruction is None:
             return layers, 0.0
         key = _without_ratio(press)
         if key not in self._replays:
-            start = time.perf_counter()
-            repeated = self._repeat(press, layers)
-            wait(self.model.device)
-            self._replays[key] = repeated, time.perf_counter() - start
+            with Stopwatch(self.model.device) as repeating:
+                repeated = self._repeat(press, layers)
+            self._replays[key] = repeated, repeating.seconds
         repeated, seconds = self._replays[key]
         return [layer._replace(press=press) for layer in repeated], seconds
 
-    def _repeat(self, press: BasePress, layers: list[Read]) -> list[Read]:
+    def _repeat(self, press: BasePress, layers: list[Waiting]) -> list[Waiting]:
         tokenizer = self.tokenizer
         if (
             press.needs.reconstruction is not None
@@ -210,11 +202,11 @@ class Survey:
         self.capture.clear()
         return repeated
 
-    def _compress(self, press: BasePress, branch: Cache, layers: list[Read]) -> None:
+    def _compress(self, press: BasePress, branch: Cache, layers: list[Waiting]) -> None:
         waiting: list[Pending] = []
         with torch.no_grad():
             for store, layer in zip(stores(branch), layers, strict=True):
-                pending = compress(press, store, layer.forward, copy.copy(layer.query_stats))
+                pending = compress(press, store, layer.call, copy.copy(layer.query_stats))
                 store.mark_scored()
                 waiting += [] if pending is None else [pending]
             if waiting:

@@ -6,7 +6,7 @@ import pytest
 
 import cachepress as cp
 from cachepress.cache.batch import stores
-from cachepress.hf.survey import Survey, shares
+from cachepress.hf.shared_prefill import SharedPrefill, shares
 from tests.bounds import close
 from tests.laws.presses import RATIO, UNSUPPORTED, WRAPPERS, every_scorer, name_of
 from tests.tiny import exact_tiny, tiny, tokenizer, tokens
@@ -38,7 +38,7 @@ def presses(wrapper):
 def survey(chunk):
     """One reading for all of them."""
     everyone = [press for wrapper in WRAPPERS for press in presses(wrapper)]
-    shared = Survey(model(), everyone, tokenizer())
+    shared = SharedPrefill(model(), everyone, tokenizer())
     shared.read(IDS, chunk)
     return shared
 
@@ -72,7 +72,7 @@ def test_the_shared_cache_stays_whole():
 
 def test_a_press_that_looks_at_the_question_cannot_share():
     with pytest.raises(cp.CachepressError, match="looks at the question"):
-        Survey(tiny(), [cp.FinchPress(0.5)])
+        SharedPrefill(tiny(), [cp.FinchPress(0.5)])
 
 
 def test_storage_is_that_of_the_call():
