@@ -58,7 +58,7 @@ docs: $(VENV)/docs-ready
 # What takes long, or needs what builds the documentation.
 docs-test: docs
 	$(BIN)/cachepress models --fetch
-	$(COUNTED) $(BIN)/python $(PYTEST) -m docs
+	$(COUNTED) $(BIN)/python $(PYTEST) -m docs tests/test_examples.py tests/test_notebooks.py
 
 # The README's first lines, from the wheel, in an environment that has nothing else.
 wheel-test:
