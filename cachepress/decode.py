@@ -188,8 +188,9 @@ def end_tokens(
     if ends is None:
         ends = tokenizer.eos_token_id
     ends = generation.get("eos_token_id", ends)
-    several = ends if isinstance(ends, list | tuple) else [ends]
-    return [end for end in several if isinstance(end, int)]
+    if ends is None:
+        return []
+    return cast(list[int], list(ends) if isinstance(ends, list | tuple) else [ends])
 
 
 def _padded(texts: Sequence[Tensor], seen: int, pad: int) -> tuple[Tensor, Tensor]:
