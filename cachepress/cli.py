@@ -196,7 +196,7 @@ def _data(options: dict[str, object]) -> None:
     from cachepress.evaluation.registry import DATASET_REGISTRY
     from cachepress.evaluation.samples import load_table
     from cachepress.evaluation.tasks.base import COLUMNS
-    from cachepress.models import load_tokenizer
+    from cachepress.models.load import load_tokenizer
 
     _log("INFO")
     output = options.pop("output")
@@ -260,7 +260,8 @@ def _demo(options: dict[str, object]) -> None:
 
 
 def _models(options: dict[str, object]) -> None:
-    from cachepress.models import BUILTIN_MODELS, describe, resolve
+    from cachepress.models.builtin import BUILTIN_MODELS, describe
+    from cachepress.models.load import resolve
 
     if options.pop("fetch"):
         for name in BUILTIN_MODELS:
@@ -346,7 +347,7 @@ _KEPT = {
 
 
 def _loaded(options: dict[str, object]) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    from cachepress.models import load
+    from cachepress.models.load import load
 
     return load(
         str(options["model"]),

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cachepress.errors import CachepressError
 from cachepress.files import real_path, replacing
-from cachepress.models import builtin_digest, cache_home
+from cachepress.models.builtin import builtin_digest, cache_home
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _SETTINGS = (".json", ".jinja", ".model", ".py", ".tiktoken", ".spm", ".bpe", ".vocab")

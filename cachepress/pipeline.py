@@ -21,12 +21,12 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from cachepress.cache.batch import CacheSize, fork, size_of, text_of
 from cachepress.cache.codec import Codec
-from cachepress.chat import encode, template
 from cachepress.decode import check_generation, generate
 from cachepress.errors import CachepressError
 from cachepress.generation.prefill import prefill
 from cachepress.hf import has_only_full_attention
 from cachepress.limits import MOST_TOKENS, check_whole
+from cachepress.models.chat import encode, template
 from cachepress.ops import wait
 from cachepress.presses import BasePress
 

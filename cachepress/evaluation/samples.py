@@ -13,7 +13,7 @@ from cachepress.evaluation.predictions import OWN_METRIC
 from cachepress.evaluation.registry import UNJUDGED, check_metric, find_dataset
 from cachepress.evaluation.room import check_size
 from cachepress.evaluation.tasks.base import PERPLEXITY, Look, Task, normalise
-from cachepress.models import positions_of
+from cachepress.models.load import positions_of
 from cachepress.pipeline import END, PromptOptions, prompt_within
 
 logger = logging.getLogger(__name__)

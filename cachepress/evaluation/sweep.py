@@ -20,7 +20,7 @@ from cachepress.evaluation.samples import Context, contexts_of, load_table
 from cachepress.evaluation.statistics import Paired, paired
 from cachepress.files import expanded
 from cachepress.limits import check_whole, shown
-from cachepress.models import load_tokenizer, resolve
+from cachepress.models.load import load_tokenizer, resolve
 from cachepress.spec import parse
 from cachepress.structured import read_mapping
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cachepress.chat import encode, template
 from cachepress.errors import CachepressError
+from cachepress.models.chat import encode, template
 from cachepress.reconstruction import Reconstruction
 
 _LEAD = 8

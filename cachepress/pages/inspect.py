@@ -12,10 +12,10 @@ from transformers.cache_utils import Cache, DynamicCache
 
 import cachepress
 from cachepress.cache.layer import CompressedLayer
-from cachepress.chat import encode, template
 from cachepress.errors import CachepressError
 from cachepress.evaluation.answering import answers_of, pipeline_of
 from cachepress.evaluation.records import write_atomically
+from cachepress.models.chat import encode, template
 from cachepress.pages.html import render
 from cachepress.pages.pieces import CONTEXT, QUESTION, TEMPLATE, Part, Piece, pieces_of
 from cachepress.pipeline import Answers, Prompt, PromptOptions, make_prompt

@@ -9,7 +9,7 @@ import cachepress as cp
 from cachepress.evaluation import EvaluationConfig
 from cachepress.evaluation.samples import contexts_of, load_table
 from cachepress.evaluation.tasks.builtin import generate
-from cachepress.models import positions_of
+from cachepress.models.load import positions_of
 from cachepress.pipeline import prompt_within
 from tests.tiny import tokenizer
 
