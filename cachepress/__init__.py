@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from cachepress.errors import ForeignAttentionError as ForeignAttentionError
     from cachepress.errors import UnsupportedError as UnsupportedError
     from cachepress.generation.ask import ask as ask
+    from cachepress.generation.cache_files import load_cache as load_cache
+    from cachepress.generation.cache_files import save_cache as save_cache
+    from cachepress.generation.pipeline import (
+        KVPressTextGenerationPipeline as KVPressTextGenerationPipeline,
+    )
     from cachepress.generation.prefill import prefill as prefill
     from cachepress.hf import detach as detach
-    from cachepress.persist import load_cache as load_cache
-    from cachepress.persist import save_cache as save_cache
-    from cachepress.pipeline import KVPressTextGenerationPipeline as KVPressTextGenerationPipeline
     from cachepress.presses import *  # noqa: F403
     from cachepress.spec import SpecError as SpecError
     from cachepress.spec import parse as parse
@@ -35,7 +37,7 @@ _HOMES = {
     "CachepressError": "errors",
     "Codec": "cache.codec",
     "ForeignAttentionError": "errors",
-    "KVPressTextGenerationPipeline": "pipeline",
+    "KVPressTextGenerationPipeline": "generation.pipeline",
     "LayerView": "view",
     "Needs": "view",
     "SpecError": "spec",
@@ -43,10 +45,10 @@ _HOMES = {
     "ask": "generation.ask",
     "detach": "hf",
     "fork": "cache.batch",
-    "load_cache": "persist",
+    "load_cache": "generation.cache_files",
     "parse": "spec",
     "prefill": "generation.prefill",
-    "save_cache": "persist",
+    "save_cache": "generation.cache_files",
     "size_of": "cache.batch",
 }
 """The module of each public name that is no press; no name may be that of a module itself."""

@@ -21,7 +21,7 @@ def register_when_loaded() -> None:
 
 
 def _register() -> None:
-    import_module("cachepress.pipeline")
+    import_module("cachepress.generation.pipeline")
 
 
 class _Finder:

@@ -30,7 +30,7 @@ from cachepress.hf import compressed_layers
 from cachepress.hf.wiring import full_attention
 from cachepress.limits import shown
 from cachepress.models.builtin import BUILTIN_MODELS, cache_home
-from cachepress.models.load import hub_answers, resolve
+from cachepress.models.loading import hub_answers, resolve
 from cachepress.published import converted, n_layers, of_layers
 
 logger = logging.getLogger(__name__)

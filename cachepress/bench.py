@@ -28,7 +28,7 @@ from cachepress.generation.prefill import check_prefill, prefill
 from cachepress.hf import cache_argument
 from cachepress.limits import check_whole
 from cachepress.measure import Stopwatch, peak_memory
-from cachepress.models.load import load
+from cachepress.models.loading import load
 from cachepress.presses import BasePress
 from cachepress.spec import NO_PRESS, parse
 

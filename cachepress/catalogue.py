@@ -137,7 +137,7 @@ def measure(options: BenchOptions, ratio: float) -> dict[str, object]:
     Presses that do not fit the model, or that have to be trained for it first, are left out, and
     the reason is kept.
     """
-    from cachepress.models.load import load
+    from cachepress.models.loading import load
 
     model, _ = load(options.model, dtype=options.dtype, device=options.device)
     spellings, left_out = {}, {}

@@ -196,7 +196,7 @@ def _data(options: dict[str, object]) -> None:
     from cachepress.evaluation.registry import DATASET_REGISTRY
     from cachepress.evaluation.samples import load_table
     from cachepress.evaluation.tasks.base import COLUMNS
-    from cachepress.models.load import load_tokenizer
+    from cachepress.models.loading import load_tokenizer
 
     _log("INFO")
     output = options.pop("output")
@@ -261,7 +261,7 @@ def _demo(options: dict[str, object]) -> None:
 
 def _models(options: dict[str, object]) -> None:
     from cachepress.models.builtin import BUILTIN_MODELS, describe
-    from cachepress.models.load import resolve
+    from cachepress.models.loading import resolve
 
     if options.pop("fetch"):
         for name in BUILTIN_MODELS:
@@ -347,7 +347,7 @@ _KEPT = {
 
 
 def _loaded(options: dict[str, object]) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    from cachepress.models.load import load
+    from cachepress.models.loading import load
 
     return load(
         str(options["model"]),

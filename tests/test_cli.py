@@ -190,10 +190,8 @@ def test_out_of_memory_is_one_line_and_keeps_the_records(
     monkeypatch.undo()
     assert main(arguments) == 0
     assert len((folder / RECORDS).read_text().splitlines()) == 8
-    place = "cachepress.models.load.AutoModelForCausalLM.from_pretrained"
+    place = "cachepress.models.loading.AutoModelForCausalLM.from_pretrained"
     monkeypatch.setattr(place, raiser(error))
-        "cachepress.models.load.AutoModelForCausalLM.from_pretrained", raiser(error)
-    )
     assert main([*arguments, "--overwrite"]) == 2
     assert "error: out of memory: " in capsys.readouterr().err
 

@@ -26,7 +26,7 @@ from transformers import (
 
 from cachepress.models import builtin as making
 from cachepress.models.builtin import BUILTIN_MODELS, ModelError, describe
-from cachepress.models.load import load, resolve
+from cachepress.models.loading import load, resolve
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Patch = pytest.MonkeyPatch

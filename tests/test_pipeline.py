@@ -8,7 +8,9 @@ from transformers import DynamicCache, pipeline
 
 import cachepress as cp
 from cachepress.cache.batch import stores
-from cachepress.pipeline import TASK, PromptOptions, make_prompt, read_context
+from cachepress.generation.pipeline import TASK
+from cachepress.generation.prefill import read_context
+from cachepress.generation.prompt import PromptOptions, make_prompt
 from tests.bounds import close
 from tests.tiny import ARCHITECTURES, exact_tiny, tokenizer, words
 from tests.tiny_cache import forward

@@ -15,22 +15,17 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from cachepress.bench import machine_of
 from cachepress.cache.batch import CacheSize, fork, grouped, is_plain, join, ordinary, size_of
-from cachepress.decode import Forced, force, generate
 from cachepress.errors import CachepressError
 from cachepress.evaluation.run import Answer, Run
 from cachepress.evaluation.samples import Context
 from cachepress.evaluation.speed import CONTEXTS, StepSeconds, peak_memory, step_seconds
 from cachepress.evaluation.tasks.base import PERPLEXITY
+from cachepress.generation.decode import Forced, force, generate
+from cachepress.generation.pipeline import TASK, Answers, KVPressTextGenerationPipeline
+from cachepress.generation.prompt import Prompt, make_prompt
 from cachepress.hf import has_only_full_attention
 from cachepress.hf.session import prepared
 from cachepress.hf.shared_prefill import SharedPrefill, shares
-from cachepress.pipeline import (
-    TASK,
-    Answers,
-    KVPressTextGenerationPipeline,
-    Prompt,
-    make_prompt,
-)
 from cachepress.presses import BasePress
 
 logger = logging.getLogger(__name__)

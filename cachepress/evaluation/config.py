@@ -15,9 +15,9 @@ from cachepress.errors import CachepressError
 from cachepress.evaluation.prompts import read_prompts
 from cachepress.files import expanded, real_path
 from cachepress.generation.prefill import check_prefill
+from cachepress.generation.prompt import END, MIDDLE
 from cachepress.limits import MOST, MOST_SEED, MOST_TOKENS, check_whole, shown
 from cachepress.models.builtin import BUILTIN_MODELS
-from cachepress.pipeline import END, MIDDLE
 from cachepress.press import with_real_paths
 from cachepress.presses import BasePress
 from cachepress.spec import NO_PRESS, brief, parse

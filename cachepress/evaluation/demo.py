@@ -8,7 +8,7 @@ from cachepress.evaluation.records import write_atomically
 from cachepress.evaluation.speed import speed_lines
 from cachepress.evaluation.summary import quality_table, speed_table
 from cachepress.evaluation.sweep import Result, SweepConfig, run_sweep
-from cachepress.models.load import load
+from cachepress.models.loading import load
 from cachepress.spec import parse
 from cachepress.train import windows_of
 

@@ -23,7 +23,7 @@ from cachepress.evaluation.run import Run
 from cachepress.evaluation.samples import Context
 from cachepress.interrupts import deaf_children, start_worker
 from cachepress.limits import is_out_of_memory
-from cachepress.models.load import load
+from cachepress.models.loading import load
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized

@@ -26,7 +26,7 @@ from cachepress.evaluation.tasks.perplexity import PERPLEXITY
 from cachepress.evaluation.tasks.ruler import RULER
 from cachepress.evaluation.tasks.scbench import SCBENCH
 from cachepress.evaluation.tasks.zero_scrolls import ZERO_SCROLLS, submit_if_ours
-from cachepress.pipeline import END
+from cachepress.generation.prompt import END
 from cachepress.spec import NO_PRESS, aliases
 
 PRESS_REGISTRY: dict[str, str] = {

@@ -3,7 +3,7 @@
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.tasks.base import MOST_GENERATED, Task
-from cachepress.models.load import positions_of
+from cachepress.models.loading import positions_of
 
 
 def check_size(task: Task, config: EvaluationConfig) -> None:

@@ -18,7 +18,7 @@ from cachepress.evaluation.registry import find_dataset, find_metric
 from cachepress.evaluation.run import Run, say_versions
 from cachepress.evaluation.samples import Context, contexts_of, load_table
 from cachepress.fingerprint import loaded_digests
-from cachepress.models.load import load, load_tokenizer, resolve
+from cachepress.models.loading import load, load_tokenizer, resolve
 
 logger = logging.getLogger(__name__)
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]

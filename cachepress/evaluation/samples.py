@@ -13,8 +13,8 @@ from cachepress.evaluation.predictions import OWN_METRIC
 from cachepress.evaluation.registry import UNJUDGED, check_metric, find_dataset
 from cachepress.evaluation.room import check_size
 from cachepress.evaluation.tasks.base import PERPLEXITY, Look, Task, normalise
-from cachepress.models.load import positions_of
-from cachepress.pipeline import END, PromptOptions, prompt_within
+from cachepress.generation.prompt import END, PromptOptions, prompt_within
+from cachepress.models.loading import positions_of
 
 logger = logging.getLogger(__name__)
 _OF_CONTEXT = ("context", "chat", "truncation", "separator", "suffix")

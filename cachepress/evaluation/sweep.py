@@ -20,7 +20,7 @@ from cachepress.evaluation.samples import Context, contexts_of, load_table
 from cachepress.evaluation.statistics import Paired, paired
 from cachepress.files import expanded
 from cachepress.limits import check_whole, shown
-from cachepress.models.load import load_tokenizer, resolve
+from cachepress.models.loading import load_tokenizer, resolve
 from cachepress.spec import parse
 from cachepress.structured import read_mapping
 
@@ -240,7 +240,7 @@ def plan_of(config: SweepConfig, groups: Sequence[Group], left: Sequence[Sequenc
             f"{answers} of {samples * len(group.runs)} answers are left",
         ]
         shared = [run for run in group.runs if shares_reading(run)]
-        replays = {c.config.press_name for c in shared if c.press and c.press.replay}
+        replays = {c.config.press_name for c in shared if c.press and c.press.needs.reconstruction}
         apart = {c.config.press_name for c in group.runs if not shares_reading(c)}
         lines.append(f"  one prefill of a context for {len(shared)} runs")
         if replays:

@@ -8,8 +8,8 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from cachepress.cache.batch import fork, stores
-from cachepress.decode import check_generation, generate
 from cachepress.errors import CachepressError
+from cachepress.generation.decode import check_generation, generate
 from cachepress.limits import check_whole, shown
 from cachepress.models.chat import encode, template
 

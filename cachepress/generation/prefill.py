@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
-from cachepress.cache.batch import note_text, trim
+from cachepress.cache.batch import note_text, text_of, trim
 from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError, out_of_memory
 from cachepress.hf import PressSession, cache_argument, codec_of
@@ -104,6 +104,68 @@ def prefill(
                 decoder(**inputs)
     note_text(cache, input_ids, seen)
     return cache
+
+
+def read_context(
+    model: PreTrainedModel,
+    context_ids: Tensor,
+    press: BasePress | None,
+    cache: Cache | None = None,
+    *,
+    chunk_size: int | None = None,
+    mode: str = "exact",
+    storage: str | Codec = "full",
+    question: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[Cache, float]:
+    """Read a context ``[1, T]`` under a press, unless the cache holds it already.
+
+    Args:
+        model: the model.
+        context_ids: the context.
+        press: the press; None leaves the cache whole.
+        cache: an empty cache to fill, or one that holds this context already.
+        chunk_size: tokens that are computed at once; None for all.
+        mode: "exact" or "online", see ``cachepress.prefill``.
+        storage: "full", "int8", "int4", "int2", or a Codec.
+        question: tokens at the end that are the question, for presses that look at it.
+        tokenizer: the model's tokenizer, for presses that replay.
+
+    Returns:
+        The cache, and the seconds that reading took.
+
+    Raises:
+        CachepressError: if the cache holds something else.
+    """
+    seen, n = 0 if cache is None else cache.get_seq_length(), context_ids.shape[1]
+    if cache is not None and seen:
+        if seen != n:
+            raise CachepressError(
+                f"the cache holds {seen} tokens but the context has {n}: pass an empty cache, or "
+                "the one that this very context was compressed into"
+            )
+        known = text_of(cache)
+        if known is not None and not torch.equal(
+            known.cpu(), context_ids[:, : known.shape[1]].cpu()
+        ):
+            raise CachepressError(
+                "the cache holds another text of the same length: pass an empty cache, or the one "
+                "that this very context was compressed into"
+            )
+        return cache, 0.0
+    with Stopwatch(model.device) as reading:
+        cache = prefill(
+            model,
+            context_ids,
+            press,
+            cache,
+            chunk_size=chunk_size,
+            mode=mode,
+            storage=storage,
+            question=question,
+            tokenizer=tokenizer,
+        )
+    return cache, reading.seconds
 
 
 @contextmanager

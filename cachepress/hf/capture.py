@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from cachepress.call import AttentionCall
 from cachepress.errors import UnsupportedError
+from cachepress.hf.projection import Projections
+from cachepress.hf.rotary import CosSin, find_rotary
 from cachepress.hf.wiring import attention_modules, rotary_modules
 from cachepress.press import BasePress
-from cachepress.projection import Projections
-from cachepress.rotary import CosSin, find_rotary
 from cachepress.view import Rotary
 
 

@@ -12,7 +12,7 @@ from transformers.configuration_utils import PretrainedConfig
 
 from cachepress.cache.layer import CompressedLayer
 from cachepress.errors import UnsupportedError
-from cachepress.rotary import CosSin
+from cachepress.hf.rotary import CosSin
 
 CACHE_NAMES = ("cache", "past_key_values")
 _SPARE = 4

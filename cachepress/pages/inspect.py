@@ -15,10 +15,11 @@ from cachepress.cache.layer import CompressedLayer
 from cachepress.errors import CachepressError
 from cachepress.evaluation.answering import answers_of, pipeline_of
 from cachepress.evaluation.records import write_atomically
+from cachepress.generation.pipeline import Answers
+from cachepress.generation.prompt import Prompt, PromptOptions, make_prompt
 from cachepress.models.chat import encode, template
 from cachepress.pages.html import render
 from cachepress.pages.pieces import CONTEXT, QUESTION, TEMPLATE, Part, Piece, pieces_of
-from cachepress.pipeline import Answers, Prompt, PromptOptions, make_prompt
 from cachepress.presses import BasePress
 
 

@@ -336,7 +336,7 @@ def test_a_disk_without_capitals_has_a_folder_for_each_name(work, monkeypatch):
     ],
 )
 def test_a_refused_run_leaves_no_folder(work, options, monkeypatch):
-    monkeypatch.setattr("cachepress.models.load.hub_answers", lambda name: False)
+    monkeypatch.setattr("cachepress.models.loading.hub_answers", lambda name: False)
     with pytest.raises(cp.CachepressError):
         run(**options)
     assert not (work / "results").exists()

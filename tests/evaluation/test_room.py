@@ -9,8 +9,8 @@ import cachepress as cp
 from cachepress.evaluation import EvaluationConfig
 from cachepress.evaluation.samples import contexts_of, load_table
 from cachepress.evaluation.tasks.builtin import generate
-from cachepress.models.load import positions_of
-from cachepress.pipeline import prompt_within
+from cachepress.generation.prompt import prompt_within
+from cachepress.models.loading import positions_of
 from tests.tiny import tokenizer
 
 

@@ -15,7 +15,6 @@ import torch
 
 import cachepress as cp
 from cachepress.catalogue import RECOMMENDED, own_presses, recommended
-from cachepress.decode import generate
 from cachepress.evaluation import EvaluationConfig, EvaluationRunner, executors
 from cachepress.evaluation.answering import Answerer
 from cachepress.evaluation.run import (
@@ -28,8 +27,9 @@ from cachepress.evaluation.run import (
 )
 from cachepress.evaluation.samples import contexts_of, load_table
 from cachepress.evaluation.sweep import SweepConfig, load_sweep, run_sweep
+from cachepress.generation.decode import generate
+from cachepress.generation.prompt import make_prompt
 from cachepress.hf.shared_prefill import SharedPrefill
-from cachepress.pipeline import make_prompt
 from tests.bounds import EXACT, no_near_ties
 from tests.tiny import exact_tiny, tiny, tokenizer, words
 from tests.tiny_cache import forward

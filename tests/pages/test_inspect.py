@@ -13,9 +13,9 @@ from transformers.cache_utils import DynamicCache
 
 import cachepress as cp
 from cachepress.cache.batch import stores
+from cachepress.generation.pipeline import TASK
 from cachepress.pages.inspect import kept_of, write_inspection
 from cachepress.pages.pieces import Part, Piece, pieces_of
-from cachepress.pipeline import TASK
 from tests.pages.results import HOSTILE, Page
 from tests.tiny import tiny, tokenizer, words
 

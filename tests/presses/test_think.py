@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import cachepress as cp
 from cachepress.cache.batch import stores
-from cachepress.persist import load_cache, save_cache
+from cachepress.generation.cache_files import load_cache, save_cache
 from cachepress.presses.composed import ComposedPress
 from cachepress.presses.think import ThinKPress
 from tests.bounds import close, half_a_step

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import cachepress as cp
 from cachepress.cache.batch import stores
-from cachepress.rotary import PairRotary
+from cachepress.hf.rotary import PairRotary
 from tests.bounds import close, near
 from tests.exact import doubled
 from tests.laws.test_goldens import TERMS

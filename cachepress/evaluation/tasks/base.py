@@ -11,7 +11,7 @@ from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.prompts import read_prompts
 from cachepress.evaluation.tasks.fits import Fits
-from cachepress.pipeline import END, MIDDLE
+from cachepress.generation.prompt import END, MIDDLE
 
 Metric = Callable[[str, Sequence[str], Sequence[str]], float]
 """``(prediction, answers, choices)`` -> score from 0 to 1; choices are all classes, where there

@@ -14,7 +14,7 @@ from cachepress.evaluation.prompts import Template, read_prompts
 from cachepress.evaluation.tasks import fits
 from cachepress.evaluation.tasks.base import Part, Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
-from cachepress.pipeline import MIDDLE
+from cachepress.generation.prompt import MIDDLE
 
 REPOSITORY = "xinrongzhang2022/InfiniteBench"
 LETTERS = "ABCD"

@@ -19,7 +19,7 @@ from cachepress.evaluation.rouge import rouge_l
 from cachepress.evaluation.tasks.base import Metric, Task, normalise
 from cachepress.evaluation.tasks.fits import matching, some_choices
 from cachepress.evaluation.tasks.sources import Hub, read_rows
-from cachepress.pipeline import MIDDLE
+from cachepress.generation.prompt import MIDDLE
 
 REPOSITORY = "THUDM/LongBench"
 SUFFIX_E = "_e"

@@ -12,7 +12,7 @@ from cachepress.evaluation.prompts import Template, read_prompts
 from cachepress.evaluation.tasks.base import Task, normalise
 from cachepress.evaluation.tasks.fits import matching
 from cachepress.evaluation.tasks.sources import Hub, read_rows
-from cachepress.pipeline import MIDDLE
+from cachepress.generation.prompt import MIDDLE
 
 FILE = "data.json"
 HUB = Hub("THUDM/LongBench-v2", FILE)

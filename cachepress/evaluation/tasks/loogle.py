@@ -23,7 +23,7 @@ from cachepress.evaluation.rouge import rouge_l
 from cachepress.evaluation.tasks.base import Metric, Part, Report, Task, normalise
 from cachepress.evaluation.tasks.fits import mapping
 from cachepress.evaluation.tasks.sources import Hub, read_rows
-from cachepress.pipeline import MIDDLE
+from cachepress.generation.prompt import MIDDLE
 
 REPOSITORY = "bigai-nlco/LooGLE"
 EMPTY = "None"

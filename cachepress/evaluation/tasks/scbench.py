@@ -25,7 +25,7 @@ from cachepress.evaluation.tasks.infinitebench import (
     rouge_lsum,
 )
 from cachepress.evaluation.tasks.sources import Hub, read_rows
-from cachepress.pipeline import MIDDLE
+from cachepress.generation.prompt import MIDDLE
 
 if TYPE_CHECKING:
     from tree_sitter import Node, Parser

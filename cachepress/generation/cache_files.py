@@ -25,8 +25,8 @@ from cachepress.digests import checksum_of
 from cachepress.errors import CachepressError
 from cachepress.files import replacing
 from cachepress.fingerprint import fingerprint, other_model
+from cachepress.generation.cache_checks import Fitting, check_pages
 from cachepress.hf import attach, learned_positions, sample_cache
-from cachepress.intact import Fitting, check_pages
 from cachepress.ops.ragged_attention import Layout
 from cachepress.query_stats import QueryStats
 

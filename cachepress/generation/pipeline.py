@@ -1,0 +1,271 @@
+"""One context, many questions: prefill once, compress, answer all from the compressed cache."""
+
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Pipeline,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import Cache
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from cachepress.cache.batch import CacheSize, fork, size_of
+from cachepress.cache.codec import Codec
+from cachepress.errors import CachepressError
+from cachepress.generation.decode import check_generation, generate
+from cachepress.generation.prefill import read_context
+from cachepress.generation.prompt import MIDDLE, Prompt, PromptOptions, make_prompt
+from cachepress.hf import has_only_full_attention
+from cachepress.models.chat import encode
+from cachepress.presses import BasePress
+
+TASK = "kv-press-text-generation"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers from one compressed cache, and what they cost.
+
+    Attributes:
+        texts: one answer a question.
+        context_tokens: tokens of the context, the chat template's part included.
+        cut_tokens: tokens of it that were cut, as it was too long.
+        cache: what the cache saw and holds after compression, before the first question; under a
+            press that looks at the question, what the last one's cache does.
+        prefill_seconds: time of the context's forward, compression included; 0 if it was reused.
+            Under a press that looks at the question, of all forwards, one for each question.
+        decode_seconds: time of all questions and answers.
+        tokens: the answers as token ids, without what ended them.
+    """
+
+    texts: list[str]
+    context_tokens: int
+    cache: CacheSize
+    prefill_seconds: float
+    decode_seconds: float
+    tokens: list[list[int]]
+    cut_tokens: int = 0
+
+    @property
+    def decode_tokens(self) -> int:
+        """Tokens of all answers."""
+        return sum(map(len, self.tokens))
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A prompt that is read at once, and what is asked on it.
+
+    Attributes:
+        ids: ``[1, T]``.
+        question: tokens at its end that are the question; None where the press does not ask.
+        question_ids: what follows, for each answer.
+        limits: most new tokens of each answer.
+    """
+
+    ids: Tensor
+    question: int | None
+    question_ids: list[Tensor]
+    limits: list[int]
+
+
+class KVPressTextGenerationPipeline(Pipeline):
+    """``pipeline("kv-press-text-generation", model=..., tokenizer=...)``.
+
+    ``pipe(context, questions=[...], press=press)`` gives ``{"answers": [...]}``, and with
+    ``question="..."`` ``{"answer": "..."}``; a list of contexts gives a list of these. Options of
+    a call: those of ``PromptOptions``; ``press``; ``cache``, an empty ``DynamicCache()`` to keep
+    the compressed context in, or one that holds it already; ``prefill_chunk_size``,
+    ``prefill_mode`` and ``storage``, see ``cachepress.prefill``; ``return_stats`` to get the
+    ``Answers`` under "stats"; and every option of transformers' ``GenerationConfig``. Answers are
+    greedy unless ``do_sample=True``.
+    """
+
+    _load_processor = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = True
+
+    def __call__(self, inputs: str | list[str], **options: object) -> dict | list[dict]:
+        """Answer questions on one context, or on each of a list of contexts."""
+        questions = options.get("questions")
+        nested = isinstance(questions, list | tuple) and not all(
+            isinstance(question, str) for question in questions
+        )
+        if not nested:
+            return cast(dict | list[dict], super().__call__(inputs, **options))
+        assert isinstance(questions, list | tuple)
+        if isinstance(inputs, str) or len(questions) != len(inputs):
+            raise CachepressError(
+                f"questions: got {len(questions)} lists of questions, wanted one list for each "
+                "context of a list of contexts"
+            )
+        each = zip(inputs, questions, strict=True)
+        answered = [self(context, **{**options, "questions": asked}) for context, asked in each]
+        return cast(list[dict], answered)
+
+    def _sanitize_parameters(self, **options: object) -> tuple[dict, dict, dict]:
+        known = {field.name for field in fields(PromptOptions)}
+        prompt: dict[str, Any] = {name: options.pop(name) for name in known & options.keys()}
+        names = ("press", "cache", "prefill_chunk_size", "prefill_mode", "storage")
+        run = {name: options.pop(name) for name in names if name in options}
+        post = {name: options.pop(name) for name in ("return_stats",) if name in options}
+        unknown = options.keys() - GenerationConfig().to_dict().keys()
+        if unknown:
+            raise CachepressError(
+                f"unknown option {sorted(unknown)[0]!r}: wanted {', '.join(sorted(known))}, "
+                f"{', '.join(names)}, return_stats, or an option of GenerationConfig"
+            )
+        if options:
+            check_generation(options)
+            run["generation"] = options
+        preprocess = {"options": PromptOptions(**prompt)} if prompt else {}
+        return preprocess, run, post
+
+    def preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_: str, options: PromptOptions | None = None
+    ) -> dict:
+        """Token ids of the context apart from its questions."""
+        options = options or PromptOptions()
+        prompt = make_prompt(self._tokenizer, self.model, input_, options)
+        if prompt.cut:
+            n = prompt.context_ids.shape[1]
+            place = "the middle" if options.truncation == MIDDLE else "the end"
+            whole = n + prompt.cut - encode(self._tokenizer, options.separator, False).shape[1]
+            logger.warning("context cut from %d to %d tokens: %s is gone", whole, n, place)
+        return {"prompt": prompt, "options": options}
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        assert self.tokenizer is not None
+        return self.tokenizer
+
+    def _forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_tensors: dict,
+        press: BasePress | None = None,
+        cache: Cache | None = None,
+        prefill_chunk_size: int | None = None,
+        prefill_mode: str = "exact",
+        storage: str | Codec = "full",
+        generation: Mapping[str, object] | None = None,
+    ) -> dict:
+        prompt, options = input_tensors["prompt"], input_tensors["options"]
+        tokens: list[list[int]] = []
+        sizes: list[CacheSize] = []
+        prefill_seconds = decode_seconds = 0.0
+        decoding = press is not None and press.schedule.decodes
+        for reading in _readings(prompt, options, press, cache):
+            held, seconds = read_context(
+                self.model,
+                reading.ids,
+                press,
+                cache,
+                chunk_size=prefill_chunk_size,
+                mode=prefill_mode,
+                storage=storage,
+                question=reading.question,
+                tokenizer=self.tokenizer,
+            )
+            sizes.append(size_of(held))
+            start = time.perf_counter()
+            # The press acts on answers only if it is made for that, and never on questions.
+            with press(self.model, turns="first") if press and decoding else nullcontext():
+                tokens += self.generate_answer(
+                    held, reading.question_ids, reading.limits, generation or {}
+                )
+            prefill_seconds += seconds
+            decode_seconds += time.perf_counter() - start
+        answers = Answers(
+            texts=[str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in tokens],
+            context_tokens=prompt.context_ids.shape[1],
+            cache=sizes[-1],
+            prefill_seconds=prefill_seconds,
+            decode_seconds=decode_seconds,
+            tokens=tokens,
+            cut_tokens=prompt.cut,
+        )
+        return {"answers": answers, "one": options.questions is None}
+
+    def generate_answer(
+        self,
+        cache: Cache,
+        question_ids: list[Tensor],
+        limits: list[int],
+        generation: Mapping[str, object],
+    ) -> list[list[int]]:
+        """Answer all questions as one batch on a fork of the cache, which stays as it is.
+
+        Questions of different lengths are padded on the left. Sliding windows and recurrent
+        states would count that padding, so in models that have them only questions of the same
+        length share a batch.
+
+        Returns:
+            Token ids of each answer, the end-of-sequence token left out.
+        """
+        batches = [list(range(len(question_ids)))]
+        if not has_only_full_attention(self.model):
+            lengths = [ids.shape[1] for ids in question_ids]
+            batches = [
+                [i for i, n in enumerate(lengths) if n == length] for length in sorted(set(lengths))
+            ]
+        answers: dict[int, list[int]] = {}
+        for batch in batches:
+            ids = [question_ids[i] for i in batch]
+            most = max(limits[i] for i in batch)
+            batch_cache = fork(cache, len(ids))
+            tokens = generate(self.model, self._tokenizer, batch_cache, ids, most, generation)
+            answers |= {i: row[: limits[i]] for i, row in zip(batch, tokens, strict=True)}
+        return [answers[i] for i in range(len(question_ids))]
+
+    def postprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model_outputs: dict, return_stats: bool = False
+    ) -> dict:
+        """``{"answer": ...}`` or ``{"answers": [...]}``, with "stats" when asked for."""
+        answers: Answers = model_outputs["answers"]
+        if model_outputs["one"]:
+            result: dict[str, object] = {"answer": answers.texts[0]}
+        else:
+            result = {"answers": answers.texts}
+        return {**result, "stats": answers} if return_stats else result
+
+
+def _readings(
+    prompt: Prompt, options: PromptOptions, press: BasePress | None, cache: Cache | None
+) -> list[_Reading]:
+    """The context once for all questions, or with each of them if the press looks at questions."""
+    if press is None or not press.needs.question:
+        return [_Reading(prompt.context_ids, None, prompt.question_ids, options.limits)]
+    if not all(asked.strip() for asked in options.asked):
+        raise CachepressError(
+            f"{press!r} chooses by the question, and there is none: give question or questions, "
+            "and do not move it into the context"
+        )
+    if cache is not None and len(prompt.question_ids) > 1:
+        raise CachepressError(
+            f"{press!r} needs a cache for each question: ask one, or pass no cache"
+        )
+    return [
+        _Reading(
+            torch.cat([prompt.context_ids, ids[:, :-1]], dim=1),
+            max(1, ids.shape[1] - 1),
+            [ids[:, -1:]],
+            [limit],
+        )
+        for ids, limit in zip(prompt.question_ids, options.limits, strict=True)
+    ]
+
+
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, pipeline_class=KVPressTextGenerationPipeline, pt_model=AutoModelForCausalLM
+)
