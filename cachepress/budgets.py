@@ -12,7 +12,7 @@ from torch import Tensor
 from cachepress.errors import CachepressError
 from cachepress.limits import LONGEST_SHOWN, MOST_BYTES, shown
 from cachepress.ops import wide
-from cachepress.ops.ragged_attention import PAGE
+from cachepress.ops.paged_attention import PAGE
 from cachepress.view import LayerView
 
 SCOPES = ("head", "layer", "model")

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from cachepress.errors import CachepressError
 from cachepress.limits import MOST_TOKENS, check_whole, is_whole, shown
+from cachepress.ops.paged_attention import PAGE
 from cachepress.ops.precision import wide
-from cachepress.ops.ragged_attention import PAGE
 
 STORAGES = ("full", "int8", "int4", "int2")
 _LEAST = 1e-7

@@ -18,7 +18,7 @@ from cachepress.cache.snapshot import Snapshot
 from cachepress.cache.tail import SLACK, Tail, slack_after
 from cachepress.errors import CachepressError, UnsupportedError
 from cachepress.ops import wide_dtype
-from cachepress.ops.ragged_attention import PAGE
+from cachepress.ops.paged_attention import PAGE
 
 if TYPE_CHECKING:
     from cachepress.call import Hook

@@ -9,8 +9,8 @@ from torch import Tensor
 from cachepress.cache.codec import Codec, Quantized
 from cachepress.cache.pairs import Pairs
 from cachepress.ops import wide_dtype
-from cachepress.ops.ragged_attention import PAGE, DensePart, Layout, PagedPart, Part
-from cachepress.ops.ragged_attention.parts import LOWEST, apart, of_channels, together
+from cachepress.ops.paged_attention import PAGE, DensePart, Layout, PagedPart, Part
+from cachepress.ops.paged_attention.parts import LOWEST, apart, of_channels, together
 
 
 @dataclass(frozen=True)

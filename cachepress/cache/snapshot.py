@@ -12,8 +12,8 @@ from cachepress.cache.segment import Segment
 from cachepress.cache.tail import TailRows
 from cachepress.errors import UnsupportedError
 from cachepress.ops import AttentionRule, wide
-from cachepress.ops.ragged_attention import Part, ragged_attention
-from cachepress.ops.ragged_attention.parts import LOWEST
+from cachepress.ops.paged_attention import Part, paged_attention
+from cachepress.ops.paged_attention.parts import LOWEST
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Snapshot:
         if self.tail is not None:
             parts.append(self.tail.part(mask.of_columns(self.start, self.seen, query.device)))
         grouped = query.reshape(b, self.heads, hq // self.heads, n, d)
-        out = ragged_attention(grouped, parts, rule)
+        out = paged_attention(grouped, parts, rule)
         return out.view(b, hq, n, -1).transpose(1, 2).to(query.dtype).contiguous()
 
     def whole(self) -> "Snapshot":

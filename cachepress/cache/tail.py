@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cachepress.cache.pairs import Pairs
-from cachepress.ops.ragged_attention import DensePart
+from cachepress.ops.paged_attention import DensePart
 
 SLACK = 64
 """Slots that a buffer has more than a decoded token needs, so that the next ones do not copy it."""

@@ -15,7 +15,7 @@ from cachepress.cache.segment import Segment
 from cachepress.cache.tail import Tail
 from cachepress.limits import MOST, MOST_TOKENS, is_whole
 from cachepress.ops import wide_dtype
-from cachepress.ops.ragged_attention import PAGE, Layout
+from cachepress.ops.paged_attention import PAGE, Layout
 
 _RECORDS = "record_past"
 """The field of layers of transformers that keep more than they need, for assisted decoding."""

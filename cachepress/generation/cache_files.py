@@ -27,7 +27,7 @@ from cachepress.files import replacing
 from cachepress.fingerprint import fingerprint, other_model
 from cachepress.generation.cache_checks import Fitting, check_pages
 from cachepress.hf import attach, learned_positions, sample_cache
-from cachepress.ops.ragged_attention import Layout
+from cachepress.ops.paged_attention import Layout
 from cachepress.query_stats import QueryStats
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from cachepress.cache.snapshot import Snapshot
 from cachepress.call import AttentionCall
 from cachepress.errors import UnsupportedError
 from cachepress.ops import AttentionRule
-from cachepress.ops.ragged_attention.parts import LOWEST
+from cachepress.ops.paged_attention.parts import LOWEST
 
 _PREFIX = "cachepress|"
 _BASES: dict[str, str] = {}

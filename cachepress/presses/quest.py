@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
-from cachepress.ops.ragged_attention import PAGE
+from cachepress.ops.paged_attention import PAGE
 from cachepress.press import BasePress, WrapperPress
 from cachepress.presses.knorm import KnormPress
 from cachepress.view import Needs, PageBudget

@@ -19,8 +19,8 @@ from cachepress.cache.pairs import Pairs
 from cachepress.cache.tail import SLACK
 from cachepress.generation.cache_files import _named_today, _pack, _state, _unpack
 from cachepress.ops import AttentionRule
-from cachepress.ops.ragged_attention import PAGE
-from cachepress.ops.ragged_attention.naive import naive_attention
+from cachepress.ops.paged_attention import PAGE
+from cachepress.ops.paged_attention.naive import naive_attention
 from tests.bounds import close, half_a_step
 from tests.tiny import rand, randn
 from tests.tiny_cache import allocated

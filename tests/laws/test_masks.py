@@ -8,7 +8,7 @@ from cachepress.cache.batch import stores
 from cachepress.cache.masks import TextMask
 from cachepress.hf.attention import _mask_of_rows
 from cachepress.ops import AttentionRule
-from cachepress.ops.ragged_attention.naive import naive_attention
+from cachepress.ops.paged_attention.naive import naive_attention
 from tests.bounds import close
 from tests.tiny import exact_tiny, randn, tokens
 from tests.tiny_cache import forward

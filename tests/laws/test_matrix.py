@@ -18,8 +18,8 @@ from cachepress.cache.batch import stores
 from cachepress.cache.masks import TextMask
 from cachepress.cache.tail import SLACK
 from cachepress.ops import AttentionRule
-from cachepress.ops.ragged_attention import PAGE
-from cachepress.ops.ragged_attention.naive import naive_attention
+from cachepress.ops.paged_attention import PAGE
+from cachepress.ops.paged_attention.naive import naive_attention
 from tests.bounds import EXACT, close
 from tests.laws.presses import (
     HEADS,

@@ -8,10 +8,10 @@ pytest.importorskip("triton")
 from cachepress.cache.pairs import Pairs
 from cachepress.cache.segment import Segment
 from cachepress.cache.tail import Tail
-from cachepress.ops.ragged_attention import triton as kernel
-from cachepress.ops.ragged_attention.joint import joint_attention
+from cachepress.ops.paged_attention import triton as kernel
+from cachepress.ops.paged_attention.batched import batched_attention
 from tests.bounds import close, near
-from tests.ops.test_ragged_attention import RULES, D, E, G, H, table
+from tests.ops.test_paged_attention import RULES, D, E, G, H, table
 from tests.tiny import randn
 
 TERMS = D + 2 * 1205
@@ -41,14 +41,14 @@ def test_equals_batched_products(counts, batch, name):
     parts, exact = parts_of(counts, 5, batch, torch.float32)
     query = randn(batch, H, G, 1, D).float()
     ours = kernel.triton_attention(query, parts, RULES[name])
-    near(ours, joint_attention(query.double(), exact, RULES[name]), torch.float32, TERMS)
+    near(ours, batched_attention(query.double(), exact, RULES[name]), torch.float32, TERMS)
 
 
 def test_half_types_are_summed_in_float32():
     parts, exact = parts_of([(9, 33, 1030)], 1, 1, torch.bfloat16)
     query = randn(1, H, G, 1, D).bfloat16()
     ours = kernel.triton_attention(query, parts, RULES["plain"])
-    near(ours, joint_attention(query.double(), exact, RULES["plain"]), torch.float32, TERMS)
+    near(ours, batched_attention(query.double(), exact, RULES["plain"]), torch.float32, TERMS)
 
 
 def test_merging_equals_one_softmax():

@@ -10,8 +10,8 @@ import cachepress as cp
 from cachepress.cache.batch import stores
 from cachepress.cache.masks import TextMask
 from cachepress.ops import AttentionRule
-from cachepress.ops.ragged_attention import PAGE
-from cachepress.ops.ragged_attention.naive import naive_attention
+from cachepress.ops.paged_attention import PAGE
+from cachepress.ops.paged_attention.naive import naive_attention
 from cachepress.presses.quest import QuestPress
 from tests.bounds import EXACT, close
 from tests.tiny import exact_tiny as tiny

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from cachepress.ops.attention import AttentionRule
-from cachepress.ops.ragged_attention.joint import joint_attention
-from cachepress.ops.ragged_attention.layout import PAGE, Layout
-from cachepress.ops.ragged_attention.parts import DensePart, PagedPart, Part
+from cachepress.ops.paged_attention.batched import batched_attention
+from cachepress.ops.paged_attention.layout import PAGE, Layout
+from cachepress.ops.paged_attention.parts import DensePart, PagedPart, Part
 
 _MOST_QUERIES = 64
 _HAS_TRITON = find_spec("triton") is not None
 
 
-def ragged_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -> Tensor:
+def paged_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -> Tensor:
     """Attention of ``query [B, H, G, n, D]`` over all parts, ``[B, H, G, n, E]``.
 
     The result is float32, or float64 of float64. The Triton kernel takes few queries on a GPU
@@ -30,10 +30,10 @@ def ragged_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) 
     plain = all(part.bias is None and part.channels is None for part in parts)
     few = b * g * n <= _MOST_QUERIES and plain
     if query.is_cuda and few and _HAS_TRITON and query.dtype != torch.float64:
-        from cachepress.ops.ragged_attention.triton import triton_attention
+        from cachepress.ops.paged_attention.triton import triton_attention
 
         return triton_attention(query, parts, rule)
-    return joint_attention(query, parts, rule)
+    return batched_attention(query, parts, rule)
 
 
-__all__ = ["PAGE", "DensePart", "Layout", "PagedPart", "Part", "ragged_attention"]
+__all__ = ["PAGE", "DensePart", "Layout", "PagedPart", "Part", "paged_attention"]

@@ -9,8 +9,8 @@ from cachepress.cache.segment import Segment
 from cachepress.cache.snapshot import Snapshot
 from cachepress.cache.tail import Tail
 from cachepress.ops import AttentionRule
-from cachepress.ops.ragged_attention import joint
-from cachepress.ops.ragged_attention.naive import naive_attention
+from cachepress.ops.paged_attention import joint
+from cachepress.ops.paged_attention.naive import naive_attention
 from tests.bounds import close, near
 from tests.tiny import rand, randn
 

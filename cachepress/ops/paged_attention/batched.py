@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from cachepress.ops.attention import AttentionRule
+from cachepress.ops.paged_attention.parts import Part
 from cachepress.ops.precision import wide
-from cachepress.ops.ragged_attention.parts import Part
 
 LOGITS = 1 << 24
 """Most logits of one part that are held at once; more queries are taken in turns."""
 
 
-def joint_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -> Tensor:
+def batched_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -> Tensor:
     """Attention of the queries over all parts.
 
     Args:
@@ -29,7 +29,7 @@ def joint_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -
     if n > step:
         return torch.cat(
             [
-                joint_attention(
+                batched_attention(
                     query[..., i : i + step, :],
                     [part.of_queries(slice(i, i + step)) for part in parts],
                     rule,

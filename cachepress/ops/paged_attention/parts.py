@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from cachepress.ops.ragged_attention.layout import PAGE, Layout
+from cachepress.ops.paged_attention.layout import PAGE, Layout
 
 LOWEST = torch.finfo(torch.float32).min
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cachepress.ops.attention import AttentionRule
-from cachepress.ops.ragged_attention.parts import Part, Spans, apart, together
+from cachepress.ops.paged_attention.parts import Part, Spans, apart, together
 
 _ROWS_OF_A_SPLIT = 1024
 
