@@ -13,14 +13,10 @@ from cachepress.errors import CachepressError
 from cachepress.limits import LONGEST_SHOWN, MOST_BYTES, shown
 from cachepress.ops import wide
 from cachepress.ops.paged_attention import PAGE
+from cachepress.ranks import FREE, TAKEN, best
 from cachepress.view import LayerView
 
 SCOPES = ("head", "layer", "model")
-_FREE = 1e38
-_CHOSEN = 1.5e38
-_WINDOW = 2e38
-_SINK = 3.4e38
-_STEP = 1e32
 _PAGE_INDEX, _SPAN_INDEX = 16, PAGE * 4 + 24
 """Bytes of the index of uneven heads, for each page and for each head."""
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -313,23 +309,8 @@ class Threshold:
         return torch.where(mask.any(-1, keepdim=True), mask, newest)
 
 
-CHOSEN = Threshold(1.2e38)
+CHOSEN = Threshold((FREE + TAKEN) / 2)
 """For scores in which the rows that stay were chosen already, by ``choose``."""
-
-
-def best(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
-    """Mask of the ``counts [B, H or 1, 1]`` highest scores ``[B, H, T]`` among the valid rows.
-
-    Of equal scores the newest rows are taken; NaN is the lowest score.
-    """
-    scores = wide(scores)
-    worst = torch.finfo(scores.dtype).min
-    scores = scores.nan_to_num(nan=worst, posinf=None, neginf=worst)
-    scores = scores.masked_fill(~valid, float("-inf"))
-    newest_first = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
-    ranked = (torch.arange(scores.shape[-1], device=scores.device) < counts).expand_as(scores)
-    mask = torch.zeros_like(valid).scatter_(-1, newest_first, ranked)
-    return mask.flip(-1) & valid
 
 
 def apportion(weights: Tensor, total: int, least: int, most: int) -> Tensor:
@@ -395,45 +376,6 @@ def parse_bytes(text: str | int) -> int:
     if n_bytes > MOST_BYTES:
         raise CachepressError(f"max_bytes: got {shown(text)}, wanted at most {MOST_BYTES} bytes")
     return n_bytes
-
-
-def pin_sinks(scores: Tensor, view: LayerView, n: int) -> Tensor:
-    """Scores with the first ``n`` rows of each text above all others, the earliest highest.
-
-    Pins are plain numbers above every sensible score (1e38), so that any budget honours them:
-    sinks first, then the newest rows, however small the budget is.
-    """
-    return pin_first(scores, view, view.index < n)
-
-
-def pin_first(scores: Tensor, view: LayerView, rows: Tensor) -> Tensor:
-    """Scores with the rows ``[B, H, T]`` above all others, as sinks are, the earliest highest."""
-    return torch.where(rows, _SINK - _STEP * view.index.float(), wide(scores))
-
-
-def pin_window(scores: Tensor, view: LayerView, n: int | Tensor) -> Tensor:
-    """Scores with the last ``n`` rows of each text above every free row, the newest highest.
-
-    ``n`` may be ``[B]``. Rows of the same age are alike in all heads, so heads that compete and
-    cannot keep all of them share what there is.
-    """
-    recent = view.index >= (view.n_seen - n)[:, None, None]
-    return torch.where(recent, _WINDOW + _STEP * view.index.float(), wide(scores))
-
-
-def pin(scores: Tensor, rows: Tensor) -> Tensor:
-    """Scores with the rows ``[B, H, T]`` above every free row; pinned ones stay as they are."""
-    return torch.where(rows & ~pinned(scores), _CHOSEN, wide(scores))
-
-
-def choose(scores: Tensor, rows: Tensor) -> Tensor:
-    """Scores with the rows ``[B, H, T]`` above every other row, pinned or free."""
-    return torch.where(rows, _CHOSEN, wide(scores).clamp(max=_FREE))
-
-
-def pinned(scores: Tensor) -> Tensor:
-    """Which rows are pinned."""
-    return scores > _FREE
 
 
 def _is_number(x: object) -> bool:

@@ -12,16 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor
 
-from cachepress.budgets import (
-    Amount,
-    Budget,
-    Bytes,
-    Fixed,
-    Ratio,
-    TopK,
-    check_ratio,
-    parse_bytes,
-)
+from cachepress.budgets import Amount, Budget, Bytes, Fixed, Ratio, TopK, check_ratio, parse_bytes
 from cachepress.cache.codec import Codec
 from cachepress.checks import check_count, check_values
 from cachepress.deprecated import Renamed, adopt_renamed

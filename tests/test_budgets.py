@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachepress as cp
-from cachepress.budgets import Ratio, TopK, apportion, pin_sinks, pin_window
+from cachepress.budgets import Ratio, TopK, apportion
 from cachepress.cache.pairs import PairBytes
 from cachepress.ops import AttentionRule
+from cachepress.ranks import pin_sinks, pin_window
 from cachepress.view import LayerView
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import rand, tokens

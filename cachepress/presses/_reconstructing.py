@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cachepress.budgets import TopK, pin_first, pin_sinks
+from cachepress.budgets import TopK
 from cachepress.checks import check_count
 from cachepress.ops import attention_weights, wide_dtype
 from cachepress.press import ScorerPress
 from cachepress.presses._scores import noted_or_carried, unknown_as_average
+from cachepress.ranks import pin_first, pin_sinks
 from cachepress.reconstruction import Reconstruction, ReconstructionView
 from cachepress.view import LayerView, Needs
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cachepress.budgets import choose
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.ops import valid_last, wide_dtype
 from cachepress.press import WrapperPress
 from cachepress.presses._checks import counted
+from cachepress.ranks import choose
 from cachepress.view import LayerView
 
 

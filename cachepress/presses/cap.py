@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachepress.budgets import pin_sinks
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.limits import MOST_POSITIONS
 from cachepress.ops import cholesky, wide, wide_dtype
 from cachepress.press import ScorerPress
+from cachepress.ranks import pin_sinks
 from cachepress.view import LayerView, Needs
 
 _BLOCK = 1024

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cachepress.budgets import choose
 from cachepress.checks import check_count
 from cachepress.ops import wide_dtype
 from cachepress.press import WrapperPress
 from cachepress.presses._checks import check_by_layer
+from cachepress.ranks import choose
 from cachepress.view import EVERY, LayerView, Needs
 
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachepress.budgets import best, choose, pinned
 from cachepress.checks import check_count
 from cachepress.ops import wide
 from cachepress.press import WrapperPress
 from cachepress.presses._checks import check_by_layer, counted
+from cachepress.ranks import best, choose, pinned
 from cachepress.view import LayerView
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cachepress.budgets import pin_sinks, pin_window
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.limits import MOST
@@ -13,6 +12,7 @@ from cachepress.ops import wide_dtype
 from cachepress.press import ScorerPress
 from cachepress.presses.leverage import LeverageScorePress
 from cachepress.presses.noncausal import NonCausalAttnPress
+from cachepress.ranks import pin_sinks, pin_window
 from cachepress.view import LayerView, Needs
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachepress.budgets import CHOSEN, Amount, Threshold, TopK, choose
+from cachepress.budgets import CHOSEN, Amount, Threshold, TopK
 from cachepress.errors import CachepressError
 from cachepress.ops import wide
 from cachepress.press import BasePress
+from cachepress.ranks import choose
 from cachepress.reconstruction import ReconstructionView
 from cachepress.schedules import AfterPrefill
 from cachepress.view import LayerView, Needs

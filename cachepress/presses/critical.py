@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachepress.budgets import TopK, best, check_fraction, choose, floor_of, pin, pinned
+from cachepress.budgets import TopK, check_fraction, floor_of
 from cachepress.errors import CachepressError
 from cachepress.ops import wide
 from cachepress.press import WrapperPress
 from cachepress.presses._checks import check_by_layer, counted
 from cachepress.presses.adakv import AdaKVPress
+from cachepress.ranks import best, choose, pin, pinned
 from cachepress.view import LayerView, Needs
 
 _BLOCK = 1024

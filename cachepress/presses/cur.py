@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachepress.budgets import pin_sinks
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.ops import wide
 from cachepress.press import ScorerPress
 from cachepress.presses.leverage import gaussian
+from cachepress.ranks import pin_sinks
 from cachepress.view import LayerView
 
 _TYPES = ("key", "value", "kv_avg", "kv_product")

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachepress.budgets import best, pin, pin_window
 from cachepress.checks import check_count
 from cachepress.ops import attention_column_sums, wide_dtype
 from cachepress.press import ScorerPress
 from cachepress.presses._scores import mean_of_token
 from cachepress.presses.critical import projected_norms
 from cachepress.presses.snapkv import check_kernel, in_window, pool
+from cachepress.ranks import best, pin, pin_window
 from cachepress.view import LayerView, Needs
 
 _MASS = 0.9

@@ -6,11 +6,12 @@ from typing import NoReturn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachepress.budgets import Threshold, pin_window
+from cachepress.budgets import Threshold
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.press import BasePress, WrapperPress
 from cachepress.presses._checks import fill, reconstructs
+from cachepress.ranks import pin_window
 from cachepress.schedules import AfterPrefill, Every, Schedule
 from cachepress.view import LayerView, Needs
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachepress.budgets import CHOSEN, Ratio, Threshold, TopK, check_fraction, choose
+from cachepress.budgets import CHOSEN, Ratio, Threshold, TopK, check_fraction
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.press import BasePress
@@ -23,6 +23,7 @@ from cachepress.presses._heads import (
     pattern_file,
     read_scores,
 )
+from cachepress.ranks import choose
 from cachepress.structured import parse_json
 from cachepress.view import LayerView
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachepress.budgets import pin_sinks
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.limits import MOST_POSITIONS
 from cachepress.ops import wide
 from cachepress.press import ScorerPress
+from cachepress.ranks import pin_sinks
 from cachepress.view import LayerView, Moments, Needs
 
 

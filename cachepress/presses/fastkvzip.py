@@ -15,10 +15,11 @@ from cachepress.artefacts import (
     load_artefact,
     sizes,
 )
-from cachepress.budgets import TopK, check_fraction, pin_sinks, pin_window
+from cachepress.budgets import TopK, check_fraction
 from cachepress.checks import check_count
 from cachepress.ops import wide
 from cachepress.presses._surrogate import _SurrogatePress
+from cachepress.ranks import pin_sinks, pin_window
 from cachepress.view import LayerView
 
 KIND = "fastkvzip"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachepress.budgets import best, choose, pin
 from cachepress.checks import check_count
 from cachepress.ops import attention_column_sums
 from cachepress.press import ScorerPress
+from cachepress.ranks import best, choose, pin
 from cachepress.view import LayerView, Needs
 
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cachepress.budgets import check_fraction, floor_of, pin
+from cachepress.budgets import check_fraction, floor_of
 from cachepress.press import ScorerPress
+from cachepress.ranks import pin
 from cachepress.view import LayerView, Needs
 
 

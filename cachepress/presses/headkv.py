@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachepress.budgets import PerLayer, Pyramid, TopK, apportion, best, choose, pinned
+from cachepress.budgets import PerLayer, Pyramid, TopK, apportion
 from cachepress.errors import CachepressError
 from cachepress.ops import wide
 from cachepress.press import WrapperPress
@@ -22,6 +22,7 @@ from cachepress.presses._heads import (
     pattern_file,
     read_scores,
 )
+from cachepress.ranks import best, choose, pinned
 from cachepress.view import LayerView
 
 

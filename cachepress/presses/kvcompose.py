@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cachepress.budgets import TopK, pin
+from cachepress.budgets import TopK
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.ops import attention_weights, wide, wide_dtype
@@ -13,6 +13,7 @@ from cachepress.press import ScorerPress
 from cachepress.presses._reconstructing import replayed_or_carried
 from cachepress.presses._scores import mean_of_token, unknown_as_average
 from cachepress.presses.chunkkv import highest_first, places
+from cachepress.ranks import pin
 from cachepress.reconstruction import Reconstruction, ReconstructionView
 from cachepress.view import LayerView, Needs
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachepress.budgets import pin, pin_sinks
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.ops import wide, wide_dtype
 from cachepress.press import ScorerPress
+from cachepress.ranks import pin, pin_sinks
 from cachepress.view import LayerView
 
 

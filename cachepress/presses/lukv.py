@@ -15,12 +15,13 @@ from cachepress.artefacts import (
     load_artefact,
     sizes,
 )
-from cachepress.budgets import PerLayer, Pyramid, TopK, apportion, pin_sinks, pin_window
+from cachepress.budgets import PerLayer, Pyramid, TopK, apportion
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.press import BasePress, WrapperPress
 from cachepress.presses._checks import check_by_layer, counted, fill
 from cachepress.presses.expected_attention import ExpectedAttentionPress
+from cachepress.ranks import pin_sinks, pin_window
 from cachepress.view import LayerView
 
 KIND = "lukv"

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachepress.budgets import best, check_fraction, floor_of
+from cachepress.budgets import check_fraction, floor_of
 from cachepress.ops import wide
 from cachepress.press import WrapperPress
+from cachepress.ranks import best
 from cachepress.view import LayerView
 
 _BLOCK = 1024

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachepress.budgets import check_fraction, pin_window
+from cachepress.budgets import check_fraction
 from cachepress.checks import check_count
 from cachepress.ops import wide
 from cachepress.press import ScorerPress
 from cachepress.presses.snapkv import check_kernel, in_window, pool
+from cachepress.ranks import pin_window
 from cachepress.view import LayerView, Needs
 
 _BLOCK = 1024

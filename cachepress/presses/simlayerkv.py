@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cachepress.budgets import CHOSEN, Ratio, Threshold, TopK, check_fraction, choose
+from cachepress.budgets import CHOSEN, Ratio, Threshold, TopK, check_fraction
 from cachepress.checks import check_count
 from cachepress.press import BasePress
+from cachepress.ranks import choose
 from cachepress.view import LayerView, Needs
 
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachepress.budgets import pin_window
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.press import ScorerPress
+from cachepress.ranks import pin_window
 from cachepress.view import LayerView, Needs
 
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cachepress.budgets import pin_sinks
 from cachepress.checks import check_count
 from cachepress.press import ScorerPress
+from cachepress.ranks import pin_sinks
 from cachepress.view import LayerView
 
 

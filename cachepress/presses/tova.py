@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cachepress.budgets import pin_window
 from cachepress.press import ScorerPress
+from cachepress.ranks import pin_window
 from cachepress.view import LayerView, Needs
 
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cachepress.budgets import pin_sinks, pin_window
 from cachepress.checks import check_count
 from cachepress.ops import wide, wide_dtype
 from cachepress.press import ScorerPress
+from cachepress.ranks import pin_sinks, pin_window
 from cachepress.view import LayerView, Needs
 
 

@@ -9,7 +9,7 @@ from cachepress.cache.segment import Segment
 from cachepress.cache.snapshot import Snapshot
 from cachepress.cache.tail import Tail
 from cachepress.ops import AttentionRule
-from cachepress.ops.paged_attention import joint
+from cachepress.ops.paged_attention import batched
 from cachepress.ops.paged_attention.naive import naive_attention
 from tests.bounds import close, near
 from tests.tiny import rand, randn
@@ -117,6 +117,6 @@ def test_many_queries_are_taken_in_turns(monkeypatch):
     held = Snapshot((block,), tail, 80, 1, None)
     query = randn(1, H * G, 30, D)
     whole = held.attend(query, TextMask(None, 30), AttentionRule(0.4))
-    monkeypatch.setattr(joint, "LOGITS", 64 * H * G * 7)
+    monkeypatch.setattr(batched, "LOGITS", 64 * H * G * 7)
     parts = held.attend(query, TextMask(None, 30), AttentionRule(0.4))
     close(parts, whole)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from cachepress.budgets import best, pin_sinks
 from cachepress.ops import wide, wide_dtype
+from cachepress.ranks import best, pin_sinks
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import cachepress as cp
-from cachepress.budgets import pinned
 from cachepress.presses.cap import CapPress
+from cachepress.ranks import pinned
 from cachepress.view import EVERY, Needs
 from tests.bounds import EXACT, close
 from tests.tiny import exact_tiny as tiny

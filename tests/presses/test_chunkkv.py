@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.budgets import pin_sinks, pin_window
 from cachepress.cache.pairs import PairBytes
 from cachepress.ops import AttentionRule
 from cachepress.presses.chunkkv import ChunkKVPress
+from cachepress.ranks import pin_sinks, pin_window
 from cachepress.view import LayerView
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import rand, randn, tokens

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import cachepress as cp
-from cachepress.budgets import pinned
 from cachepress.presses.compactor import CompactorPress
 from cachepress.presses.leverage import gaussian
+from cachepress.ranks import pinned
 from tests.bounds import EXACT, close, near
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tokens

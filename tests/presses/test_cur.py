@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import cachepress as cp
-from cachepress.budgets import pinned
 from cachepress.presses.cur import CURPress
+from cachepress.ranks import pinned
 from tests.bounds import EXACT, close
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import randn, tokens

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import cachepress as cp
-from cachepress.budgets import pinned
 from cachepress.cache.batch import stores
 from cachepress.presses.defensivekv import DefensiveKVPress
+from cachepress.ranks import pinned
 from tests.bounds import close
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,

@@ -9,9 +9,9 @@ from transformers import DynamicCache
 
 import cachepress as cp
 from cachepress.artefacts import save_artefact
-from cachepress.budgets import pinned
 from cachepress.cache.batch import stores
 from cachepress.presses.fastkvzip import FastKVzipPress
+from cachepress.ranks import pinned
 from tests.bounds import close
 from tests.presses.test_kvzap import watched
 from tests.presses.test_snapkv import (

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import cachepress as cp
-from cachepress.budgets import pinned
 from cachepress.presses.lagkv import LagKVPress
+from cachepress.ranks import pinned
 from tests.bounds import EXACT, close
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tokens

@@ -10,9 +10,10 @@ from transformers import DynamicCache
 
 import cachepress as cp
 from cachepress.artefacts import save_artefact
-from cachepress.budgets import Ratio, pinned
+from cachepress.budgets import Ratio
 from cachepress.cache.batch import stores
 from cachepress.presses.lukv import LUKVPress
+from cachepress.ranks import pinned
 from cachepress.train import budget_curve
 from tests.presses.test_snapkv import assert_each_text_is_as_if_alone, noting, two_turns
 from tests.test_budgets import plain_shares

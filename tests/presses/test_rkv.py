@@ -8,10 +8,10 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.budgets import pinned
 from cachepress.cache.batch import stores
 from cachepress.presses import rkv
 from cachepress.presses.rkv import RKVPress
+from cachepress.ranks import pinned
 from tests.bounds import close, near
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,

@@ -7,9 +7,9 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.budgets import pinned
 from cachepress.presses.pyramidkv import PyramidKVPress
 from cachepress.presses.snapkv import SnapKVPress
+from cachepress.ranks import pinned
 from tests.bounds import close
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tokens

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.budgets import pinned
 from cachepress.cache.batch import stores
+from cachepress.ranks import pinned
 from tests.bounds import EXACT, close
 from tests.learned import learned
 from tests.tiny import exact_tiny as tiny

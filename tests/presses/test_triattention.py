@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.budgets import pinned
 from cachepress.presses.triattention import TriAttentionPress
+from cachepress.ranks import pinned
 from tests.bounds import close
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
