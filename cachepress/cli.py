@@ -152,7 +152,7 @@ def _evaluate(options: dict[str, object]) -> None:
     _log(config.log_level)
     _warn_of_nothing_dropped(config.make_press())
     runner = EvaluationRunner(config)
-    metrics = runner.run_evaluation()
+    metrics = runner.evaluate()
     _say(task_table(metrics))
     _say()
     _say(results_table([(config.press, metrics)]))

@@ -16,7 +16,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import transformers
 
-from cachepress.evaluation import executors, runner
+from cachepress.evaluation import executors
 from tests.bounds import no_close_answers
 from tests.exact import doubled
 from tests.tiny import tiny, tokenizer, words
@@ -45,8 +45,7 @@ def exact_models(monkeypatch, clear_answers):
         model, made = load(*args, **options)
         return doubled(model), made
 
-    for module in (executors, runner):
-        monkeypatch.setattr(module, "load", exactly)
+    monkeypatch.setattr(executors, "load", exactly)
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.records import write_atomically
+from cachepress.evaluation.runner import Result
 from cachepress.evaluation.speed import speed_lines
 from cachepress.evaluation.summary import quality_table, speed_table
-from cachepress.evaluation.sweep import Result, SweepConfig, run_sweep
+from cachepress.evaluation.sweep import SweepConfig, run_sweep
 from cachepress.models.loading import load
 from cachepress.spec import parse
 from cachepress.train import windows_of
@@ -48,15 +49,16 @@ def run_demo(output_dir: str = "./results", data_dir: str = PART, length: int = 
     model, tokenizer = load(EvaluationConfig.model)
     (ids,) = windows_of(tokenizer, None, length, length, seed=0)
     presses = [press for text in FAST if (press := parse(text)) is not None]
-    lines, score = speed_lines(model, ids, presses), groups[0][0].metrics["score"]
+    lines, metrics = speed_lines(model, ids, presses), groups[0][0].metrics
+    assert metrics.score is not None
     quality = (
-        f"{EvaluationConfig.model} on builtin {data_dir}: {score['contexts']} contexts, "
-        f"{score['samples']} answers a line. Dropped: share of key-value pairs, measured. Score: "
-        "share of right answers. Cache: bytes allocated for keys and values."
+        f"{EvaluationConfig.model} on builtin {data_dir}: {metrics.score.contexts} contexts, "
+        f"{metrics.score.samples} answers a line. Dropped: share of key-value pairs, measured. "
+        "Score: share of right answers. Cache: bytes allocated for keys and values."
     )
     speed = (
         f"Decoding after {length:,} tokens of prose, one sequence: medians of steps taken in "
-        f"turns. Measured on: {groups[0][0].metrics['machine']}"
+        f"turns. Measured on: {metrics.machine}"
     )
     write_atomically(
         Path(output_dir) / "demo.md",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError, out_of_memory
 from cachepress.evaluation.answering import Answerer, Found
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import ray
 
 T = TypeVar("T")
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 MOST_LOSSES = 3
 """Times that work is given out anew without any result in between."""
 
@@ -46,7 +48,7 @@ class Answered(NamedTuple):
     """Answers by the folder of their run, and what kept the others from being given."""
 
     found: list[tuple[Path, Found]]
-    error: str | None = None
+    error: CachepressError | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,14 @@ class WorkerOptions:
         batch_size: most sequences that are decoded at once.
         kl: whether divergences are measured.
         workers: how many work at the same time.
+        shares: whether runs share the reading of a context; else each reads for itself, which also
+            tells the memory that it takes.
     """
 
-    batch_size: int
-    kl: bool
-    workers: int
+    batch_size: int = 128
+    kl: bool = False
+    workers: int = 1
+    shares: bool = True
 
 
 class Worker:
@@ -71,10 +76,17 @@ class Worker:
         options: how.
         rank: number of this worker; says which of several GPUs is its own.
         threads: CPU threads; None for torch's own choice.
+        loaded: a model and its tokenizer for all units; None for those that their configs name.
     """
 
-    def __init__(self, options: WorkerOptions, rank: int = 0, threads: int | None = None) -> None:
-        self._options, self._rank = options, rank
+    def __init__(
+        self,
+        options: WorkerOptions,
+        rank: int = 0,
+        threads: int | None = None,
+        loaded: Loaded | None = None,
+    ) -> None:
+        self._options, self._rank, self._loaded = options, rank, loaded
         self._held: tuple[object, Answerer] | None = None
         if threads is not None:
             torch.set_num_threads(threads)
@@ -83,7 +95,7 @@ class Worker:
         self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]
     ) -> dict[Path, str]:
         """Refuse contexts that are too long; what does not fit the model, by folder, and why."""
-        return self._reader(configs[0]).check([Run(config) for config in configs], contexts)
+        return self._answerer(configs[0]).check([Run(config) for config in configs], contexts)
 
     def answer(self, unit: Unit) -> Answered:
         """Answer a unit."""
@@ -95,23 +107,28 @@ class Worker:
         """Answer a unit, evaluation by evaluation."""
         runs = [Run(config) for config in unit.configs]
         try:
-            for run, answers in self._reader(unit.configs[0]).together(runs, unit.context):
+            answerer = self._answerer(unit.configs[0])
+            if self._options.shares:
+                found = answerer.together(runs, unit.context)
+            else:
+                found = ((run, answerer.alone(run, unit.context)) for run in runs)
+            for run, answers in found:
                 yield Answered([(run.folder, answers)])
         except CachepressError as error:
-            yield Answered([], str(error))
+            yield Answered([], error)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            yield Answered([], str(out_of_memory(error)))
+            yield Answered([], out_of_memory(error))
 
-    def _reader(self, config: EvaluationConfig) -> Answerer:
+    def _answerer(self, config: EvaluationConfig) -> Answerer:
         device = config.device
         if device is None and torch.cuda.is_available():
             device = f"cuda:{self._rank % torch.cuda.device_count()}"
         which = (config.model, config.dtype, device, repr(config.loading))
-        if self._held is None or self._held[0] != which:
+        if self._held is None or (self._held[0] != which and self._loaded is None):
             self._held = None
-            model, tokenizer = load(
+            model, tokenizer = self._loaded or load(
                 config.model, dtype=config.dtype, device=device, model_kwargs=config.loading
             )
             options = self._options
@@ -138,10 +155,10 @@ class Executor(Protocol):
 
 
 class Serial:
-    """Works in this process."""
+    """Works in this process, where need be with a model that is loaded already."""
 
-    def __init__(self, options: WorkerOptions) -> None:
-        self._worker = Worker(options)
+    def __init__(self, options: WorkerOptions, loaded: Loaded | None = None) -> None:
+        self._worker = Worker(options, loaded=loaded)
 
     def __enter__(self) -> Self:
         return self
@@ -333,7 +350,11 @@ class Ray:
             raise
 
 
-EXECUTORS: dict[str, type[Executor]] = {"serial": Serial, "process": Processes, "ray": Ray}
+EXECUTORS: dict[str, Callable[[WorkerOptions], Executor]] = {
+    "serial": Serial,
+    "process": Processes,
+    "ray": Ray,
+}
 
 
 def _threads(workers: int) -> int:

@@ -15,6 +15,7 @@ import pandas as pd
 from cachepress.evaluation.delimited import read_delimited
 from cachepress.evaluation.records import write_atomically
 
+PREDICTIONS = "predictions.csv"
 OWN_METRIC = "own_metric"
 """Column of the metric that a sample brings with it, on disk only where another has judged."""
 ESCAPE = "\u241b"

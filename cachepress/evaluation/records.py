@@ -1,14 +1,102 @@
-"""What a run has done so far, on disk: one line a sample, and files that are whole or absent."""
+"""What a run has answered so far, on disk: a line a sample, and files that are whole or absent.
+
+Scores are not here: they are computed from the answers, see ``cachepress.evaluation.results``.
+"""
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from cachepress.errors import CachepressError
+from cachepress.evaluation.typed import read_as
 from cachepress.files import replacing
 from cachepress.limits import shown
 from cachepress.structured import parse_json
+
+RECORDS = "records.jsonl"
+SCHEMA = 1
+"""What the fields of records, metrics and saved options mean; version 0.1.0 gave no number."""
+_ANY, _MOST = ("kl", "nll"), 1e18
+"""Numbers that rounding can bring below 0, and a model to infinity; and the most of all others."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to one sample, and what it cost.
+
+    Attributes:
+        predicted_answer: the text.
+        decode_tokens: its tokens.
+        context_tokens: tokens of the context, the chat template's part included.
+        prompts: name and hash of the user's prompts; None for those here.
+        cut_tokens: tokens of it that were cut; None in a record that does not say it.
+        prefill_seconds: time of reading the context, compression included.
+        press_seconds: time of it that the press added; None where it was not measured.
+        step_seconds: median time of decoding one token of one sequence after the context; None
+            where it was not measured.
+        bytes_before: bytes that an uncompressed cache of the context holds.
+        bytes_after: bytes that the compressed one has allocated.
+        rows_seen: rows that an uncompressed cache holds.
+        rows_held: rows that are held.
+        peak_memory_bytes: the most memory that the process had needed by then; None where others
+            shared its reading.
+        machine: what it ran on.
+        kl: KL divergence in nats a token of what the model expects at each token of the
+            uncompressed model's answer, from what the uncompressed model expects; None where it was
+            not asked for.
+        nll: negative log-likelihood in nats a token of the first accepted text; None where the
+            metric does not ask for it.
+        step_seconds_low: first quartile of the times whose median is ``step_seconds``; None in old
+            records.
+        step_seconds_high: their third quartile.
+    """
+
+    predicted_answer: str
+    decode_tokens: int
+    context_tokens: int
+    prefill_seconds: float
+    press_seconds: float | None
+    step_seconds: float | None
+    bytes_before: int
+    bytes_after: int
+    rows_seen: int
+    rows_held: int
+    peak_memory_bytes: int | None
+    machine: str
+    kl: float | None = None
+    nll: float | None = None
+    cut_tokens: int | None = None
+    prompts: str | None = None
+    step_seconds_low: float | None = None
+    step_seconds_high: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and name not in _ANY and not 0 <= value < _MOST:
+                raise ValueError(f"{name}: got {shown(value)}, wanted 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Answer):
+    """An answer as it stands in the file, with whose it is and what computed it.
+
+    Attributes:
+        sample_id: which sample it answers.
+        context_id: number of the sample's context.
+        digests: of the model and of what the press has learned, by part.
+        versions: of the libraries that computed it; None in records of 0.1.0.
+    """
+
+    sample_id: int
+    context_id: int
+    digests: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """The fields as they stand in the file."""
+        return {"schema": SCHEMA, "sample_id": None, "context_id": None, **asdict(self)}
 
 
 class Records:
@@ -19,22 +107,21 @@ class Records:
 
     Args:
         path: the file.
-        check: raises a ValueError for a record that is none of ours.
 
     Attributes:
         done: the records by key.
     """
 
-    def __init__(self, path: Path, check: Callable[[dict], None] = lambda record: None) -> None:
-        self._path, self._check = path, check
-        self.done: dict[str, dict] = {}
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.done: dict[str, Record] = {}
         if path.exists():
             self._read()
 
-    def append(self, records: Mapping[str, dict]) -> None:
+    def append(self, records: Mapping[str, Record]) -> None:
         """Write records by their keys; they are on disk when this returns."""
         lines = [
-            json.dumps({"key": key, **record}, ensure_ascii=False)
+            json.dumps({"key": key, **record.to_json()}, ensure_ascii=False)
             for key, record in records.items()
         ]
         start = self._path.stat().st_size if self._path.exists() else 0
@@ -58,7 +145,6 @@ class Records:
         for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
                 key, record = _parsed(line.decode())
-                self._check(record)
                 self.done[key] = record
             except ValueError as error:
                 raise CachepressError(
@@ -67,11 +153,19 @@ class Records:
                 ) from error
 
 
-def _parsed(line: str) -> tuple[str, dict]:
-    record = parse_json(line)
-    if not isinstance(record, dict) or not isinstance(record.get("key"), str):
-        raise ValueError(f"got {shown(record)}, wanted a mapping with a key")
-    return record.pop("key"), record
+def _parsed(line: str) -> tuple[str, Record]:
+    values = parse_json(line)
+    if not isinstance(values, dict) or not isinstance(key := values.get("key"), str):
+        raise ValueError(f"got {shown(values)}, wanted a mapping with a key")
+    check_schema(values)
+    return key, read_as(Record, values)
+
+
+def check_schema(values: Mapping[str, object]) -> None:
+    """Raise a ValueError for what a later version wrote, whose fields may mean something else."""
+    schema = values.get("schema", SCHEMA)
+    if schema != SCHEMA:
+        raise ValueError(f"schema: got {shown(schema)}, wanted {SCHEMA}, which this version knows")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,33 +1,27 @@
 """Scores of old answers, without the model."""
 
-import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from cachepress.errors import CachepressError
-from cachepress.evaluation.predictions import read_predictions, write_predictions
-from cachepress.evaluation.records import write_atomically
+from cachepress.evaluation.predictions import PREDICTIONS, read_predictions, write_predictions
 from cachepress.evaluation.registry import UNJUDGED, find_metric
-from cachepress.evaluation.results import score, scores_of
-from cachepress.evaluation.run import METRICS, PREDICTIONS, as_json, holding
+from cachepress.evaluation.results import METRICS, Metrics, scores_in, scores_of
+from cachepress.evaluation.run import as_json, holding
 from cachepress.evaluation.samples import check_metrics, judged_by
 from cachepress.evaluation.tasks.base import DIGITS
 from cachepress.limits import said, shown
-from cachepress.structured import parse_json, read_mapping
+from cachepress.structured import parse_json
 
 LISTS = ("answer", "choices")
 COLUMNS = (*LISTS, "context_id", "task", "metric", "predicted_answer")
 """What a score is made of."""
-SPEED = "decode_tokens_per_second"
-COSTS = (
-    *("compression_ratio", "cache_bytes_before", "cache_bytes_after", "prefill_seconds"),
-    SPEED,
-)
 
 
-def score_again(folder: Path, metric: str | None = None) -> list[tuple[Path, dict]]:
+def score_again(folder: Path, metric: str | None = None) -> list[tuple[Path, Metrics]]:
     """Score the answers of every run below a folder again, and write them back.
 
     Whatever metric a run was scored by, each of its samples keeps its own.
@@ -53,7 +47,7 @@ def score_again(folder: Path, metric: str | None = None) -> list[tuple[Path, dic
     return [(run, _held(run, metric)) for run in found]
 
 
-def _held(run: Path, metric: str | None) -> dict:
+def _held(run: Path, metric: str | None) -> Metrics:
     with holding(run):
         return _scored(run, metric)
 
@@ -64,18 +58,17 @@ def _runs(folder: Path) -> Iterator[Path]:
             yield place
 
 
-def _scored(run: Path, metric: str | None) -> dict:
+def _scored(run: Path, metric: str | None) -> Metrics:
     rows, metrics = _judged(run, metric)
-    columns = zip(rows["predicted_answer"], *(rows[n] for n in (*LISTS, "metric")), strict=True)
-    rows["score"] = [score(*row) for row in columns]
-    metrics |= scores_of(rows)
+    rows["score"] = scores_in(rows)
+    metrics = replace(metrics, **vars(scores_of(rows)))
     texts = rows.assign(**{name: rows[name].map(as_json) for name in LISTS})
     write_predictions(run / PREDICTIONS, texts)
-    write_atomically(run / METRICS, json.dumps(metrics, indent=2) + "\n")
+    metrics.write(run)
     return metrics
 
 
-def _judged(run: Path, metric: str | None) -> tuple[pd.DataFrame, dict]:
+def _judged(run: Path, metric: str | None) -> tuple[pd.DataFrame, Metrics]:
     """The rows of a run with what is to judge them, which fits, and its metrics so far."""
     rows, metrics = _read(run)
     _check_number(run, rows, metrics)
@@ -84,19 +77,17 @@ def _judged(run: Path, metric: str | None) -> tuple[pd.DataFrame, dict]:
     return rows, metrics
 
 
-def _check_number(run: Path, rows: pd.DataFrame, metrics: dict) -> None:
+def _check_number(run: Path, rows: pd.DataFrame, metrics: Metrics) -> None:
     """Refuse a table that has lost rows, whose mean would be another one."""
-    before = metrics.get("score")
-    wanted = before.get("samples") if isinstance(before, dict) else None
     judged = sum(name not in UNJUDGED for name in rows["metric"])
-    if isinstance(wanted, int) and wanted != judged:
+    if metrics.score is not None and metrics.score.samples != judged:
         raise CachepressError(
-            f"{run / PREDICTIONS} is damaged: got {judged} samples with a score, wanted {wanted} "
-            f"as {METRICS} says; run evaluate again"
+            f"{run / PREDICTIONS} is damaged: got {judged} samples with a score, wanted "
+            f"{metrics.score.samples} as {METRICS} says; run evaluate again"
         )
 
 
-def _read(run: Path) -> tuple[pd.DataFrame, dict]:
+def _read(run: Path) -> tuple[pd.DataFrame, Metrics]:
     path = run / PREDICTIONS
     try:
         rows = read_predictions(path)
@@ -110,33 +101,7 @@ def _read(run: Path) -> tuple[pd.DataFrame, dict]:
             raise ValueError("it has no rows")
     except (ValueError, RecursionError) as error:
         raise CachepressError(f"{path} is damaged: {said(error)}; run evaluate again") from error
-    return rows, _metrics(run / METRICS)
-
-
-def _metrics(path: Path) -> dict:
-    """The metrics of a run, which have what a table shows of costs."""
-    metrics = read_mapping(path)
-    for name in COSTS:
-        value = metrics.get(name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number and (value is not None or name != SPEED):
-            raise CachepressError(
-                f"{path} is damaged: {name} is {shown(value)}, wanted a number; run evaluate again"
-            )
-    perplexity = metrics.get("perplexity")
-    if perplexity is not None and not _is_estimate(perplexity):
-        raise CachepressError(
-            f"{path} is damaged: perplexity is {shown(perplexity)}; run evaluate again"
-        )
-    return {"perplexity": None, **metrics}
-
-
-def _is_estimate(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("mean"), int | float)
-        and all(isinstance(value.get(end), int | float | None) for end in ("low", "high"))
-    )
+    return rows, Metrics.read(run)
 
 
 def _number(cell: str) -> int:

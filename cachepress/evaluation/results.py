@@ -1,105 +1,236 @@
-"""Tables and numbers as views of records."""
+"""What an evaluation came to: quality with intervals, bytes and seconds, as metrics.json has them.
 
+They are computed from answers, written, and read again. Tables of several results are in
+``cachepress.evaluation.summary`` and ``cachepress.pages``.
+"""
+
+import json
 import logging
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import pandas as pd
 
 from cachepress.errors import CachepressError
-from cachepress.evaluation.registry import METRIC_REGISTRY, REPORTS
+from cachepress.evaluation.records import SCHEMA, Answer, check_schema, write_atomically
+from cachepress.evaluation.registry import METRIC_REGISTRY, REPORTS, UNJUDGED
 from cachepress.evaluation.samples import PROMPTING
 from cachepress.evaluation.statistics import Estimate, estimate, interval, positive_interval
-from cachepress.evaluation.tasks.base import PERPLEXITY, UNSCORED, Report
+from cachepress.evaluation.tasks.base import Report
+from cachepress.evaluation.typed import plain, read_fields
+from cachepress.structured import read_mapping
 
 logger = logging.getLogger(__name__)
-_NUMBERS = (
+METRICS = "metrics.json"
+_COSTS = (
     *("context_tokens", "prefill_seconds", "press_seconds", "step_seconds", "bytes_before"),
     *("step_seconds_low", "step_seconds_high"),
     *("bytes_after", "rows_seen", "rows_held", "peak_memory_bytes", "cut_tokens"),
 )
 """Costs of a context; where each question has a reading of its own, of one reading."""
-RECORDED_LATER = ("cut_tokens", "prompts", "step_seconds_low", "step_seconds_high")
-"""Fields that the oldest records do not have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How good answers are.
+
+    Attributes:
+        metrics: names of what judged them.
+        score: mean score with its interval; None where nothing was judged.
+        tasks: the same for each task.
+        reported: for each task, what its benchmark reports beside the score, by name.
+    """
+
+    metrics: list[str]
+    score: Estimate | None
+    tasks: Mapping[str, Estimate | None]
+    reported: Mapping[str, Mapping[str, Estimate | None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics(Scores):
+    """How good the answers of an evaluation are, and what they cost.
+
+    Attributes:
+        query_aware: whether the press saw the question.
+        kl: KL divergence from what the uncompressed model expects; None if it was not measured.
+        perplexity: of the texts that the model was made to say; None if there are none.
+        compression_ratio: fraction of key-value pairs that are gone, measured.
+        cache_bytes_before: bytes of an uncompressed cache of a context, mean.
+        cache_bytes_after: bytes that the compressed one has allocated, mean.
+        context_tokens: tokens of a context, mean.
+        cut_contexts: contexts that were cut, as they were too long; None if that is not known.
+        cut_tokens: tokens of them that are gone.
+        prefill_seconds: seconds of reading a context, compression included, median.
+        press_seconds: the part of it that the press added; None if it was not measured.
+        decode_tokens_per_second: tokens of one sequence, median; None if it was not measured.
+        decode_tokens_per_second_low: first quartile; None if it is not known.
+        decode_tokens_per_second_high: third quartile.
+        peak_memory_bytes: the most memory in use; None if it was not measured.
+        machine: what it ran on.
+    """
+
+    query_aware: bool
+    kl: Estimate | None
+    perplexity: Estimate | None
+    compression_ratio: float
+    cache_bytes_before: float
+    cache_bytes_after: float
+    context_tokens: float
+    cut_contexts: int | None
+    cut_tokens: int | None
+    prefill_seconds: float
+    press_seconds: float | None
+    decode_tokens_per_second: float | None
+    decode_tokens_per_second_low: float | None
+    decode_tokens_per_second_high: float | None
+    peak_memory_bytes: int | None
+    machine: str = ""
+
+    @property
+    def sizes(self) -> Estimate | None:
+        """What says of how many samples and contexts this is; None where nothing was measured."""
+        return self.score or self.kl or self.perplexity
+
+    @property
+    def speeds(self) -> tuple[float | None, float | None, float | None]:
+        """Decoded tokens per second: median, first and third quartile; None if not known."""
+        low, high = self.decode_tokens_per_second_low, self.decode_tokens_per_second_high
+        return self.decode_tokens_per_second, low, high
+
+    def to_json(self) -> dict[str, object]:
+        """The fields as they stand in metrics.json; an end of an interval is null if unknown."""
+        return {"schema": SCHEMA, **{f.name: plain(getattr(self, f.name)) for f in fields(self)}}
+
+    def write(self, folder: Path) -> None:
+        """Write metrics.json into a folder of results."""
+        write_atomically(folder / METRICS, json.dumps(self.to_json(), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Metrics":
+        """Read metrics.json of a folder of results, also as version 0.1.0 wrote it.
+
+        Raises:
+            CachepressError: if it is missing, damaged, or written by a later version.
+        """
+        path = folder / METRICS
+        values = read_mapping(path)
+        try:
+            check_schema(values)
+        except ValueError as error:
+            raise CachepressError(f"{path}: {error}") from error
+        return read_fields(cls, path, values)
 
 
 def predictions_of(
-    table: pd.DataFrame, records: Mapping[int, Mapping[str, object]], ratio: float
+    table: pd.DataFrame, answers: Mapping[int, Answer], ratio: float
 ) -> pd.DataFrame:
-    """The table without its contexts, with what was recorded of each sample, and its score.
+    """The table without its contexts, with the answer to each sample, its costs and its score.
 
     Args:
         table: the data set, by sample id.
-        records: a record for each sample id.
+        answers: an answer for each sample id.
         ratio: the nominal ratio.
     """
+    names = [f.name for f in fields(Answer)]
+    told = {i: [getattr(answer, name) for name in names] for i, answer in answers.items()}
     # A column of texts of its own kind would not take half of a surrogate pair.
-    recorded = pd.DataFrame.from_dict(dict(records), orient="index", dtype=object)
-    for name in RECORDED_LATER:
-        if name not in recorded:
-            recorded[name] = None
-    names = [name for name in recorded if name not in ("sample_id", "context_id")]
+    recorded = pd.DataFrame.from_dict(told, orient="index", columns=names, dtype=object)
     about = table.drop(columns=["context", *PROMPTING], errors="ignore")
-    joined = about.join(recorded[names])
-    columns = zip(
-        joined["predicted_answer"],
-        joined["answer"],
-        joined["choices"],
-        joined["metric"],
-        strict=True,
-    )
-    scores = [score(*row) for row in columns]
-    return joined.assign(
-        score=pd.Series(scores, index=joined.index, dtype=float), compression_ratio=ratio
-    )
+    joined = about.join(recorded)
+    scores = pd.Series(scores_in(joined), index=joined.index, dtype=float)
+    return joined.assign(score=scores, compression_ratio=ratio)
+
+
+def scores_in(table: pd.DataFrame) -> list[float]:
+    """The score of each answer of a table of predictions."""
+    names = ("predicted_answer", "answer", "choices", "metric")
+    return [score(*texts) for texts in zip(*(table[name] for name in names), strict=True)]
 
 
 def score(prediction: str, answer: Sequence[str], choices: Sequence[str], metric: str) -> float:
     """Score of an answer; NaN where nothing judges it."""
-    if metric in (UNSCORED, PERPLEXITY):
-        return math.nan
-    return METRIC_REGISTRY[metric](prediction, answer, choices)
+    return math.nan if metric in UNJUDGED else METRIC_REGISTRY[metric](prediction, answer, choices)
 
 
-def metrics_of(predictions: pd.DataFrame, query_aware: bool) -> dict[str, object]:
-    """Quality with intervals, bytes and seconds of a run.
+def metrics_of(predictions: pd.DataFrame, query_aware: bool) -> Metrics:
+    """Quality with intervals, bytes and seconds of an evaluation.
+
+    Costs are of all contexts; medians where they are seconds, since a machine is never quiet.
 
     Args:
         predictions: what ``predictions_of`` gave.
         query_aware: whether the press saw the question.
     """
-    return {
-        **scores_of(predictions),
-        "query_aware": query_aware,
-        "kl": _positive(predictions, "kl"),
-        "perplexity": _perplexity(predictions),
-        **_costs(predictions),
-    }
+    numbers = predictions.loc[:, list(_COSTS)].astype(float)
+    contexts = numbers.groupby(predictions["context_id"]).mean()
+    known = {name: list(contexts[name].dropna()) for name in _COSTS}
+    median = {name: statistics.median(x) if x else None for name, x in known.items()}
+    speeds = {name: 1 / x if (x := median[name]) else None for name in _COSTS}
+    cuts = known["cut_tokens"] if len(known["cut_tokens"]) == len(contexts) else None
+    return Metrics(
+        **vars(scores_of(predictions)),
+        query_aware=query_aware,
+        kl=_estimate(positive_interval, predictions, "kl"),
+        perplexity=_perplexity(predictions),
+        compression_ratio=1 - sum(known["rows_held"]) / sum(known["rows_seen"]),
+        cache_bytes_before=statistics.fmean(known["bytes_before"]),
+        cache_bytes_after=statistics.fmean(known["bytes_after"]),
+        context_tokens=statistics.fmean(known["context_tokens"]),
+        cut_contexts=None if cuts is None else sum(x > 0 for x in cuts),
+        cut_tokens=None if cuts is None else round(sum(cuts)),
+        prefill_seconds=statistics.median(known["prefill_seconds"]),
+        press_seconds=median["press_seconds"],
+        decode_tokens_per_second=speeds["step_seconds"],
+        decode_tokens_per_second_low=speeds["step_seconds_high"],
+        decode_tokens_per_second_high=speeds["step_seconds_low"],
+        peak_memory_bytes=int(max(known["peak_memory_bytes"], default=0)) or None,
+        machine=", ".join(sorted(set(predictions["machine"]))),
+    )
 
 
-def scores_of(predictions: pd.DataFrame) -> dict[str, object]:
+def scores_of(predictions: pd.DataFrame) -> Scores:
     """What judged, and mean scores with intervals: of everything, and of each task."""
-    by_task = predictions.groupby("task", sort=False)
-    tasks = {str(task): _estimated(rows, "score") for task, rows in by_task}
-    reported = {str(task): found for task, rows in by_task if (found := _reported(rows))}
-    return {
-        "metrics": sorted(set(predictions["metric"])),
-        "score": _estimated(predictions, "score"),
-        "tasks": {task: found for task, found in tasks.items() if found is not None},
-        "reported": reported,
-    }
+    by_task = {str(task): rows for task, rows in predictions.groupby("task", sort=False)}
+    tasks = {task: _estimate(estimate, rows, "score") for task, rows in by_task.items()}
+    reported = {task: found for task, rows in by_task.items() if (found := _reported(rows))}
+    return Scores(
+        metrics=sorted(set(predictions["metric"])),
+        score=_estimate(estimate, predictions, "score"),
+        tasks={task: found for task, found in tasks.items() if found is not None},
+        reported=reported,
+    )
 
 
-def _reported(rows: pd.DataFrame) -> dict[str, dict]:
+def _estimate(
+    method: Callable[[Sequence[float], Sequence[Hashable]], Estimate],
+    predictions: pd.DataFrame,
+    column: str,
+) -> Estimate | None:
+    """What a method says of the numbers that there are; None where there are none."""
+    rows = predictions.dropna(subset=[column])
+    return method(list(rows[column]), list(rows["context_id"])) if len(rows) else None
+
+
+def _perplexity(predictions: pd.DataFrame) -> Estimate | None:
+    nll = _estimate(interval, predictions, "nll")
+    if nll is None:
+        return None
+    low, high = (math.inf if x == math.inf else math.exp(x) for x in (nll.low, nll.high))
+    return replace(nll, mean=math.exp(nll.mean), low=low, high=high)
+
+
+def _reported(rows: pd.DataFrame) -> dict[str, Estimate]:
     """What the benchmark reports of the answers to a task beside their score."""
     metrics = set(rows["metric"])
     reports = REPORTS.get(metrics.pop(), {}) if len(metrics) == 1 else {}
     found = {}
     for name, report in reports.items():
         try:
-            found[name] = _finite(_weighted(rows, report))
+            found[name] = _weighted(rows, report)
         except CachepressError as error:
             logger.info("%s is not reported: %s", name, error)
     return found
@@ -115,66 +246,3 @@ def _weighted(rows: pd.DataFrame, report: Report) -> Estimate:
     share = [weight * len(weights) / sum(weights) for weight in weights]
     linear = [mean + w * (score - mean) for w, score in zip(share, scores, strict=True)]
     return replace(estimate(linear, list(rows["context_id"])), mean=mean)
-
-
-def _estimated(rows: pd.DataFrame, column: str) -> dict | None:
-    rows = rows[rows[column].notna()]
-    return asdict(estimate(list(rows[column]), list(rows["context_id"]))) if len(rows) else None
-
-
-def _positive(rows: pd.DataFrame, column: str) -> dict | None:
-    rows = rows[rows[column].notna()]
-    if not len(rows):
-        return None
-    return _finite(positive_interval(list(rows[column]), list(rows["context_id"])))
-
-
-def _perplexity(rows: pd.DataFrame) -> dict | None:
-    rows = rows[rows["nll"].notna()]
-    if not len(rows):
-        return None
-    nll = interval(list(rows["nll"]), list(rows["context_id"]))
-    low, high = (math.inf if x == math.inf else math.exp(x) for x in (nll.low, nll.high))
-    return _finite(replace(nll, mean=math.exp(nll.mean), low=low, high=high))
-
-
-def _finite(found: Estimate) -> dict:
-    """The estimate for JSON, which knows no infinity."""
-    return {k: None if v in (math.inf, -math.inf) else v for k, v in asdict(found).items()}
-
-
-def _cuts(tokens: pd.Series) -> dict[str, int | None]:
-    """How many contexts were cut, and by how many tokens in all; None where it is not recorded."""
-    if tokens.isna().any():
-        return {"cut_contexts": None, "cut_tokens": None}
-    return {"cut_contexts": int((tokens > 0).sum()), "cut_tokens": round(tokens.sum())}
-
-
-def _costs(predictions: pd.DataFrame) -> dict[str, object]:
-    """Measured bytes and seconds of all contexts; medians, since a machine is never quiet."""
-    numbers = predictions[list(_NUMBERS)].astype(float)
-    contexts = numbers.groupby(predictions["context_id"]).mean()
-
-    def median(column: str) -> float | None:
-        numbers = contexts[column].dropna()
-        return statistics.median(numbers) if len(numbers) else None
-
-    def speed(column: str) -> float | None:
-        step = median(column)
-        return 1 / step if step else None
-
-    peak = contexts["peak_memory_bytes"]
-    return {
-        "compression_ratio": 1 - float(contexts["rows_held"].sum() / contexts["rows_seen"].sum()),
-        "cache_bytes_before": float(contexts["bytes_before"].mean()),
-        "cache_bytes_after": float(contexts["bytes_after"].mean()),
-        "context_tokens": float(contexts["context_tokens"].mean()),
-        **_cuts(contexts["cut_tokens"]),
-        "prefill_seconds": median("prefill_seconds"),
-        "press_seconds": median("press_seconds"),
-        "decode_tokens_per_second": speed("step_seconds"),
-        "decode_tokens_per_second_low": speed("step_seconds_high"),
-        "decode_tokens_per_second_high": speed("step_seconds_low"),
-        "peak_memory_bytes": None if peak.isna().all() else int(peak.max()),
-        "machine": ", ".join(sorted(set(predictions["machine"]))),
-    }

@@ -7,10 +7,9 @@ import platform
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pandas as pd
 import torch
@@ -22,95 +21,21 @@ import cachepress
 from cachepress.digests import file_digests
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import CONFIG, EvaluationConfig
-from cachepress.evaluation.predictions import write_predictions
-from cachepress.evaluation.records import Records, write_atomically
+from cachepress.evaluation.predictions import PREDICTIONS, write_predictions
+from cachepress.evaluation.records import RECORDS, SCHEMA, Answer, Record, Records, write_atomically
 from cachepress.evaluation.registry import find_dataset
-from cachepress.evaluation.results import metrics_of, predictions_of, score
+from cachepress.evaluation.results import METRICS, Metrics, metrics_of, predictions_of, score
 from cachepress.evaluation.samples import Context, Sample
-from cachepress.limits import shown
 from cachepress.press import with_inner
 from cachepress.presses import BasePress
 from cachepress.structured import read_mapping
 
 logger = logging.getLogger(__name__)
-RECORDS, PREDICTIONS, METRICS = ("records.jsonl", "predictions.csv", "metrics.json")
 LOCK = ".lock"
-SCHEMA = 1
-"""What the fields of records, metrics and saved options mean; version 0.1.0 gave no number."""
 SUBMISSION = "submission"
 """Folder for what a benchmark with private answers wants."""
 OTHER_FILES = 256
 """Files that are open besides the locks: weights, libraries, pipes to workers."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer to one sample, and what it cost.
-
-    Attributes:
-        predicted_answer: the text.
-        decode_tokens: its tokens.
-        context_tokens: tokens of the context, the chat template's part included.
-        prompts: name and hash of the user's prompts; None for those here.
-        cut_tokens: tokens of it that were cut; None in a record that does not say it.
-        prefill_seconds: time of reading the context, compression included.
-        press_seconds: time of it that the press added; None where it was not measured.
-        step_seconds: median time of decoding one token of one sequence after the context; None
-            where it was not measured.
-        bytes_before: bytes that an uncompressed cache of the context holds.
-        bytes_after: bytes that the compressed one has allocated.
-        rows_seen: rows that an uncompressed cache holds.
-        rows_held: rows that are held.
-        peak_memory_bytes: the most memory that the process had needed by then; None where others
-            shared its reading.
-        machine: what it ran on.
-        kl: KL divergence in nats a token of what the model expects at each token of the
-            uncompressed model's answer, from what the uncompressed model expects; None where it was
-            not asked for.
-        nll: negative log-likelihood in nats a token of the first accepted text; None where the
-            metric does not ask for it.
-        step_seconds_low: first quartile of the times whose median is ``step_seconds``; None in old
-            records.
-        step_seconds_high: their third quartile.
-    """
-
-    predicted_answer: str
-    decode_tokens: int
-    context_tokens: int
-    prefill_seconds: float
-    press_seconds: float | None
-    step_seconds: float | None
-    bytes_before: int
-    bytes_after: int
-    rows_seen: int
-    rows_held: int
-    peak_memory_bytes: int | None
-    machine: str
-    kl: float | None = None
-    nll: float | None = None
-    cut_tokens: int | None = None
-    prompts: str | None = None
-    step_seconds_low: float | None = None
-    step_seconds_high: float | None = None
-
-
-_KINDS, _MOST = get_type_hints(Answer), 1e18
-_ANY = ("kl", "nll")
-"""Numbers that rounding can bring below 0, and a model to infinity."""
-
-
-def check_answer(record: dict) -> None:
-    """Raise a ValueError unless a record holds an answer; fields with a default may lack."""
-    for f in fields(Answer):
-        kinds = get_args(_KINDS[f.name]) or (_KINDS[f.name],)
-        if f.name not in record and f.default is not MISSING:
-            record[f.name] = f.default
-        value, wider = record.get(f.name), (int,) if float in kinds else ()
-        if f.name not in record or isinstance(value, bool) or not isinstance(value, kinds + wider):
-            got = shown(value) if f.name in record else "nothing"
-            raise ValueError(f"{f.name}: got {got}")
-        if isinstance(value, int | float) and f.name not in _ANY and not 0 <= value < _MOST:
-            raise ValueError(f"{f.name}: got {shown(value)}")
 
 
 class Run:
@@ -118,10 +43,12 @@ class Run:
 
     Args:
         config: what is evaluated.
+        optional: whether it may be left out where the press does not fit the model.
     """
 
-    def __init__(self, config: EvaluationConfig) -> None:
+    def __init__(self, config: EvaluationConfig, optional: bool = False) -> None:
         self.config, self.folder = config, config.get_results_dir()
+        self.optional = optional
         self.digests: dict[str, str] = {}
         self._identity: str | None = None
         self._keys: dict[tuple[Context, Sample], str] = {}
@@ -164,7 +91,7 @@ class Run:
         self._held.enter_context(holding(self.folder))
         self._is_held = True
         if not self.config.overwrite:
-            self._records = Records(self.folder / RECORDS, check_answer)
+            self._records = Records(self.folder / RECORDS)
 
     def _leave_nothing(self) -> None:
         """Remove the folders that this run made, unless they hold something by now."""
@@ -211,7 +138,7 @@ class Run:
         if self._records is None:
             for name in (RECORDS, PREDICTIONS, METRICS):
                 (self.folder / name).unlink(missing_ok=True)
-            self._records = Records(self.folder / RECORDS, check_answer)
+            self._records = Records(self.folder / RECORDS)
         if self._saved_config().get("digests", self.digests) != self.digests:
             # What they show was answered by other weights or artefacts.
             for name in (PREDICTIONS, METRICS):
@@ -221,7 +148,7 @@ class Run:
     def peek(self) -> None:
         """Look at what is done, without holding the folder."""
         if (self.folder / RECORDS).exists() and not self.config.overwrite:
-            self._records = Records(self.folder / RECORDS, check_answer)
+            self._records = Records(self.folder / RECORDS)
 
     def adopt(self, contexts: Sequence[Context]) -> None:
         """Take over the answers that version 0.1.0 recorded, whose keys knew no digests.
@@ -241,7 +168,7 @@ class Run:
                 record = self._done.get(_hash([identity, *self._asked(context, sample)]))
                 key = self.key(context, sample)
                 if record is not None and key not in self._done:
-                    found[key] = {**record, "versions": computed_by, "digests": self.digests}
+                    found[key] = replace(record, versions=computed_by, digests=self.digests)
         if found and self._is_held:
             self._records.append(found)
         self._done.update(found)
@@ -251,7 +178,8 @@ class Run:
         own, found = versions(), {}
         for context in contexts:
             for sample in context.samples:
-                theirs = self._done.get(self.key(context, sample), {}).get("versions", own)
+                record = self._done.get(self.key(context, sample))
+                theirs = own if record is None or record.versions is None else record.versions
                 for name in own:
                     if theirs.get(name) != own[name]:
                         what = name.removesuffix("_version")
@@ -276,13 +204,13 @@ class Run:
     def has(self, context: Context, kl: bool = False) -> bool:
         """Whether every sample of a context is answered, with its divergence if that is asked."""
         found = [self._done.get(self.key(context, sample)) for sample in context.samples]
-        return all(record is not None and not (kl and record["kl"] is None) for record in found)
+        return all(record is not None and not (kl and record.kl is None) for record in found)
 
     def scores(self, context: Context) -> list[float]:
         """Scores of the answers to a context; NaN where nothing judges them."""
         return [
             score(
-                self._done[self.key(context, sample)]["predicted_answer"],
+                self._done[self.key(context, sample)].predicted_answer,
                 sample.answer,
                 sample.choices,
                 sample.metric,
@@ -295,31 +223,30 @@ class Run:
         assert self._records is not None
         self._records.append(
             {
-                self.key(context, sample): {
-                    "schema": SCHEMA,
-                    "sample_id": sample.sample_id,
-                    "context_id": context.number,
-                    **asdict(answers[sample.sample_id]),
-                    "digests": self.digests,
-                    "versions": versions(),
-                }
+                self.key(context, sample): Record(
+                    **vars(answers[sample.sample_id]),
+                    sample_id=sample.sample_id,
+                    context_id=context.number,
+                    digests=self.digests,
+                    versions=versions(),
+                )
                 for sample in context.samples
             }
         )
 
     def predictions(self, table: pd.DataFrame, contexts: list[Context]) -> pd.DataFrame:
         """What was predicted, by sample id, with scores."""
-        records = {
-            sample.sample_id: _without(self._done[self.key(context, sample)], _PROVENANCE)
+        answers = {
+            sample.sample_id: self._done[self.key(context, sample)]
             for context in contexts
             for sample in context.samples
         }
-        return predictions_of(table, records, self.config.ratio)
+        return predictions_of(table, answers, self.config.ratio)
 
-    def write_views(self, predictions: pd.DataFrame) -> dict:
+    def write_views(self, predictions: pd.DataFrame) -> Metrics:
         """Write predictions.csv, metrics.json and config.yaml; the metrics."""
         sees = self.config.query_aware or self.config.sees_question
-        metrics = {"schema": SCHEMA, **metrics_of(predictions, sees)}
+        metrics = metrics_of(predictions, sees)
         self.save_config()
         texts = predictions[[name for name in predictions if name not in _COSTS]].assign(
             **{name: predictions[name].map(as_json) for name in ("answer", "choices")}
@@ -328,7 +255,7 @@ class Run:
         submit = find_dataset(self.config.dataset).submit
         if submit is not None:
             submit(predictions, self.folder / SUBMISSION)
-        write_atomically(self.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+        metrics.write(self.folder)
         return metrics
 
     def save_config(self) -> None:
@@ -345,16 +272,13 @@ class Run:
         return {} if self.config.overwrite or not path.exists() else read_mapping(path)
 
     @property
-    def _done(self) -> dict[str, dict]:
+    def _done(self) -> dict[str, Record]:
         return {} if self._records is None else self._records.done
 
 
 _SAID = ("press_name", "device", "data_path")
 """What saved options of 0.1.0 say besides the fields that its keys were made of."""
-_PROVENANCE = ("schema", "digests", "versions")
-_COSTS = tuple(
-    name for name in Answer.__dataclass_fields__ if name not in ("predicted_answer", "kl")
-)
+_COSTS = {f.name for f in fields(Answer)} - {"predicted_answer", "kl"}
 """Columns that differ between two runs with the same answers; predictions.csv leaves them out."""
 
 
@@ -434,10 +358,6 @@ def say_versions(runs: Sequence[Run], contexts: Sequence[Context]) -> None:
 
 def _hash(values: list[object]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def _without(record: Mapping[str, object], names: Sequence[str]) -> dict[str, object]:
-    return {name: value for name, value in record.items() if name not in names}
 
 
 def as_json(texts: list[str]) -> str:

@@ -1,7 +1,8 @@
 """How sure a mean is, and how two runs on the same samples differ."""
 
+import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 import numpy as np
@@ -9,6 +10,7 @@ import pandas as pd
 
 from cachepress.evaluation import intervals
 from cachepress.evaluation.intervals import Bounds, Clusters
+from cachepress.evaluation.typed import NULL
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Estimate:
     """
 
     mean: float
-    low: float
-    high: float
+    low: float = field(metadata={NULL: math.nan})
+    high: float = field(metadata={NULL: math.nan})
     samples: int
     contexts: int
 
@@ -96,6 +98,11 @@ def paired(run: pd.DataFrame, base: pd.DataFrame) -> Paired:
         flips=fmean((score >= 0.5) != (other >= 0.5) for score, other in pairs),
         same=fmean(answer == other for answer, other in answers),
     )
+
+
+def finite(value: float | None) -> float | None:
+    """A number that can be shown, or None."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _one(

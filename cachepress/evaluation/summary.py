@@ -1,57 +1,28 @@
-"""Results of several runs as one table."""
+"""Tables of results as commands print them, and a sweep's page: what stands in each column."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from statistics import fmean
-
-from tabulate import tabulate
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.prompts import shortened
+from cachepress.evaluation.ranking import Ranked, ranked
+from cachepress.evaluation.results import Metrics, Scores
+from cachepress.evaluation.runner import Result
 from cachepress.evaluation.speed import SpeedLine
-from cachepress.evaluation.spreadsheet import SheetCell, estimated, spreadsheet
-from cachepress.evaluation.sweep import Result
+from cachepress.evaluation.statistics import Estimate, Paired
+from cachepress.evaluation.tables import (
+    Column,
+    interval_text,
+    of_estimate,
+    of_number,
+    of_text,
+    sheet_line,
+    spreadsheet,
+    table,
+)
 from cachepress.spec import NO_PRESS, brief
 
 LONGEST_NAME = 72
-HEADERS = (
-    "press",
-    "ratio",
-    "score",
-    "95 % interval",
-    "cache before",
-    "cache after",
-    "prefill s",
-    "tokens/s",
-)
-
-SWEEP_HEADERS = (
-    "press",
-    "ratio",
-    "score",
-    "95 % interval",
-    "difference to no press",
-    "flips",
-    "KL",
-    "cache",
-    "prefill s",
-    "press s",
-    "tokens/s",
-)
-EQUAL = 1.15
-"""Bytes that count as equal: pages that are not full, and positions, come on top of rows."""
-QUALITY_HEADERS = (
-    "press",
-    "question",
-    "dropped",
-    "score",
-    "95 % interval",
-    "difference to no press",
-    "cache",
-)
-SPEED_HEADERS = ("press", "dropped", "cache", "ms a token", "middle half", "times as fast")
-RANKING_MEANS = ("mean score", "mean KL", "mean bytes kept")
 HOW_TO_READ = (
     "Ratio: share of key-value pairs dropped, measured. Score: mean, with a 95 % interval "
     "clustered by context. Difference: to no press on the same samples, with its interval. Flips: "
@@ -62,95 +33,145 @@ HOW_TO_READ = (
 )
 
 
-def results_table(rows: Sequence[tuple[str, Mapping]], style: str = "simple") -> str:
-    """A line a run: its name, and its metrics as ``EvaluationRunner`` returns them."""
-    return _table([_line(name, metrics) for name, metrics in rows], HEADERS, style)
+@dataclass(frozen=True)
+class Line:
+    """A line of a table: a result under a name.
+
+    Attributes:
+        name: of the press, or of its folder.
+        metrics: what was measured.
+        paired: how it differs from no press; None if that is not known.
+        question: where the question stood.
+    """
+
+    name: str
+    metrics: Metrics
+    paired: Paired | None = None
+    question: str = ""
 
 
-def task_table(metrics: Mapping, style: str = "simple") -> str:
+PRESS: Column[Line] = Column("press", lambda line: _cut(line.name))
+RATIO: Column[Line] = Column("ratio", lambda line: f"{line.metrics.compression_ratio:.3f}")
+SCORE: Column[Line] = Column("score", lambda line: _scored(line.metrics)[0])
+INTERVAL: Column[Line] = Column("95 % interval", lambda line: _scored(line.metrics)[1])
+BEFORE: Column[Line] = Column("cache before", lambda line: _mib(line.metrics.cache_bytes_before))
+AFTER: Column[Line] = Column("cache after", lambda line: _mib(line.metrics.cache_bytes_after))
+PREFILL: Column[Line] = Column("prefill s", lambda line: f"{line.metrics.prefill_seconds:.2f}")
+SPEED: Column[Line] = Column("tokens/s", lambda line: _speed(line.metrics))
+DIFFERENCE: Column[Line] = Column("difference to no press", lambda line: _difference(line.paired))
+FLIPS: Column[Line] = Column("flips", lambda line: _known(line.paired and line.paired.flips, ".2f"))
+KL: Column[Line] = Column("KL", lambda x: _known(x.metrics.kl and x.metrics.kl.mean, ".4f"))
+ADDED: Column[Line] = Column("press s", lambda line: _known(line.metrics.press_seconds, ".2f"))
+QUESTION: Column[Line] = Column("question", lambda line: line.question)
+DROPPED, CACHE = replace(RATIO, title="dropped"), replace(AFTER, title="cache")
+RESULTS = (PRESS, RATIO, SCORE, INTERVAL, BEFORE, AFTER, PREFILL, SPEED)
+SWEEP = (PRESS, RATIO, SCORE, INTERVAL, DIFFERENCE, FLIPS, KL, CACHE, PREFILL, ADDED, SPEED)
+QUALITY = (PRESS, QUESTION, DROPPED, SCORE, INTERVAL, DIFFERENCE, CACHE)
+TASKS: tuple[Column[tuple[str, Estimate]], ...] = (
+    Column("task", lambda line: line[0]),
+    Column("score", lambda line: f"{line[1].mean:.3f}"),
+    Column("95 % interval", lambda line: interval_text(line[1])),
+    Column("samples", lambda line: str(line[1].samples)),
+    Column("contexts", lambda line: str(line[1].contexts)),
+)
+DECODING: tuple[Column[SpeedLine], ...] = (
+    Column("press", lambda x: NO_PRESS if x.press is None else _cut(brief(x.press, x.ratio))),
+    Column("dropped", lambda line: f"{line.ratio:.3f}"),
+    Column("cache", lambda line: _mib(line.cache_bytes)),
+    Column("ms a token", lambda line: f"{1000 * line.seconds.median:.1f}"),
+    Column("middle half", lambda x: f"{1000 * x.seconds.low:.1f} to {1000 * x.seconds.high:.1f}"),
+)
+RANKED: Column[Ranked] = Column("press", lambda line: _cut(line.press))
+MEANS: tuple[Column[Ranked], ...] = (
+    Column("mean score", lambda line: _known(line.score, ".3f")),
+    Column("mean KL", lambda line: _known(line.kl, ".4f")),
+    Column("mean bytes kept", lambda line: _known(line.kept, ".2f")),
+)
+SHEET: tuple[Column[Result], ...] = (
+    of_text("model", lambda result: result.run.config.model),
+    of_text("dataset", lambda result: result.run.config.dataset),
+    of_text("part", lambda result: result.run.config.data_dir),
+    of_text("press sees", lambda x: "question" if x.run.config.query_aware else "context"),
+    of_text("press", lambda result: result.run.config.press_name),
+    of_number("nominal ratio", lambda result: result.run.config.compression_ratio),
+    of_number("ratio", lambda result: result.metrics.compression_ratio),
+    of_estimate("score", lambda result: result.metrics.score),
+    of_estimate("difference to no press", lambda x: x.paired and x.paired.difference),
+    of_number("flips", lambda result: result.paired and result.paired.flips),
+    of_estimate("KL", lambda result: result.metrics.kl),
+    of_estimate("perplexity", lambda result: result.metrics.perplexity),
+    of_number("bytes before", lambda result: result.metrics.cache_bytes_before),
+    of_number("bytes after", lambda result: result.metrics.cache_bytes_after),
+    of_number("prefill s", lambda result: result.metrics.prefill_seconds),
+    of_number("press s", lambda result: result.metrics.press_seconds),
+    of_number("tokens/s", lambda result: result.metrics.decode_tokens_per_second),
+    of_number("samples", lambda x: x.metrics.sizes and x.metrics.sizes.samples),
+    of_number("contexts", lambda x: x.metrics.sizes and x.metrics.sizes.contexts),
+    of_text("notes", lambda result: "; ".join(notes_of(result.run.config, result.metrics))),
+    of_text("machine", lambda result: result.metrics.machine),
+)
+
+
+def results_table(lines: Sequence[tuple[str, Metrics]], style: str = "simple") -> str:
+    """A line for each result, under a name."""
+    return table(RESULTS, [Line(name, metrics) for name, metrics in lines], style)
+
+
+def task_table(scores: Scores, style: str = "simple") -> str:
     """A line a task: score, interval and number of samples; and what else is reported of it."""
-    rows = []
-    for task, score in metrics["tasks"].items():
-        reported = metrics.get("reported", {}).get(task, {})
-        rows += [
-            (name, f"{e['mean']:.3f}", _spread(e), e["samples"], e["contexts"])
-            for name, e in [(task, score), *((f"{task}: {n}", e) for n, e in reported.items())]
-        ]
-    headers = ("task", "score", "95 % interval", "samples", "contexts")
-    return tabulate(
-        rows, headers=headers, tablefmt=style, disable_numparse=True, colalign=("left",)
-    )
+    lines = []
+    for task, score in scores.tasks.items():
+        reported = scores.reported.get(task, {})
+        named = {task: score, **{f"{task}: {name}": found for name, found in reported.items()}}
+        lines += [(name, found) for name, found in named.items() if found is not None]
+    return table(TASKS, lines, style, align="left")
 
 
-def cut_text(metrics: Mapping) -> str:
+def cut_text(contexts: int | None, tokens: int | None) -> str:
     """How many contexts were cut, and by how much; nothing where none was."""
-    if not metrics.get("cut_contexts"):
+    if not contexts:
         return ""
-    contexts, tokens = metrics["cut_contexts"], metrics["cut_tokens"]
     return f"{contexts} context{'s' * (contexts != 1)} cut, {tokens:,} tokens in all"
 
 
 def sweep_table(results: Sequence[Result], style: str = "simple") -> str:
     """A line for each result of a group, the differences to no press beside it."""
-    return _table([_sweep_line(result) for result in results], SWEEP_HEADERS, style)
+    return table(SWEEP, [_line(result) for result in results], style)
 
 
 def quality_table(groups: Sequence[Sequence[Result]], style: str = "simple") -> str:
     """A line for each result of all groups: what was asked, and what is left of score and bytes."""
-    lines = []
-    for group in groups:
-        question = "in sight" if group[0].run.config.query_aware else "later"
-        for result in group:
-            name, ratio, score, spread, difference, _, _, cache, *_ = _sweep_line(result)
-            lines.append((name, question, ratio, score, spread, difference, cache))
-    return _table(lines, QUALITY_HEADERS, style)
+    return table(QUALITY, [_line(result) for group in groups for result in group], style)
 
 
 def speed_table(lines: Sequence[SpeedLine], style: str = "simple") -> str:
     """A line for each cache that was decoded from, against the first one."""
-    rows = [
-        (
-            NO_PRESS if line.press is None else _cut(brief(line.press, line.ratio)),
-            f"{line.ratio:.3f}",
-            _mib(line.cache_bytes),
-            f"{1000 * line.seconds.median:.1f}",
-            f"{1000 * line.seconds.low:.1f} to {1000 * line.seconds.high:.1f}",
-            f"{lines[0].seconds.median / line.seconds.median:.2f}",
-        )
-        for line in lines
-    ]
-    return _table(rows, SPEED_HEADERS, style)
+    first = lines[0].seconds.median
+    times: Column[SpeedLine] = Column("times as fast", lambda x: f"{first / x.seconds.median:.2f}")
+    return table((*DECODING, times), lines, style)
 
 
 def ranking_table(results: Sequence[Result], style: str = "simple") -> str | None:
-    """A line for each press that was scored at every ratio, the best one first.
-
-    Presses are compared at equal bytes: what counts at a ratio is the score of the run with the
-    most bytes that keeps no more than the ratio leaves of what no press allocates. Those that never
-    keep so little come last.
-
-    Args:
-        results: of one group.
-        style: a format of tabulate.
+    """A line for each press that was scored at every ratio, the best one first; see ``ranked``.
 
     Returns:
         None if nothing was scored, or at fewer than two ratios.
     """
-    rated = [r for r in results if r.run.config.compression_ratio is not None]
-    ratios = sorted({result.run.config.ratio for result in rated})
-    presses: dict[str, list[Result]] = {}
-    for result in sorted(rated, key=lambda result: result.run.config.ratio):
-        presses.setdefault(result.run.config.press_name, []).append(result)
-    whole = {name: some for name, some in presses.items() if len(some) == len(ratios)}
-    if len(ratios) < 2 or any(result.metrics["score"] is None for result in rated):
+    ratios, lines = ranked(results)
+    if not ratios:
         return None
-    base = next((r for r in results if r.run.press is None), None)
-    fitting = {
-        name: [_fitting(some, ratio, base) for ratio in ratios] for name, some in whole.items()
-    }
-    ranked = sorted(fitting.items(), key=lambda item: _place(item[1]))
-    headers = ("press", *(f"at {ratio}" for ratio in ratios), *RANKING_MEANS)
-    return _table([_ranking_line(name, some) for name, some in ranked], headers, style)
+    scores: list[Column[Ranked]] = [_at(place, ratio) for place, ratio in enumerate(ratios)]
+    return table((RANKED, *scores, *MEANS), lines, style)
+
+
+def _at(place: int, ratio: float) -> Column[Ranked]:
+    """The score at a ratio, with its interval."""
+
+    def text(line: Ranked) -> str:
+        result = line.results[place]
+        return "" if result is None else " (".join(_scored(result.metrics)) + ")"
+
+    return Column(f"at {ratio}", text)
 
 
 def sweep_text(results: Sequence[Sequence[Result]]) -> str:
@@ -162,47 +183,13 @@ def sweep_page(results: Sequence[Sequence[Result]], command: str) -> str:
     """The results of every group as Markdown, with how to read them and what measured them."""
     top = f"# Results\n\nThis page is made by `{command}`.\n\n{HOW_TO_READ}"
     parts = [_section(group) for group in results]
-    machines = sorted({result.metrics["machine"] for group in results for result in group})
+    machines = sorted({result.metrics.machine for group in results for result in group})
     return "\n".join([top, *parts, *(f"Measured on: {machine}\n" for machine in machines)])
 
 
 def sweep_sheet(results: Sequence[Sequence[Result]]) -> str:
     """A line for each result of every group, for spreadsheets: numbers in full."""
-    return spreadsheet([_sheet_row(result) for group in results for result in group])
-
-
-def _sheet_row(result: Result) -> dict[str, SheetCell]:
-    config, metrics, compared = result.run.config, result.metrics, result.paired
-    difference = None if compared is None else asdict(compared.difference)
-    sizes = metrics["score"] or metrics["kl"] or metrics["perplexity"] or {}
-    return {
-        "model": config.model,
-        "dataset": config.dataset,
-        "part": config.data_dir,
-        "press sees": "question" if config.query_aware else "context",
-        "press": config.press_name,
-        "nominal ratio": config.compression_ratio,
-        "ratio": metrics["compression_ratio"],
-        **estimated("score", metrics["score"]),
-        **estimated("difference to no press", difference),
-        "flips": None if compared is None else compared.flips,
-        **estimated("KL", metrics["kl"]),
-        **estimated("perplexity", metrics["perplexity"]),
-        "bytes before": metrics["cache_bytes_before"],
-        "bytes after": metrics["cache_bytes_after"],
-        "prefill s": metrics["prefill_seconds"],
-        "press s": metrics["press_seconds"],
-        "tokens/s": metrics["decode_tokens_per_second"],
-        "samples": sizes.get("samples"),
-        "contexts": sizes.get("contexts"),
-        "notes": "; ".join(notes_of(config, metrics)),
-        "machine": metrics["machine"],
-    }
-
-
-def _table(lines: Sequence[Sequence[str]], headers: Sequence[str], style: str) -> str:
-    align = ("left", *["right"] * (len(headers) - 1))
-    return tabulate(lines, headers, tablefmt=style, colalign=align, disable_numparse=True)
+    return spreadsheet([sheet_line(SHEET, result) for group in results for result in group])
 
 
 def _section(group: Sequence[Result]) -> str:
@@ -220,96 +207,29 @@ def _section(group: Sequence[Result]) -> str:
     return f"{heading}\n{top}\n\n{ranking}\n\nEverything that was measured:\n\n{table}"
 
 
-def _fitting(results: Sequence[Result], ratio: float, base: Result | None) -> Result | None:
-    """The run with the most bytes that keeps no more than a ratio leaves; None if none does."""
-
-    def kept(result: Result) -> float:
-        whole = (result if base is None else base).metrics
-        before = whole["cache_bytes_before"] if base is None else whole["cache_bytes_after"]
-        return result.metrics["cache_bytes_after"] / before
-
-    small = [result for result in results if kept(result) <= (1 - ratio) * EQUAL]
-    return max(small, key=kept, default=None)
-
-
-def _place(results: Sequence[Result | None]) -> tuple[int, float, float]:
-    """Where a press stands in a ranking: by what it lacks, its mean score, its divergence."""
-    found = [result for result in results if result is not None]
-    if not found:
-        return len(results), 0.0, 0.0
-    kl = _mean_kl(found)
-    # One that was not measured comes last of equals: NaN would leave their order to chance.
-    return len(results) - len(found), -_mean_score(found), math.inf if math.isnan(kl) else kl
-
-
-def _ranking_line(name: str, results: Sequence[Result | None]) -> list[str]:
-    scores = ["" if r is None else " (".join(_scored(r.metrics)) + ")" for r in results]
-    found = [result for result in results if result is not None]
-    if not found:
-        return [_cut(name), *scores, "", "", ""]
-    kl, score = _mean_kl(found), f"{_mean_score(found):.3f}"
-    return [_cut(name), *scores, score, "" if math.isnan(kl) else f"{kl:.4f}", _mean_kept(found)]
-
-
-def _mean_score(results: Sequence[Result]) -> float:
-    return fmean(result.metrics["score"]["mean"] for result in results)
-
-
-def _mean_kl(results: Sequence[Result]) -> float:
-    """Mean divergence over ratios; NaN where it was not measured."""
-    kls = [result.metrics["kl"] for result in results]
-    return math.nan if None in kls else fmean(kl["mean"] for kl in kls)
-
-
-def _mean_kept(results: Sequence[Result]) -> str:
-    """Mean share of the bytes that are kept."""
-    every = [result.metrics for result in results]
-    return f"{fmean(m['cache_bytes_after'] / m['cache_bytes_before'] for m in every):.2f}"
-
-
-def notes_of(config: EvaluationConfig, metrics: Mapping) -> list[str]:
+def notes_of(config: EvaluationConfig, metrics: Metrics) -> list[str]:
     """What is out of the ordinary in how samples were asked."""
     chat = {None: "", True: "all in the chat template", False: "no chat template"}[config.chat]
     label = config.prompts_label
     prompts = "" if label is None else f"prompts of {shortened(label)}"
-    return [note for note in (prompts, chat, cut_text(metrics)) if note]
+    return [
+        note for note in (prompts, chat, cut_text(metrics.cut_contexts, metrics.cut_tokens)) if note
+    ]
 
 
 def _heading(group: Sequence[Result]) -> str:
-    config, score = group[0].run.config, group[0].metrics["score"]
+    config, score = group[0].run.config, group[0].metrics.score
     part = f" {config.data_dir}" if config.data_dir else ""
     aware = "query-aware" if config.query_aware else "query-agnostic"
-    counts = "" if score is None else f", {score['contexts']} contexts, {score['samples']} samples"
+    counts = "" if score is None else f", {score.contexts} contexts, {score.samples} samples"
     notes = "".join(f", {note}" for note in notes_of(config, group[0].metrics))
     return f"{config.model} on {config.dataset}{part}, {aware}{counts}{notes}"
 
 
-def _sweep_line(result: Result) -> list[str]:
-    metrics, compared = result.metrics, result.paired
-    difference = flips = ""
-    if compared is not None:
-        low, high = compared.difference.low, compared.difference.high
-        difference = f"{compared.difference.mean:+.3f} ({low:+.2f} to {high:+.2f})"
-        flips = f"{compared.flips:.2f}"
-    name, ratio, score, spread, _, after, prefill, speed = _line(
-        result.run.config.press_name, metrics
-    )
-    kl = "" if metrics["kl"] is None else f"{metrics['kl']['mean']:.4f}"
-    added = metrics["press_seconds"]
-    added = "" if added is None else f"{added:.2f}"
-    return [name, ratio, score, spread, difference, flips, kl, after, prefill, added, speed]
-
-
-def _line(name: str, metrics: Mapping) -> list[str]:
-    return [
-        _cut(name),
-        f"{metrics['compression_ratio']:.3f}",
-        *_scored(metrics),
-        _mib(metrics["cache_bytes_before"]),
-        _mib(metrics["cache_bytes_after"]),
-        f"{metrics['prefill_seconds']:.2f}",
-        f"{speed:.1f}" if (speed := metrics["decode_tokens_per_second"]) else "",
-    ]
+def _line(result: Result) -> Line:
+    config = result.run.config
+    question = "in sight" if config.query_aware else "later"
+    return Line(config.press_name, result.metrics, result.paired, question)
 
 
 def _cut(name: str) -> str:
@@ -317,24 +237,29 @@ def _cut(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
 
 
-def _scored(metrics: Mapping) -> tuple[str, str]:
+def _scored(metrics: Metrics) -> tuple[str, str]:
     """Score and interval; where only a perplexity was measured, that."""
-    score = metrics["score"]
-    if score is not None:
-        return f"{score['mean']:.3f}", _interval(score)
-    perplexity = metrics["perplexity"]
-    if perplexity is None:
+    if metrics.score is not None:
+        return f"{metrics.score.mean:.3f}", interval_text(metrics.score)
+    if metrics.perplexity is None:
         return "", ""
-    return f"ppl {perplexity['mean']:.2f}", _spread(perplexity)
+    return f"ppl {metrics.perplexity.mean:.2f}", interval_text(metrics.perplexity)
 
 
-def _spread(estimate: Mapping) -> str:
-    """The interval, if one is known."""
-    return "" if None in (estimate["low"], estimate["high"]) else _interval(estimate)
+def _difference(paired: Paired | None) -> str:
+    if paired is None:
+        return ""
+    found = paired.difference
+    return f"{found.mean:+.3f} ({found.low:+.2f} to {found.high:+.2f})"
 
 
-def _interval(score: Mapping) -> str:
-    return f"{score['low']:.2f} to {score['high']:.2f}"
+def _speed(metrics: Metrics) -> str:
+    return _known(metrics.decode_tokens_per_second, ".1f")
+
+
+def _known(number: float | None, form: str) -> str:
+    """A number in a format; nothing where there is none."""
+    return "" if number is None else format(number, form)
 
 
 def _mib(nbytes: float) -> str:

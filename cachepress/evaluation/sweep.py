@@ -1,26 +1,21 @@
 """A sweep: presses, ratios, data sets and models, with one prefill of a context for all."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
-import pandas as pd
-from tqdm import tqdm
-
 from cachepress.catalogue import own_presses, recommended
-from cachepress.digests import model_digests
 from cachepress.errors import CachepressError
 from cachepress.evaluation.answering import shares_reading
 from cachepress.evaluation.config import EvaluationConfig, same_data, same_model
-from cachepress.evaluation.executors import EXECUTORS, Executor, Unit, WorkerOptions
-from cachepress.evaluation.run import Run, allow_open_files, say_versions
-from cachepress.evaluation.samples import Context, contexts_of, load_table
-from cachepress.evaluation.statistics import Paired, paired
+from cachepress.evaluation.executors import EXECUTORS, Unit, WorkerOptions
+from cachepress.evaluation.run import Run, allow_open_files
+from cachepress.evaluation.runner import Group, Result, drive
 from cachepress.files import expanded
 from cachepress.limits import check_whole, shown
-from cachepress.models.loading import load_tokenizer, resolve
+from cachepress.presses import BasePress
 from cachepress.spec import parse
 from cachepress.structured import read_mapping
 
@@ -91,7 +86,7 @@ class SweepConfig:
         """How the work is done."""
         return WorkerOptions(self.batch_size, self.kl, self.workers)
 
-    def groups(self) -> list["Group"]:
+    def groups(self) -> list[Group]:
         """The evaluations, by what they read."""
         found = []
         for model in _distinct(self.models, same_model):
@@ -100,7 +95,8 @@ class SweepConfig:
                     name, _, part = dataset.partition(":")
                     what = {"dataset": name, "data_dir": part or None, "query_aware": aware}
                     options = {**self.options, **what, "model": model}
-                    found.append(Group([Run(c) for c in self._configs(options)]))
+                    configs = self._configs(options)
+                    found.append(Group([Run(c, self._is_optional(c)) for c in configs]))
         folders = [run.folder for group in found for run in group.runs]
         for folder in folders:
             if folders.count(folder) > 1:
@@ -112,74 +108,31 @@ class SweepConfig:
 
     def _configs(self, options: Mapping[str, object]) -> list[EvaluationConfig]:
         plain = {k: v for k, v in options.items() if k != "storage"}
-        configs = [EvaluationConfig(**plain)]
-        for press in self._spellings():
-            if options["query_aware"] and parse(press).needs.question:
+        configs = [replace(EvaluationConfig(), **plain)]
+        for spelling, press in self._spellings().items():
+            if options["query_aware"] and press.needs.question:
                 continue  # It is query-aware by itself, and there once already.
             for ratio in self.ratios if _has_ratio(press) else [None]:
-                configs.append(EvaluationConfig(**options, press=press, compression_ratio=ratio))
+                own = {"press": spelling, "compression_ratio": ratio}
+                configs.append(replace(EvaluationConfig(), **options, **own))
         found: dict[Path, EvaluationConfig] = {}
         for config in configs:
             found.setdefault(config.get_results_dir(), config)
         return list(found.values())
 
-    def _spellings(self) -> list[str]:
-        named = [p for p in self.presses if p != EVERY_PRESS and parse(p) is not None]
+    def _is_optional(self, config: EvaluationConfig) -> bool:
+        """Whether a run is left out where its press does not fit the model."""
+        return EVERY_PRESS in self.presses and config.press not in self.presses
+
+    def _spellings(self) -> dict[str, BasePress]:
+        """The presses by their spellings, without "no press"."""
+        named = {
+            p: press for p in self.presses if p != EVERY_PRESS and (press := parse(p)) is not None
+        }
         if EVERY_PRESS not in self.presses:
             return named
-        return [*named, *(repr(recommended(kind, 0.5)) for kind in own_presses().values())]
-
-
-@dataclass
-class Group:
-    """Evaluations that read the same contexts with the same model.
-
-    Attributes:
-        runs: the first one is without a press.
-        table: the data set.
-        contexts: what is read.
-    """
-
-    runs: list[Run]
-    table: pd.DataFrame = field(init=False)
-    contexts: list[Context] = field(init=False)
-
-    @property
-    def config(self) -> EvaluationConfig:
-        """What all of them share."""
-        return self.runs[0].config
-
-    def load(self) -> None:
-        """Load the data set."""
-        tokenizer = load_tokenizer(self.config.model, self.config.loading)
-        self.table = load_table(self.config, tokenizer)
-        self.contexts = contexts_of(self.table)
-        digests = model_digests(self.config.model, self.config.model_kwargs)
-        for run in self.runs:
-            run.identify(digests, resolve(self.config.model))
-            run.adopt(self.contexts)
-
-    def units(self, kl: bool) -> Iterator[Unit]:
-        """What is left to do: contexts, with the runs that have not answered them."""
-        for context in self.contexts:
-            left = [run for run in self.runs if not run.has(context, kl and _measures(run))]
-            if left:
-                yield Unit(context, tuple(run.config for run in left))
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one run.
-
-    Attributes:
-        run: which one.
-        metrics: as they stand in metrics.json.
-        paired: how it differs from no press on the same samples; None for no press itself.
-    """
-
-    run: Run
-    metrics: dict
-    paired: Paired | None
+        every = [recommended(kind, 0.5) for kind in own_presses().values()]
+        return named | {repr(press): press for press in every}
 
 
 def run_sweep(
@@ -208,22 +161,8 @@ def run_sweep(
         print(plan_of(config, groups, [list(group.units(config.kl)) for group in groups]))
         return []
     allow_open_files(sum(len(group.runs) for group in groups))
-    with ExitStack() as stack:
-        for group in groups:
-            for run in group.runs:
-                stack.enter_context(run.held())
-                run.check_folder()
-            group.load()
-            say_versions(group.runs, group.contexts)
-        executor = stack.enter_context(EXECUTORS[config.executor](config.worker_options))
-        for group in groups:
-            _check(config, group, executor)
-        for run in (run for group in groups for run in group.runs):
-            run.begin()
-        left = [list(group.units(config.kl)) for group in groups]
-        logger.info("%s", plan_of(config, groups, left))
-        _work(groups, [unit for part in left for unit in part], executor, quiet)
-        return [_results(group) for group in groups]
+    executor = EXECUTORS[config.executor](config.worker_options)
+    return drive(groups, executor, partial(plan_of, config), kl=config.kl, quiet=quiet)
 
 
 def plan_of(config: SweepConfig, groups: Sequence[Group], left: Sequence[Sequence[Unit]]) -> str:
@@ -267,47 +206,7 @@ def load_sweep(path: str | None, options: Mapping[str, object]) -> SweepConfig:
             wanted = ", ".join(sorted(own | known))
             raise CachepressError(f"unknown option {shown(name)}: wanted one of {wanted}")
     given = {name: value for name, value in values.items() if name in own}
-    return SweepConfig(**given, options={k: v for k, v in values.items() if k in known})
-
-
-def _check(config: SweepConfig, group: Group, executor: Executor) -> None:
-    """Refuse what cannot work; of "all" presses, those that do not fit the model are left out."""
-    if not any(True for _ in group.units(config.kl)):
-        return
-    unfit = executor.check([run.config for run in group.runs], group.contexts)
-    for folder, reason in unfit.items():
-        run = next(run for run in group.runs if run.folder == folder)
-        if EVERY_PRESS not in config.presses or run.config.press in config.presses:
-            raise CachepressError(reason)
-        logger.warning("left out: %s: %s", run.label, reason)
-    group.runs = [run for run in group.runs if run.folder not in unfit]
-
-
-def _work(groups: Sequence[Group], units: Sequence[Unit], executor: Executor, quiet: bool) -> None:
-    """Answer what is left, and write each context's answers as they come."""
-    runs = {run.folder: run for group in groups for run in group.runs}
-    total = sum(len(unit.configs) for unit in units)
-    with tqdm(total=total, unit="context", disable=quiet or not units) as bar:
-        for unit, answered in executor.run(units):
-            for folder, found in answered.found:
-                runs[folder].save(unit.context, found)
-            if answered.error is not None:
-                raise CachepressError(answered.error)
-            bar.update(len(answered.found))
-
-
-def _results(group: Group) -> list[Result]:
-    results: list[Result] = []
-    base: pd.DataFrame | None = None
-    for run in group.runs:
-        predictions = run.predictions(group.table, group.contexts)
-        metrics = run.write_views(predictions)
-        base = predictions if base is None else base
-        compared = None
-        if run.press is not None and base["score"].notna().any():
-            compared = paired(predictions, base)
-        results.append(Result(run, metrics, compared))
-    return results
+    return replace(SweepConfig(), **given, options={k: v for k, v in values.items() if k in known})
 
 
 def _distinct(names: Sequence[str], same: Callable[[str], str]) -> list[str]:
@@ -323,15 +222,7 @@ def _same_part(dataset: str) -> str:
     return f"{same_data(name)}:{part}"
 
 
-def _measures(run: Run) -> bool:
-    """Whether a divergence can be measured: not where the press acts on what is decoded."""
-    return run.press is None or not run.press.schedule.decodes
-
-
-def _has_ratio(spelling: str) -> bool:
-    press = parse(spelling)
-    if press is None:
-        raise CachepressError(f"{spelling!r} is no press")
+def _has_ratio(press: BasePress) -> bool:
     try:
         return press.with_ratio(0.5) != press.with_ratio(0.25)
     except CachepressError:

@@ -1,13 +1,14 @@
 """Pages that are one file: styles, scripts and data are inside, and nothing is fetched."""
 
 import json
-import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+
+from cachepress.evaluation.typed import plain
 
 HERE = Path(__file__).parent
 
@@ -33,7 +34,7 @@ def as_data(value: object) -> Markup:
     All but ASCII is escaped, and so is what could end or open an element. A number that is not
     finite becomes null.
     """
-    text = json.dumps(_plain(value), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(plain(value), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
@@ -41,11 +42,3 @@ def as_data(value: object) -> Markup:
 def asset(name: str) -> Markup:
     """A style or script of the package, as it is."""
     return Markup((HERE / name).read_text(encoding="utf-8"))
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value

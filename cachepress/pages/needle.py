@@ -7,7 +7,7 @@ from statistics import fmean
 
 import numpy as np
 
-from cachepress.pages.panels import finite
+from cachepress.evaluation.statistics import finite
 from cachepress.pages.saved import SavedRun
 
 MOST_VALUES = 12

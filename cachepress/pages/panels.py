@@ -1,4 +1,4 @@
-"""Cells that can be compared, side by side: what each costs and what it loses."""
+"""Runs that can be compared, side by side: what each costs and what it loses."""
 
 import json
 import math
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from cachepress.evaluation.statistics import Estimate, Paired, paired
+from cachepress.evaluation.results import Metrics
+from cachepress.evaluation.statistics import Estimate, Paired, finite, paired
+from cachepress.evaluation.summary import cut_text
 from cachepress.pages.saved import SavedRun
 from cachepress.spec import NO_PRESS
 
@@ -57,10 +59,15 @@ class Entry:
     fronts: Mapping[tuple[str, str], bool]
     leads: Mapping[tuple[str, str], bool]
 
+    @property
+    def metrics(self) -> Metrics:
+        """What was measured of the run."""
+        return self.run.metrics
+
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """Cells that differ in their press only.
+    """Runs that differ in their press only.
 
     Attributes:
         title: model and data.
@@ -104,12 +111,7 @@ def settings_of(run: SavedRun) -> dict[str, str]:
     """Every setting, version and digest of a run, and the machine."""
     told = {name: shown(value) for name, value in run.config.items() if name != DIGESTS}
     digests = {f"{name} digest": shown(value) for name, value in _digests(run).items()}
-    return {**told, **digests, "machine": run.machine}
-
-
-def finite(value: float | None) -> float | None:
-    """A number that can be drawn, or None."""
-    return value if value is not None and math.isfinite(value) else None
+    return {**told, **digests, "machine": run.metrics.machine}
 
 
 def _settings(run: SavedRun) -> dict[str, str]:
@@ -121,7 +123,7 @@ def _settings(run: SavedRun) -> dict[str, str]:
         if name not in left_out and not name.endswith("_version")
     }
     digests = {f"{name} digest": shown(_digests(run).get(name, "unknown")) for name in OF_MODEL}
-    return {**settings, **digests, "query_aware": shown(run.query_aware)}
+    return {**settings, **digests, "query_aware": shown(run.metrics.query_aware)}
 
 
 def _digests(run: SavedRun) -> Mapping[str, object]:
@@ -148,7 +150,7 @@ def _panel(runs: list[SavedRun], bases: Mapping[str, SavedRun], varying: list[st
     first = _settings(runs[0])
     aware = "query-aware: the press sees the question"
     agnostic = "query-agnostic: the press does not see the question"
-    notes = [aware if runs[0].query_aware else agnostic]
+    notes = [aware if runs[0].metrics.query_aware else agnostic]
     notes += [f"{name}: {first.get(name, 'default')}" for name in varying if name not in TITLE]
     notes += _asked(runs, [name for name in varying if name not in TITLE])
     entries = _entries(runs, bases)
@@ -165,14 +167,9 @@ def _asked(runs: Sequence[SavedRun], said: Sequence[str]) -> list[str]:
     """What is out of the ordinary in how samples were asked, where it is not said already."""
     first = _settings(runs[0])
     notes = [f"{name}: {first[name]}" for name in PROMPTING if name in first and name not in said]
-    contexts, tokens = (
-        max((getattr(run, name) or 0 for run in runs), default=0)
-        for name in ("cut_contexts", "cut_tokens")
-    )
-    if contexts:
-        plural = "s" * (contexts != 1)
-        notes.append(f"{contexts:.0f} context{plural} cut, {tokens:,.0f} tokens in all")
-    return notes
+    contexts = max(run.metrics.cut_contexts or 0 for run in runs)
+    tokens = max(run.metrics.cut_tokens or 0 for run in runs)
+    return [*notes, cut_text(contexts, tokens)] if contexts else notes
 
 
 def _place(text: str) -> str:
@@ -226,15 +223,15 @@ def _difference(guest: SavedRun, own: SavedRun) -> str:
     mine, theirs = _settings(own), _settings(guest)
     names = [n for n in theirs if n != "query_aware" and theirs[n] != mine.get(n)]
     notes = [f"{n} {theirs[n]}" for n in names]
-    if guest.query_aware != own.query_aware:
-        notes.insert(0, "query-aware" if guest.query_aware else "query-agnostic")
+    if guest.metrics.query_aware != own.metrics.query_aware:
+        notes.insert(0, "query-aware" if guest.metrics.query_aware else "query-agnostic")
     return ", ".join(notes)
 
 
 def _kept(run: SavedRun, base: SavedRun | None) -> float:
     """Share of the bytes; of the run's own before compression where nothing else was measured."""
-    whole = (run if base is None else base).bytes_before
-    return run.bytes_after / whole if whole else math.nan
+    whole = (run if base is None else base).metrics.cache_bytes_before
+    return run.metrics.cache_bytes_after / whole if whole else math.nan
 
 
 def _versus(run: SavedRun, base: SavedRun) -> Paired | None:
@@ -252,7 +249,8 @@ def _same(run: pd.DataFrame, base: pd.DataFrame) -> float | None:
 
 def quality_of(run: SavedRun, quality: str) -> Estimate | None:
     """The score, the divergence or the perplexity of a run."""
-    return {"score": run.score, "kl": run.kl, "perplexity": run.perplexity}[quality]
+    metrics = run.metrics
+    return {"score": metrics.score, "kl": metrics.kl, "perplexity": metrics.perplexity}[quality]
 
 
 def _membership(
@@ -288,7 +286,7 @@ def _points(
         good = _ends(estimate.mean, estimate.low, estimate.high, quality != "score")
         thrift = _ends(kept[run.folder], kept[run.folder], kept[run.folder], True)
         if cost == "speed":
-            thrift = _ends(run.speed, run.speed_low, run.speed_high, False)
+            thrift = _ends(*run.metrics.speeds, False)
         if math.isfinite(good[0]) and math.isfinite(thrift[0]):
             points.append(_Point(run.folder, good, thrift))
     return sorted(points, key=lambda point: (-point.thrift[0], -point.quality[0]))

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from cachepress.evaluation.statistics import Estimate
+from cachepress.evaluation.statistics import Estimate, finite
 from cachepress.files import replacing
 from cachepress.pages.needle import Needle, needle_of
-from cachepress.pages.panels import QUALITIES, Entry, Panel, finite, quality_of
+from cachepress.pages.panels import QUALITIES, Entry, Panel, quality_of
 from cachepress.spec import NO_PRESS
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def quality_picture(panel: Panel) -> Figure | None:
 
 def speed_picture(panel: Panel) -> Figure | None:
     """Quality against decoding speed; None if no speed was measured."""
-    return _scatter(panel, "speed", lambda entry: entry.run.speed, "decoded tokens per second")
+    return _scatter(panel, "speed", lambda e: e.run.metrics.speeds[0], "decoded tokens per second")
 
 
 def needle_picture(panel: Panel) -> Figure | None:
@@ -144,8 +144,7 @@ def _first_quality(panel: Panel) -> str | None:
 
 def _noise(entry: Entry) -> tuple[float, float]:
     """How far the quartiles of a speed are from its median; 0 where they are not known."""
-    run = entry.run
-    speed, low, high = finite(run.speed), finite(run.speed_low), finite(run.speed_high)
+    speed, low, high = map(finite, entry.run.metrics.speeds)
     if speed is None or low is None or high is None:
         return 0.0, 0.0
     return max(0.0, speed - low), max(0.0, high - speed)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +9,8 @@ import pandas as pd
 import cachepress
 from cachepress.errors import CachepressError
 from cachepress.evaluation.records import write_atomically
-from cachepress.evaluation.statistics import Estimate
+from cachepress.evaluation.statistics import finite
+from cachepress.pages.columns import columns, latex_page, markdown_page, sheet
 from cachepress.pages.html import render
 from cachepress.pages.needle import needle_of
 from cachepress.pages.panels import (
@@ -18,13 +18,11 @@ from cachepress.pages.panels import (
     QUALITIES,
     Entry,
     Panel,
-    finite,
     make_panels,
     quality_of,
 )
 from cachepress.pages.pictures import write_pictures
 from cachepress.pages.saved import read_runs
-from cachepress.pages.tables import columns, latex, markdown, sheet
 
 FORMATS = ("html", "png", "svg", "md", "latex", "csv")
 
@@ -65,11 +63,11 @@ def _write(name: str, panels: list[Panel], unfinished: list[str], output: Path) 
     if name == "html":
         path, text = output / "report.html", report_page(panels, unfinished)
     elif name == "md":
-        path, text = output / "table.md", markdown(panels)
+        path, text = output / "table.md", markdown_page(panels)
     elif name == "csv":
         path, text = output / "table.csv", sheet(panels)
     else:
-        path, text = output / "table.tex", latex(panels)
+        path, text = output / "table.tex", latex_page(panels)
     write_atomically(path, text)
     return [path]
 
@@ -133,32 +131,28 @@ def _measured(panel: Panel) -> dict[str, str]:
 
 
 def _entry_data(entry: Entry) -> dict[str, object]:
-    run = entry.run
+    run, metrics = entry.run, entry.run.metrics
+    speed, low, high = map(finite, metrics.speeds)
     return {
         "label": entry.label,
         "press": run.press,
         "guest": entry.guest,
         "base": entry.base is None,
         "ratio": run.ratio,
-        "achieved": run.achieved,
+        "achieved": metrics.compression_ratio,
         "kept": finite(entry.kept),
-        "speed": finite(run.speed),
-        "speed_low": finite(run.speed_low),
-        "speed_high": finite(run.speed_high),
-        "before": run.bytes_before,
-        "after": run.bytes_after,
-        "prefill": run.prefill_seconds,
-        "added": run.press_seconds,
-        "qualities": {name: _estimate_data(quality_of(run, name)) for name in QUALITIES},
-        "difference": _estimate_data(None if entry.versus is None else entry.versus.difference),
+        "speed": speed,
+        "speed_low": low,
+        "speed_high": high,
+        "before": metrics.cache_bytes_before,
+        "after": metrics.cache_bytes_after,
+        "prefill": metrics.prefill_seconds,
+        "added": metrics.press_seconds,
+        "qualities": {name: quality_of(run, name) for name in QUALITIES},
+        "difference": None if entry.versus is None else entry.versus.difference,
         "fronts": {
             cost: [name for name in QUALITIES if entry.fronts[name, cost]] for cost in COSTS
         },
         "leads": [name for name in QUALITIES if any(entry.leads[name, cost] for cost in COSTS)],
-        "needle": None if (grid := needle_of(run)) is None else asdict(grid),
+        "needle": needle_of(run),
     }
-
-
-def _estimate_data(estimate: Estimate | None) -> dict[str, object] | None:
-    """An estimate, with None for an end that is not known."""
-    return None if estimate is None else asdict(estimate)

@@ -1,4 +1,4 @@
-"""Result folders: what each of them says, checked."""
+"""Result folders as they are read for a page: what each of them says, checked."""
 
 import math
 from collections.abc import Mapping
@@ -8,9 +8,10 @@ from pathlib import Path
 import pandas as pd
 
 from cachepress.errors import CachepressError
-from cachepress.evaluation.predictions import read_predictions
-from cachepress.evaluation.run import CONFIG, METRICS, PREDICTIONS
-from cachepress.evaluation.statistics import Estimate
+from cachepress.evaluation.config import CONFIG
+from cachepress.evaluation.predictions import PREDICTIONS, read_predictions
+from cachepress.evaluation.results import METRICS, Metrics
+from cachepress.evaluation.typed import read_fields
 from cachepress.limits import said
 from cachepress.structured import parse_json, read_mapping
 
@@ -24,7 +25,7 @@ _SHOWN = 160
 
 @dataclass(frozen=True, eq=False)
 class SavedRun:
-    """One finished run: a press at a ratio, on a data set, with a model.
+    """A finished run: a press at a ratio, on a data set, with a model.
 
     Attributes:
         folder: name of its folder.
@@ -32,27 +33,8 @@ class SavedRun:
         press: short name of the press.
         spelling: full spelling of the press.
         ratio: nominal ratio.
-        query_aware: whether the press saw the question.
-        metrics: names of the metrics.
-        score: mean score; None if nothing was scored.
-        tasks: the same for each task.
-        reported: for each task, what its benchmark reports beside the score, by name.
-        kl: divergence from the answers without a press; None if not measured.
-        perplexity: of the wanted answers; None if not measured.
-        achieved: fraction of pairs that are gone, measured.
-        bytes_before: bytes that an uncompressed cache of the text holds.
-        bytes_after: bytes that the compressed one has allocated.
-        context_tokens: tokens of a context.
-        cut_contexts: contexts that were cut, as they were too long; None if that is not known.
-        cut_tokens: tokens of them that are gone.
-        prefill_seconds: seconds of reading a context, compression included.
-        press_seconds: the part of it that the press added; None if not measured.
-        speed: decoded tokens per second, the median; None if not measured.
-        speed_low: its first quartile; None if not known.
-        speed_high: its third quartile.
-        peak_bytes: most memory in use; None if not measured.
-        machine: what it ran on.
-        predictions: a row for each sample, by sample id.
+        metrics: quality, bytes and seconds.
+        predictions: an answer to each sample, by sample id.
     """
 
     folder: str
@@ -60,27 +42,17 @@ class SavedRun:
     press: str
     spelling: str
     ratio: float
-    query_aware: bool
-    metrics: list[str]
-    score: Estimate | None
-    tasks: Mapping[str, Estimate | None]
-    reported: Mapping[str, Mapping[str, Estimate | None]]
-    kl: Estimate | None
-    perplexity: Estimate | None
-    achieved: float
-    bytes_before: float
-    bytes_after: float
-    context_tokens: float
-    cut_contexts: float | None
-    cut_tokens: float | None
-    prefill_seconds: float
-    press_seconds: float | None
-    speed: float | None
-    speed_low: float | None
-    speed_high: float | None
-    peak_bytes: float | None
-    machine: str
+    metrics: Metrics
     predictions: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class _Pressed:
+    """What the saved options of a run say of its press."""
+
+    press: str
+    compression_ratio: float
+    press_name: str | None = None
 
 
 def read_runs(folder: Path) -> tuple[list[SavedRun], list[str]]:
@@ -108,110 +80,21 @@ def read_run(folder: Path) -> SavedRun:
     Raises:
         CachepressError: if one of its files is damaged or foreign.
     """
-    metrics = _Fields(folder / METRICS, read_mapping(folder / METRICS))
-    config = _Fields(folder / CONFIG, read_mapping(folder / CONFIG))
-    spelling = config.text("press")
-    tasks = metrics.mapping("tasks")
+    metrics, config = Metrics.read(folder), read_mapping(folder / CONFIG)
+    pressed = read_fields(_Pressed, folder / CONFIG, config)
     return SavedRun(
         folder=folder.name,
-        config=config.values,
-        press=config.text("press_name", spelling),
-        spelling=spelling,
-        ratio=config.number("compression_ratio"),
-        query_aware=metrics.flag("query_aware"),
-        metrics=metrics.names("metrics"),
-        score=metrics.estimate("score"),
-        tasks={name: tasks.estimate(name) for name in tasks.values},
-        reported=_reported(metrics),
-        kl=metrics.estimate("kl"),
-        perplexity=metrics.estimate("perplexity"),
-        achieved=metrics.number("compression_ratio"),
-        bytes_before=metrics.number("cache_bytes_before"),
-        bytes_after=metrics.number("cache_bytes_after"),
-        context_tokens=metrics.number("context_tokens"),
-        cut_contexts=metrics.number_or_none("cut_contexts"),
-        cut_tokens=metrics.number_or_none("cut_tokens"),
-        prefill_seconds=metrics.number("prefill_seconds"),
-        press_seconds=metrics.number_or_none("press_seconds"),
-        speed=metrics.number_or_none("decode_tokens_per_second"),
-        speed_low=metrics.number_or_none("decode_tokens_per_second_low"),
-        speed_high=metrics.number_or_none("decode_tokens_per_second_high"),
-        peak_bytes=metrics.number_or_none("peak_memory_bytes"),
-        machine=metrics.text("machine", ""),
+        config=config,
+        press=pressed.press_name or pressed.press,
+        spelling=pressed.press,
+        ratio=pressed.compression_ratio,
+        metrics=metrics,
         predictions=_predictions(folder / PREDICTIONS),
     )
 
 
-def _reported(metrics: "_Fields") -> dict[str, dict[str, Estimate | None]]:
-    """What is reported beside the scores; the oldest results do not have it."""
-    if "reported" not in metrics.values:
-        return {}
-    tasks = metrics.mapping("reported")
-    parts = {task: tasks.mapping(task) for task in tasks.values}
-    return {task: {n: part.estimate(n) for n in part.values} for task, part in parts.items()}
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """The fields of a file, each checked when it is read."""
-
-    path: Path
-    values: Mapping[str, object]
-
-    def number(self, name: str) -> float:
-        value = self.number_or_none(name)
-        if value is None:
-            raise self._wrong(name, "a number")
-        return value
-
-    def number_or_none(self, name: str) -> float | None:
-        value = self.values.get(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._wrong(name, "a number")
-        return float(value)
-
-    def text(self, name: str, default: str | None = None) -> str:
-        value = self.values.get(name, default)
-        if not isinstance(value, str):
-            raise self._wrong(name, "a text")
-        return value
-
-    def flag(self, name: str) -> bool:
-        value = self.values.get(name)
-        if not isinstance(value, bool):
-            raise self._wrong(name, "true or false")
-        return value
-
-    def names(self, name: str) -> list[str]:
-        value = self.values.get(name)
-        if not isinstance(value, list):
-            raise self._wrong(name, "a list of names")
-        return [str(item) for item in value]
-
-    def mapping(self, name: str) -> "_Fields":
-        value = self.values.get(name)
-        if not isinstance(value, dict):
-            raise self._wrong(name, "a mapping")
-        return _Fields(self.path, value)
-
-    def estimate(self, name: str) -> Estimate | None:
-        if self.values.get(name) is None:
-            return None
-        part = self.mapping(name)
-        ends = (part.number_or_none("low"), part.number_or_none("high"))
-        low, high = (math.nan if end is None else end for end in ends)
-        samples, contexts = int(part.number("samples")), int(part.number("contexts"))
-        return Estimate(part.number("mean"), low, high, samples, contexts)
-
-    def _wrong(self, name: str, wanted: str) -> CachepressError:
-        got = "nothing" if name not in self.values else repr(self.values[name])
-        return CachepressError(f"{self.path}: {name} is {said(got, _SHOWN)}, wanted {wanted}")
-
-
 def _predictions(path: Path) -> pd.DataFrame:
-    """A row for each sample: texts, lists, and numbers with NaN where there is none."""
+    """An answer to each sample: texts, lists, and numbers with NaN where there is none."""
     try:
         table = read_predictions(path)
     except OSError as error:

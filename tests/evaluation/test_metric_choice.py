@@ -10,7 +10,7 @@ import pytest
 
 import cachepress as cp
 from cachepress.cli import main
-from cachepress.evaluation import EvaluationConfig, EvaluationRunner
+from cachepress.evaluation import EvaluationConfig, EvaluationRunner, executors
 from cachepress.evaluation.answering import Answerer
 from cachepress.evaluation.predictions import read_predictions
 from cachepress.evaluation.registry import METRIC_REGISTRY, check_metric
@@ -60,12 +60,12 @@ def test_score_without_a_metric_restores_each_samples_own(config):
     assert first["metrics"] == ["qa_f1", "ruler_part", "string_match"]
     for metric in ("infinitebench_character_f1", "qa_f1"):
         ((_, other),) = score_again(folder, metric)
-        assert other["metrics"] == [metric]
+        assert other.metrics == [metric]
         rows = read_predictions(folder / PREDICTIONS)
         assert set(rows["metric"]) == {metric}
         assert list(rows["own_metric"]) == MIXED
     ((_, again),) = score_again(folder)
-    assert again == first
+    assert again.to_json() == first
     assert (folder / PREDICTIONS).read_bytes() == before
 
 
@@ -75,13 +75,13 @@ def test_score_of_a_table_of_0_1_0_keeps_its_metrics(config):
     rows.to_csv(folder / PREDICTIONS, index=False, lineterminator="\n")
     score_again(folder, "qa_f1")
     ((_, again),) = score_again(folder)
-    assert again == first
+    assert again.to_json() == first
 
 
 def test_evaluate_with_a_metric_judges_old_answers_by_it(config, monkeypatch):
     folder, first = run(config)
     records = (folder / RECORDS).read_bytes()
-    monkeypatch.setattr(EvaluationRunner, "_setup_model_pipeline", refuse)
+    monkeypatch.setattr(executors, "load", refuse)
     same, other = run(config, metric="qa_f1")
     assert (same, other["metrics"]) == (folder, ["qa_f1"])
     scores = [float(row["score"]) for row in csv.DictReader((folder / PREDICTIONS).open())]
@@ -107,7 +107,7 @@ def test_a_sweep_with_a_metric_judges_all_by_it(config, mixed, tmp_path):
         "device": "cpu",
     }
     (results,) = run_sweep(load_sweep(None, options), quiet=True)
-    assert [result.metrics["metrics"] for result in results] == [["qa_f1"]] * 2
+    assert [result.metrics.metrics for result in results] == [["qa_f1"]] * 2
     assert load_sweep(None, {"metric": "qa_f1"}).options == {"metric": "qa_f1"}
 
 
@@ -152,7 +152,7 @@ def test_a_metric_that_does_not_fit_is_refused_before_anything_is_computed(
     else:
         data.write_text(json.dumps(odd))
         command.append(f"--metric={metric}")
-    monkeypatch.setattr(EvaluationRunner, "_setup_model_pipeline", refuse)
+    monkeypatch.setattr(executors, "load", refuse)
     capsys.readouterr()
     assert main(command) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import cachepress as cp
-from cachepress.evaluation import EvaluationConfig, EvaluationRunner
+from cachepress.evaluation import EvaluationConfig, EvaluationRunner, executors
 from cachepress.evaluation.answering import Answerer
 from cachepress.evaluation.run import CONFIG, METRICS, PREDICTIONS, RECORDS
 
@@ -87,7 +87,7 @@ def test_scores_are_the_share_of_answers_found(config, tmp_path):
 def test_a_finished_run_is_skipped_and_overwrite_redoes_it(config, monkeypatch, caplog):
     runner, first = run(config)
     before = (runner.results_dir / PREDICTIONS).read_bytes()
-    monkeypatch.setattr(EvaluationRunner, "_setup_model_pipeline", refuse)
+    monkeypatch.setattr(executors, "load", refuse)
     with caplog.at_level("INFO"):
         _, again = run(config)
     assert again == first
@@ -236,3 +236,10 @@ def test_records_that_do_not_say_what_was_cut_are_read(config):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     _, again = run(config)
     assert again == {**metrics, "cut_contexts": None, "cut_tokens": None}
+
+
+def test_the_run_has_its_old_name_too(config):
+    runner = EvaluationRunner(EvaluationConfig(**config))
+    with pytest.warns(DeprecationWarning, match="cell is called run now"):
+        assert runner.cell is runner.run
+    assert runner.run.folder == runner.results_dir

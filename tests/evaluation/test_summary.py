@@ -1,12 +1,16 @@
 """The tables of a sweep."""
 
 import csv
+import math
+from dataclasses import replace
 
 from cachepress.evaluation import EvaluationConfig
+from cachepress.evaluation.results import Metrics
 from cachepress.evaluation.run import Run
+from cachepress.evaluation.runner import Result
 from cachepress.evaluation.speed import SpeedLine, StepSeconds
+from cachepress.evaluation.statistics import Estimate
 from cachepress.evaluation.summary import (
-    RANKING_MEANS,
     quality_table,
     ranking_table,
     speed_table,
@@ -14,23 +18,32 @@ from cachepress.evaluation.summary import (
     sweep_sheet,
     sweep_text,
 )
-from cachepress.evaluation.sweep import Result
 from cachepress.presses import KnormPress
 
 
-def result(press, ratio, score, kl=None, kept=None):
-    metrics = {
-        "score": {"mean": score, "low": 0.1, "high": 0.9, "samples": 8, "contexts": 2},
-        "kl": None if kl is None else {"mean": kl},
-        "perplexity": None,
-        "compression_ratio": ratio or 0.0,
-        "cache_bytes_before": 2**20,
-        "cache_bytes_after": 2**20 * (1 - (ratio or 0) if kept is None else kept),
-        "prefill_seconds": 1.0,
-        "press_seconds": None,
-        "decode_tokens_per_second": 10.0,
-        "machine": "a machine",
-    }
+def result(press, ratio, score, kl=None, kept=None, **changes):
+    metrics = Metrics(
+        metrics=["string_match"],
+        score=Estimate(score, 0.1, 0.9, 8, 2),
+        tasks={},
+        query_aware=False,
+        kl=None if kl is None else Estimate(kl, math.nan, math.nan, 8, 2),
+        perplexity=None,
+        compression_ratio=ratio or 0.0,
+        cache_bytes_before=2**20,
+        cache_bytes_after=2**20 * (1 - (ratio or 0) if kept is None else kept),
+        context_tokens=100,
+        cut_contexts=None,
+        cut_tokens=None,
+        prefill_seconds=1.0,
+        press_seconds=None,
+        decode_tokens_per_second=10.0,
+        decode_tokens_per_second_low=None,
+        decode_tokens_per_second_high=None,
+        peak_memory_bytes=None,
+        machine="a machine",
+    )
+    metrics = replace(metrics, **changes)
     config = EvaluationConfig(dataset="builtin", press=press, compression_ratio=ratio)
     return Result(Run(config), metrics, None)
 
@@ -52,19 +65,18 @@ def test_a_heading_says_what_is_out_of_the_ordinary_in_how_samples_were_asked():
     one = result("no_press", None, 1.0)
     assert sweep_text([[one]]).startswith("smollm2-135m on builtin, query-agnostic, 2 contexts, ")
     assert "cut" not in sweep_text([[one]])
-    one.metrics.update(cut_contexts=3, cut_tokens=12345)
-    assert "8 samples, 3 contexts cut, 12,345 tokens in all\n" in sweep_text([[one]])
-    one.metrics.update(cut_contexts=1)
+    one = result("no_press", None, 1.0, cut_contexts=1, cut_tokens=12345)
     assert "8 samples, 1 context cut, 12,345 tokens in all\n" in sweep_text([[one]])
-    one.metrics.update(cut_contexts=3)
+    one = result("no_press", None, 1.0, cut_contexts=3, cut_tokens=12345)
+    assert "8 samples, 3 contexts cut, 12,345 tokens in all\n" in sweep_text([[one]])
     plain = Result(Run(EvaluationConfig(chat=False)), one.metrics, None)
     heading = "8 samples, no chat template, 3 contexts cut, 12,345 tokens in all\n"
     assert heading in sweep_text([[plain]]) and heading in sweep_page([[plain]], "a command")
 
 
 def test_a_sheet_has_a_line_for_each_result_with_numbers_in_full():
-    one = result("AdaKVPress(SnapKVPress(0.5))", 0.25, 1 / 3, kl=0.2)
-    one.metrics.update(machine="=1+1", cut_contexts=1, cut_tokens=5, compression_ratio=-0.001)
+    odd = {"machine": "=1+1", "cut_contexts": 1, "cut_tokens": 5, "compression_ratio": -0.001}
+    one = result("AdaKVPress(SnapKVPress(0.5))", 0.25, 1 / 3, kl=0.2, **odd)
     named = Result(Run(EvaluationConfig(dataset="builtin", model="-m")), RESULTS[0].metrics, None)
     lines = sweep_sheet([[RESULTS[0], one], [named]]).splitlines(keepends=True)
     head, base, press, other = csv.reader(lines, quoting=csv.QUOTE_NONNUMERIC)
@@ -83,7 +95,7 @@ def cells(table):
 
 def test_the_best_mean_is_first_and_the_divergence_decides_ties():
     head, _, *rows = cells(ranking_table(RESULTS, "github"))
-    assert head == ["press", "at 0.25", "at 0.5", *RANKING_MEANS]
+    assert head == ["press", "at 0.25", "at 0.5", "mean score", "mean KL", "mean bytes kept"]
     spread = "(0.10 to 0.90)"
     assert rows == [
         ["adakv(snapkv)", f"0.750 {spread}", f"0.500 {spread}", "0.625", "0.0500", "0.62"],
@@ -126,9 +138,9 @@ def test_a_ranking_without_divergences_has_none():
 
 def test_one_ratio_or_no_scores_make_no_ranking():
     assert ranking_table([result("knorm", 0.5, 1.0)]) is None
-    unscored = [result("knorm", ratio, 1.0) for ratio in (0.25, 0.5)]
-    unscored[0].metrics["score"] = None
-    assert ranking_table(unscored) is None
+    some = [result("knorm", ratio, 1.0) for ratio in (0.25, 0.5)]
+    unscored = replace(some[0], metrics=replace(some[0].metrics, score=None))
+    assert ranking_table(some) is not None and ranking_table([unscored, some[1]]) is None
 
 
 def test_the_page_has_the_ranking_before_everything():

@@ -84,12 +84,12 @@ def test_models_with_other_layers_are_swept_too(name, data_file, tmp_path, exact
     tokenizer().save_pretrained(folder)
     config = sweep(str(folder), data_file, tmp_path / "sweep", presses=("knorm", "kvzip"), kl=True)
     (results,) = run_sweep(config, quiet=True)
-    assert results[0].metrics["kl"]["mean"] == pytest.approx(0, abs=EXACT)
+    assert results[0].metrics.kl.mean == pytest.approx(0, abs=EXACT)
     for result in results:
         config = {**vars(result.run.config), "output_dir": str(tmp_path / "apart")}
         metrics = EvaluationRunner(EvaluationConfig(**config), quiet=True).run_evaluation()
         for key in ("score", "compression_ratio", "cache_bytes_after"):
-            assert result.metrics[key] == metrics[key]
+            assert result.metrics.to_json()[key] == metrics[key]
     answers = [
         {run: [row["predicted_answer"] for row in rows] for run, rows in rows_of(place).items()}
         for place in (tmp_path / "sweep", tmp_path / "apart")
@@ -178,7 +178,7 @@ def test_a_context_is_read_once_for_all_that_share(model_dir, data_file, tmp_pat
 def test_the_divergence_is_that_of_single_steps(model_dir, data_file, tmp_path, exact_models):
     config = sweep(model_dir, data_file, tmp_path, presses=("knorm",), ratios=(0.0, 0.5), kl=True)
     (results,) = run_sweep(config, quiet=True)
-    none, zero, half = (result.metrics["kl"]["mean"] for result in results)
+    none, zero, half = (result.metrics.kl.mean for result in results)
     assert none == pytest.approx(0, abs=EXACT) and zero == pytest.approx(0, abs=EXACT)
     model, run = exact_tiny(), results[2].run
     model.generation_config.suppress_tokens = [0, 1, 2, 96]
@@ -269,8 +269,8 @@ def test_perplexity_is_not_said_of_a_press_that_acts_on_what_is_decoded(model_di
         options={"data_path": str(text)},
     )
     (results,) = run_sweep(config, quiet=True)
-    found = [result.metrics["perplexity"] for result in results]
-    assert found[0]["mean"] > 0 and found[1]["mean"] != found[0]["mean"]
+    found = [result.metrics.perplexity for result in results]
+    assert found[0].mean > 0 and found[1].mean != found[0].mean
     assert found[2] is None
 
 
@@ -319,7 +319,7 @@ def test_several_workers_answer_as_one(
         serial = tmp_path / "serial" / result.run.folder.name / METRICS
         wanted = json.loads(serial.read_text())
         for name in ("score", "tasks", "compression_ratio", "cache_bytes_after"):
-            assert result.metrics[name] == wanted[name]
+            assert result.metrics.to_json()[name] == wanted[name]
 
 
 def kill_a_worker(monkeypatch, executor):

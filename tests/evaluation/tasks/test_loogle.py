@@ -179,17 +179,17 @@ def test_the_official_numbers_stand_beside_the_f1(monkeypatch, caplog):
     rows = [(prediction, answer) for answer, prediction, *_ in SIMILAR]
     monkeypatch.setattr(nltk.corpus, "wordnet", WordNet())
     found = scores_of(predictions("longdep_qa", rows))
-    reported = found["reported"]["longdep_qa"]
+    reported = found.reported["longdep_qa"]
     assert list(reported) == ["rouge_1", "rouge_2", "rouge_l", "bleu_1", "bleu_4", "meteor"]
     for place, name in enumerate(NAMES, start=2):
-        mean = found["score"] if name == "rouge_l_f1" else reported[name]
-        assert mean["mean"] == pytest.approx(fmean(case[place] for case in SIMILAR))
-    assert reported["rouge_l"]["low"] < reported["rouge_l"]["mean"] < reported["rouge_l"]["high"]
+        mean = found.score if name == "rouge_l_f1" else reported[name]
+        assert mean.mean == pytest.approx(fmean(case[place] for case in SIMILAR))
+    assert reported["rouge_l"].low < reported["rouge_l"].mean < reported["rouge_l"].high
     absent = LazyCorpusLoader("no-such-corpus", WordNetCorpusReader)
     monkeypatch.setattr(nltk.corpus, "wordnet", absent)
     with caplog.at_level("INFO"):
         found = scores_of(predictions("longdep_qa", rows))
-    assert list(found["reported"]["longdep_qa"]) == list(reported)[:-1]
+    assert list(found.reported["longdep_qa"]) == list(reported)[:-1]
     assert "meteor is not reported: METEOR needs WordNet" in caplog.text
 
 
@@ -201,15 +201,15 @@ def test_the_cloze_is_divided_over_all_masks():
         ("", json.dumps(MASKS)),
     ]
     found = scores_of(predictions("shortdep_cloze", rows))
-    assert found["score"]["mean"] == pytest.approx(1 / 3)
-    assert found["tasks"]["shortdep_cloze"]["mean"] == pytest.approx(1 / 3)
-    reported = found["reported"]["shortdep_cloze"]
-    assert reported["exact_match_of_all_masks"]["mean"] == pytest.approx(1 / 6)
-    assert reported["partial_match_of_all_masks"]["mean"] == pytest.approx(2 / 6)
-    assert reported["exact_match_of_all_masks"]["samples"] == 3
+    assert found.score.mean == pytest.approx(1 / 3)
+    assert found.tasks["shortdep_cloze"].mean == pytest.approx(1 / 3)
+    reported = found.reported["shortdep_cloze"]
+    assert reported["exact_match_of_all_masks"].mean == pytest.approx(1 / 6)
+    assert reported["partial_match_of_all_masks"].mean == pytest.approx(2 / 6)
+    assert reported["exact_match_of_all_masks"].samples == 3
     # Weights that are all the same are none.
     alike = scores_of(predictions("shortdep_cloze", [rows[2], (rows[0][0], json.dumps(MASKS))]))
-    assert alike["reported"]["shortdep_cloze"]["exact_match_of_all_masks"]["mean"] == 0.25
+    assert alike.reported["shortdep_cloze"]["exact_match_of_all_masks"].mean == 0.25
     table = task_table(found)
     assert "shortdep_cloze: exact_match_of_all_masks    0.167" in table
     assert "shortdep_cloze                              0.333" in table

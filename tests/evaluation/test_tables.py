@@ -1,10 +1,12 @@
 """Tables for spreadsheets: texts are no formulas, numbers are numbers."""
 
 import csv
+import math
 
 import pytest
 
-from cachepress.evaluation.spreadsheet import estimated, spreadsheet
+from cachepress.evaluation.statistics import Estimate
+from cachepress.evaluation.tables import of_estimate, sheet_line, spreadsheet
 
 
 def read(text: str) -> list[dict[str, object]]:
@@ -36,6 +38,7 @@ def test_numbers_are_numbers_in_full_and_what_is_unknown_is_empty():
 
 
 def test_an_estimate_has_three_columns():
-    found = {"mean": -0.5, "low": None, "high": float("inf"), "samples": 3}
-    assert read(spreadsheet([estimated("x", found)])) == [{"x": -0.5, "x low": "", "x high": ""}]
-    assert estimated("x", None) == {"x": None, "x low": None, "x high": None}
+    column = of_estimate("x", lambda found: found)
+    line = sheet_line([column], Estimate(-0.5, math.nan, math.inf, 3, 2))
+    assert read(spreadsheet([line])) == [{"x": -0.5, "x low": "", "x high": ""}]
+    assert sheet_line([column], None) == {"x": None, "x low": None, "x high": None}
