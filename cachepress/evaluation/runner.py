@@ -8,7 +8,6 @@ run is of and where its files lie is in ``cachepress.evaluation.run``, how conte
 import logging
 import math
 import statistics
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from cachepress.artefacts import model_name
+from cachepress.deprecated import Renamed
 from cachepress.digests import model_digests
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
@@ -211,6 +211,8 @@ class EvaluationRunner:
         results_dir: the folder.
     """
 
+    cell = Renamed("run")
+
     def __init__(
         self, config: EvaluationConfig, model: Loaded | None = None, quiet: bool = False
     ) -> None:
@@ -218,12 +220,6 @@ class EvaluationRunner:
         self.run = Run(config)
         self.results_dir = self.run.folder
         self._executor = Serial(WorkerOptions(shares=False), model)
-
-    @property
-    def cell(self) -> Run:
-        """Deprecated name of ``run``; it goes with version 0.3."""
-        warnings.warn("cell is called run now", DeprecationWarning, stacklevel=2)
-        return self.run
 
     def run_evaluation(self) -> dict[str, object]:
         """Run what is not done yet; the metrics, as they stand in metrics.json."""

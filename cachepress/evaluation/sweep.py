@@ -179,11 +179,11 @@ def plan_of(config: SweepConfig, groups: Sequence[Group], left: Sequence[Sequenc
             f"{answers} of {samples * len(group.runs)} answers are left",
         ]
         shared = [run for run in group.runs if shares_reading(run)]
-        replays = {c.config.press_name for c in shared if c.press and c.press.needs.reconstruction}
+        repeated = {r.config.press_name for r in shared if r.press and r.press.needs.reconstruction}
         apart = {c.config.press_name for c in group.runs if not shares_reading(c)}
         lines.append(f"  one prefill of a context for {len(shared)} runs")
-        if replays:
-            lines.append(f"  and one replay of it for each of: {', '.join(sorted(replays))}")
+        if repeated:
+            lines.append(f"  and one reconstruction of it for: {', '.join(sorted(repeated))}")
         if apart:
             lines.append(f"  a prefill of their own for: {', '.join(sorted(apart))}")
     if config.executor != "serial":

@@ -240,6 +240,6 @@ def test_records_that_do_not_say_what_was_cut_are_read(config):
 
 def test_the_run_has_its_old_name_too(config):
     runner = EvaluationRunner(EvaluationConfig(**config))
-    with pytest.warns(DeprecationWarning, match="cell is called run now"):
+    with pytest.warns(DeprecationWarning, match="EvaluationRunner.cell is called run since"):
         assert runner.cell is runner.run
     assert runner.run.folder == runner.results_dir

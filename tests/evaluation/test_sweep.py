@@ -221,7 +221,7 @@ def test_the_plan_says_what_is_shared(model_dir, data_file, tmp_path, capsys):
     plan = capsys.readouterr().out
     assert "7 runs, 4 contexts, 8 samples; 56 of 56 answers are left" in plan
     assert "one prefill of a context for 5 runs" in plan
-    assert "one replay of it for each of: kvzip" in plan
+    assert "one reconstruction of it for: kvzip" in plan
     assert "a prefill of their own for: finch" in plan
     assert list(tmp_path.iterdir()) == []
 
