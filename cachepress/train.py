@@ -30,7 +30,7 @@ from cachepress.generation.prefill import prefill
 from cachepress.models.chat import encode
 from cachepress.press import BasePress, WrapperPress
 from cachepress.presses import fastkvzip, kvzap, lukv
-from cachepress.presses._looking import _LookingPress
+from cachepress.presses._observing import _ObservingPress
 from cachepress.presses.kvzip import KVzipPress
 from cachepress.view import EVERY, LayerView, Needs
 
@@ -161,7 +161,7 @@ def _query_stats(lesson: Lesson) -> Tensors:
         mean[view.depth] += own
         square[view.depth] += spread + own.unsqueeze(-1) * own.unsqueeze(-2)
 
-    n = sum(1 for _ in lesson.read(_LookingPress(Needs(moments_after=_SINKS), look)))
+    n = sum(1 for _ in lesson.read(_ObservingPress(Needs(moments_after=_SINKS), look)))
     mean, square = mean / n, square / n
     return {"mean": mean, "covariance": square - mean.unsqueeze(-1) * mean.unsqueeze(-2)}
 
@@ -176,7 +176,7 @@ def _q_filters(lesson: Lesson) -> Tensors:
         mean[view.depth] += queries.sum(-2)
         square[view.depth] += queries.mT @ queries
 
-    for _ in lesson.read(_LookingPress(Needs(queries=EVERY), look)):
+    for _ in lesson.read(_ObservingPress(Needs(queries=EVERY), look)):
         pass
     first = torch.linalg.eigh(square).eigenvectors[..., -1]
     sign = (first * mean).sum(-1, keepdim=True).sign()
@@ -402,7 +402,7 @@ def _lukv(lesson: Lesson) -> Tensors:
         share = torch.arange(order.shape[-1]) * _SHARES // order.shape[-1]
         gains[view.depth].index_add_(1, share, worth)
 
-    spy, rest = _ScoredPress(press), _LookingPress(Needs(attention_sums=True), look)
+    spy, rest = _ScoredPress(press), _ObservingPress(Needs(attention_sums=True), look)
     with torch.no_grad():
         for ids in tqdm(lesson.windows, unit="window", disable=lesson.quiet):
             n = ids.shape[1] * 3 // 4

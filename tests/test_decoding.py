@@ -217,7 +217,7 @@ def test_what_a_press_for_prompts_stores_and_reads_holds_beside_one_for_decoding
     sparse = cp.PrefillDecodingPress(cp.QuestPress(pages=3), later)
     assert quantized.needs.storage == cp.Codec(2, 128, value_group=32)
     assert (sparse.needs.pages_read(0), sparse.needs.pages_read(2)) == (None, 3)
-    with pytest.raises(cp.CachepressError, match="store rows in different ways"):
+    with pytest.raises(cp.CachepressError, match="store pairs in different ways"):
         cp.PrefillDecodingPress(
             cp.KIVIPress(cp.KnormPress(0.5)),
             cp.DecodingPress(cp.KIVIPress(cp.KnormPress(), bits=4)),

@@ -43,7 +43,7 @@ def test_spellings(text, press):
         ("__import__('os')", "unknown press '__import__'"),
         ("().__class__", "neither a literal nor a press"),
         ("3", "is not a press"),
-        ("RestoreKVPress(0.5)", "keeps rows that are no tokens of the text.*use KVzipPress"),
+        ("RestoreKVPress(0.5)", "keeps pairs that are no tokens of the text.*use KVzipPress"),
         ("snapkv(compression_ratio=1.0)", "got 1.0"),
         ("expected_attention(epsilon=-1)", "epsilon: got -1"),
         ("random(seed=-1)", "seed: got -1"),

@@ -1,4 +1,4 @@
-"""The methods, one file each: a new one is a file, and a line here."""
+"""The presses, one file each: a new method is a file, and a line here."""
 
 from cachepress.press import BasePress as BasePress
 from cachepress.press import ScorerPress as ScorerPress

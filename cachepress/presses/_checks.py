@@ -1,4 +1,4 @@
-"""What presses check of each other, and options that have two names."""
+"""Checks that presses make of each other, and options that have two names."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def reconstructs(press: BasePress) -> bool:
-    """Whether a press lets prompts be repeated, at its own ratio or at one that drops something."""
+    """Tell whether a press reconstructs prompts, at its own ratio or at one that evicts."""
     with suppress(CachepressError):
         press = press.with_ratio(0.5)
     return press.needs.reconstruction is not None
@@ -27,7 +27,7 @@ def fill(press: BasePress, values: Mapping[str, object]) -> None:
 
 
 def either(name: str, value: T | None, other_name: str, other: T | None) -> T | None:
-    """The value of an option that has two names.
+    """Return the value of an option that has two names.
 
     Raises:
         CachepressError: if both are given.
@@ -40,17 +40,17 @@ def either(name: str, value: T | None, other_name: str, other: T | None) -> T | 
 
 
 def counted(wrapper: WrapperPress) -> TopK:
-    """The inner budget of a wrapper that changes how many rows are kept, or who competes.
+    """Return the inner budget of a wrapper that changes how many pairs are kept, or who competes.
 
     Raises:
-        CachepressError: if the inner press keeps no number of rows.
+        CachepressError: if the inner press has no budget of a number of pairs.
     """
     budget = wrapper.press.budget
     if not isinstance(budget, TopK):
         name = type(wrapper).__name__
         raise CachepressError(
-            f"{name} changes a number of rows, and {wrapper.press!r} keeps as many as its own rule "
-            f"says: wrap a press with a budget, such as {name}(SnapKVPress(0.5))"
+            f"{name} changes a number of pairs, and {wrapper.press!r} keeps as many as its own "
+            f"rule says: wrap a press with a budget, such as {name}(SnapKVPress(0.5))"
         )
     return budget
 

@@ -1,4 +1,4 @@
-"""What presses share that let the model repeat its context."""
+"""What presses share that score pairs by context reconstruction."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from cachepress.budgets import TopK
 from cachepress.checks import check_count
 from cachepress.ops import attention_weights, wide_dtype
 from cachepress.press import ScorerPress
-from cachepress.presses._scores import noted_or_carried, unknown_as_average
+from cachepress.presses._scores import feature_or_state, nan_as_average
 from cachepress.ranks import pin_first, pin_sinks
 from cachepress.reconstruction import Reconstruction, ReconstructionView
 from cachepress.view import LayerView, Needs
@@ -19,15 +19,15 @@ LATER = "\n\nRepeat the text above, word for word, from where it says:"
 
 
 @dataclass(frozen=True)
-class _ReplayPress(ScorerPress):
-    """A press whose scores are what the model reads while it repeats the prompt.
+class _ReconstructionPress(ScorerPress):
+    """A press that scores tokens by the attention they receive while the model repeats its prompt.
 
-    Rows that were never repeated, such as decoded tokens, count as average. What the chat template
+    Tokens that were never repeated, such as decoded ones, count as average. What the chat template
     puts before the context always stays, and is what the repeating queries see as sinks.
 
     Attributes:
         layerwise: whether every layer gets the same share, so that only its heads compete.
-        n_sink: first rows, which always stay.
+        n_sink: first tokens, which always stay.
         chunk_size: tokens that are repeated in one forward.
     """
 
@@ -42,14 +42,14 @@ class _ReplayPress(ScorerPress):
 
     @property
     def needs(self) -> Needs:
-        """The whole prompt, unless nothing will be evicted; scores are kept."""
+        """A reconstruction of the prompt, unless nothing is evicted; scores are kept."""
         if self.with_ratio(0.0) == self:
             return Needs()
         return Needs(reconstruction=self._reconstruction, token_state=True)
 
     @property
     def budget(self) -> TopK:
-        """The best rows of the model, or of each layer."""
+        """The pairs with the highest scores in the model, or in each layer."""
         return replace(super().budget, scope="layer" if self.layerwise else "model")
 
     @property
@@ -57,33 +57,34 @@ class _ReplayPress(ScorerPress):
         return Reconstruction(self.chunk_size, self.n_sink, FIRST, LATER)
 
     def reconstructed(self, view: ReconstructionView) -> Tensor:
-        """The most attention, weighed, that each row of the chunk receives, ``[H, chunk]``."""
-        of_rows, of_queries = self.weights(view)
+        """Take each of the chunk's pairs' largest weighed attention, ``[H, chunk]``."""
+        of_keys, of_queries = self.weights(view)
         peaks = view.keys.new_zeros((), dtype=wide_dtype(view.keys))
         for some, weights in attention_weights(view.queries, view.keys, view.valid, view.rule):
             weights = weights[..., view.chunk] * of_queries[:, None, None, some, None]
-            peaks = torch.maximum(peaks, weights.amax(-2) * of_rows)  # [1, H, G, chunk]
+            peaks = torch.maximum(peaks, weights.amax(-2) * of_keys)  # [1, H, G, chunk]
         return peaks.amax(2)[0]
 
     def weights(self, view: ReconstructionView) -> tuple[Tensor, Tensor]:
-        """Factors of the chunk's rows ``[1, H or 1, G or 1, chunk or 1]`` and of the queries."""
+        """Factors of the chunk's pairs ``[1, H or 1, G or 1, chunk or 1]`` and of the queries."""
         one = torch.ones(1, 1, device=view.keys.device)
         return one[None, None], one.expand(1, view.queries.shape[3])
 
     def score(self, view: LayerView) -> Tensor:
-        """What the replay showed, ``[B, H, T]``."""
+        """Score pairs by the reconstruction, sinks and template above all, ``[B, H, T]``."""
         token_state = self.token_state(view)
-        scores = unknown_as_average(token_state, view.valid)
+        scores = nan_as_average(token_state, view.valid)
+        # The template before the context was given infinity: it is never evicted.
         return pin_sinks(pin_first(scores, view, token_state.isposinf()), view, self.n_sink)
 
     def token_state(self, view: LayerView) -> Tensor:
-        """The score of each row, from this turn's replay or from an earlier one."""
-        return replayed_or_carried(view)
+        """The score of each pair, from this prompt's reconstruction or from an earlier one."""
+        return reconstructed_or_state(view)
 
 
-def replayed_or_carried(view: LayerView) -> Tensor:
-    """What a replay showed of each row, ``[B, H, T]``, else what an earlier one left; or NaN."""
+def reconstructed_or_state(view: LayerView) -> Tensor:
+    """Take what reconstruction computed of each pair, now or before, ``[B, H, T]``; else NaN."""
     hidden_feature = view.hidden_feature
     if hidden_feature is None:
         hidden_feature = torch.full_like(view.index, float("nan"), dtype=wide_dtype(view.keys))
-    return noted_or_carried(view, hidden_feature)
+    return feature_or_state(view, hidden_feature)

@@ -1,4 +1,4 @@
-"""What several scores are made of; a scorer need not know of it."""
+"""Arithmetic that several scorers share."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from cachepress.ops import wide_dtype
 from cachepress.view import LayerView
 
 
-def noted_or_carried(view: LayerView, hidden_feature: Tensor) -> Tensor:
-    """What was noted of each row in this turn, ``[B, H, T]``, else what an earlier one left."""
+def feature_or_state(view: LayerView, hidden_feature: Tensor) -> Tensor:
+    """Take each pair's new feature, ``[B, H, T]``, or the state kept with its token; else NaN."""
     return (
         hidden_feature
         if view.token_state is None
@@ -16,18 +16,18 @@ def noted_or_carried(view: LayerView, hidden_feature: Tensor) -> Tensor:
     )
 
 
-def unknown_as_average(scores: Tensor, valid: Tensor) -> Tensor:
-    """Scores ``[B, H, T]`` in which NaN is the mean of its head's finite scores of valid rows."""
-    known = valid & scores.isfinite()
-    total = scores.masked_fill(~known, 0).double().sum(-1, keepdim=True)
-    average = (total / known.sum(-1, keepdim=True).clamp(min=1)).to(wide_dtype(scores))
+def nan_as_average(scores: Tensor, valid: Tensor) -> Tensor:
+    """Replace NaN in ``scores [B, H, T]`` by the mean of the head's finite, valid scores."""
+    finite = valid & scores.isfinite()
+    total = scores.masked_fill(~finite, 0).double().sum(-1, keepdim=True)
+    average = (total / finite.sum(-1, keepdim=True).clamp(min=1)).to(wide_dtype(scores))
     return torch.where(scores.isnan(), average, scores)
 
 
 def mean_of_token(x: Tensor, view: LayerView) -> Tensor:
-    """Mean of ``x [B, H, T]`` over the heads that hold the same token, ``[B, H, T]``.
+    """Average ``x [B, H, T]`` over the heads that hold the same token, ``[B, H, T]``.
 
-    Heads that dropped rows in an earlier turn have different tokens in the same place.
+    By index in the text: heads that evicted tokens before hold different ones in the same column.
     """
     b, h, _ = x.shape
     size = int(view.n_seen.max())

@@ -1,4 +1,4 @@
-"""What presses share that guess a row's score from its hidden state."""
+"""What presses share that predict a token's score from its hidden state."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cachepress.press import ScorerPress
-from cachepress.presses._scores import noted_or_carried, unknown_as_average
+from cachepress.presses._scores import feature_or_state, nan_as_average
 from cachepress.view import LayerView, Needs
 
 _BLOCK = 4096
@@ -14,39 +14,39 @@ _BLOCK = 4096
 
 @dataclass(frozen=True)
 class _SurrogatePress(ScorerPress):
-    """A press whose score of a row is guessed when the row is made, and stays with it.
+    """A press whose score of a token is predicted when it is read, and kept with the token.
 
-    Rows whose hidden states nobody saw, such as tokens that were decoded outside of the ``with``
+    Tokens whose hidden states were not observed, such as those decoded outside of the ``with``
     block, count as average.
     """
 
     @property
     def needs(self) -> Needs:
-        """A guess from the hidden states that attention reads, kept until the next compression."""
-        return Needs(hidden=_Guess(self), token_state=True)
+        """A prediction from the hidden states that attention reads, kept with the token."""
+        return Needs(hidden=_Prediction(self), token_state=True)
 
     def guess(self, hidden: Tensor, depth: int) -> Tensor:
-        """The score of each row, ``[B, H, n]``, from hidden states ``[B, n, M]`` of a layer."""
+        """Predict scores ``[B, H, n]`` from the hidden states ``[B, n, M]`` of a layer."""
         raise NotImplementedError(f"{type(self).__name__} has no guess")
 
     def score(self, view: LayerView) -> Tensor:
-        """The guess, ``[B, H, T]``."""
-        return unknown_as_average(self.token_state(view), view.valid)
+        """The predicted score, ``[B, H, T]``."""
+        return nan_as_average(self.token_state(view), view.valid)
 
     def token_state(self, view: LayerView) -> Tensor:
-        """The guess of each row, from this turn or an earlier one."""
+        """The predicted score of each pair, from this forward or an earlier one."""
         if view.hidden_feature is None:
             raise TypeError("the view was made without hidden states")
-        return noted_or_carried(view, view.hidden_feature)
+        return feature_or_state(view, view.hidden_feature)
 
 
 @dataclass(frozen=True)
-class _Guess:
-    """The guess of a press, equal to that of an equal press: what was noted stays good."""
+class _Prediction:
+    """The hidden feature of a press; those of equal presses are equal, so they can be shared."""
 
     press: _SurrogatePress
 
     def __call__(self, hidden: Tensor, depth: int) -> Tensor:
-        """The score of each row, ``[B, H, n]``, one block of rows at a time."""
+        """Predict the score of each pair, ``[B, H, n]``, one block of tokens at a time."""
         parts = [self.press.guess(part, depth) for part in hidden.split(_BLOCK, dim=1)]
         return torch.cat(parts, dim=-1)

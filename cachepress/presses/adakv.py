@@ -10,17 +10,17 @@ from cachepress.presses._checks import counted
 
 @dataclass(frozen=True)
 class AdaKVPress(WrapperPress, alias="adakv"):
-    """Lets the rows of all heads of a layer compete, so that busy heads keep more.
+    """Lets all heads of a layer compete for one budget, so that heads with high scores keep more.
 
     Feng et al., "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient
-    LLM Inference" (arXiv:2407.11550). Every head really holds its own number of rows. Needs what
-    the inner press needs; the scores of different heads must be comparable. Best for scores that
-    are shares of attention.
+    LLM Inference" (arXiv:2407.11550). Every head physically holds its own number of pairs. Needs
+    what the inner press needs; the scores of different heads must be comparable. Best for scores
+    that are shares of attention.
 
     Attributes:
         press: the press that scores.
-        alpha_safeguard: fraction of its even share that every head keeps whatever its scores.
-        scope: "layer", or "model" to let the rows of all layers compete; then no row is dropped
+        alpha_safeguard: fraction of an equal share that every head keeps whatever its scores.
+        scope: "layer", or "model" to let the heads of all layers compete; then no pair is evicted
             before the whole forward is done.
     """
 

@@ -1,4 +1,4 @@
-"""Block: the text is read block by block, and the budget holds after each."""
+"""Block-wise eviction: the budget holds after each block of the prompt."""
 
 from dataclasses import dataclass, replace
 
@@ -16,12 +16,12 @@ from cachepress.view import LayerView
 
 @dataclass(frozen=True)
 class BlockPress(WrapperPress, alias="block"):
-    """Chooses as if the text had come in blocks, each of which was compressed on arrival.
+    """Evicts as if the prompt had come in blocks and been compressed after each.
 
     The way KeyDiff is meant for devices with little memory (Park et al., arXiv:2504.15364), but
-    after the fact: attention was full. Rows that lost once never come back. For presses that need
-    only keys, values and positions. Takes time that grows with the number of blocks times the rows
-    that stay. Best for finding out what ``prefill_mode="online"`` would keep.
+    after the forward: attention was full. A token that one block evicts never comes back. For
+    presses that need only keys, values and positions. Takes time that grows with the number of
+    blocks times the tokens kept. Best for finding out what ``prefill_mode="online"`` would keep.
 
     Attributes:
         press: the press that scores.
@@ -40,12 +40,12 @@ class BlockPress(WrapperPress, alias="block"):
             )
 
     def score(self, view: LayerView) -> Tensor:
-        """The last block's scores, those that are left above all other rows, ``[B, H, T]``."""
+        """Score pairs by the last block that held them, those kept above all, ``[B, H, T]``."""
         (b, h, t), device = view.valid.shape, view.valid.device
-        # One column more, for what is scored in the place of a row that is not there.
+        # One column more: scores of empty places are written there, and ignored.
         scores = view.keys.new_zeros((b, h, t + 1), dtype=wide_dtype(view.keys))
-        left = view.index.new_zeros(b, h, 0, dtype=torch.long)
-        there = torch.zeros_like(left, dtype=torch.bool)
+        held = view.index.new_zeros(b, h, 0, dtype=torch.long)
+        valid = torch.zeros_like(held, dtype=torch.bool)
         seen = int(view.n_seen.max())
         size = min(self.block_size, max(seen, 1))
         starts = torch.arange(0, seen + size, size)
@@ -54,17 +54,16 @@ class BlockPress(WrapperPress, alias="block"):
             fresh = edges[..., i, None] + torch.arange(size, device=device)
             new = fresh < edges[..., i + 1, None]
             fresh = fresh.clamp(max=t - 1)
-            left = torch.cat([left, fresh], dim=-1)
-            there = torch.cat([there, new & view.valid.gather(-1, fresh)], dim=-1)
-            if self.press.budget.holds_all(there, view.n_kept):
+            held = torch.cat([held, fresh], dim=-1)
+            valid = torch.cat([valid, new & view.valid.gather(-1, fresh)], dim=-1)
+            if self.press.budget.holds_all(valid, view.n_kept):
                 continue
-            order = valid_last(there)[..., -int(there.sum(-1).max()) :]
-            left, there = left.gather(-1, order), there.gather(-1, order)
-            table = view.take(left)
-            table = replace(table, valid=there, n_seen=view.n_seen.clamp(max=stop))
-            score = self.press.score(table)
-            scores.scatter_(-1, torch.where(there, left, t), score.to(scores.dtype))
-            there = self.press.budget.select(score, there, view.n_kept)
+            order = valid_last(valid)[..., -int(valid.sum(-1).max()) :]
+            held, valid = held.gather(-1, order), valid.gather(-1, order)
+            part = replace(view.take(held), valid=valid, n_seen=view.n_seen.clamp(max=stop))
+            score = self.press.score(part)
+            scores.scatter_(-1, torch.where(valid, held, t), score.to(scores.dtype))
+            valid = self.press.budget.select(score, valid, view.n_kept)
         mask = torch.zeros_like(scores, dtype=torch.bool)
-        mask.scatter_(-1, torch.where(there, left, t), there)
+        mask.scatter_(-1, torch.where(valid, held, t), valid)
         return choose(scores[..., :t], mask[..., :t])

@@ -1,4 +1,4 @@
-"""CapKV: rows that add most to what the cache can tell the queries to come."""
+"""CapKV: tokens that add most to the information capacity of the cache."""
 
 from dataclasses import dataclass
 
@@ -19,23 +19,23 @@ _BLOCK = 1024
 
 @dataclass(frozen=True)
 class CapPress(ScorerPress, alias="cap"):
-    """Keeps the rows with the largest share in the information capacity of the cache.
+    """Keeps the tokens with the largest share in the information capacity of the cache.
 
     Yang et al., "Rethinking KV Cache Eviction via a Unified Information-Theoretic Objective"
-    (CapKV, arXiv:2604.25975). A row weighs ``w = exp(tau cos(k, q))`` for the mean query ``q`` of
-    the prompt; with ``A = I + sum w v v'`` over all rows but the sinks, its score is
+    (CapKV, arXiv:2604.25975). A token weighs ``w = exp(tau cos(k, q))`` for the mean query ``q`` of
+    the prompt; with ``A = I + sum w v v'`` over all tokens but the sinks, its score is
     ``w v' A^-1 v``, averaged over the query heads of a KV head. Needs the moments of the queries
     and the layer's rotary embedding.
 
     Chosen where the paper says nothing: key and query are normalised; the query is taken before
-    RoPE and rotated by the average rotation of the positions to come; values stand for what a row
+    RoPE and rotated by the average rotation of the positions to come; values stand for what a token
     adds to the layer's output.
-    Best for contexts that say the same thing many times: of rows with like values few stay.
+    Best for contexts that say the same thing many times: of tokens with similar values few stay.
 
     Attributes:
         tau: how much the direction of the query counts; 0 for not at all.
         n_future_positions: positions after the prompt that the rotation is averaged over.
-        n_sink: first rows, which always stay and whose queries do not count.
+        n_sink: first tokens, which always stay and whose queries do not count.
         epsilon: least size of ``I`` against the largest weight, so that ``A`` can be inverted for
             every ``tau``; at the default it acts where ``tau cos(k, q)`` exceeds 13.8.
     """
@@ -60,23 +60,24 @@ class CapPress(ScorerPress, alias="cap"):
         return Needs(moments_after=self.n_sink)
 
     def score(self, view: LayerView) -> Tensor:
-        """Share in the capacity, sinks above all others, ``[B, H, T]``."""
+        """Score pairs by their share in the capacity, sinks above all others, ``[B, H, T]``."""
         free = view.valid & (view.index >= self.n_sink)
         logits = self.tau * self._alignment(view).double()  # [B, H, G, T]
-        # A row that holds no numbers says nothing, and is the first to go.
+        # NaN and infinity would spoil A for all other tokens: such a token is left out of it, and
+        # is the first to be evicted.
         sizes = view.values.double().square().sum(-1)
-        known = free & sizes.isfinite() & logits.isfinite().all(2)
-        logits = logits.masked_fill(~known.unsqueeze(2), float("-inf"))
+        finite = free & sizes.isfinite() & logits.isfinite().all(2)
+        logits = logits.masked_fill(~finite.unsqueeze(2), float("-inf"))
         # Both w and A are divided by the largest weight: the score is the same, without overflow.
         top = logits.amax(-1, keepdim=True).clamp(min=0)
         weights, identity = (logits - top).exp(), (-top).exp().clamp(min=self.epsilon)
-        values = view.values.masked_fill(~known.unsqueeze(-1), 0).unsqueeze(2)
+        values = view.values.masked_fill(~finite.unsqueeze(-1), 0).unsqueeze(2)
         scores = weights * _leverage(values, weights, identity.unsqueeze(-1))
-        scores = scores.mean(2).masked_fill(free & ~known, float("nan"))
+        scores = scores.mean(2).masked_fill(free & ~finite, float("nan"))
         return pin_sinks(scores.to(wide_dtype(view.keys)), view, self.n_sink)
 
     def _alignment(self, view: LayerView) -> Tensor:
-        """Cosine of each key with the query to be expected, ``[B, H, G, T]``."""
+        """Cosine of each key with the expected future query, ``[B, H, G, T]``."""
         if view.moments is None or view.rotary is None:
             raise TypeError("the view was made without moments of the queries")
         ahead = torch.arange(self.n_future_positions, device=view.keys.device)
@@ -85,7 +86,7 @@ class CapPress(ScorerPress, alias="cap"):
 
 
 def _leverage(values: Tensor, weights: Tensor, identity: Tensor) -> Tensor:
-    """``v' A^-1 v`` of ``values [B, H, 1, T, E]`` with ``weights [B, H, G, T]``, in doubles.
+    """Compute ``v' A^-1 v`` of ``values [B, H, 1, T, E]``, ``weights [B, H, G, T]``, in doubles.
 
     ``A`` is ``identity [B, H, G, 1, 1]`` times I, and the sum of ``w v v'``.
     """

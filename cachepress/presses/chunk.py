@@ -1,4 +1,4 @@
-"""Chunk: the budget is spent evenly along the text."""
+"""Chunk-wise compression: the budget is spent evenly along the text."""
 
 from dataclasses import dataclass, replace
 
@@ -15,10 +15,10 @@ from cachepress.view import EVERY, LayerView, Needs
 
 @dataclass(frozen=True)
 class ChunkPress(WrapperPress, alias="chunk"):
-    """Cuts the text into chunks, and scores and keeps rows in each as if it were alone.
+    """Compresses each chunk of the text by itself, with its share of the budget.
 
     The budget is shared out in proportion to the chunks' lengths, and exact in total. A press that
-    looks at queries sees those of the chunk; chunks of an earlier turn, whose queries are gone,
+    needs queries gets those of the chunk; chunks of an earlier prompt, whose queries are gone,
     are scored by the queries of this one. Needs what the inner press needs, for all queries. Best
     for contexts of many parts that are all asked about.
 
@@ -41,11 +41,11 @@ class ChunkPress(WrapperPress, alias="chunk"):
         return replace(needs, queries=EVERY) if needs.queries else needs
 
     def score(self, view: LayerView) -> Tensor:
-        """The inner score of each chunk, its winners above all other rows, ``[B, H, T]``."""
+        """Score each chunk by the inner press, its winners above all other pairs, ``[B, H, T]``."""
         return torch.cat([self._score_one(view.sequence(b)) for b in range(len(view.n_seen))])
 
     def _score_one(self, view: LayerView) -> Tensor:
-        """The score of one sequence, ``[1, H, T]``."""
+        """Score one sequence, ``[1, H, T]``."""
         seen, kept, spent = int(view.n_seen), int(view.n_kept), 0
         scores = torch.zeros_like(view.valid, dtype=wide_dtype(view.keys))
         winners, whole = torch.zeros_like(view.valid), None
@@ -54,6 +54,7 @@ class ChunkPress(WrapperPress, alias="chunk"):
         firsts, lasts = edges[:, :-1].amin(0).tolist(), edges[:, 1:].amax(0).tolist()
         for start, first, last in zip(starts, firsts, lasts, strict=True):
             stop = min(start + self.chunk_length, seen)
+            # The whole budget up to here, less what was spent: exact in total, however it rounds.
             quota = kept * stop // seen - spent
             spent += quota
             if first >= last:
@@ -62,6 +63,7 @@ class ChunkPress(WrapperPress, alias="chunk"):
             chunk = _alone(view, part, start, stop, quota)
             voters = chunk.voters if self.press.needs.queries else None
             if voters is not None and not bool(voters.any()):
+                # A chunk of an earlier prompt: its own queries are gone, the newest ones stand in.
                 whole = self.press.score(view) if whole is None else whole
                 score = whole[..., part]
             else:
@@ -72,7 +74,7 @@ class ChunkPress(WrapperPress, alias="chunk"):
 
 
 def _alone(view: LayerView, part: slice, start: int, stop: int, quota: int) -> LayerView:
-    """The rows of a chunk as a text of their own."""
+    """View a chunk as a text of its own."""
     chunk = view[part]
     chunk = chunk.only((chunk.index >= start) & (chunk.index < stop))
     return replace(

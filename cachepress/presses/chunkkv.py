@@ -1,4 +1,4 @@
-"""ChunkKV: chunks of the text stay or go as a whole."""
+"""ChunkKV: whole chunks of the text are kept or evicted."""
 
 from dataclasses import dataclass
 
@@ -15,14 +15,14 @@ from cachepress.view import LayerView
 
 @dataclass(frozen=True)
 class ChunkKVPress(WrapperPress, alias="chunkkv"):
-    """Ranks chunks of the text by their mean score and keeps the best ones whole, in all heads.
+    """Keeps whole chunks of the text, those with the highest mean score, in all heads alike.
 
     Liu et al., "ChunkKV: Semantic-Preserving KV Cache Compression for Efficient Long-Context LLM
-    Inference" (arXiv:2502.00299). A chunk's score is the mean over its rows in all heads of the
-    layer. The budget is exact: the last chunk gives its best rows, by their mean over the heads.
-    Rows that the inner press pins stay before all others and do not count in their chunk. Where
-    heads have budgets of their own (AdaKV inside), each goes as far down the same ranking as its
-    budget reaches. Needs what the inner press needs.
+    Inference" (arXiv:2502.00299). A chunk's score is the mean over its tokens in all heads of the
+    layer. The budget is exact: of the last chunk the best tokens stay, by their mean over the
+    heads. Tokens that the inner press pins stay before all others and do not count in their chunk.
+    Where heads have budgets of their own (AdaKV inside), each goes as far down the same ranking as
+    its budget reaches. Needs what the inner press needs.
     Best for scores that jump from token to token, in texts whose sense lies in phrases.
 
     Attributes:
@@ -39,51 +39,54 @@ class ChunkKVPress(WrapperPress, alias="chunkkv"):
         check_by_layer(self)
 
     def score(self, view: LayerView) -> Tensor:
-        """Minus the rank of each row, the rows that stay above all others, ``[B, H, T]``."""
+        """Score pairs by minus their token's rank, those kept above all others, ``[B, H, T]``."""
         scores = wide(self.press.score(view))
         budgets = counted(self).select(scores, view.valid, view.n_kept).sum(-1, keepdim=True)
         chunks = Chunks.of(scores, view, self.chunk_length)
-        ranks = places(_by_group(self.groups(chunks), chunks.rows))  # [B, C * L]
+        ranks = inverse_order(_by_group(self.groups(chunks), chunks.tokens))  # [B, C * L]
+        # One ranking of the text for all heads, looked up by each pair's index: heads that evicted
+        # tokens before hold different ones in the same place.
         column = view.index.long().clamp(0, ranks.shape[-1] - 1)
         ranked = -ranks[:, None].expand(-1, column.shape[1], -1).gather(-1, column).float()
         ranked = torch.where(pinned(scores), scores, ranked)
         return choose(ranked, best(ranked, view.valid, budgets))
 
     def groups(self, chunks: "Chunks") -> Tensor:
-        """The order in which rows are taken, ``[B, C, L]``: first those with the lowest number.
+        """Number the group of each token, ``[B, C, L]``: the lowest number is kept first.
 
-        Rows with the same number are taken by their own score.
+        Here a chunk is a group, numbered by its rank. Within a group tokens are kept by their own
+        score.
         """
-        return places(highest_first(chunks.means)).unsqueeze(-1).expand_as(chunks.rows)
+        return inverse_order(highest_first(chunks.means)).unsqueeze(-1).expand_as(chunks.tokens)
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Scores by place in the text: ``C`` chunks of ``L`` tokens; rows that are pinned are out.
+    """Scores by index in the text: ``C`` chunks of ``L`` tokens; pinned tokens are left out.
 
     Attributes:
-        rows: ``[B, C, L]`` mean over the heads that hold the row; minus infinity for no row.
-        means: ``[B, C]`` mean over the rows of the chunk in all heads, alike.
+        tokens: ``[B, C, L]`` mean over the heads that hold the token; minus infinity for none.
+        means: ``[B, C]`` mean over the pairs of the chunk in all heads; minus infinity for none.
     """
 
-    rows: Tensor
+    tokens: Tensor
     means: Tensor
 
     @classmethod
     def of(cls, scores: Tensor, view: LayerView, length: int) -> "Chunks":
-        """The chunks of ``scores [B, H, T]``."""
+        """Sort ``scores [B, H, T]`` into chunks."""
         free = view.valid & ~pinned(scores)
         seen = int(view.n_seen.max())
         length = min(length, max(seen, 1))
         size = -(-seen // length) * length
         column = view.index.long().masked_fill(~free, size)
 
-        def placed(x: Tensor) -> Tensor:
+        def by_index(x: Tensor) -> Tensor:
             # In doubles, so that chunks of equal scores are equal however a sum is ordered.
-            table = x.new_zeros(*x.shape[:2], size + 1, dtype=torch.double)
-            return table.scatter(-1, column, x.double())[..., :-1].unflatten(-1, (-1, length))
+            text = x.new_zeros(*x.shape[:2], size + 1, dtype=torch.double)
+            return text.scatter(-1, column, x.double())[..., :-1].unflatten(-1, (-1, length))
 
-        totals, counts = placed(scores).sum(1), placed(free).sum(1)
+        totals, counts = by_index(scores).sum(1), by_index(free).sum(1)
         means = _mean(totals, counts), _mean(totals.sum(-1), counts.sum(-1))
         return cls(*(x.to(scores.dtype) for x in means))
 
@@ -93,18 +96,19 @@ def _mean(totals: Tensor, counts: Tensor) -> Tensor:
 
 
 def highest_first(x: Tensor) -> Tensor:
-    """Order of the last axis from the highest number down; of equal ones the newest first."""
+    """Sort the last axis from the highest number down; of equal ones the newest comes first."""
     return x.shape[-1] - 1 - x.flip(-1).argsort(dim=-1, descending=True, stable=True)
 
 
 def _by_group(groups: Tensor, x: Tensor) -> Tensor:
-    """Order ``[B, C * L]`` by group, and from the highest number down within a group."""
+    """Sort ``[B, C * L]`` by group, and from the highest number down within a group."""
+    # Two stable sorts: the second keeps the order of the first within each group.
     order = highest_first(x.flatten(1))
     grouped = groups.flatten(1).gather(-1, order).argsort(dim=-1, stable=True)
     return order.gather(-1, grouped)
 
 
-def places(order: Tensor) -> Tensor:
-    """The place of each entry in an order of the last axis."""
+def inverse_order(order: Tensor) -> Tensor:
+    """Invert a permutation of the last axis: the rank of each entry."""
     count = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter(-1, order, count)

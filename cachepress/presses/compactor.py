@@ -1,4 +1,4 @@
-"""Compactor: rows that their passage attends to, or that nothing else is like."""
+"""Compactor: tokens that their passage attends to, or whose keys are unlike all others."""
 
 from dataclasses import dataclass, replace
 
@@ -18,24 +18,25 @@ from cachepress.view import LayerView, Needs
 
 @dataclass(frozen=True)
 class CompactorPress(ScorerPress, alias="compactor"):
-    """Adds the leverage of keys to what rows receive from their own passage.
+    """Keeps tokens with much non-causal attention from their passage, or high key leverage.
 
-    Chari and Van Durme, "Compactor: Calibrated Query-Agnostic KV Cache Compression with
-    Approximate Leverage Scores" (arXiv:2507.08143). The score is that of ``NonCausalAttnPress``
-    plus ``blending`` times that of ``LeverageScorePress``, both standardised, over the rows between
+    Chari and Van Durme, "Compactor: Calibrated Query-Agnostic KV Cache Compression with Approximate
+    Leverage Scores" (arXiv:2507.08143). The score is that of ``NonCausalAttnPress`` plus
+    ``blending`` times that of ``LeverageScorePress``, both standardised, over the tokens between
     the pinned ones, as if they were a text of their own. Needs all queries and the layer's rotary
     embedding.
 
-    Chosen where the paper says nothing: ``blending`` is by default the fraction of the rows seen
-    that the budget removes; where the budget cannot hold all pinned rows the first ones go before
-    the newest; rows that are pinned no longer in a later turn count as average in attention.
+    Chosen where the paper says nothing: ``blending`` is by default the fraction of the tokens
+    seen that the budget removes; where the budget cannot hold all pinned tokens the newest are
+    evicted before the first; tokens that are pinned no longer at a later prompt count as average
+    in attention.
     Best for long contexts whose questions are not known when they are compressed.
 
     Attributes:
-        sink_size_start: first rows, which always stay.
-        sink_size_end: newest rows, which always stay.
-        chunk_size: tokens of a chunk of the attention, counted from the first row not pinned.
-        sketch_dimension: channels of the projection of the leverage.
+        sink_size_start: first tokens, which always stay.
+        sink_size_end: newest tokens, which always stay.
+        chunk_size: tokens of a chunk of the attention, counted from the first token not pinned.
+        sketch_dimension: channels of the random projection of the keys.
         blending: weight of the leverage; None for the fraction removed.
     """
 
@@ -64,12 +65,12 @@ class CompactorPress(ScorerPress, alias="compactor"):
         return self._attention.needs | self._leverage.needs
 
     def token_state(self, view: LayerView) -> Tensor:
-        """Attention that each row between the pinned ones received so far, ``[B, H, T]``."""
+        """Attention received so far by each pair between the pinned ones, ``[B, H, T]``."""
         free = self._free(view)
         return torch.where(free.valid, self._attention.token_state(free), torch.nan)
 
     def score(self, view: LayerView) -> Tensor:
-        """Attention plus weighted leverage, pinned rows above all others, ``[B, H, T]``."""
+        """Score pairs by attention plus weighted leverage, pinned above all, ``[B, H, T]``."""
         free, weight = self._free(view), self.blending
         if weight is None:
             removed = 1 - view.n_kept.double() / view.n_seen.clamp(min=1)  # [B]
@@ -87,7 +88,7 @@ class CompactorPress(ScorerPress, alias="compactor"):
         return LeverageScorePress(sketch_dimension=self.sketch_dimension)
 
     def _free(self, view: LayerView) -> LayerView:
-        """The rows between the pinned ones, and their queries, as a text of their own."""
+        """View the tokens between the pinned ones, and their queries, as a text of their own."""
         first, end = self.sink_size_start, view.n_seen[:, None, None] - self.sink_size_end
         free = (view.index >= first) & (view.index < end)
         if view.voters is None:

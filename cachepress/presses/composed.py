@@ -1,4 +1,4 @@
-"""Composed: one press after the other."""
+"""Composition of presses, one after the other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,12 +22,12 @@ from cachepress.view import LayerView, Needs
 
 @dataclass(frozen=True)
 class _Chain:
-    """Amounts one after the other: each counts what the one before it left."""
+    """Amounts one after the other: each counts what the one before it keeps."""
 
     amounts: tuple[Amount, ...]
 
     def rows(self, view: LayerView) -> Tensor:
-        """Rows for each head, ``[B]``."""
+        """Pairs of each head, ``[B]``."""
         for amount in self.amounts:
             view = replace(view, n_seen=amount.rows(view).clamp(min=1))
         return view.n_seen
@@ -35,11 +35,11 @@ class _Chain:
 
 @dataclass(frozen=True)
 class ComposedPress(BasePress, alias="composed"):
-    """Lets several presses choose, each among the rows that the one before it left.
+    """Applies several presses one after the other, each to the tokens that the last one kept.
 
     Two presses at 0.5 remove three quarters. After a press with a threshold, the others count the
-    rows that it left, in a further turn too. Needs what all of them need. Best for combining what
-    one press drops with what another one drops, rows and channels.
+    tokens that it keeps, at a later prompt too. Needs what all of them need. Best for combining
+    different evictions, or eviction with key channels.
 
     Attributes:
         presses: the presses, the first one first.
@@ -64,11 +64,13 @@ class ComposedPress(BasePress, alias="composed"):
             raise CachepressError("only the last of the presses can rotate keys: put it last")
         if sum(press.needs.token_state for press in presses) > 1:
             raise CachepressError(
-                "a row holds one number for the next time, and more than one of the presses leaves "
-                "one: compose one of them with presses that do not"
+                "a token keeps one number until the next compression, and more than one of the "
+                "presses keeps one: compose one of them with presses that do not"
             )
         if sum(press.needs.storage is not None for press in presses) > 1:
-            raise CachepressError("more than one of the presses says how rows are stored: keep one")
+            raise CachepressError(
+                "more than one of the presses says how pairs are stored: keep one"
+            )
         reduce(or_, (press.needs for press in presses))  # Raises where they cannot be combined.
 
     @property
@@ -78,7 +80,7 @@ class ComposedPress(BasePress, alias="composed"):
 
     @property
     def budget(self) -> TopK | Threshold:
-        """The last press's budget, of what the others leave."""
+        """The last press's budget, of what the others keep."""
         last = self.presses[-1].budget
         if isinstance(last, TopK) and self._counted:
             return replace(last, amount=self._amount(len(self.presses)))
@@ -96,37 +98,37 @@ class ComposedPress(BasePress, alias="composed"):
         return round(1 - kept, 6)
 
     def reconstructed(self, view: ReconstructionView) -> Tensor:
-        """What the press that replays makes of a chunk that was repeated."""
+        """What the press that reconstructs the context computes of a chunk that was repeated."""
         return next(
             press.reconstructed(view) for press in self.presses if press.needs.reconstruction
         )
 
     def score(self, view: LayerView) -> Tensor:
-        """The last press's score of the rows that all others keep, ``[B, H, T]``."""
-        everyone = view.valid
+        """Score the pairs that all others keep by the last press, ``[B, H, T]``."""
+        everything = view.valid
         for i, press in enumerate(self.presses[:-1], start=1):
             view = view.only(self._stage(press, view, i))
         scores = wide(self.presses[-1].score(view))
         if self.budget == CHOSEN:
             return choose(scores, self._stage(self.presses[-1], view, len(self.presses)))
         lowest = torch.finfo(torch.float32).min
-        return torch.where(view.valid | ~everyone, scores, lowest)
+        return torch.where(view.valid | ~everything, scores, lowest)
 
     def token_state(self, view: LayerView) -> Tensor | None:
-        """What the press that leaves something leaves."""
+        """The state of the press that keeps one with each token."""
         return next(
             (press.token_state(view) for press in self.presses if press.needs.token_state), None
         )
 
     def merge(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What the first press that folds lets dropped rows leave."""
-        folds = (press.merge(view, mask) for press in self.presses)
-        return next((merge for merge in folds if merge is not None), None)
+        """Merge evicted pairs as the first press does that merges any."""
+        merged = (press.merge(view, mask) for press in self.presses)
+        return next((pairs for pairs in merged if pairs is not None), None)
 
     def key_channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
-        """The channels of the first press that chooses some."""
+        """The key channels of the first press that chooses some."""
         found = (press.key_channels(view, mask) for press in self.presses)
-        return next((key_channels for key_channels in found if key_channels is not None), None)
+        return next((channels for channels in found if channels is not None), None)
 
     def check_layers(self, n_layers: int) -> None:
         """Raise if one of the presses does not fit the model."""
@@ -146,12 +148,13 @@ class ComposedPress(BasePress, alias="composed"):
         return all(isinstance(press.budget, TopK) for press in self.presses)
 
     def _stage(self, press: BasePress, view: LayerView, stages: int) -> Tensor:
-        """The rows that a press keeps of those that the ones before it left, ``[B, H, T]``."""
+        """Select what a press keeps of what the ones before it kept, ``[B, H, T]``."""
         if self._counted:
             n_kept = self._amount(stages).rows(view).clamp(min=1)
         else:
-            left = replace(view, n_seen=view.valid.sum(-1))  # [B, H]
-            n_kept = press.budget.count(left)
+            # A threshold came first: each head has a number of its own, of which the budget counts.
+            held = replace(view, n_seen=view.valid.sum(-1))  # [B, H]
+            n_kept = press.budget.count(held)
         average = n_kept if n_kept.ndim == 1 else n_kept.double().mean(-1)
         scores = press.score(replace(view, n_kept=average))
         return press.budget.select(scores, view.valid, n_kept)

@@ -1,4 +1,4 @@
-"""CriticalKV: what a dropped row would change in the layer's output."""
+"""CriticalKV: scores weighed by what a pair adds to the layer's output."""
 
 from dataclasses import dataclass
 
@@ -19,10 +19,10 @@ _BLOCK = 1024
 
 @dataclass(frozen=True)
 class CriticalKVPress(WrapperPress, alias="critical"):
-    """Weighs a score with the size of what the value adds to the layer's output.
+    """Multiplies a score by the norm of what each value adds to the layer's output.
 
     Feng et al., "Identify Critical KV Cache in LLM Inference from an Output Perturbation
-    Perspective" (arXiv:2502.03805). A first stage keeps the best rows by the inner score; the rest
+    Perspective" (arXiv:2502.03805). A first stage keeps the best pairs by the inner score; the rest
     of the budget goes to the highest (score + epsilon) * |W_O v|_1. Scores below zero are lifted,
     so that the product keeps their order. Needs the output projection. Best for a gain in quality
     around any attention score.
@@ -51,28 +51,28 @@ class CriticalKVPress(WrapperPress, alias="critical"):
         return self.press.needs | Needs(projection=True)
 
     def score(self, view: LayerView) -> Tensor:
-        """The score times the norm of the projected value, winners above all, ``[B, H, T]``."""
+        """Score pairs by score times projected value norm, those kept above all, ``[B, H, T]``."""
         scores = wide(self.press.score(view))
         budgets = counted(self).select(scores, view.valid, view.n_kept).sum(-1, keepdim=True)
         free = scores.masked_fill(~view.valid | pinned(scores), 0)
         lifted = free - free.amin(-1, keepdim=True).clamp(max=0)
-        weighed = (lifted + self.epsilon) * projected_norms(view)
-        weighed = torch.where(pinned(scores), scores, weighed)
+        weighted = (lifted + self.epsilon) * projected_norms(view)
+        weighted = torch.where(pinned(scores), scores, weighted)
         first = floor_of(budgets.double(), self.first_stage_ratio)
         chosen = best(scores, view.valid, first)
-        return choose(weighed, best(pin(weighed, chosen), view.valid, budgets))
+        return choose(weighted, best(pin(weighted, chosen), view.valid, budgets))
 
 
 @dataclass(frozen=True)
 class CriticalAdaKVPress(WrapperPress, alias="critical_adakv"):
-    """CriticalKV in a layer whose heads compete: ``CriticalKVPress(AdaKVPress(press))``.
+    """Applies CriticalKV with competing heads: ``CriticalKVPress(AdaKVPress(press))``.
 
     Feng et al. (arXiv:2502.03805 and arXiv:2407.11550). Needs the output projection. Best for
     high ratios around any attention score.
 
     Attributes:
         press: the press that scores.
-        alpha_safeguard: fraction of its even share that every head keeps whatever its scores.
+        alpha_safeguard: fraction of an equal share that every head keeps whatever its scores.
         epsilon: added to the score before the product.
         first_stage_ratio: fraction of each head's budget that the inner score alone fills.
     """
@@ -83,12 +83,12 @@ class CriticalAdaKVPress(WrapperPress, alias="critical_adakv"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole()
+        self._composed()
 
     @property
     def needs(self) -> Needs:
         """What the inner press needs, and the output projection."""
-        return self._whole().needs
+        return self._composed().needs
 
     @property
     def budget(self) -> TopK:
@@ -96,16 +96,16 @@ class CriticalAdaKVPress(WrapperPress, alias="critical_adakv"):
         return AdaKVPress(self.press, self.alpha_safeguard).budget
 
     def score(self, view: LayerView) -> Tensor:
-        """The score times the norm of the projected value, ``[B, H, T]``."""
-        return self._whole().score(view)
+        """Score pairs by score times projected value norm, ``[B, H, T]``."""
+        return self._composed().score(view)
 
-    def _whole(self) -> CriticalKVPress:
+    def _composed(self) -> CriticalKVPress:
         adaptive = AdaKVPress(self.press, self.alpha_safeguard)
         return CriticalKVPress(adaptive, self.epsilon, self.first_stage_ratio)
 
 
 def projected_norms(view: LayerView) -> Tensor:
-    """L1 norm of each value after the output projection, mean of the query heads, [B, H, T]."""
+    """L1 norm of each value after the output projection, mean over query heads, ``[B, H, T]``."""
     if view.projection is None:
         raise TypeError("the view was made without the output projection")
     norms = []

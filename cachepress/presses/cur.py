@@ -1,4 +1,4 @@
-"""CurDKV: keys and values that carry much of what the cache spans."""
+"""CurDKV: leverage of keys and values in a CUR decomposition of the cache."""
 
 from dataclasses import dataclass
 
@@ -19,22 +19,22 @@ _RANDOM_SIZE = 20
 
 @dataclass(frozen=True)
 class CURPress(ScorerPress, alias="cur"):
-    """Keeps the rows whose keys and values have the largest leverage, estimated by squared norms.
+    """Keeps the tokens whose keys and values have the highest leverage, estimated by squared norms.
 
     Sengupta et al., "Value-Guided KV Compression for LLMs via Approximated CUR Decomposition"
     (CurDKV, arXiv:2509.15038). Needs nothing but keys and values.
 
     Chosen where the paper says nothing: windows are counted from the start of the text, a window
-    that is not full (the last one, or one that was compressed before) is measured by the rows that
-    it has, and the random projections, one for keys and one for values, are drawn anew for each
-    layer and head and are the same in every run.
+    that is not full (the last one, or one that was compressed before) is measured by the tokens
+    that it holds, and the random projections, one for keys and one for values, are drawn anew for
+    each layer and head and are the same in every run.
     Best for one cheap pass over texts whose values differ much in size.
 
     Attributes:
-        num_sinks: first rows, which always stay.
+        num_sinks: first tokens, which always stay.
         leverage_type: "key", "value", their mean "kv_avg" or their product "kv_product".
         use_random_leverage: whether norms are those of a Gaussian projection to 20 channels.
-        use_local_approximation: whether a row is measured by its share of a window of the text.
+        use_local_approximation: whether a token is measured by its share of a window of the text.
         local_window_size: tokens of a window.
     """
 
@@ -57,7 +57,7 @@ class CURPress(ScorerPress, alias="cur"):
                 raise CachepressError(f"{name}: got {getattr(self, name)!r}, wanted True or False")
 
     def score(self, view: LayerView) -> Tensor:
-        """The share of each row in the leverage of its head, ``[B, H, T]``."""
+        """Score pairs by their share in the leverage of their head, ``[B, H, T]``."""
         key, value = self._leverage(view, view.keys, 0), self._leverage(view, view.values, 1)
         if self.leverage_type == "kv_avg":
             scores = (key + value) / 2
@@ -68,7 +68,7 @@ class CURPress(ScorerPress, alias="cur"):
         return pin_sinks(_shares(scores, torch.zeros_like(view.index)), view, self.num_sinks)
 
     def _leverage(self, view: LayerView, x: Tensor, seed: int) -> Tensor:
-        """Squared norms of ``x [B, H, T, D]``, or shares of them in their window, ``[B, H, T]``."""
+        """Squared norms of ``x [B, H, T, D]``, or their shares in their window, ``[B, H, T]``."""
         x = wide(x)
         if self.use_random_leverage:
             x = x @ gaussian(view, x.shape[-1], _RANDOM_SIZE, seed)
@@ -79,7 +79,7 @@ class CURPress(ScorerPress, alias="cur"):
 
 
 def _shares(x: Tensor, group: Tensor) -> Tensor:
-    """``x [B, H, T]`` over its sum in each of the groups ``[B, H, T]`` of a head.
+    """Divide ``x [B, H, T]`` by its sum in each of the groups ``[B, H, T]`` of a head.
 
     In doubles, so that the result does not depend on the order of the sum.
     """

@@ -1,4 +1,4 @@
-"""Compression of a running generation."""
+"""Compression while a model generates."""
 
 from dataclasses import dataclass, replace
 from typing import NoReturn
@@ -13,7 +13,7 @@ from cachepress.view import Needs
 
 
 class _WhileDecodingPress(WrapperPress):
-    """What the presses for decoding have in common; each has these fields, in its own order."""
+    """What the presses for decoding share; each has these fields, in its own order."""
 
     compression_interval: int
     hidden_states_buffer_size: int
@@ -25,14 +25,14 @@ class _WhileDecodingPress(WrapperPress):
         check_count(self, "hidden_states_buffer_size")
         if self.press.schedule != AfterPrefill():
             raise CachepressError(
-                f"{type(self).__name__} decides when rows are dropped, and {self.press!r} does so "
+                f"{type(self).__name__} decides when pairs are evicted, and {self.press!r} does so "
                 "already: give it the press that scores"
             )
 
         if reconstructs(self.press):
             raise CachepressError(
-                f"{type(self).__name__} scores decoded rows, and {self.press!r} replays prompts: "
-                "use PrefillDecodingPress with one press for each"
+                f"{type(self).__name__} scores decoded tokens, and {self.press!r} reconstructs "
+                "prompts: use PrefillDecodingPress with one press for each"
             )
 
     @property
@@ -42,7 +42,7 @@ class _WhileDecodingPress(WrapperPress):
         return Every(self.compression_interval, bounded)
 
     def _within(self, amount: Amount) -> Amount:
-        """The amount, and no more than the bytes of the inner press hold until the next time."""
+        """Limit an amount to what the inner press's bytes hold until the next compression."""
         limit = bytes_of(counted(self).amount)
         if limit is None:
             return amount
@@ -50,17 +50,17 @@ class _WhileDecodingPress(WrapperPress):
 
     @property
     def needs(self) -> Needs:
-        """What the inner press needs, and so many decoded queries."""
+        """What the inner press needs, and the buffer of decoded queries."""
         most = min(self.hidden_states_buffer_size, self.compression_interval)
         return replace(self.press.needs, decoded_queries=most)
 
 
 @dataclass(frozen=True)
 class DecodingPress(_WhileDecodingPress, alias="decoding"):
-    """Keeps the cache of a running generation below a bound.
+    """Compresses the cache while decoding, down to a fixed number of pairs a head.
 
     When the prompt is read, and then whenever ``compression_interval`` tokens were decoded, the
-    cache is brought down to ``target_size`` rows: it never holds more than both together. Decoded
+    cache is brought down to ``target_size`` pairs: it never holds more than both together. Decoded
     queries are those that attention used, so their positions are the true ones. Needs what the
     inner press needs. Best for long answers in bounded memory.
 
@@ -68,8 +68,8 @@ class DecodingPress(_WhileDecodingPress, alias="decoding"):
         press: the press that scores; its own ratio does not count. Its ``max_bytes`` holds all the
             time, whatever ``target_size`` says.
         compression_interval: decoded tokens between two compressions.
-        target_size: rows that each head keeps, on average where heads compete.
-        hidden_states_buffer_size: most decoded queries that a score can look at.
+        target_size: pairs that each head keeps, on average where heads compete.
+        hidden_states_buffer_size: most decoded queries that a score can use.
     """
 
     compression_interval: int = 512
@@ -100,22 +100,22 @@ class DecodingPress(_WhileDecodingPress, alias="decoding"):
 
     @property
     def budget(self) -> TopK:
-        """``target_size`` rows, for those who compete under the inner press."""
+        """``target_size`` pairs a head, for the heads that compete under the inner press."""
         return replace(counted(self), amount=self._within(Fixed(self.target_size)))
 
     @property
     def compression_ratio(self) -> None:
-        """None: the budget is a number of rows."""
+        """None: the budget is a number of pairs."""
         return None
 
     def with_ratio(self, ratio: float) -> NoReturn:
-        """Refused: the budget is a number of rows."""
+        """Refused: the budget is a number of pairs."""
         raise CachepressError("DecodingPress has no compression ratio: give target_size")
 
 
 @dataclass(frozen=True)
 class CompressionRatioDecodingPress(_WhileDecodingPress, alias="compression_ratio_decoding"):
-    """Keeps the cache of a running generation at a fraction of what it has seen.
+    """Compresses the cache while decoding, to a fraction of all pairs seen.
 
     Needs what the inner press needs. Best for long answers whose memory may grow, but slower.
 
@@ -124,7 +124,7 @@ class CompressionRatioDecodingPress(_WhileDecodingPress, alias="compression_rati
             time.
         compression_interval: decoded tokens between two compressions.
         target_compression_ratio: fraction of all pairs seen that are removed.
-        hidden_states_buffer_size: most decoded queries that a score can look at.
+        hidden_states_buffer_size: most decoded queries that a score can use.
     """
 
     compression_interval: int = 512
@@ -155,12 +155,12 @@ class CompressionRatioDecodingPress(_WhileDecodingPress, alias="compression_rati
 
     @property
     def budget(self) -> TopK:
-        """The fraction that is left, for those who compete under the inner press."""
+        """The fraction kept, for the heads that compete under the inner press."""
         return replace(counted(self), amount=self._within(Ratio(self.target_compression_ratio)))
 
     @property
     def compression_ratio(self) -> float:
-        """The ratio that the cache is brought to."""
+        """The ratio that the cache is compressed to."""
         return self.target_compression_ratio
 
     def with_ratio(self, ratio: float) -> "CompressionRatioDecodingPress":

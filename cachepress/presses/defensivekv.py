@@ -1,4 +1,4 @@
-"""DefensiveKV: the worst that could come from dropping a row, not the average."""
+"""DefensiveKV: the worst case of evicting a token, not the average."""
 
 from dataclasses import dataclass
 
@@ -16,30 +16,30 @@ from cachepress.ranks import best, pin, pin_window
 from cachepress.view import LayerView, Needs
 
 _MASS = 0.9
-"""Attention that the first stage keeps, of all that a head gives."""
+"""Share of a head's attention that the first stage keeps."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class DefensiveKVPress(ScorerPress, alias="defensivekv"):
-    """Keeps the rows that mattered most to any one of the last queries.
+    """Keeps the tokens that any one of the last queries attends to most.
 
-    Feng et al., "Taming the Fragility of KV Cache Eviction in LLM Inference" (arXiv:2510.13334),
-    as in the code that they released. A row's risk is the most attention, averaged along the text,
+    Feng et al., "Taming the Fragility of KV Cache Eviction in LLM Inference" (arXiv:2510.13334), as
+    in the code that they released. A token's risk is the most attention, averaged along the text,
     that it receives from a query of the window and a query head of its group; a risk below the mean
     risk of the head is raised to that mean, as a short window proves little. It is multiplied by
     the size of what the value adds to the layer's output, |v W_O|_1, as a share of what all heads
-    add for that token. Before all others, as in CriticalKV, stay the rows with the most mean
-    attention until these have 90 % of it, less the mean share of the ``window_size`` rows before
-    the window, and no more than the budget leaves beside the window. Risk and mean leave out the
-    rows of the window, which stay. ``AdaKVPress(DefensiveKVPress(...))`` is the paper's method, and
-    with ``scope="model"`` its Layer-DefensiveKV. Needs the last ``window_size`` queries and the
+    add for that token. Before all others, as in CriticalKV, the tokens with the most mean attention
+    are kept until these have 90 % of it, less the mean share of the ``window_size`` tokens before
+    the window, and no more than the budget holds beside the window. Risk and mean leave out the
+    tokens of the window, which stay. ``AdaKVPress(DefensiveKVPress(...))`` is the paper's method,
+    and with ``scope="model"`` its Layer-DefensiveKV. Needs the last ``window_size`` queries and the
     output projection.
     Best for one prompt that must serve questions that are not yet known, with AdaKVPress around.
 
     Attributes:
-        window_size: queries at the end of the prompt that vote; their rows always stay.
-        kernel_size: rows that attention is averaged over, an odd number.
+        window_size: queries at the end of the prompt that vote; their own tokens always stay.
+        kernel_size: tokens that attention is averaged over, an odd number.
     """
 
     window_size: int = 32
@@ -56,19 +56,19 @@ class DefensiveKVPress(ScorerPress, alias="defensivekv"):
         return Needs(queries=self.window_size, projection=True)
 
     def score(self, view: LayerView) -> Tensor:
-        """Risk times the share of what all heads add, sure rows above all, ``[B, H, T]``."""
+        """Score pairs by risk times their share of the output, first stage above, ``[B, H, T]``."""
         free = view.valid & ~in_window(view, self.window_size)
         risk = self._risk(view, free)
         prior = (risk * free).sum(-1, keepdim=True) / free.sum(-1, keepdim=True).clamp(min=1)
         sizes = projected_norms(view)
         shares = sizes / (sizes.shape[1] * mean_of_token(sizes, view)).clamp(min=_TINY)
-        scores = pin(torch.maximum(risk, prior) * shares * free, self._sure(view, free))
+        scores = pin(torch.maximum(risk, prior) * shares * free, self._first_stage(view, free))
         return pin_window(scores, view, self.window_size)
 
-    def _sure(self, view: LayerView, free: Tensor) -> Tensor:
-        """The rows of the first stage, ``[B, H, T]``."""
+    def _first_stage(self, view: LayerView, free: Tensor) -> Tensor:
+        """Select the pairs that hold most of the mean attention, ``[B, H, T]``."""
         attention = view.window_attention(self.window_size) * free.unsqueeze(2)  # [B, H, G, T]
-        age = free.flip(-1).cumsum(-1).flip(-1)  # 1 for the last row before the window
+        age = free.flip(-1).cumsum(-1).flip(-1)  # 1 for the last token before the window
         near = (attention * (age <= self.window_size).unsqueeze(2)).sum(-1).mean((1, 2))  # [B]
         mean = attention.mean(2)
         mass = (mean / mean.sum(-1, keepdim=True).clamp(min=_TINY)).sort(-1, descending=True)
@@ -78,18 +78,18 @@ class DefensiveKVPress(ScorerPress, alias="defensivekv"):
         return best(mean, free, torch.minimum((~reached).sum(-1, keepdim=True), room))
 
     def _risk(self, view: LayerView, free: Tensor) -> Tensor:
-        """The most attention that each free row receives from one query, ``[B, H, T]``."""
+        """Take the most attention that each pair receives from one query, ``[B, H, T]``."""
         queries, t = view.last_queries(self.window_size), view.keys.shape[2]
         voters = view.voters[:, -self.window_size :]  # type: ignore
         risk = view.keys.new_zeros(view.valid.shape, dtype=wide_dtype(view.keys))
         for i in range(q := queries.shape[-2]):
-            # One query at a time, so that no more than a row of weights is held for each head.
+            # One query at a time, so that no more than its weights are held for each head.
             query, voter, end = queries[..., i : i + 1, :], voters[:, i : i + 1], t - q + i + 1
-            table = (view.keys[:, :, :end], view.valid[:, :, :end], voter)
-            weights = attention_column_sums(query, *table, view.rule)  # [B, H, G, end]
+            inputs = (view.keys[:, :, :end], view.valid[:, :, :end], voter)
+            weights = attention_column_sums(query, *inputs, view.rule)  # [B, H, G, end]
             weights = F.pad(weights, (0, t - end)) * free.unsqueeze(2)
             smooth = pool(weights, self.kernel_size, "avg") * free.unsqueeze(2)
-            # What was smoothed beyond the ends of the text is given back.
+            # Attention that was smoothed beyond the ends of the text is given back.
             lost = weights.sum(-1, keepdim=True) / smooth.sum(-1, keepdim=True).clamp(min=_TINY)
             risk = torch.maximum(risk, (smooth * lost).amax(2))
         return risk

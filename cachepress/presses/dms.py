@@ -1,4 +1,4 @@
-"""DMS: rows below a threshold go when they leave the window."""
+"""DMS: tokens whose score is below a threshold are evicted once they are out of the window."""
 
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
@@ -18,23 +18,23 @@ from cachepress.view import LayerView, Needs
 
 @dataclass(frozen=True)
 class DMSPress(WrapperPress, alias="dms"):
-    """Drops the rows whose score is below a threshold, except for the newest ones.
+    """Evicts the tokens whose score is below a threshold, except for the newest ones.
 
     Lancucki et al., "Inference-Time Hyper-Scaling with KV Cache Compression" (Dynamic Memory
-    Sparsification, arXiv:2506.05345), the way it is run: how much is dropped depends on the text.
+    Sparsification, arXiv:2506.05345), the way it is run: how much is evicted depends on the text.
     The paper trains the model to decide; here the decision is a score and a threshold, so a score
-    of a fixed scale is wanted. Every head holds its own number of rows, at least one. While
-    decoding, rows are looked at every ``interval`` tokens, and at most that many more than the rule
-    says are held; rows that are held are judged anew at each look. Needs what the inner press
-    needs. Best for scores that a row has from the start, such as those of
+    of a fixed scale is wanted. Every head holds its own number of pairs, at least one. While
+    decoding, a layer is compressed every ``interval`` tokens, and at most that many more than the
+    rule says are held; pairs that are held are scored anew each time. Needs what the inner press
+    needs. Best for scores that a token has from the start, such as those of
     ``DMSPress(KVzapPress(), threshold=-4, decoding=True)``.
 
     Attributes:
         press: the press that scores; its own ratio does not count.
         threshold: least score that stays; it may be left out until the press is used.
-        sliding_window_size: newest rows, which always stay.
-        decoding: whether rows are dropped while tokens are decoded, too.
-        interval: decoded tokens between two looks; 1 for a look at every token.
+        sliding_window_size: newest tokens, which always stay.
+        decoding: whether tokens are evicted during decoding, too.
+        interval: decoded tokens between two compressions; 1 to compress at every token.
     """
 
     threshold: float | None
@@ -69,28 +69,28 @@ class DMSPress(WrapperPress, alias="dms"):
             raise CachepressError(f"threshold: got {self.threshold!r}, wanted a number")
         if self.press.schedule != AfterPrefill():
             raise CachepressError(
-                f"DMSPress decides when rows are dropped, and {self.press!r} does so already: give "
-                "it the press that scores"
+                f"DMSPress decides when pairs are evicted, and {self.press!r} does so already: "
+                "give it the press that scores"
             )
         if reconstructs(self.press) and self.press.needs.reconstruction is None:
             raise CachepressError(
-                f"{self.press!r} replays nothing at ratio 0: give it a ratio above 0, which then "
-                "does not count"
+                f"{self.press!r} reconstructs nothing at ratio 0: give it a ratio above 0, which "
+                "then does not count"
             )
         if self.decoding and self.press.needs.reconstruction is not None:
             raise CachepressError(
-                f"decoded rows have no score by {self.press!r}, which replays prompts: leave out "
-                "decoding, or use KVzapPress"
+                f"decoded tokens have no score by {self.press!r}, which reconstructs prompts: "
+                "leave out decoding, or use KVzapPress"
             )
 
     @property
     def budget(self) -> Threshold:
-        """The rows that reach the threshold."""
+        """The pairs whose score reaches the threshold."""
         return Threshold(self._given_threshold())
 
     @property
     def schedule(self) -> Schedule:
-        """After the prompt, and while decoding if that is wanted."""
+        """After the prompt, and during decoding if that is wanted."""
         return Every(self.interval) if self.decoding else AfterPrefill()
 
     @property
@@ -105,7 +105,7 @@ class DMSPress(WrapperPress, alias="dms"):
         return None
 
     def score(self, view: LayerView) -> Tensor:
-        """The inner score, the window above all, ``[B, H, T]``."""
+        """Score pairs by the inner press, the window above all, ``[B, H, T]``."""
         return pin_window(self.press.score(view), view, self.sliding_window_size)
 
     def with_ratio(self, ratio: float) -> NoReturn:

@@ -1,4 +1,4 @@
-"""DuoAttention: some heads keep the whole text, the others stream."""
+"""DuoAttention: retrieval heads keep the whole text, streaming heads sinks and newest tokens."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,15 +34,16 @@ _LEAST = -1.0
 
 @dataclass(frozen=True)
 class DuoAttentionPress(BasePress, alias="duo_attention"):
-    """Lets retrieval heads keep every row, and streaming heads the first and the newest rows.
+    """Keeps every token in retrieval heads, and the first and newest tokens in streaming heads.
 
     Xiao et al., "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming
     Heads" (arXiv:2410.10819). The KV heads with the lowest scores in the whole model stream. The
     authors train the scores and publish them for some models: give the file as ``pattern``. Without
     one they are estimated when the press first meets a model, from one random text in which a
-    passage comes back: the attention that a head pays there to rows outside of its sinks and newest
-    rows, averaged over the query heads of a KV head. Of equal scores, heads of the first layers
-    stream. How many rows stay depends on the length of the text. Needs nothing but positions.
+    passage is repeated: the attention that a head pays there to tokens outside of its sinks and
+    newest tokens, averaged over the query heads of a KV head. Of equal scores, heads of the first
+    layers stream. How many tokens stay depends on the length of the text. Needs nothing but
+    positions.
     Best for long contexts under a published pattern.
 
     Attributes:
@@ -51,9 +52,9 @@ class DuoAttentionPress(BasePress, alias="duo_attention"):
         pattern: a score for each KV head of each full-attention layer, or the path of a
             ``full_attention_heads.tsv`` or its folder, where what is below 0 counts as 0; None to
             estimate them.
-        sink_size: first rows that a streaming head keeps; None for what the ``config.json`` beside
-            the pattern says, or 128.
-        recent_size: newest rows that a streaming head keeps; None likewise, or 256.
+        sink_size: first tokens that a streaming head keeps; None for what the ``config.json``
+            beside the pattern says, or 128.
+        recent_size: newest tokens that a streaming head keeps; None likewise, or 256.
         on_the_fly_scoring: False to ask for a pattern where none is given instead of estimating it.
     """
 
@@ -73,11 +74,11 @@ class DuoAttentionPress(BasePress, alias="duo_attention"):
 
     @property
     def budget(self) -> TopK | Threshold:
-        """What the score chose."""
+        """The pairs that the score chooses."""
         return CHOSEN if self.head_compression_ratio else TopK(Ratio(0.0))
 
     def score(self, view: LayerView) -> Tensor:
-        """The age of each row, those that stay above all others, ``[B, H, T]``."""
+        """Score pairs by index, those kept above all others, ``[B, H, T]``."""
         sink, recent = self.sink_size, self.recent_size
         if not isinstance(self.pattern, tuple) or sink is None or recent is None:
             raise TypeError("the press was not made ready for the model")
@@ -126,25 +127,25 @@ class DuoAttentionPress(BasePress, alias="duo_attention"):
 
 
 def _streaming(scores: Scores, ratio: float) -> list[list[bool]]:
-    """Which heads stream, by layer."""
-    heads = [(score, depth, h) for depth, row in enumerate(scores) for h, score in enumerate(row)]
+    """Find the heads that stream, by layer."""
+    heads = [(score, depth, h) for depth, own in enumerate(scores) for h, score in enumerate(own)]
     lowest = set(sorted(heads)[: floor(len(heads) * Fraction(str(ratio)))])
     return [
-        [(score, depth, h) in lowest for h, score in enumerate(row)]
-        for depth, row in enumerate(scores)
+        [(score, depth, h) in lowest for h, score in enumerate(own)]
+        for depth, own in enumerate(scores)
     ]
 
 
 def _published_sizes(path: str) -> dict[str, int]:
-    """The sizes in the ``config.json`` beside a pattern, if there is one."""
+    """Read the sizes in the ``config.json`` beside a pattern, if there is one."""
     file = pattern_file(path).with_name("config.json")
     try:
-        known = parse_json(file.read_text())
-        sizes = {name: known[name] for name in _SIZES if name in known}  # type: ignore
+        config = parse_json(file.read_text())
+        sizes = {name: config[name] for name in _SIZES if name in config}  # type: ignore
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError) as error:
         raise CachepressError(f"pattern: {file} cannot be read: {error}") from error
     if not all(type(size) is int and size >= 0 for size in sizes.values()):
-        raise CachepressError(f"pattern: {file} has {sizes}, wanted numbers of rows")
+        raise CachepressError(f"pattern: {file} has {sizes}, wanted numbers of tokens")
     return sizes

@@ -1,4 +1,4 @@
-"""Entropy-gated ChunkKV: a chunk that lives from a few rows gives only those."""
+"""Entropy-gated ChunkKV: a chunk whose score comes from a few tokens keeps only those."""
 
 from dataclasses import dataclass
 
@@ -7,26 +7,26 @@ from torch import Tensor
 
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
-from cachepress.presses.chunkkv import ChunkKVPress, Chunks, highest_first, places
+from cachepress.presses.chunkkv import ChunkKVPress, Chunks, highest_first, inverse_order
 
 
 @dataclass(frozen=True)
 class EntropyGatedChunkKVPress(ChunkKVPress, alias="entropy_gated_chunkkv"):
-    """ChunkKV in which good chunks that owe their score to a few rows keep only those rows.
+    """Keeps whole chunks as ChunkKV does, but only the best tokens where a few make the score.
 
     Builds on Liu et al. (arXiv:2502.00299). A chunk is cut when its mean score is at least the
     median of the chunks and its entropy is below the median (of an even number the lower one of
-    the two in the middle). The entropy is that of the rows' shares in the chunk's score, divided
-    by the entropy of equal shares; that of a chunk of one token is 0. Where scores fall below
-    zero, all of the text is first lifted by the same amount, to zero. Rows that the inner press
-    pins do not count. What is freed goes to further chunks, then to the best of the rows that were
-    cut. Needs what the inner press needs.
-    Best for attention scores at small budgets, where single rows outshine their chunk.
+    the two in the middle). The entropy is that of the tokens' shares in the chunk's score,
+    divided by the entropy of equal shares; that of a chunk of one token is 0. Where scores fall
+    below zero, all of the text is first lifted by the same amount, to zero. Tokens that the inner
+    press pins do not count. What is freed goes to further chunks, then to the best of the tokens
+    that were cut. Needs what the inner press needs.
+    Best for attention scores at small budgets, where single tokens outshine their chunk.
 
     Attributes:
         press: the press that scores.
         chunk_length: tokens of a chunk.
-        low_entropy_chunk_length: rows that are left of a chunk that is cut.
+        low_entropy_chunk_length: tokens that are kept of a chunk that is cut.
     """
 
     chunk_length: int = 10
@@ -42,28 +42,28 @@ class EntropyGatedChunkKVPress(ChunkKVPress, alias="entropy_gated_chunkkv"):
             )
 
     def groups(self, chunks: Chunks) -> Tensor:
-        """The order in which rows are taken, ``[B, C, L]``: rows that are cut come last."""
+        """Number the group of each token, ``[B, C, L]``: tokens that are cut come last."""
         whole = super().groups(chunks)
-        place = places(highest_first(chunks.rows))
-        cut = _spiky(chunks).unsqueeze(-1) & (place >= self.low_entropy_chunk_length)
+        rank = inverse_order(highest_first(chunks.tokens))
+        cut = _low_entropy(chunks).unsqueeze(-1) & (rank >= self.low_entropy_chunk_length)
         return whole.masked_fill(cut, chunks.means.shape[-1])
 
 
-def _spiky(chunks: Chunks) -> Tensor:
-    """Which chunks owe a good score to a few rows, ``[B, C]``."""
-    there = chunks.means > float("-inf")
-    entropy = _entropy(chunks.rows).masked_fill(~there, float("nan"))
-    means = chunks.means.masked_fill(~there, float("nan"))
+def _low_entropy(chunks: Chunks) -> Tensor:
+    """Find the chunks with a good mean score and a low entropy, ``[B, C]``."""
+    held = chunks.means > float("-inf")
+    entropy = _entropy(chunks.tokens).masked_fill(~held, float("nan"))
+    means = chunks.means.masked_fill(~held, float("nan"))
     good = means >= means.nanmedian(-1, keepdim=True).values
     return good & (entropy < entropy.nanmedian(-1, keepdim=True).values)
 
 
-def _entropy(rows: Tensor) -> Tensor:
-    """Entropy of the shares in each chunk's score, 0 for a single token to 1 for all alike."""
-    there = rows > float("-inf")
-    lowest = rows.masked_fill(~there, float("inf")).amin((1, 2), keepdim=True).clamp(max=0)
-    lifted = (rows.double() - lowest).masked_fill(~there, 0)
-    total, n = lifted.sum(-1), there.sum(-1)
+def _entropy(tokens: Tensor) -> Tensor:
+    """Entropy of the shares in each chunk's score, 0 for a single token to 1 for equal shares."""
+    held = tokens > float("-inf")
+    lowest = tokens.masked_fill(~held, float("inf")).amin((1, 2), keepdim=True).clamp(max=0)
+    lifted = (tokens.double() - lowest).masked_fill(~held, 0)
+    total, n = lifted.sum(-1), held.sum(-1)
     shares = lifted / total.unsqueeze(-1)
     entropy = torch.special.entr(shares).sum(-1) / n.double().log()
     # In floats, so that chunks with the same shares are equal however a sum is ordered.

@@ -1,4 +1,4 @@
-"""Expected attention: what the queries of the future will look at."""
+"""Expected attention: what future queries are expected to attend to."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from cachepress.view import LayerView, Moments, Needs
 
 @dataclass(frozen=True)
 class ExpectedAttentionPress(ScorerPress, alias="expected_attention"):
-    """Keeps the rows that future queries are expected to attend to.
+    """Keeps the tokens that future queries are expected to attend to.
 
     Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from Future
     Queries Distribution" (arXiv:2510.00636). Queries before RoPE are taken as Gaussian with the
@@ -26,7 +26,7 @@ class ExpectedAttentionPress(ScorerPress, alias="expected_attention"):
 
     Attributes:
         n_future_positions: positions after the prompt that the rotation is averaged over.
-        n_sink: first rows, which always stay and whose queries do not count.
+        n_sink: first tokens, which always stay and whose queries do not count.
         use_covariance: whether the covariance of the queries enters.
         use_vnorm: whether the score is multiplied by the norm of the value.
         epsilon: added to the score before that multiplication.
@@ -51,7 +51,7 @@ class ExpectedAttentionPress(ScorerPress, alias="expected_attention"):
         return Needs(moments_after=self.n_sink)
 
     def score(self, view: LayerView) -> Tensor:
-        """Expected attention, times the value's norm, ``[B, H, T]``."""
+        """Score pairs by expected attention times the value's norm, ``[B, H, T]``."""
         logits = self._expected_logits(view)  # [B, H, G, T]
         free = view.valid & (view.index >= self.n_sink)
         lowest = torch.finfo(logits.dtype).min
@@ -61,7 +61,7 @@ class ExpectedAttentionPress(ScorerPress, alias="expected_attention"):
         return pin_sinks(scores, view, self.n_sink)
 
     def moments(self, view: LayerView) -> Moments:
-        """The moments of the queries to come."""
+        """Return the moments of the queries to come."""
         if view.moments is None:
             raise TypeError("the view was made without moments of the queries")
         return view.moments
@@ -76,6 +76,7 @@ class ExpectedAttentionPress(ScorerPress, alias="expected_attention"):
         mean = view.rotary.mean(moments.mean, future)  # [B, H, G, D]
         logits = mean @ keys.mT * scaling
         if self.use_covariance:
+            # R C R' for the mean rotation R, which is applied to one side at a time.
             half = view.rotary.mean(moments.covariance, future)
             covariance = view.rotary.mean(half.mT, future)  # [B, H, G, D, D]
             spread = (keys.unsqueeze(2) @ covariance * keys.unsqueeze(2)).sum(-1)

@@ -1,4 +1,4 @@
-"""Expected attention with queries that were measured beforehand."""
+"""Expected attention with query statistics that were measured beforehand."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ _PUBLISHED = ("kmfoda/booksum", 100, 1000)
 
 @dataclass(frozen=True)
 class ExpectedAttentionStatsPress(ExpectedAttentionPress, alias="expected_attention_stats"):
-    """Keeps the rows that queries like those of other texts are expected to attend to.
+    """Keeps the tokens that queries with statistics measured beforehand are expected to attend to.
 
     Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from Future
     Queries Distribution" (arXiv:2510.00636), with the mean and the covariance of the queries
@@ -34,13 +34,13 @@ class ExpectedAttentionStatsPress(ExpectedAttentionPress, alias="expected_attent
 
     Attributes:
         n_future_positions: positions after the prompt that the rotation is averaged over.
-        n_sink: first rows, which always stay.
+        n_sink: first tokens, which always stay.
         use_covariance: whether the covariance of the queries enters.
         use_vnorm: whether the score is multiplied by the norm of the value.
         epsilon: added to the score before that multiplication.
         stats: the file, its folder or a hub repository with it, as ``cachepress train`` or the
-            authors wrote it, where {model} stands for the model's name; None for what was learned
-            here.
+            authors wrote it, where {model} stands for the model's name; None for the one trained on
+            this machine.
         layers: which layers of the file are the model's full-attention layers; None to find out.
     """
 
@@ -108,7 +108,7 @@ class ExpectedAttentionStatsPress(ExpectedAttentionPress, alias="expected_attent
         return replace(self, stats=path, layers=layers)
 
     def moments(self, view: LayerView) -> Moments:
-        """The moments that were learned, the same for every sequence."""
+        """Return the moments that were measured beforehand, the same for every sequence."""
         if self.stats is None:
             raise TypeError("the press was not made ready for a model")
         learned = load_artefact(self.stats, KIND, view.keys.device, self.layers)

@@ -1,4 +1,4 @@
-"""Fast KVzip: KVzip's scores, guessed by gates."""
+"""Fast KVzip: KVzip's scores, predicted by a gate in each layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -28,22 +28,22 @@ _SHORT = 32000
 
 @dataclass(frozen=True)
 class FastKVzipPress(_SurrogatePress, alias="fastkvzip"):
-    """Keeps the rows that KVzip would give the highest scores, as a gate in each layer guesses.
+    """Keeps the tokens to which a trained gate in each layer predicts KVzip's highest scores.
 
     Kim et al., "Fast KVzip: Efficient and Accurate LLM Inference with Gated KV Eviction"
     (arXiv:2601.17668). A gate makes a short query for each query head and a short key for each KV
-    head of a row's hidden state, and compares their product with those of the query and a few
-    learned keys: an attention of its own, of one row. It is learned from a text beforehand:
+    head of a token's hidden state, and compares their product with those of the query and a few
+    learned keys: an attention of its own, of one token. It is learned from a text beforehand:
     ``cachepress train fastkvzip``. Heads and layers compete. Needs hidden states. Best for KVzip's
     choice at the cost of a forward.
 
     Attributes:
         layerwise: whether every layer gets the same share, so that only its heads compete.
-        n_sink: first rows, which always stay.
-        window_size: newest rows that always stay in a text of 32,000 tokens or more.
-        window_ratio: fraction of a shorter text that these are, at least one row.
+        n_sink: first tokens, which always stay.
+        window_size: newest tokens that always stay in a text of 32,000 tokens or more.
+        window_ratio: fraction of a shorter text that these are, at least one token.
         gates: the file, its folder or a hub repository with it, as ``cachepress train`` or the
-            authors wrote it; None for what was learned here.
+            authors wrote it; None for the one trained on this machine.
         layers: which layers of the file are the model's full-attention layers; None to find out.
     """
 
@@ -62,7 +62,7 @@ class FastKVzipPress(_SurrogatePress, alias="fastkvzip"):
 
     @property
     def budget(self) -> TopK:
-        """The best rows of the model, or of each layer."""
+        """The pairs with the highest scores in the model, or in each layer."""
         return replace(super().budget, scope="layer" if self.layerwise else "model")
 
     @property
@@ -84,7 +84,7 @@ class FastKVzipPress(_SurrogatePress, alias="fastkvzip"):
         return replace(self, gates=path, layers=layers)
 
     def guess(self, hidden: Tensor, depth: int) -> Tensor:
-        """The score of each row, from 0 to 1, ``[B, H, n]``."""
+        """Predict the score of each pair, from 0 to 1, ``[B, H, n]``."""
         if self.gates is None:
             raise TypeError("the press was not made ready for a model")
         learned = load_artefact(self.gates, KIND, hidden.device, self.layers)
@@ -92,14 +92,14 @@ class FastKVzipPress(_SurrogatePress, alias="fastkvzip"):
         return gate(x, {name: part[depth].to(x.dtype) for name, part in learned.items()})
 
     def score(self, view: LayerView) -> Tensor:
-        """The guess, sinks and newest rows above all others, ``[B, H, T]``."""
+        """Score pairs by prediction, sinks and newest tokens above all others, ``[B, H, T]``."""
         short = (view.n_seen * self.window_ratio).long().clamp(min=1)
         window = torch.where(view.n_seen < _SHORT, short, self.window_size)
         return pin_sinks(pin_window(super().score(view), view, window), view, self.n_sink)
 
 
 def gate(hidden: Tensor, learned: Mapping[str, Tensor]) -> Tensor:
-    """What one layer's gate says of hidden states ``[B, n, M]``: ``[B, H, n]``, from 0 to 1.
+    """Apply one layer's gate to hidden states ``[B, n, M]``: ``[B, H, n]``, from 0 to 1.
 
     Args:
         hidden: the hidden states.

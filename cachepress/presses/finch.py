@@ -1,4 +1,4 @@
-"""Finch: what the question looks at."""
+"""Finch: tokens that the question attends to."""
 
 from dataclasses import dataclass
 
@@ -14,13 +14,13 @@ from cachepress.view import LayerView, Needs
 
 @dataclass(frozen=True)
 class FinchPress(ScorerPress, alias="finch"):
-    """Keeps the rows that the question attends to, and the question's own rows.
+    """Keeps the tokens that the question attends to, and the question's own tokens.
 
     Corallo and Papotti, "FINCH: Prompt-guided Key-Value Cache Compression" (TACL 2024,
     arXiv:2408.00167). The window is the question, however long it is: the pipeline reads context
     and question together and says where the question begins; elsewhere ``press(model,
     question=n)`` says so. Attention is averaged over the question's queries, each weighed by the
-    number of rows that it can see, and over the query heads of a KV head. Needs the question's
+    number of tokens that it can see, and over the query heads of a KV head. Needs the question's
     queries, and the rotary embedding to rotate kept keys to positions without gaps. Best for one
     question on a context that is not needed again.
 
@@ -45,7 +45,7 @@ class FinchPress(ScorerPress, alias="finch"):
         return Needs(question=True, rotary=self.rerotate_keys, compaction=self.rerotate_keys)
 
     def score(self, view: LayerView) -> Tensor:
-        """Attention from the question, ``[B, H, T]``."""
+        """Score pairs by attention from the question, ``[B, H, T]``."""
         if view.queries is None or view.voters is None or view.n_question is None:
             raise TypeError("the view was made without the queries of a question")
         q = view.voters.shape[1]
@@ -53,15 +53,15 @@ class FinchPress(ScorerPress, alias="finch"):
         votes = (view.voters & (back <= view.n_question[:, None])).float()  # [B, Q]
         votes = votes / votes.sum(-1, keepdim=True).clamp(min=1)
         if self.normalize_scores:
-            rows = view.valid.sum(-1).amax(-1, keepdim=True)  # [B, 1]
-            votes = votes * (rows + 1 - back).clamp(min=1)
+            held = view.valid.sum(-1).amax(-1, keepdim=True)  # [B, 1]
+            votes = votes * (held + 1 - back).clamp(min=1)
         sums = attention_column_sums(view.queries, view.keys, view.valid, votes, view.rule)
         asked = view.index >= (view.n_seen - view.n_question)[:, None, None]
         scores = pin(sums.mean(2), asked)
         return scores if self.chunk_length is None else self._by_chunk(scores, view)
 
     def _by_chunk(self, scores: Tensor, view: LayerView) -> Tensor:
-        """The winners of each chunk above all other rows."""
+        """Lift the winners of each chunk above all other pairs."""
         assert self.chunk_length is not None
         winners, spent = torch.zeros_like(view.valid), torch.zeros_like(view.n_seen)
         for start in range(0, int(view.n_seen.max()), self.chunk_length):

@@ -1,4 +1,4 @@
-"""H2O: what drew the most attention so far, and the newest rows."""
+"""H2O: tokens that received the most attention so far, and the newest ones."""
 
 from dataclasses import dataclass
 
@@ -12,19 +12,19 @@ from cachepress.view import LayerView, Needs
 
 @dataclass(frozen=True)
 class H2OPress(ScorerPress, alias="h2o"):
-    """Keeps the heavy hitters, whose attention received adds up to the most, and the newest rows.
+    """Keeps heavy hitters, the tokens that received the most attention in total, and the newest.
 
     Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
-    Models" (arXiv:2306.14048). The sums are plain, so early rows, which more queries see, gain by
-    it. They go on from turn to turn: what a row received so far is left with it.
+    Models" (arXiv:2306.14048). The sums are plain, so early tokens, which more queries see, gain
+    by it. They are kept with the tokens from one compression to the next, and added to.
     ``DecodingPress(H2OPress(), compression_interval=1, target_size=n)`` is the paper's algorithm,
-    which drops a row with every token. Attention is averaged over the query heads of a KV head,
-    which the paper leaves open. Decoded tokens count where the schedule settles them. Needs the
-    attention sums, and 4 bytes with each row (8 in float64).
+    which evicts a token with every decoded one. Attention is averaged over the query heads of a KV
+    head, which the paper leaves open. Decoded queries count where the schedule compresses during
+    decoding. Needs the attention sums, and 4 bytes with each pair (8 in float64).
     Best for long generations, inside of DecodingPress.
 
     Attributes:
-        recent_ratio: fraction of the rows kept that are the newest ones, rounded down.
+        recent_ratio: fraction of the tokens kept that are the newest ones, rounded down.
     """
 
     recent_ratio: float = 0.5
@@ -39,13 +39,13 @@ class H2OPress(ScorerPress, alias="h2o"):
         return Needs(attention_sums=True, token_state=True)
 
     def score(self, view: LayerView) -> Tensor:
-        """Attention received so far, the newest rows above all, ``[B, H, T]``."""
+        """Score pairs by attention received so far, the newest above all, ``[B, H, T]``."""
         newest = floor_of(view.n_kept.double(), self.recent_ratio)
         recent = view.index >= (view.n_seen - newest)[:, None, None]
         return pin(self.token_state(view), recent)
 
     def token_state(self, view: LayerView) -> Tensor:
-        """Attention received in all turns so far, ``[B, H, T]``."""
+        """Attention received from all queries so far, ``[B, H, T]``."""
         if view.attention_sums is None:
             raise TypeError("the view was made without attention sums")
         received = view.attention_sums.mean(2)

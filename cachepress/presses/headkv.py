@@ -1,4 +1,4 @@
-"""HeadKV: heads that retrieve keep more rows, in the whole model together."""
+"""HeadKV: retrieval heads of the whole model get larger budgets."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,10 +28,10 @@ from cachepress.view import LayerView
 
 @dataclass(frozen=True)
 class _AtLeastOne(TopK):
-    """The best rows of the whole model, as many as if every head kept its own, one at least."""
+    """The best pairs of the whole model, as many as if every head kept its own, at least one."""
 
     def count(self, view: LayerView) -> Tensor:
-        """Rows that each head keeps on average, ``[B]``."""
+        """Pairs that each head keeps on average, ``[B]``."""
         return super().count(view).clamp(min=1)
 
 
@@ -40,17 +40,17 @@ class HeadKVPress(WrapperPress, alias="headkv"):
     """Gives each head of the model a fixed part of its budget, and a share of a pool by its score.
 
     Fu et al., "Not All Heads Matter: A Head-Level KV Cache Compression Method with Integrated
-    Retrieval and Reasoning" (arXiv:2410.19258). Of the rows that a head would keep, those that the
+    Retrieval and Reasoning" (arXiv:2410.19258). Of the pairs that a head would keep, those that the
     inner press pins are its own, and so is 1 - 1 / ``beta`` of the others; the rest of all heads is
     the pool. What one head cannot use, because the text is shorter, the others share, so that the
     model's total is exactly that of equal budgets; rounding is by largest remainder. Where a head
-    should have more rows than it still holds in a later turn, the best of all others take their
-    place, so no row is dropped before the whole forward is done. Without ``scores`` retrieval heads
-    are found when the press first meets a model, from one random text in which a passage comes
-    back: the attention of a query in the second copy to the row that it copies next, averaged over
-    the query heads of a KV head. The paper finds them with questions about a needle and adds
+    should have more pairs than it still holds at a later prompt, the best of all others take their
+    place, so no pair is evicted before the whole forward is done. Without ``scores`` retrieval
+    heads are found when the press first meets a model, from one random text in which a passage is
+    repeated: the attention of a query in the second copy to the token that it copies next, averaged
+    over the query heads of a KV head. The paper finds them with questions about a needle and adds
     reasoning, for which scores can be given. Needs what the inner press needs.
-    Best for budgets of a few hundred rows with SnapKV inside.
+    Best for budgets of a few hundred pairs with SnapKV inside.
 
     Attributes:
         press: the press that scores; each layer must have the same budget. Who competes under it
@@ -68,7 +68,7 @@ class HeadKVPress(WrapperPress, alias="headkv"):
         super().__post_init__()
         if isinstance(counted(self).amount, PerLayer | Pyramid):
             raise CachepressError(
-                f"HeadKVPress shares out the rows of the whole model, and {self.press!r} shares "
+                f"HeadKVPress shares out the pairs of the whole model, and {self.press!r} shares "
                 "them among layers already: give it the press that scores"
             )
         if self.scores is not None and not isinstance(self.scores, str):
@@ -82,7 +82,7 @@ class HeadKVPress(WrapperPress, alias="headkv"):
         return _AtLeastOne(counted(self).amount, scope="model")
 
     def score(self, view: LayerView) -> Tensor:
-        """The inner score, the winners of each head above all others, ``[B, H, T]``."""
+        """Score pairs by the inner press, the winners of each head above all, ``[B, H, T]``."""
         scores = wide(self.press.score(view))
         counts = self._counts(view, pinned(scores) & view.valid)
         return choose(scores, best(scores, view.valid, counts))
@@ -109,7 +109,7 @@ class HeadKVPress(WrapperPress, alias="headkv"):
         return replace(self, press=self.press.for_model(model), scores=scores)
 
     def _counts(self, view: LayerView, pins: Tensor) -> Tensor:
-        """Rows of each head of the layer, ``[B, H, 1]``."""
+        """Count the pairs of each head of the layer, ``[B, H, 1]``."""
         if not isinstance(self.scores, tuple):
             raise TypeError("the press was not made ready for the model")
         pins = pins.sum(-1).amin(-1)  # [B]
@@ -123,21 +123,20 @@ class HeadKVPress(WrapperPress, alias="headkv"):
 
 @lru_cache(maxsize=256)
 def shares(scores: Scores, beta: float, kept: int, own: int, seen: int) -> list[list[int]]:
-    """Rows of each head, by layer.
+    """Share out the pairs of the model among its heads, by layer.
 
     Args:
         scores: of each KV head of each layer.
         beta: 1 / ``beta`` of what is free goes into the pool.
-        kept: rows of a head on average, from 1 to ``seen``.
-        own: of these, rows that every head keeps.
-        seen: rows of the text, which no head can have more of.
+        kept: pairs of a head on average, from 1 to ``seen``.
+        own: of these, pairs that every head keeps.
+        seen: tokens of the text, which no head can have more of.
     """
     own = min(own, kept)
-    weights = torch.tensor([x for row in scores for x in row], dtype=torch.double)
+    weights = torch.tensor([x for heads in scores for x in heads], dtype=torch.double)
     weight = float(weights.sum())
     parts = weights / weight if weight else torch.full_like(weights, 1 / len(weights))
     fixed, pool = own + (kept - own) * (1 - 1 / beta), (kept - own) / beta * len(weights)
     least = min(kept, max(1, own))
-    rows = apportion(fixed + pool * parts, kept * len(weights), least, seen).tolist()
-    taken = iter(rows)
-    return [[next(taken) for _ in row] for row in scores]
+    counts = iter(apportion(fixed + pool * parts, kept * len(weights), least, seen).tolist())
+    return [[next(counts) for _ in heads] for heads in scores]

@@ -1,4 +1,4 @@
-"""Key rerotation: kept keys stand next to each other."""
+"""Key re-rotation: kept keys get positions without gaps."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,13 @@ from cachepress.view import Needs
 class KeyRerotationPress(WrapperPress, alias="key_rerotation"):
     """Rotates kept keys to positions without gaps, which end at the last position seen.
 
-    The distance from a kept row to the next query is then its rank from the end, as if the dropped
-    rows had never been there; the positions of the tokens to come stay what they are. Needs the
-    layer's rotary embedding. Best for contexts near the length that the model was trained for.
+    The distance from a kept token to the next query is then its rank from the end, as if the
+    evicted tokens had never been there; the positions of the tokens to come stay what they are.
+    Needs the layer's rotary embedding. Best for contexts near the length that the model was trained
+    for.
 
     Attributes:
-        press: the press that chooses the rows.
+        press: the press that chooses the tokens.
     """
 
     @property

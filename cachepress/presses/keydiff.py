@@ -12,7 +12,7 @@ from cachepress.view import LayerView
 
 @dataclass(frozen=True)
 class KeyDiffPress(ScorerPress, alias="keydiff"):
-    """Keeps the rows whose keys point away from the mean direction of all keys.
+    """Keeps the tokens whose keys point away from the mean direction of all keys.
 
     Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in
     Resource-Constrained Environments" (arXiv:2504.15364). Needs nothing but keys. Best for
@@ -20,7 +20,7 @@ class KeyDiffPress(ScorerPress, alias="keydiff"):
     """
 
     def score(self, view: LayerView) -> Tensor:
-        """Minus the cosine between each key and the mean direction, ``[B, H, T]``."""
+        """Score pairs by minus the cosine of key and mean direction, ``[B, H, T]``."""
         directions = F.normalize(wide(view.keys), dim=-1)
         real = view.valid.unsqueeze(-1)
         anchor = (directions * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)

@@ -1,4 +1,4 @@
-"""Knorm: keys with a small norm draw the most attention."""
+"""Knorm: keys with a small norm receive the most attention."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ from cachepress.view import LayerView
 
 @dataclass(frozen=True)
 class KnormPress(ScorerPress, alias="knorm"):
-    """Keeps the rows whose keys have the smallest L2 norm.
+    """Keeps the tokens whose keys have the smallest L2 norm.
 
     Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression"
     (arXiv:2406.11430). Needs nothing but keys. Best for a first try: it costs next to nothing.
     """
 
     def score(self, view: LayerView) -> Tensor:
-        """Minus the norm of each key, ``[B, H, T]``."""
+        """Score pairs by minus the norm of their key, ``[B, H, T]``."""
         return -wide(view.keys).norm(dim=-1)

@@ -1,4 +1,4 @@
-"""KVzap: KVzip's scores, guessed from hidden states."""
+"""KVzap: KVzip's scores, predicted from hidden states."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ TYPES = ("linear", "mlp")
 
 @dataclass(frozen=True)
 class KVzapPress(_SurrogatePress, alias="kvzap"):
-    """Keeps the rows that KVzip+ would give the highest scores, as a small model guesses.
+    """Keeps the tokens to which a small trained model predicts KVzip+'s highest scores.
 
     Jegou and Jeblick, "KVzap: Fast, Adaptive, and Faithful KV Cache Pruning" (arXiv:2601.07891).
     The surrogate of each layer maps the hidden states that attention reads to the logarithm of the
@@ -34,7 +34,8 @@ class KVzapPress(_SurrogatePress, alias="kvzap"):
 
     Attributes:
         model_type: "mlp" or "linear".
-        surrogate: the file, its folder or a hub repository; None for what was learned here.
+        surrogate: the file, its folder or a hub repository; None for the one trained on this
+            machine.
         layers: which layers of the file are the model's full-attention layers; None to find out.
     """
 
@@ -49,7 +50,7 @@ class KVzapPress(_SurrogatePress, alias="kvzap"):
 
     @property
     def kind(self) -> str:
-        """What is learned."""
+        """The kind of surrogate that is trained."""
         return f"kvzap_{self.model_type}"
 
     @property
@@ -75,7 +76,7 @@ class KVzapPress(_SurrogatePress, alias="kvzap"):
         return replace(self, surrogate=path, layers=layers)
 
     def guess(self, hidden: Tensor, depth: int) -> Tensor:
-        """The logarithm of the score of each row, ``[B, H, n]``."""
+        """Predict the logarithm of the score of each pair, ``[B, H, n]``."""
         if self.surrogate is None:
             raise TypeError("the press was not made ready for a model")
         learned = load_artefact(self.surrogate, self.kind, hidden.device, self.layers)

@@ -1,4 +1,4 @@
-"""LU-KV: every head of the model gets the share of the budget that helps most later."""
+"""LU-KV: learned budgets for the heads of the whole model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -29,7 +29,7 @@ KIND = "lukv"
 
 @dataclass(frozen=True)
 class _Shares(TopK):
-    """Rows by head, in proportion to a curve, the same in total.
+    """Pairs by head, in proportion to a curve, the same in total.
 
     Attributes:
         curve: the file of the curve.
@@ -40,33 +40,33 @@ class _Shares(TopK):
     layers: tuple[int, ...] | None = None
 
     def count(self, view: LayerView) -> Tensor:
-        """Rows of each head, ``[B, H]``."""
+        """Pairs of each head, ``[B, H]``."""
         average = TopK(self.amount, scope="model").count(view)
         curve = load_artefact(self.curve, KIND, layers=self.layers)[KIND]
-        pairs = zip(average.tolist(), view.n_seen.tolist(), strict=True)
-        rows = [_counts(curve, int(n), int(seen))[view.depth] for n, seen in pairs]
-        return torch.stack(rows).to(view.n_seen.device)
+        sizes = zip(average.tolist(), view.n_seen.tolist(), strict=True)
+        counts = [_counts(curve, int(n), int(seen))[view.depth] for n, seen in sizes]
+        return torch.stack(counts).to(view.n_seen.device)
 
 
 @dataclass(frozen=True)
 class LUKVPress(WrapperPress, alias="lukv"):
-    """Gives each head of each layer its own number of rows, learned for the scores of a press.
+    """Gives each head of the model its own budget, learned beforehand for the scores of a press.
 
     LU-KV, "Predicting Future Utility: Global Combinatorial Optimization for Task-Agnostic KV Cache
-    Eviction" (arXiv:2602.08585). A curve says which fraction of its rows a head keeps at each
+    Eviction" (arXiv:2602.08585). A curve says which fraction of its pairs a head keeps at each
     ratio, so that what is kept in the whole model receives the most attention from the text that
     follows; it is learned beforehand, ``cachepress train lukv --press PRESS``, or read from a
     published ``.npy`` file ``[99, layers, KV heads]``, whose numbers are the fractions that are
-    dropped. Between two ratios fractions are
-    interpolated; the total is exactly that of equal numbers, and no head has less than one row.
-    Needs what the inner press needs. Best for the press that its curve was learned for.
+    evicted. Between two ratios fractions are interpolated; the total is exactly that of equal
+    numbers, and no head has less than one pair. Needs what the inner press needs. Best for the
+    press that its curve was learned for.
 
     Attributes:
         press: the press that scores; None for that of the published curve, expected attention with
             epsilon 0.02.
-        sink: first rows, which always stay.
-        window: newest rows, which always stay.
-        curve: the file, its folder or a hub repository; None for what was learned here.
+        sink: first tokens, which always stay.
+        window: newest tokens, which always stay.
+        curve: the file, its folder or a hub repository; None for the one trained on this machine.
         layers: which layers of the file are the model's full-attention layers; None to find out.
     """
 
@@ -99,8 +99,8 @@ class LUKVPress(WrapperPress, alias="lukv"):
         check_by_layer(self)
         if isinstance(counted(self).amount, PerLayer | Pyramid):
             raise CachepressError(
-                f"LUKVPress shares out the rows of the whole model, and {self.press!r} shares them "
-                "in another way already: give it the press that scores"
+                f"LUKVPress shares out the pairs of the whole model, and {self.press!r} shares "
+                "them in another way already: give it the press that scores"
             )
 
     @property
@@ -124,22 +124,22 @@ class LUKVPress(WrapperPress, alias="lukv"):
         return replace(self, press=self.press.for_model(model), curve=path, layers=layers)
 
     def score(self, view: LayerView) -> Tensor:
-        """The inner score, sinks and newest rows above all, ``[B, H, T]``."""
+        """Score pairs by the inner press, sinks and newest tokens above all, ``[B, H, T]``."""
         scores = pin_window(self.press.score(view), view, self.window)
         return pin_sinks(scores, view, self.sink)
 
 
 @lru_cache(maxsize=1024)
 def _counts(curve: Tensor, n: int, seen: int) -> Tensor:
-    """Rows of each head of each layer, ``[L, H]``, ``n`` on average.
+    """Count the pairs of each head of each layer, ``[L, H]``, ``n`` on average.
 
     Curves are told apart as objects: a file that is written anew is another one.
     """
     curve = curve.double()
     whole, nothing = torch.ones_like(curve[:1]), torch.zeros_like(curve[:1])
     curve = torch.cat([whole, curve, nothing])  # Ratios 0 to 1.
-    place = 100 * (1 - n / max(seen, 1))
-    below = min(int(place), 99)
-    shares = torch.lerp(curve[below], curve[below + 1], place - below)
+    percent = 100 * (1 - n / max(seen, 1))
+    below = min(int(percent), 99)
+    shares = torch.lerp(curve[below], curve[below + 1], percent - below)
     least = 1 if seen else 0
     return apportion(shares.flatten(), n * shares.numel(), least, seen).view_as(shares)

@@ -1,4 +1,4 @@
-"""Non-causal attention: what a passage looks at when it may look ahead."""
+"""Non-causal attention: tokens that their own passage attends to, back and ahead."""
 
 from dataclasses import dataclass
 
@@ -14,17 +14,18 @@ from cachepress.view import EVERY, LayerView, Needs
 
 @dataclass(frozen=True)
 class NonCausalAttnPress(ScorerPress, alias="noncausal"):
-    """Keeps the rows that their own passage attends to, looking back and ahead.
+    """Keeps the tokens that their own passage attends to most, without the causal mask.
 
     Chari and Van Durme, "Compactor: Calibrated Query-Agnostic KV Cache Compression with
     Approximate Leverage Scores" (arXiv:2507.08143), the attention half. The text is cut into
-    chunks; every query attends to all rows of its chunk, by the softmax of plain query-key
-    products without the layer's scaling. A row's sum over the queries, averaged over the query
+    chunks; every query attends to all tokens of its chunk, by the softmax of plain query-key
+    products without the layer's scaling. A token's sum over the queries, averaged over the query
     heads of a KV head, is multiplied by the norm of the value and averaged with both neighbours.
     Needs all queries.
 
-    Chosen where the paper says nothing: what a row received stays with it, and queries of a later
-    turn that fall into its chunk add to it; a row whose queries nobody saw counts as average, 1.
+    Chosen where the paper says nothing: the sum is kept with its token, and queries of a later
+    forward that fall into its chunk add to it; a token whose queries were not observed counts as
+    average, 1.
     Best for text that will be asked about in ways that the prompt does not say.
 
     Attributes:
@@ -43,7 +44,7 @@ class NonCausalAttnPress(ScorerPress, alias="noncausal"):
         return Needs(queries=EVERY, token_state=True)
 
     def token_state(self, view: LayerView) -> Tensor:
-        """Attention that each row received so far, ``[B, H, T]``."""
+        """Attention that each pair received so far, ``[B, H, T]``."""
         queries, voters = view.last_queries(EVERY), view.voters
         assert voters is not None
         new = F.pad(voters, (view.valid.shape[-1] - voters.shape[1], 0))  # [B, T]
@@ -53,15 +54,16 @@ class NonCausalAttnPress(ScorerPress, alias="noncausal"):
         return before + self._received(view, queries, voters)
 
     def score(self, view: LayerView) -> Tensor:
-        """Attention times the value's norm, smoothed and standardised, ``[B, H, T]``."""
-        worth = self.token_state(view) * wide(view.values).norm(dim=-1)
-        smooth = F.avg_pool1d(worth.masked_fill(~view.valid, 0), 3, stride=1, padding=1)
+        """Score pairs by attention times value norm, smoothed, standardised, ``[B, H, T]``."""
+        weighted = self.token_state(view) * wide(view.values).norm(dim=-1)
+        smooth = F.avg_pool1d(weighted.masked_fill(~view.valid, 0), 3, stride=1, padding=1)
         return standardised(smooth, view.valid)
 
     def _received(self, view: LayerView, queries: Tensor, voters: Tensor) -> Tensor:
-        """Attention from this turn's queries, ``[B, H, T]``, one block of queries at a time.
+        """Sum the attention of this forward's queries, ``[B, H, T]``, block by block.
 
-        A row and a query of the same chunk are less than a chunk apart in the table too.
+        A key and a query of the same chunk are less than a chunk apart among the held pairs too,
+        because eviction only brings them closer: a block needs no keys beyond that.
         """
         size, (t, q) = self.chunk_size, (view.keys.shape[2], queries.shape[-2])
         chunk = view.index.div(size, rounding_mode="floor")  # [B, H, T]
@@ -80,17 +82,17 @@ class NonCausalAttnPress(ScorerPress, alias="noncausal"):
 
 
 def standardised(scores: Tensor, valid: Tensor) -> Tensor:
-    """Scores ``[B, H, T]`` with mean 0 and deviation 1 over the valid rows of a sequence.
+    """Standardise ``scores [B, H, T]`` to mean 0 and deviation 1 over a sequence's valid pairs.
 
     All heads together, so that they can still be compared, and in doubles, so that the result does
-    not depend on the order of a sum. Rows that are not valid get 0; what is not finite is left out,
-    and stays as it is.
+    not depend on the order of a sum. Pairs that are not valid get 0; what is not finite is left
+    out, and stays as it is.
     """
-    known = valid & scores.isfinite()
-    x = scores.double().masked_fill(~known, 0)
-    count = known.sum((1, 2), keepdim=True)
+    finite = valid & scores.isfinite()
+    x = scores.double().masked_fill(~finite, 0)
+    count = finite.sum((1, 2), keepdim=True)
     centred = x - x.sum((1, 2), keepdim=True) / count.clamp(min=1)
-    centred = centred.masked_fill(~known, 0)
+    centred = centred.masked_fill(~finite, 0)
     variance = centred.square().sum((1, 2), keepdim=True) / (count - 1).clamp(min=1)
-    found = (centred / variance.sqrt().clamp(min=1e-6)).to(wide_dtype(scores))
-    return torch.where(valid & ~known, scores.to(found.dtype), found)
+    standard = (centred / variance.sqrt().clamp(min=1e-6)).to(wide_dtype(scores))
+    return torch.where(valid & ~finite, scores.to(standard.dtype), standard)

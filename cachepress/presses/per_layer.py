@@ -1,4 +1,4 @@
-"""A compression ratio of its own for every layer."""
+"""Per-layer compression: every layer has a ratio of its own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from cachepress.presses._checks import counted
 
 @dataclass(frozen=True)
 class PerLayerCompressionPress(WrapperPress, alias="per_layer"):
-    """Gives every layer a ratio of its own.
+    """Gives every layer a compression ratio of its own.
 
     Needs what the inner press needs. Best for models whose layers were measured one by one.
 

@@ -1,4 +1,4 @@
-"""One press for prompts, another one for decoding."""
+"""Compression of prompts by one press, and during decoding by another."""
 
 from dataclasses import dataclass, replace
 
@@ -13,15 +13,15 @@ from cachepress.view import Needs
 
 @dataclass(frozen=True)
 class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
-    """One press for prompts and another one for decoding.
+    """Compresses prompts with one press, and while decoding with another.
 
     Needs what both need. Best for long prompts with long answers.
 
     Attributes:
-        prefilling_press: compresses prompts; None leaves them whole.
+        prefilling_press: compresses prompts; None keeps them whole.
         decoding_press: a ``DecodingPress`` or ``CompressionRatioDecodingPress`` that compresses
-            what is decoded, the prompt's rows included; None for none. Its ``max_bytes`` holds for
-            prompts, too: they are compressed so far that the first tokens fit.
+            what is decoded, the prompt's tokens included; None for none. Its ``max_bytes`` holds
+            for prompts, too: they are compressed so far that the first tokens fit.
     """
 
     prefilling_press: BasePress | None = None
@@ -42,7 +42,7 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
             p.needs.storage for p in (self._first, self._second) if p.needs.storage is not None
         }
         if len(stored) > 1:
-            raise CachepressError("the two presses store rows in different ways: give one of them")
+            raise CachepressError("the two presses store pairs in different ways: give one of them")
         _ = self.needs  # Raises where they cannot be combined.
 
     @property
@@ -57,7 +57,7 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
 
     @property
     def schedule(self) -> Schedule:
-        """That of both."""
+        """The schedules of both."""
         first = self.prefilling_press if self._limit is None else self._first
         return _Both(first, self.decoding_press)
 
@@ -114,7 +114,7 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
 
 @dataclass(frozen=True)
 class _Limited(WrapperPress):
-    """A press whose rows have to fit into a number of bytes besides.
+    """A press whose pairs have to fit into a number of bytes besides.
 
     Attributes:
         amount: the bytes, and what the press keeps of what fits.
@@ -129,14 +129,14 @@ class _Limited(WrapperPress):
 
 
 def _counted(press: BasePress) -> TopK:
-    """The budget of a press that has to fit into a number of bytes.
+    """Return the budget of a press that has to fit into a number of bytes.
 
     Raises:
-        CachepressError: if the press keeps no number of rows.
+        CachepressError: if the press has no budget of a number of pairs.
     """
     if not isinstance(press.budget, TopK):
         raise CachepressError(
-            f"prefilling_press: got {press!r}, which keeps as many rows as its own rule says, "
+            f"prefilling_press: got {press!r}, which keeps as many pairs as its own rule says, "
             "beside max_bytes in decoding_press: give one with a budget, such as SnapKVPress(0.5)"
         )
     return press.budget

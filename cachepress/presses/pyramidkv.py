@@ -1,4 +1,4 @@
-"""PyramidKV: more rows for the first layers, fewer for the last."""
+"""PyramidKV: larger budgets for the first layers, smaller ones for the last."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from cachepress.presses.snapkv import SnapKVPress
 
 @dataclass(frozen=True)
 class PyramidKVPress(SnapKVPress, alias="pyramidkv"):
-    """SnapKV with budgets that fall from the first layer to the last.
+    """Keeps tokens as SnapKV does, with budgets that shrink from the first layer to the last.
 
     Cai et al., "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling"
     (arXiv:2406.02069). The total over the layers is exactly that of equal budgets. Needs the last
@@ -27,5 +27,5 @@ class PyramidKVPress(SnapKVPress, alias="pyramidkv"):
 
     @property
     def amount(self) -> Amount:
-        """Rows that each head keeps, by layer."""
+        """Pairs that each head keeps, by layer."""
         return Pyramid(super().amount, self.window_size, self.beta)

@@ -1,4 +1,4 @@
-"""Q-Filters: how far a key lies in the direction of the queries."""
+"""Q-Filters: projection of keys on the main direction of the queries."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,17 +22,17 @@ KIND = "q_filters"
 
 @dataclass(frozen=True)
 class QFilterPress(ScorerPress, alias="qfilter"):
-    """Keeps the rows whose keys reach farthest in the main direction of the queries.
+    """Keeps the tokens whose keys project farthest on the main direction of the queries.
 
     Godey et al., "Q-Filters: Leveraging QK Geometry for Efficient Key-Value Cache Compression"
     (arXiv:2503.02812). The direction of each query head is the first right singular vector of its
     queries as attention uses them, with the sign that they project to positively; a KV head gets
     the mean of its group. It is learned from a text beforehand: ``cachepress train q_filters``.
-    Needs nothing but keys. Best for decoding and fused attention, as no attention is looked at.
+    Needs nothing but keys. Best for decoding and fused attention, as no attention is observed.
 
     Attributes:
         filters: the file, its folder or a hub repository with it, as ``cachepress train`` or the
-            authors wrote it; None for what was learned here.
+            authors wrote it; None for the one trained on this machine.
         layers: which layers of the file are the model's full-attention layers; None to find out.
     """
 
@@ -52,7 +52,7 @@ class QFilterPress(ScorerPress, alias="qfilter"):
         return replace(self, filters=path, layers=layers)
 
     def score(self, view: LayerView) -> Tensor:
-        """The product of each key and the filter of its head, ``[B, H, T]``."""
+        """Score pairs by the product of key and filter of their head, ``[B, H, T]``."""
         if self.filters is None:
             raise TypeError("the press was not made ready for a model")
         learned = load_artefact(self.filters, KIND, view.keys.device, self.layers)

@@ -1,4 +1,4 @@
-"""Quest: every decoded token reads the pages that matter to it."""
+"""Quest: every decoded token reads only the pages with the highest upper bounds."""
 
 from dataclasses import dataclass, field
 
@@ -10,32 +10,32 @@ from cachepress.presses.knorm import KnormPress
 from cachepress.view import Needs, PageBudget
 
 _DEFAULT_PAGES = 32
-_ALL_ROWS = KnormPress(0.0)
+_KEEP_ALL = KnormPress(0.0)
 
 
 @dataclass(frozen=True)
 class QuestPress(WrapperPress, alias="quest"):
-    """Holds every row, or those that a press keeps, and reads few pages of them while decoding.
+    """Evicts nothing by itself: each decoded token reads only the few pages that matter to it.
 
     Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference"
-    (arXiv:2406.10774). The store keeps the lowest and the highest number of each channel of the
-    keys of a page of 32 rows. A page promises a query q at most the sum over channels of
-    max(q * lowest, q * highest); each KV head reads the ``pages`` pages that promise most, the
-    last one always among them. The query heads of a KV head read the same pages, by the highest
-    promise to one of them, which the paper leaves open. Rows that came since the last compression
-    are read in full: 64 to 95 of them, older ones are put in pages as well. Forwards of one token
-    read pages; those of several, prompts, turns and chunks, read all. Needs what the inner press
-    needs, and 2 numbers of each channel for every page.
-    Best for long contexts that no one may drop, where decoding has to be fast.
+    (arXiv:2406.10774). The compressed layer keeps the lowest and the highest number of each channel
+    of the keys of a page of 32 tokens. No logit of a query q in a page exceeds the sum over
+    channels of max(q * lowest, q * highest); each KV head reads the ``pages`` pages with the
+    highest bounds, the last one always among them. The query heads of a KV head read the same
+    pages, by the highest bound for one of them, which the paper leaves open. Tokens that came since
+    the last compression are read in full: 64 to 95 of them, older ones are put in pages as well.
+    Forwards of one token read pages; those of several, such as prompts and chunks, read all. Needs
+    what the inner press needs, and 2 numbers of each channel for every page.
+    Best for long contexts of which nothing may be evicted, where decoding has to be fast.
 
     Attributes:
-        press: the press that chooses what is held; all rows unless it is given.
+        press: the press that chooses which tokens are held; all unless it is given.
         pages: pages that a KV head reads; None for ``token_budget``, or 32 without it.
         skip_layers: first layers (of those that are compressed) that read all.
-        token_budget: instead of ``pages``, rows that a KV head reads, rounded up to pages.
+        token_budget: instead of ``pages``, tokens that a KV head reads, rounded up to pages.
     """
 
-    press: BasePress = _ALL_ROWS
+    press: BasePress = _KEEP_ALL
     pages: int | None = None
     skip_layers: int = 2
     token_budget: int | None = field(default=None, kw_only=True)
@@ -51,7 +51,7 @@ class QuestPress(WrapperPress, alias="quest"):
 
     @property
     def needs(self) -> Needs:
-        """What the inner press needs, and few pages for each decoded token."""
+        """What the inner press needs, and the page budget of a decoded token."""
         pages = self.pages or _DEFAULT_PAGES
         if self.token_budget is not None:
             pages = -(-self.token_budget // PAGE)

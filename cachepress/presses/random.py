@@ -1,4 +1,4 @@
-"""Random: the floor that every method has to beat."""
+"""Random eviction: the baseline that every method has to beat."""
 
 from dataclasses import dataclass
 
@@ -13,17 +13,17 @@ _WRAP = 1 << 64
 
 
 def _signed(x: int) -> int:
-    """A 64-bit constant as torch's signed integers hold it."""
+    """Convert a 64-bit constant to the signed integer that torch can hold."""
     return x - _WRAP if x >= _WRAP // 2 else x
 
 
 @dataclass(frozen=True)
 class RandomPress(ScorerPress, alias="random"):
-    """Keeps random rows; every layer and head draws its own, every run draws the same.
+    """Keeps random tokens, different ones in every layer and head, the same ones in every run.
 
-    A row's score depends on the seed, the layer, the head and the row's place in its own text
-    only, so padding, neighbours in a batch and chunks do not change it. Best for a floor that every
-    method has to beat.
+    A token's score depends on the seed, the layer, the head and the token's index in its own text
+    only, so padding, neighbours in a batch and chunks do not change it. Best for a baseline that
+    every method has to beat.
 
     Attributes:
         seed: another seed gives another choice.
@@ -36,7 +36,7 @@ class RandomPress(ScorerPress, alias="random"):
         check_count(self, "seed", least=0)
 
     def score(self, view: LayerView) -> Tensor:
-        """Uniform numbers from 0 to 1, ``[B, H, T]``."""
+        """Score pairs by uniform random numbers from 0 to 1, ``[B, H, T]``."""
         heads = torch.arange(view.keys.shape[1], device=view.keys.device)[:, None]
         x = _mix(torch.tensor(self.seed, device=view.keys.device))
         x = _mix(x + view.layer)
@@ -45,7 +45,7 @@ class RandomPress(ScorerPress, alias="random"):
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of the SplitMix64 generator (Steele et al., 2014), in wrapping integers."""
+    """Hash by the finaliser of SplitMix64 (Steele et al., 2014), in wrapping integers."""
     x = x + _signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ _shift(x, shift)) * _signed(factor)

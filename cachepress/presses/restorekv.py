@@ -3,8 +3,8 @@
 from cachepress.errors import CachepressError
 
 REASON = (
-    "RestoreKV (arXiv:2608.01247) keeps rows that are no tokens of the text, made by "
-    "a trained adapter of the model's own weights; a cache of ours holds rows of the text only, "
+    "RestoreKV (arXiv:2608.01247) keeps pairs that are no tokens of the text, made by "
+    "a trained adapter of the model's own weights; a cache of ours holds tokens of the text only, "
     "and no weights are changed: use KVzipPress, which it starts from"
 )
 

@@ -1,4 +1,4 @@
-"""R-KV: rows that matter, and that say something that newer rows do not repeat."""
+"""R-KV: important tokens whose keys newer tokens do not repeat."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -21,27 +21,27 @@ _LOWEST = torch.finfo(torch.float32).min
 
 @dataclass(frozen=True)
 class RKVPress(ScorerPress, alias="rkv"):
-    """Weighs the attention of the last queries against likeness to other rows.
+    """Keeps tokens that the last queries attend to and that no newer token makes redundant.
 
     Cai et al., "R-KV: Redundancy-aware KV Cache Compression for Training-Free Reasoning Models
     Acceleration" (arXiv:2505.24133). The score is mix_lambda * importance - (1 - mix_lambda) *
     redundancy. Importance: the highest logit of the query heads of a group, by softmax over the
-    rows before the window, mean over the window's queries, then the highest of the rows around.
-    Redundancy: the mean cosine of a row's key to those of all rows held, by softmax over these;
-    of the rows that are like one row, the newest is not charged for it, so of many alike the last
-    one stays. As in the authors' implementation the window's rows count among those that are
-    alike, and smoothing comes after the mean; where no row is like another, none is let off. The
-    sinks of attention take their share of the softmax. Needs the last ``window_size`` queries.
-    For each row the newest one that is like it is looked for from the end of the text, which takes
-    time that grows with the square of the rows held where rows are like no other, and with their
-    number where most are like one of the newest.
+    tokens before the window, mean over the window's queries, then the highest of the tokens around.
+    Redundancy: the mean cosine of a token's key to those of all tokens held, by softmax over these;
+    of the tokens similar to one token, the newest does not count its cosine to it, so of many
+    similar ones the last stays. As in the authors' implementation the window's tokens count among
+    the similar ones, and smoothing comes after the mean; where no token is similar to another, all
+    cosines count. The model's attention sinks (``s_aux``) take their share of the softmax. Needs
+    the last ``window_size`` queries. For each token the newest similar one is searched from the end
+    of the text, which takes time that grows with the square of the number of tokens held where
+    none are similar, and with that number where most are similar to one of the newest.
     Best for long reasoning that repeats itself, as ``DecodingPress(RKVPress())``.
 
     Attributes:
-        window_size: last queries that vote; their rows always stay.
-        kernel_size: rows around that importance is the highest of, an odd number.
+        window_size: last queries that vote; their own tokens always stay.
+        kernel_size: tokens around over which importance is max-pooled, an odd number.
         mix_lambda: weight of importance, from 0 to 1.
-        threshold: cosine above which two keys are alike.
+        threshold: cosine above which two keys are similar.
     """
 
     window_size: int = 8
@@ -62,7 +62,7 @@ class RKVPress(ScorerPress, alias="rkv"):
         return Needs(queries=self.window_size)
 
     def score(self, view: LayerView) -> Tensor:
-        """Importance less redundancy, ``[B, H, T]``."""
+        """Score pairs by importance less redundancy, ``[B, H, T]``."""
         importance = self._importance(view) * self.mix_lambda
         redundancy = self._redundancy(view) * (1 - self.mix_lambda)
         return pin_window(importance - redundancy, view, self.window_size)
@@ -76,46 +76,49 @@ class RKVPress(ScorerPress, alias="rkv"):
         return pool(mean, self.kernel_size, "max").squeeze(2)
 
     def _redundancy(self, view: LayerView) -> Tensor:
-        """Share of each row in the likeness of all, ``[B, H, T]``."""
+        """Softmax of each pair's mean cosine to all others, ``[B, H, T]``."""
         keys = F.normalize(wide(view.keys), dim=-1).masked_fill(~view.valid.unsqueeze(-1), 0)
-        keys = keys.nan_to_num(nan=0.0)  # What holds no numbers is like no other row.
+        keys = keys.nan_to_num(nan=0.0)  # A key that is not finite is similar to none.
         exact = keys.double()
-        # The cosines of a row to all others add up to one product with the sum of these.
+        # The cosines of a key to all others sum to one product with the sum of all: no T x T.
         total = (exact @ exact.sum(2).unsqueeze(-1)).squeeze(-1) - exact.square().sum(-1)
         for b, h in product(*map(range, view.valid.shape[:2])):
-            newest, likeness = _newest_alike(keys[b, h], self.threshold)
-            total[b, h].index_add_(0, newest, -likeness.double())
+            newest, cosine = _newest_similar(keys[b, h], self.threshold)
+            total[b, h].index_add_(0, newest, -cosine.double())
         mean = total / view.valid.sum(-1, keepdim=True).clamp(min=1)
         mean = mean.to(keys.dtype).masked_fill(~view.valid, _LOWEST)
         return mean.softmax(-1)
 
 
-def _newest_alike(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """For each row of ``keys [T, D]`` that another one is like: the newest such, and how much."""
-    rows = torch.arange(len(keys), device=keys.device)
+def _newest_similar(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Find the newest other key that is similar to each of ``keys [T, D]``, and the cosine.
+
+    Keys that are similar to none are missing from both results.
+    """
+    pending = torch.arange(len(keys), device=keys.device)
     found = []
     stop, size = len(keys), _BLOCK
-    while stop and len(rows):
+    while stop and len(pending):
         start = max(0, stop - size)
         column = torch.arange(start, stop, device=keys.device)
-        left = []
-        for some in rows.split(_BLOCK):
-            likeness = keys[some] @ keys[start:stop].mT
-            alike = (likeness > threshold) & (some[:, None] != column)
-            newest = torch.where(alike, column, -1).amax(-1)
-            lucky = newest >= 0
-            most = likeness.gather(-1, (newest - start).clamp(min=0)[:, None])[:, 0]
-            found.append((newest[lucky], most[lucky]))
-            left.append(some[~lucky])
-        rows, stop = torch.cat(left), start
-        # Where few rows are left, many columns fit into the same memory.
-        size = _BLOCK * max(1, _BLOCK // max(1, len(rows)))
-    newest, likeness = zip((rows[:0], keys[:0, 0]), *found, strict=True)
-    return torch.cat(newest), torch.cat(likeness)
+        missed = []
+        for some in pending.split(_BLOCK):
+            cosine = keys[some] @ keys[start:stop].mT
+            similar = (cosine > threshold) & (some[:, None] != column)
+            newest = torch.where(similar, column, -1).amax(-1)
+            hit = newest >= 0
+            own = cosine.gather(-1, (newest - start).clamp(min=0)[:, None])[:, 0]
+            found.append((newest[hit], own[hit]))
+            missed.append(some[~hit])
+        pending, stop = torch.cat(missed), start
+        # Where few keys are pending, many columns fit into the same memory.
+        size = _BLOCK * max(1, _BLOCK // max(1, len(pending)))
+    newest, cosine = zip((pending[:0], keys[:0, 0]), *found, strict=True)
+    return torch.cat(newest), torch.cat(cosine)
 
 
 def _group_logits(view: LayerView, queries: Tensor, free: Tensor) -> Tensor:
-    """The highest logit of a group's heads for each free row, ``[B, H, Q, T]``; then the sinks."""
+    """Take the highest logit of a group's heads, ``[B, H, Q, T]``, then the attention sink's."""
     rule = view.rule
     logits = (wide(queries) * rule.scaling) @ wide(view.keys).unsqueeze(2).mT
     if rule.softcap is not None:

@@ -1,4 +1,4 @@
-"""SnapKV: what the end of the prompt looks at."""
+"""SnapKV: tokens that the end of the prompt attends to."""
 
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ from cachepress.view import LayerView, Needs
 
 @dataclass(frozen=True)
 class SnapKVPress(ScorerPress, alias="snapkv"):
-    """Keeps the rows that the last queries of the prompt attend to, and those queries' own rows.
+    """Keeps the tokens that the last queries of the prompt attend to most, and those last tokens.
 
     Li et al., "SnapKV: LLM Knows What You Are Looking for Before Generation" (arXiv:2404.14469).
     Needs the last ``window_size`` queries; attention is averaged over them, smoothed along the
@@ -23,9 +23,9 @@ class SnapKVPress(ScorerPress, alias="snapkv"):
     Best for prompts that end with the question.
 
     Attributes:
-        window_size: queries at the end of the prompt that vote; their rows always stay.
-        kernel_size: rows that the smoothing pools, an odd number.
-        pooling: "avg" for the mean of those rows, "max" for the highest.
+        window_size: queries at the end of the prompt that vote; their own tokens always stay.
+        kernel_size: tokens that the smoothing pools, an odd number.
+        pooling: "avg" for the mean of those tokens, "max" for the highest.
     """
 
     window_size: int = 64
@@ -45,7 +45,7 @@ class SnapKVPress(ScorerPress, alias="snapkv"):
         return Needs(queries=self.window_size)
 
     def score(self, view: LayerView) -> Tensor:
-        """Smoothed attention from the window, ``[B, H, T]``."""
+        """Score pairs by smoothed attention from the window, ``[B, H, T]``."""
         votes = view.window_attention(self.window_size)  # [B, H, G, T]
         votes = votes.masked_fill(in_window(view, self.window_size).unsqueeze(2), 0)
         smooth = pool(votes, self.kernel_size, self.pooling).mean(2)
@@ -53,16 +53,16 @@ class SnapKVPress(ScorerPress, alias="snapkv"):
 
 
 def check_kernel(press: ScorerPress, size: int) -> None:
-    """Raise unless ``size``, the press's ``kernel_size``, is an odd number of rows."""
+    """Raise unless ``size``, the press's ``kernel_size``, is an odd number."""
     check_count(press, "kernel_size")
     if size % 2 == 0:
         raise CachepressError(f"kernel_size: got {size}, wanted an odd number")
 
 
 def in_window(view: LayerView, n: int) -> Tensor:
-    """Which rows are those of the last ``n`` queries of the step, ``[B, 1, T]``.
+    """Mask the tokens of the last ``n`` queries of the forward, ``[B, 1, T]``.
 
-    Fewer than ``n`` where the turn of a sequence was shorter.
+    Fewer than ``n`` where a sequence had fewer new tokens.
     """
     if view.voters is None:
         raise TypeError("the press did not declare queries in its needs")
@@ -72,7 +72,7 @@ def in_window(view: LayerView, n: int) -> Tensor:
 
 
 def pool(x: Tensor, kernel_size: int, pooling: str) -> Tensor:
-    """``x [B, H, G, T]`` smoothed along the rows; beyond the first and the last there is zero."""
+    """Smooth ``x [B, H, G, T]`` along the text, which zeros surround."""
     reach = min(kernel_size, max(2 * x.shape[-1] - 1, 1))  # What is farther away is zero.
     pooled = F.max_pool1d if pooling == "max" else F.avg_pool1d
     smooth = pooled(x.flatten(0, 1), reach, stride=1, padding=reach // 2).view_as(x)

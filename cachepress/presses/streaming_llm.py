@@ -1,4 +1,4 @@
-"""StreamingLLM: attention sinks and the newest rows."""
+"""StreamingLLM: attention sinks and the newest tokens."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,13 @@ from cachepress.view import LayerView
 
 @dataclass(frozen=True)
 class StreamingLLMPress(ScorerPress, alias="streaming_llm"):
-    """Keeps the first rows of the text and the newest ones.
+    """Keeps the first tokens of the text, the attention sinks, and the newest ones.
 
     Xiao et al., "Efficient Streaming Language Models with Attention Sinks" (arXiv:2309.17453).
     Needs nothing but positions. Best for endless streams of which only the end matters.
 
     Attributes:
-        n_sink: rows at the beginning that always stay.
+        n_sink: tokens at the beginning that always stay.
     """
 
     n_sink: int = 4
@@ -28,5 +28,5 @@ class StreamingLLMPress(ScorerPress, alias="streaming_llm"):
         check_count(self, "n_sink", least=0)
 
     def score(self, view: LayerView) -> Tensor:
-        """The age of each row, sinks above all, ``[B, H, T]``."""
+        """Score pairs by index, sinks above all, ``[B, H, T]``."""
         return pin_sinks(view.index.float(), view, self.n_sink)

@@ -1,4 +1,4 @@
-"""TOVA: what the last token looks at."""
+"""TOVA: tokens that the last one attends to."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from cachepress.view import LayerView, Needs
 
 @dataclass(frozen=True)
 class TOVAPress(ScorerPress, alias="tova"):
-    """Keeps the rows that the last query attends to, the same ones in every head.
+    """Keeps the tokens that the last query attends to most, the same ones in every head.
 
     Oren et al., "Transformers are Multi-State RNNs" (arXiv:2401.06104). Needs the last query. Best
     for decoding, token by token.
@@ -23,6 +23,6 @@ class TOVAPress(ScorerPress, alias="tova"):
         return Needs(queries=1)
 
     def score(self, view: LayerView) -> Tensor:
-        """Attention of the last query, averaged over all heads, ``[B, H, T]``."""
+        """Score pairs by the last query's attention, averaged over all heads, ``[B, H, T]``."""
         mean = view.window_attention(1).mean((1, 2))  # [B, T]
         return pin_window(mean[:, None].expand_as(view.index), view, 1)

@@ -218,5 +218,5 @@ def test_the_spelling_and_bad_options():
     for bad in ({"merge_budget": 0}, {"seed": -1}, {"target_size": 0}):
         with pytest.raises(cp.CachepressError, match=f"{next(iter(bad))}: got"):
             CAMPress(cp.KnormPress(), **bad)
-    with pytest.raises(cp.CachepressError, match="decides when rows are dropped"):
+    with pytest.raises(cp.CachepressError, match="decides when pairs are evicted"):
         CAMPress(cp.DecodingPress(cp.KnormPress()))

@@ -110,8 +110,8 @@ def test_every_head_of_a_layer_keeps_the_same_number():
 
 def test_equal_composites_are_not_split():
     class Flat(KVComposePress):
-        def _worth(self, view):
-            return torch.ones_like(super()._worth(view))
+        def _importance(self, view):
+            return torch.ones_like(super()._importance(view))
 
     for ratio in (0.5, 0.35, 0.9):
         cache = pressed(tiny(), Flat(ratio), tokens(20))
@@ -164,7 +164,7 @@ def test_the_mean_over_heads_is_that_of_the_same_token_in_a_later_turn():
         for j in range(2):
             old = view.index[0, j] < 25
             close(alone[j, old], first.hidden_feature[0, j, view.index[0, j, old]])
-        worth = press._worth(view)[0]
+        worth = press._importance(view)[0]
         for j in range(2):
             for t, token in enumerate(view.index[0, j].tolist()):
                 same = [(view.index[0, k] == token).nonzero().flatten() for k in range(2)]

@@ -158,7 +158,7 @@ def test_memory_is_bounded_in_both_directions(monkeypatch):
             return out
 
     with Sizes():
-        likeness, index = merging.most_alike(rows, others)
+        likeness, index = merging.most_similar(rows, others)
     assert Sizes.most <= 400 * 4
     cosines = torch.cosine_similarity(rows[:, None], others[None], dim=-1)
     assert torch.equal(index, cosines.argmax(-1))

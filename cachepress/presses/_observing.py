@@ -1,4 +1,4 @@
-"""A press that drops nothing and looks: for what is found or learned of a model."""
+"""A press that evicts nothing and observes each layer, to measure or train on a model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,28 +11,28 @@ from cachepress.view import LayerView, Needs
 
 
 @dataclass(frozen=True, repr=False)
-class _LookingPress(BasePress):
-    """Keeps every row, and shows each layer to a function.
+class _ObservingPress(BasePress):
+    """Keeps every token, and shows each layer to a function.
 
     Attributes:
-        wants: what the function wants to see.
-        look: the function.
+        wants: what the function needs to observe.
+        observe: the function.
     """
 
     wants: Needs
-    look: Callable[[LayerView], None]
+    observe: Callable[[LayerView], None]
 
     @property
     def needs(self) -> Needs:
-        """What the function wants to see, in every layer although no pair is evicted."""
+        """What the function needs, in every layer although no pair is evicted."""
         return replace(self.wants, rewrites=True)
 
     @property
     def budget(self) -> TopK:
-        """All rows."""
+        """All pairs."""
         return TopK(Ratio(0.0))
 
     def score(self, view: LayerView) -> Tensor:
-        """The age of each row, ``[B, H, T]``."""
-        self.look(view)
+        """Show the layer, and score each pair by its index, ``[B, H, T]``."""
+        self.observe(view)
         return view.index.float()
