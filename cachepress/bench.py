@@ -19,13 +19,13 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache
 
 import cachepress
 from cachepress.cache.batch import fork, size_of
 from cachepress.errors import CachepressError
 from cachepress.generation.prefill import check_prefill, prefill
 from cachepress.hf import cache_argument
+from cachepress.hf.types import Cache
 from cachepress.limits import check_whole
 from cachepress.measure import Stopwatch, peak_memory
 from cachepress.models.loading import load

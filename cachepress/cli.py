@@ -30,8 +30,7 @@ from cachepress.limits import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+    from cachepress.hf.types import PreTrainedModel, PreTrainedTokenizerBase
     from cachepress.presses import BasePress
 
 logger = logging.getLogger(__name__)

@@ -142,7 +142,9 @@ class BasePress:
         """
         if not self.learned:
             return {}
-        from cachepress.artefacts import locate_artefact  # It knows models, which a press does not.
+        from cachepress.artefacts.kept import (
+            locate_artefact,  # It knows models, which a press does not.
+        )
 
         return {
             kind: [Path(locate_artefact(kind, getattr(self, option), model))]

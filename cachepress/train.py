@@ -9,24 +9,23 @@ from pydoc_data import topics
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cachepress
-from cachepress.artefacts import (
+from cachepress.artefacts.kept import (
     checkpoint_of,
     class_of,
     default_path,
     model_name,
     save_artefact,
-    sizes,
 )
+from cachepress.artefacts.reading import sizes
 from cachepress.budgets import Ratio, TopK
 from cachepress.errors import CachepressError
 from cachepress.files import expanded
 from cachepress.generation.prefill import prefill
+from cachepress.hf.types import TRANSFORMERS_VERSION, PreTrainedModel, PreTrainedTokenizerBase
 from cachepress.models.chat import encode
 from cachepress.press import BasePress, WrapperPress
 from cachepress.presses import fastkvzip, kvzap, lukv
@@ -98,7 +97,7 @@ def train(kind: str, lesson: Lesson, output: str | None = None) -> Path:
         **checkpoint_of(lesson.model),
         "tokens": str(sum(ids.shape[1] for ids in lesson.windows)),
         "cachepress": cachepress.__version__,
-        "transformers": transformers.__version__,
+        "transformers": TRANSFORMERS_VERSION,
     }
     save_artefact(path, kind, tensors, made_from)
     return path

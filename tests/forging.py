@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 import cachepress as cp
-from cachepress.digests import checksum_of
+from cachepress.artefacts.digests import checksum_of
 from tests.tiny import tiny, tokenizer, tokens
 from tests.tiny_cache import forward
 

@@ -30,14 +30,15 @@ from safetensors.torch import save
 from transformers.cache_utils import Cache
 
 import cachepress as cp
-from cachepress.artefacts import load_artefact, save_artefact
+from cachepress.artefacts.kept import save_artefact
+from cachepress.artefacts.published import GATES
+from cachepress.artefacts.reading import load_artefact
 from cachepress.cli import main
 from cachepress.evaluation.config import load_config
 from cachepress.evaluation.prompts import read_prompts
 from cachepress.evaluation.sweep import load_sweep
 from cachepress.evaluation.tasks.files import load_file
 from cachepress.kvpress_names import PREFIX, SPELLINGS
-from cachepress.published import GATES
 from cachepress.spec import aliases
 from tests.forging import forge, forge_tensor, made, rewritten, use
 from tests.published import good

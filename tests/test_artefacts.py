@@ -11,15 +11,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, safe_open, save_file
 
 import cachepress as cp
-from cachepress.artefacts import (
-    check_shapes,
-    default_path,
-    find_artefact,
-    load_artefact,
-    locate_artefact,
-    save_artefact,
-    sizes,
-)
+from cachepress.artefacts.kept import default_path, find_artefact, locate_artefact, save_artefact
+from cachepress.artefacts.reading import check_shapes, load_artefact, sizes
 from tests.tiny import tiny
 
 MADE_FROM = {"model": "tiny", "tokens": "9"}
@@ -140,7 +133,7 @@ def test_what_is_no_place_here_is_asked_of_the_hub(model, monkeypatch):
         raise EntryNotFoundError("404")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr("cachepress.artefacts.hub_answers", lambda name: True)
+    monkeypatch.setattr("cachepress.artefacts.kept.hub_answers", lambda name: True)
     assert find_artefact("kvzap_mlp", "org/none-here-4", model) == "/there/model.safetensors"
     assert asked == [
         ("org/none-here-4", "kvzap_mlp.safetensors"),
@@ -155,7 +148,7 @@ def test_a_hub_that_does_not_answer_is_one_line(model, monkeypatch):
         raise OSError("no answer\nand much more")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr("cachepress.artefacts.hub_answers", lambda name: True)
+    monkeypatch.setattr("cachepress.artefacts.kept.hub_answers", lambda name: True)
     with pytest.raises(cp.CachepressError) as error:
         find_artefact("kvzap_mlp", "org/none-here-5", model)
     message = str(error.value)
@@ -250,7 +243,7 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(saved, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cachepress.artefacts.save_file", full)
+    monkeypatch.setattr("cachepress.artefacts.kept.save_file", full)
     with pytest.raises(cp.CachepressError, match="No space left on device"):
         save_artefact(saved, "q_filters", {"filters": drawn(1)}, {})
     assert torch.equal(load_artefact(str(saved), "q_filters")["filters"], drawn(4, 2, 8))

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, safe_open, save_file
 
 import cachepress as cp
 from cachepress import train as training
-from cachepress.artefacts import default_path, find_artefact, load_artefact
+from cachepress.artefacts.kept import default_path, find_artefact
+from cachepress.artefacts.reading import load_artefact
 from cachepress.cli import main
 from cachepress.train import KINDS, Lesson, train, windows_of
 from tests.tiny import tiny, tokenizer, tokens, words
@@ -142,7 +143,7 @@ def test_without_a_net_the_hub_is_given_up_at_once(monkeypatch, tmp_path):
         raise LocalEntryNotFoundError("not here")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr("cachepress.artefacts.hub_answers", lambda name: False)
+    monkeypatch.setattr("cachepress.artefacts.kept.hub_answers", lambda name: False)
     assert find_artefact("q_filters", "org/there", tiny()) == here["org/there"]
     start = time.monotonic()
     with pytest.raises(cp.CachepressError, match="the hub does not answer"):

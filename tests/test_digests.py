@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cachepress import digests
-from cachepress.digests import digest_of, model_digests
+from cachepress.artefacts import digests
+from cachepress.artefacts.digests import digest_of, model_digests
 from cachepress.files import _as_listed, real_path, replacing
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

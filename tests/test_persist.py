@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import cachepress as cp
-from cachepress import fingerprint as fingerprint_of
+from cachepress.artefacts import fingerprint as fingerprint_of
+from cachepress.artefacts.fingerprint import fingerprint, other_model, weights_digest
 from cachepress.cache.batch import stores, text_of
-from cachepress.fingerprint import fingerprint, other_model, weights_digest
 from tests.bounds import near, no_close_answers, no_near_ties, rounding
 from tests.exact import doubled
 from tests.forging import forge, made, rewritten, use

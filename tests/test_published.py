@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.artefacts import load_artefact, save_artefact
-from cachepress.published import LAYOUTS
+from cachepress.artefacts.kept import save_artefact
+from cachepress.artefacts.published import LAYOUTS
+from cachepress.artefacts.reading import load_artefact
 from tests.bounds import EXACT, close
 from tests.published import (
     D,

@@ -10,8 +10,6 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizer, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicCache
 
 from cachepress.bench import machine_of
 from cachepress.cache.batch import CacheSize, fork, grouped, is_plain, join, ordinary, size_of
@@ -26,6 +24,13 @@ from cachepress.generation.prompt import Prompt, make_prompt
 from cachepress.hf import has_only_full_attention
 from cachepress.hf.session import prepared
 from cachepress.hf.shared_prefill import SharedPrefill, shares
+from cachepress.hf.types import (
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizer,
+    PreTrainedTokenizerBase,
+)
 from cachepress.presses import BasePress
 
 logger = logging.getLogger(__name__)

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError, out_of_memory
 from cachepress.evaluation.answering import Answerer, Found
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.run import Run
 from cachepress.evaluation.samples import Context
+from cachepress.hf.types import PreTrainedModel, PreTrainedTokenizerBase
 from cachepress.interrupts import deaf_children, start_worker
 from cachepress.limits import is_out_of_memory
 from cachepress.models.loading import load

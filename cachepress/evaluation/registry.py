@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
@@ -27,6 +26,7 @@ from cachepress.evaluation.tasks.ruler import RULER
 from cachepress.evaluation.tasks.scbench import SCBENCH
 from cachepress.evaluation.tasks.zero_scrolls import ZERO_SCROLLS, submit_if_ours
 from cachepress.generation.prompt import END
+from cachepress.hf.types import PreTrainedTokenizerBase
 from cachepress.spec import NO_PRESS, aliases
 
 PRESS_REGISTRY: dict[str, str] = {

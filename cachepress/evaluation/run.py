@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import transformers
 import yaml
 from filelock import FileLock, Timeout
 
 import cachepress
-from cachepress.digests import file_digests
+from cachepress.artefacts.digests import file_digests
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import CONFIG, EvaluationConfig
 from cachepress.evaluation.predictions import PREDICTIONS, write_predictions
@@ -26,6 +25,7 @@ from cachepress.evaluation.records import RECORDS, SCHEMA, Answer, Record, Recor
 from cachepress.evaluation.registry import find_dataset
 from cachepress.evaluation.results import METRICS, Metrics, metrics_of, predictions_of, score
 from cachepress.evaluation.samples import Context, Sample
+from cachepress.hf.types import TRANSFORMERS_VERSION
 from cachepress.press import with_inner
 from cachepress.presses import BasePress
 from cachepress.structured import read_mapping
@@ -325,7 +325,7 @@ def versions() -> dict[str, str]:
     return {
         "cachepress_version": cachepress.__version__,
         "torch_version": str(torch.__version__),
-        "transformers_version": transformers.__version__,
+        "transformers_version": TRANSFORMERS_VERSION,
         "python_version": platform.python_version(),
     }
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import pandas as pd
 from tqdm import tqdm
 
-from cachepress.artefacts import model_name
+from cachepress.artefacts.digests import model_digests
+from cachepress.artefacts.fingerprint import loaded_digests
+from cachepress.artefacts.kept import model_name
 from cachepress.deprecated import Renamed
-from cachepress.digests import model_digests
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.executors import Executor, Loaded, Serial, Unit, WorkerOptions
@@ -26,7 +27,6 @@ from cachepress.evaluation.results import Metrics
 from cachepress.evaluation.run import Run, say_versions
 from cachepress.evaluation.samples import Context, contexts_of, load_table
 from cachepress.evaluation.statistics import Paired, paired
-from cachepress.fingerprint import loaded_digests
 from cachepress.models.loading import load_tokenizer, resolve
 
 logger = logging.getLogger(__name__)

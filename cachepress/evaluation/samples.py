@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
@@ -14,6 +13,7 @@ from cachepress.evaluation.registry import UNJUDGED, check_metric, find_dataset
 from cachepress.evaluation.room import check_size
 from cachepress.evaluation.tasks.base import PERPLEXITY, Look, Task, normalise
 from cachepress.generation.prompt import END, PromptOptions, prompt_within
+from cachepress.hf.types import PreTrainedTokenizerBase
 from cachepress.models.loading import positions_of
 
 logger = logging.getLogger(__name__)

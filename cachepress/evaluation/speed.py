@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from cachepress.bench import timed_step
 from cachepress.cache.batch import fork, ordinary, size_of
 from cachepress.hf.shared_prefill import SharedPrefill
+from cachepress.hf.types import Cache, PreTrainedModel
 from cachepress.presses import BasePress
 
 CONTEXTS = 1

@@ -16,15 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from cachepress.artefacts.digests import checksum_of
+from cachepress.artefacts.fingerprint import fingerprint, other_model
 from cachepress.cache.batch import TEXT, note_text, text_of
 from cachepress.cache.codec import Codec, Quantized
 from cachepress.cache.layer import CompressedLayer
 from cachepress.cache.segment import Segment
 from cachepress.cache.tail import Tail
-from cachepress.digests import checksum_of
 from cachepress.errors import CachepressError
 from cachepress.files import replacing
-from cachepress.fingerprint import fingerprint, other_model
 from cachepress.generation.cache_checks import Fitting, check_pages
 from cachepress.hf import attach, learned_positions, sample_cache
 from cachepress.ops.paged_attention import Layout

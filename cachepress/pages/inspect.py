@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicCache
 
 import cachepress
 from cachepress.cache.layer import CompressedLayer
@@ -17,6 +15,7 @@ from cachepress.evaluation.answering import answers_of, pipeline_of
 from cachepress.evaluation.records import write_atomically
 from cachepress.generation.pipeline import Answers
 from cachepress.generation.prompt import Prompt, PromptOptions, make_prompt
+from cachepress.hf.types import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from cachepress.models.chat import encode, template
 from cachepress.pages.html import render
 from cachepress.pages.pieces import CONTEXT, QUESTION, TEMPLATE, Part, Piece, pieces_of

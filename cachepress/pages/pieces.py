@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from transformers import PreTrainedTokenizerBase
+from cachepress.hf.types import PreTrainedTokenizerBase
 
 SPECIAL, TEMPLATE, CONTEXT, QUESTION = "special", "template", "context", "question"
 _UNFINISHED = "\ufffd"

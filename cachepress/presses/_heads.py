@@ -11,11 +11,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from cachepress.errors import CachepressError
 from cachepress.files import expanded
 from cachepress.hf import check_model
+from cachepress.hf.types import PreTrainedModel
 from cachepress.hf.wiring import full_attention
 from cachepress.ops.attention import attention_weights
 from cachepress.presses._observing import _ObservingPress

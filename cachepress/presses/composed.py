@@ -8,10 +8,10 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cachepress.budgets import CHOSEN, Amount, Threshold, TopK
 from cachepress.errors import CachepressError
+from cachepress.hf.types import PreTrainedModel
 from cachepress.ops import wide
 from cachepress.press import BasePress
 from cachepress.ranks import choose

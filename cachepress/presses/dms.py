@@ -4,11 +4,11 @@ from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cachepress.budgets import Threshold
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
+from cachepress.hf.types import PreTrainedModel
 from cachepress.press import BasePress, WrapperPress
 from cachepress.presses._checks import fill, reconstructs
 from cachepress.ranks import pin_window

@@ -9,11 +9,11 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cachepress.budgets import CHOSEN, Ratio, Threshold, TopK, check_fraction
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
+from cachepress.hf.types import PreTrainedModel
 from cachepress.press import BasePress
 from cachepress.presses._heads import (
     Scores,

@@ -3,15 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from transformers import PreTrainedModel
-
-from cachepress.artefacts import (
-    check_shapes,
-    find_artefact,
-    fitted_layers,
-    load_artefact,
-    sizes,
-)
+from cachepress.artefacts.kept import find_artefact
+from cachepress.artefacts.reading import check_shapes, fitted_layers, load_artefact, sizes
+from cachepress.hf.types import PreTrainedModel
 from cachepress.ops import wide_dtype
 from cachepress.presses._checks import either, fill
 from cachepress.presses.expected_attention import ExpectedAttentionPress

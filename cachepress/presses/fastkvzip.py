@@ -6,17 +6,12 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from cachepress.artefacts import (
-    check_shapes,
-    find_artefact,
-    fitted_layers,
-    load_artefact,
-    sizes,
-)
+from cachepress.artefacts.kept import find_artefact
+from cachepress.artefacts.reading import check_shapes, fitted_layers, load_artefact, sizes
 from cachepress.budgets import TopK, check_fraction
 from cachepress.checks import check_count
+from cachepress.hf.types import PreTrainedModel
 from cachepress.ops import wide
 from cachepress.presses._surrogate import _SurrogatePress
 from cachepress.ranks import pin_sinks, pin_window

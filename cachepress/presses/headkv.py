@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cachepress.budgets import PerLayer, Pyramid, TopK, apportion
 from cachepress.errors import CachepressError
+from cachepress.hf.types import PreTrainedModel
 from cachepress.ops import wide
 from cachepress.press import WrapperPress
 from cachepress.presses._checks import counted

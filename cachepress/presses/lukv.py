@@ -6,18 +6,13 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from cachepress.artefacts import (
-    check_shapes,
-    find_artefact,
-    fitted_layers,
-    load_artefact,
-    sizes,
-)
+from cachepress.artefacts.kept import find_artefact
+from cachepress.artefacts.reading import check_shapes, fitted_layers, load_artefact, sizes
 from cachepress.budgets import PerLayer, Pyramid, TopK, apportion
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
+from cachepress.hf.types import PreTrainedModel
 from cachepress.press import BasePress, WrapperPress
 from cachepress.presses._checks import check_by_layer, counted, fill
 from cachepress.presses.expected_attention import ExpectedAttentionPress

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from transformers import PreTrainedModel
-
 from cachepress.budgets import Budget, Bytes, TopK, bytes_of
 from cachepress.errors import CachepressError
+from cachepress.hf.types import PreTrainedModel
 from cachepress.press import BasePress, WrapperPress
 from cachepress.schedules import Schedule, Step
 from cachepress.view import Needs

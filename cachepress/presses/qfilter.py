@@ -4,15 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from cachepress.artefacts import (
-    check_shapes,
-    find_artefact,
-    fitted_layers,
-    load_artefact,
-    sizes,
-)
+from cachepress.artefacts.kept import find_artefact
+from cachepress.artefacts.reading import check_shapes, fitted_layers, load_artefact, sizes
+from cachepress.hf.types import PreTrainedModel
 from cachepress.ops import wide
 from cachepress.press import ScorerPress
 from cachepress.view import LayerView

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cachepress as cp
-from cachepress.artefacts import save_artefact
+from cachepress.artefacts.kept import save_artefact
 from cachepress.cli import main
 from cachepress.evaluation import EvaluationConfig, EvaluationRunner
 from cachepress.evaluation import run as run_module
@@ -160,7 +160,7 @@ def test_an_artefact_that_is_learned_anew_is_another_key(work, answered, spellin
 def test_the_artefact_that_a_press_finds_by_itself_counts(work, answered):
     import torch
 
-    from cachepress.artefacts import locate_artefact
+    from cachepress.artefacts.kept import locate_artefact
     from cachepress.train import Lesson, train
 
     def learn(seed):

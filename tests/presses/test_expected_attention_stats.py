@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.artefacts import save_artefact
+from cachepress.artefacts.kept import save_artefact
 from cachepress.presses.expected_attention_stats import ExpectedAttentionStatsPress
 from tests.bounds import close
 from tests.presses.test_snapkv import (

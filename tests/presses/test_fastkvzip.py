@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.artefacts import save_artefact
+from cachepress.artefacts.kept import save_artefact
 from cachepress.cache.batch import stores
 from cachepress.presses.fastkvzip import FastKVzipPress
 from cachepress.ranks import pinned

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.artefacts import save_artefact
+from cachepress.artefacts.kept import save_artefact
 from cachepress.presses.kvzap import KVzapPress
 from tests.bounds import close, near
 from tests.presses.test_snapkv import (

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.artefacts import save_artefact
+from cachepress.artefacts.kept import save_artefact
 from cachepress.budgets import Ratio
 from cachepress.cache.batch import stores
 from cachepress.presses.lukv import LUKVPress

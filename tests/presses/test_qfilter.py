@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.artefacts import save_artefact
+from cachepress.artefacts.kept import save_artefact
 from cachepress.presses.qfilter import QFilterPress
 from tests.bounds import close, near
 from tests.presses.test_snapkv import (

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
@@ -13,6 +12,7 @@ from cachepress.evaluation.tasks.boxed import last_boxed, read_problems
 from cachepress.evaluation.tasks.fits import matching
 from cachepress.evaluation.tasks.math500 import math_verify
 from cachepress.evaluation.tasks.sources import Hub
+from cachepress.hf.types import PreTrainedTokenizerBase
 
 HUB = Hub("math-ai/aime25", "test.jsonl")
 NAMES = ("aime25.jsonl", "test.jsonl")

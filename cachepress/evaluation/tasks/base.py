@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.prompts import read_prompts
 from cachepress.evaluation.tasks.fits import Fits
 from cachepress.generation.prompt import END, MIDDLE
+from cachepress.hf.types import PreTrainedTokenizerBase
 
 Metric = Callable[[str, Sequence[str], Sequence[str]], float]
 """``(prediction, answers, choices)`` -> score from 0 to 1; choices are all classes, where there

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from random import Random
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
@@ -25,6 +24,7 @@ from cachepress.evaluation.tasks.base import (
 )
 from cachepress.evaluation.tasks.builtin_drafts import Draft
 from cachepress.evaluation.tasks.builtin_text import NOUNS
+from cachepress.hf.types import PreTrainedTokenizerBase
 
 COLUMNS = (
     "context",

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
@@ -15,6 +14,7 @@ from cachepress.evaluation.tasks import fits
 from cachepress.evaluation.tasks.base import Part, Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 from cachepress.generation.prompt import MIDDLE
+from cachepress.hf.types import PreTrainedTokenizerBase
 
 REPOSITORY = "xinrongzhang2022/InfiniteBench"
 LETTERS = "ABCD"

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
@@ -20,6 +19,7 @@ from cachepress.evaluation.tasks.base import Metric, Task, normalise
 from cachepress.evaluation.tasks.fits import matching, some_choices
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 from cachepress.generation.prompt import MIDDLE
+from cachepress.hf.types import PreTrainedTokenizerBase
 
 REPOSITORY = "THUDM/LongBench"
 SUFFIX_E = "_e"

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
@@ -13,6 +12,7 @@ from cachepress.evaluation.tasks.base import Task, normalise
 from cachepress.evaluation.tasks.fits import matching
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 from cachepress.generation.prompt import MIDDLE
+from cachepress.hf.types import PreTrainedTokenizerBase
 
 FILE = "data.json"
 HUB = Hub("THUDM/LongBench-v2", FILE)

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
@@ -24,6 +23,7 @@ from cachepress.evaluation.tasks.base import Metric, Part, Report, Task, normali
 from cachepress.evaluation.tasks.fits import mapping
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 from cachepress.generation.prompt import MIDDLE
+from cachepress.hf.types import PreTrainedTokenizerBase
 
 REPOSITORY = "bigai-nlco/LooGLE"
 EMPTY = "None"

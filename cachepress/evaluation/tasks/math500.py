@@ -7,13 +7,13 @@ import threading
 from collections.abc import Sequence
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.tasks.base import Task, normalise
 from cachepress.evaluation.tasks.boxed import last_boxed, read_problems
 from cachepress.evaluation.tasks.sources import Hub
+from cachepress.hf.types import PreTrainedTokenizerBase
 
 HUB = Hub("HuggingFaceH4/MATH-500", "test.jsonl")
 NAMES = ("math500.jsonl", "test.jsonl")

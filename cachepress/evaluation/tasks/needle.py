@@ -13,13 +13,13 @@ from pathlib import Path
 from random import Random
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import string_match
 from cachepress.evaluation.tasks.base import Look, Size, Task, normalise, whole_number
 from cachepress.evaluation.tasks.builtin_text import NOUNS, prose
+from cachepress.hf.types import PreTrainedTokenizerBase
 from cachepress.limits import said
 
 DEFAULT_GRID = "1000,2000,4000,7000x5"

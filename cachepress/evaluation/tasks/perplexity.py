@@ -9,12 +9,12 @@ from pathlib import Path
 from pydoc_data import topics
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.tasks.base import PERPLEXITY as METRIC
 from cachepress.evaluation.tasks.base import Size, Task, normalise, whole_number
+from cachepress.hf.types import PreTrainedTokenizerBase
 
 DEFAULT = "1000-128x20"
 """Tokens that are read, tokens that go on, and windows."""

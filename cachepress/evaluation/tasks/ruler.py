@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import string_match
 from cachepress.evaluation.tasks.base import Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
+from cachepress.hf.types import PreTrainedTokenizerBase
 
 REPOSITORY = "simonjegou/ruler"
 HUB_FILE = "{length}/test-00000-of-00001.parquet"

@@ -10,7 +10,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
@@ -26,6 +25,7 @@ from cachepress.evaluation.tasks.infinitebench import (
 )
 from cachepress.evaluation.tasks.sources import Hub, read_rows
 from cachepress.generation.prompt import MIDDLE
+from cachepress.hf.types import PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     from tree_sitter import Node, Parser

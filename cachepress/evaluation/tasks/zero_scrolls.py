@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.records import write_atomically
 from cachepress.evaluation.tasks.base import UNSCORED, Task, normalise
 from cachepress.evaluation.tasks.sources import Hub, read_rows
+from cachepress.hf.types import PreTrainedTokenizerBase
 
 REPOSITORY = "tau/zero_scrolls"
 SEPARATOR = "truncation_seperator"
