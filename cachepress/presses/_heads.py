@@ -254,7 +254,7 @@ def _far(n_sink: int, n_recent: int, view: LayerView) -> Tensor:
 
 
 def _averaged(view: LayerView, weigh: Callable[[Tensor, Tensor], Tensor], queries: int) -> Tensor:
-    """Average what ``weigh`` says of the last quarter's attention over queries and heads, ``[H]``.
+    """Average ``weigh`` of the last quarter's attention over queries and query heads, ``[H]``.
 
     ``weigh`` gets weights ``[1, H, G, q, t]`` and the queries' own places ``[q]`` among the keys.
     """

@@ -57,7 +57,7 @@ class _ReconstructionPress(ScorerPress):
         return Reconstruction(self.chunk_size, self.n_sink, FIRST, LATER)
 
     def reconstructed(self, view: ReconstructionView) -> Tensor:
-        """Take each of the chunk's pairs' largest weighed attention, ``[H, chunk]``."""
+        """Take the largest weighted attention to each pair of the chunk, ``[H, chunk]``."""
         of_keys, of_queries = self.weights(view)
         peaks = view.keys.new_zeros((), dtype=wide_dtype(view.keys))
         for some, weights in attention_weights(view.queries, view.keys, view.valid, view.rule):

@@ -74,7 +74,7 @@ class Chunks:
 
     @classmethod
     def of(cls, scores: Tensor, view: LayerView, length: int) -> "Chunks":
-        """Sort ``scores [B, H, T]`` into chunks."""
+        """Group ``scores [B, H, T]`` by chunk."""
         free = view.valid & ~pinned(scores)
         seen = int(view.n_seen.max())
         length = min(length, max(seen, 1))

@@ -61,7 +61,7 @@ class CompactorPress(ScorerPress, alias="compactor"):
 
     @property
     def needs(self) -> Needs:
-        """What both halves need."""
+        """What attention and leverage need."""
         return self._attention.needs | self._leverage.needs
 
     def token_state(self, view: LayerView) -> Tensor:

@@ -136,11 +136,11 @@ class ComposedPress(BasePress, alias="composed"):
             press.check_layers(n_layers)
 
     def for_model(self, model: PreTrainedModel) -> "ComposedPress":
-        """The same presses made ready for a model."""
+        """Make all presses ready for a model."""
         return replace(self, presses=[press.for_model(model) for press in self.presses])
 
     def with_ratio(self, ratio: float) -> NoReturn:
-        """Refused: there is more than one ratio."""
+        """Raise: there is more than one ratio."""
         raise CachepressError("ComposedPress has a ratio in each of its presses: give those")
 
     @property

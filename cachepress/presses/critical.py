@@ -1,4 +1,4 @@
-"""CriticalKV: scores weighed by what a pair adds to the layer's output."""
+"""CriticalKV: scores weighted by what a pair adds to the layer's output."""
 
 from dataclasses import dataclass
 

@@ -109,7 +109,7 @@ class DecodingPress(_WhileDecodingPress, alias="decoding"):
         return None
 
     def with_ratio(self, ratio: float) -> NoReturn:
-        """Refused: the budget is a number of pairs."""
+        """Raise: the budget is a number of pairs."""
         raise CachepressError("DecodingPress has no compression ratio: give target_size")
 
 
@@ -164,5 +164,5 @@ class CompressionRatioDecodingPress(_WhileDecodingPress, alias="compression_rati
         return self.target_compression_ratio
 
     def with_ratio(self, ratio: float) -> "CompressionRatioDecodingPress":
-        """The same press at another ratio."""
+        """Return the press at another ratio."""
         return replace(self, target_compression_ratio=ratio)

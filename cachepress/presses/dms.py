@@ -109,11 +109,11 @@ class DMSPress(WrapperPress, alias="dms"):
         return pin_window(self.press.score(view), view, self.sliding_window_size)
 
     def with_ratio(self, ratio: float) -> NoReturn:
-        """Refused: there is a threshold instead."""
+        """Raise: there is a threshold instead of a ratio."""
         raise CachepressError("DMSPress has no compression ratio: give threshold")
 
     def for_model(self, model: PreTrainedModel) -> BasePress:
-        """The same wrapper around the inner press made ready for a model."""
+        """Check that there is a threshold, and make the inner press ready for a model."""
         self._given_threshold()
         return super().for_model(model)
 

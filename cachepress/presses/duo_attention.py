@@ -89,7 +89,7 @@ class DuoAttentionPress(BasePress, alias="duo_attention"):
 
     @property
     def learned(self) -> Mapping[str, str]:
-        """The file of the scores, if they are in one."""
+        """The option that names the file of the scores, if they are in one, and its kind."""
         return {"pattern": "pattern"} if isinstance(self.pattern, str) else {}
 
     def files(self, model: str) -> Mapping[str, Sequence[Path]]:
@@ -101,7 +101,7 @@ class DuoAttentionPress(BasePress, alias="duo_attention"):
         return {"pattern": [path, beside] if beside.is_file() else [path]}
 
     def for_model(self, model: PreTrainedModel) -> Self:
-        """The same press with the scores of the model's heads, and both sizes."""
+        """Find the scores of a model's heads, and both sizes."""
         sizes = dict(_SIZES)
         if isinstance(self.pattern, str):
             sizes |= _published_sizes(self.pattern)
@@ -122,7 +122,7 @@ class DuoAttentionPress(BasePress, alias="duo_attention"):
         return replace(self, pattern=pattern, **sizes)
 
     def with_ratio(self, ratio: float) -> Self:
-        """The same press with another fraction of streaming heads."""
+        """Return the press at another fraction of streaming heads."""
         return replace(self, head_compression_ratio=ratio)
 
 

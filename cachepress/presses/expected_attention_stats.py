@@ -82,16 +82,16 @@ class ExpectedAttentionStatsPress(ExpectedAttentionPress, alias="expected_attent
 
     @property
     def needs(self) -> Needs:
-        """The position embedding."""
+        """The rotary embedding."""
         return Needs(rotary=True)
 
     @property
     def learned(self) -> Mapping[str, str]:
-        """The file of what is learned."""
+        """The option that names the trained file, and the kind of file."""
         return {"stats": KIND}
 
     def for_model(self, model: PreTrainedModel) -> "ExpectedAttentionStatsPress":
-        """The same press with the file found and checked."""
+        """Find the trained file for a model, and check that it fits."""
         path = find_artefact(KIND, self.stats, model)
         layers, (n, h, g, d, _) = fitted_layers(path, KIND, model), sizes(model)
         learned = load_artefact(path, KIND, layers=layers)

@@ -62,11 +62,11 @@ class FastKVzipPress(_SurrogatePress, alias="fastkvzip"):
 
     @property
     def learned(self) -> Mapping[str, str]:
-        """The file of what is learned."""
+        """The option that names the trained file, and the kind of file."""
         return {"gates": KIND}
 
     def for_model(self, model: PreTrainedModel) -> "FastKVzipPress":
-        """The same press with the file found and checked."""
+        """Find the trained file for a model, and check that it fits."""
         path = find_artefact(KIND, self.gates, model)
         layers, (n, h, g, _, m) = fitted_layers(path, KIND, model), sizes(model)
         learned = load_artefact(path, KIND, layers=layers)

@@ -19,14 +19,14 @@ class FinchPress(ScorerPress, alias="finch"):
     Corallo and Papotti, "FINCH: Prompt-guided Key-Value Cache Compression" (TACL 2024,
     arXiv:2408.00167). The window is the question, however long it is: the pipeline reads context
     and question together and says where the question begins; elsewhere ``press(model,
-    question=n)`` says so. Attention is averaged over the question's queries, each weighed by the
+    question=n)`` says so. Attention is averaged over the question's queries, each weighted by the
     number of tokens that it can see, and over the query heads of a KV head. Needs the question's
     queries, and the rotary embedding to rotate kept keys to positions without gaps. Best for one
     question on a context that is not needed again.
 
     Attributes:
         chunk_length: tokens of a chunk; the budget is spent evenly over the chunks. None for one.
-        normalize_scores: whether queries are weighed.
+        normalize_scores: whether queries are weighted.
         rerotate_keys: whether kept keys are rotated.
     """
 

@@ -89,7 +89,7 @@ class HeadKVPress(WrapperPress, alias="headkv"):
 
     @property
     def learned(self) -> Mapping[str, str]:
-        """The file of the scores, if they are in one."""
+        """The option that names the file of the scores, if they are in one, and its kind."""
         return {"scores": "scores"} if isinstance(self.scores, str) else {}
 
     def files(self, model: str) -> Mapping[str, Sequence[Path]]:
@@ -99,7 +99,7 @@ class HeadKVPress(WrapperPress, alias="headkv"):
         return {"scores": [pattern_file(self.scores)]}
 
     def for_model(self, model: PreTrainedModel) -> "HeadKVPress":
-        """The same press with the scores of the model's heads."""
+        """Find the scores of a model's heads, and make the inner press ready for it."""
         scores = self.scores
         if scores is None:
             scores = copying_scores(model)

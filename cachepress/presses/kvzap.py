@@ -50,11 +50,11 @@ class KVzapPress(_SurrogatePress, alias="kvzap"):
 
     @property
     def learned(self) -> Mapping[str, str]:
-        """The file of what is learned."""
+        """The option that names the trained file, and the kind of file."""
         return {"surrogate": self.kind}
 
     def for_model(self, model: PreTrainedModel) -> "KVzapPress":
-        """The same press with the file found and checked."""
+        """Find the trained file for a model, and check that it fits."""
         path = find_artefact(self.kind, self.surrogate, model)
         layers, (depths, h, _, _, m) = fitted_layers(path, self.kind, model), sizes(model)
         learned = load_artefact(path, self.kind, layers=layers)

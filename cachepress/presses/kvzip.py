@@ -29,7 +29,7 @@ class KVzipPress(_ReconstructionPress, alias="kvzip"):
         n_sink: first tokens, which always stay, as do those of the chat template before the
             context.
         chunk_size: tokens that are repeated in one forward.
-        kvzip_plus_normalization: whether attentions are weighed; needs the output projection.
+        kvzip_plus_normalization: whether attentions are weighted; needs the output projection.
     """
 
     kvzip_plus_normalization: bool = False

@@ -50,7 +50,7 @@ class LagKVPress(ScorerPress, alias="lagkv"):
             )
 
     def score(self, view: LayerView) -> Tensor:
-        """Score pairs by mean spread or its rank, parts without a next pinned, ``[B, H, T]``."""
+        """Score pairs by spread or its rank, parts without a next one pinned, ``[B, H, T]``."""
         offset = view.index.long() - self.n_sink  # [B, H, T]
         whole = (view.n_seen - self.n_sink).clamp(min=0) // self.lag_size  # [B]
         n = int(whole.max())

@@ -45,7 +45,7 @@ class LeverageScorePress(ScorerPress, alias="leverage"):
 
     @property
     def needs(self) -> Needs:
-        """The position embedding, to take it off the keys."""
+        """The rotary embedding, to rotate the keys back to before RoPE."""
         return Needs(rotary=True)
 
     def score(self, view: LayerView) -> Tensor:

@@ -108,11 +108,11 @@ class LUKVPress(WrapperPress, alias="lukv"):
 
     @property
     def learned(self) -> Mapping[str, str]:
-        """The file of what is learned."""
+        """The option that names the trained file, and the kind of file."""
         return {"curve": KIND}
 
     def for_model(self, model: PreTrainedModel) -> "LUKVPress":
-        """The same press with the file found and checked."""
+        """Find the curve for a model, check that it fits, and make the inner press ready."""
         path = find_artefact(KIND, self.curve, model)
         layers, (n, h, *_) = fitted_layers(path, KIND, model), sizes(model)
         check_shapes(load_artefact(path, KIND, layers=layers), {KIND: (99, n, h)}, path)

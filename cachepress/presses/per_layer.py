@@ -56,7 +56,7 @@ class PerLayerCompressionPress(WrapperPress, alias="per_layer"):
             )
 
     def with_ratio(self, ratio: float) -> NoReturn:
-        """Refused: there is more than one ratio."""
+        """Raise: there is more than one ratio."""
         raise CachepressError(
             "PerLayerCompressionPress has a ratio for each layer: give compression_ratios"
         )

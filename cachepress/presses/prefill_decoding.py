@@ -75,7 +75,7 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
         self._second.check_layers(n_layers)
 
     def for_model(self, model: PreTrainedModel) -> "PrefillDecodingPress":
-        """The same presses made ready for a model."""
+        """Make both presses ready for a model."""
         first, second = self.prefilling_press, self.decoding_press
         return PrefillDecodingPress(
             None if first is None else first.for_model(model),
@@ -83,7 +83,7 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
         )
 
     def with_ratio(self, ratio: float) -> "PrefillDecodingPress":
-        """The same presses, the one for prompts at another ratio."""
+        """Return both presses, the one for prompts at another ratio."""
         if self.prefilling_press is None:
             raise CachepressError("there is no prefilling_press to set a ratio of")
         return replace(self, prefilling_press=self.prefilling_press.with_ratio(ratio))

@@ -36,11 +36,11 @@ class QFilterPress(ScorerPress, alias="qfilter"):
 
     @property
     def learned(self) -> Mapping[str, str]:
-        """The file of what is learned."""
+        """The option that names the trained file, and the kind of file."""
         return {"filters": KIND}
 
     def for_model(self, model: PreTrainedModel) -> "QFilterPress":
-        """The same press with the file found and checked."""
+        """Find the trained file for a model, and check that it fits."""
         path = find_artefact(KIND, self.filters, model)
         layers, (n, h, _, d, _) = fitted_layers(path, KIND, model), sizes(model)
         check_shapes(load_artefact(path, KIND, layers=layers), {"filters": (n, h, d)}, path)

@@ -66,7 +66,7 @@ class ThinKPress(BasePress, alias="think"):
 
     @property
     def budget(self) -> TopK:
-        """All pairs; heads of which another press keeps different numbers keep those."""
+        """All pairs, or what an earlier press keeps in each head."""
         return _WhatIsHeld(Ratio(0.0), scope="layer")
 
     def score(self, view: LayerView) -> Tensor:
@@ -85,7 +85,7 @@ class ThinKPress(BasePress, alias="think"):
         return chosen.scatter(-1, order[..., : d - removed], True)
 
     def with_ratio(self, ratio: float) -> Self:
-        """The same press at another ratio of key channels."""
+        """Return the press at another ratio of key channels."""
         return replace(self, key_channel_compression_ratio=ratio)
 
     def _query_norms(self, view: LayerView) -> Tensor:
