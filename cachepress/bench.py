@@ -14,67 +14,26 @@ from pathlib import Path
 from pydoc_data import topics
 
 import torch
-import transformers
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import cachepress
 from cachepress.cache.batch import fork, size_of
 from cachepress.errors import CachepressError
 from cachepress.generation.prefill import check_prefill, prefill
 from cachepress.hf import cache_argument
-from cachepress.hf.types import Cache
+from cachepress.hf.types import TRANSFORMERS_VERSION, Cache, PreTrainedModel
 from cachepress.limits import check_whole
 from cachepress.measure import Stopwatch, peak_memory
 from cachepress.models.loading import load
+from cachepress.models.shapes import random_model
 from cachepress.presses import BasePress
 from cachepress.spec import NO_PRESS, parse
 
 MIB = 2**20
 _QUESTION = 32
 """Tokens at the end of a context that stand for a question, for presses that look at one."""
-SHAPES: dict[str, tuple[str, dict[str, int]]] = {
-    "llama-3.1-8b": (
-        "llama",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-            "max_position_embeddings": 131072,
-        },
-    ),
-    "qwen3-4b": (
-        "qwen3",
-        {
-            "hidden_size": 2560,
-            "intermediate_size": 9728,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 151936,
-            "max_position_embeddings": 40960,
-        },
-    ),
-    "smollm2-135m": (
-        "llama",
-        {
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "vocab_size": 49152,
-            "max_position_embeddings": 8192,
-        },
-    ),
-}
-"""Shapes of known models, for ``--config``; weights are random."""
 
 
 @dataclass(frozen=True)
@@ -335,28 +294,8 @@ def _model_and_text(options: BenchOptions) -> tuple[PreTrainedModel, Tensor]:
         )
         text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
         return model, torch.tensor(tokenizer(text, verbose=False).input_ids)
-    config = _shape(options.config)
-    if options.layers is not None:
-        config.num_hidden_layers = options.layers
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, options.dtype or ("float32" if device == "cpu" else "bfloat16"))
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    return model, torch.randint(3, config.vocab_size, (65536,))
-
-
-def _shape(name: str) -> transformers.PretrainedConfig:
-    if name in SHAPES:
-        kind, sizes = SHAPES[name]
-        return AutoConfig.for_model(kind, **sizes)
-    try:
-        return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CachepressError(
-            f"config: got {name!r}, wanted one of {', '.join(SHAPES)}, or a folder with a "
-            "config.json"
-        ) from error
+    model = random_model(options.config, options.layers, options.dtype, options.device)
+    return model, torch.randint(3, model.config.vocab_size, (65536,))
 
 
 def _contexts(ids: Tensor, length: int, batch: int) -> Tensor:
@@ -373,7 +312,7 @@ def machine_of(model: PreTrainedModel) -> str:
     return (
         f"{type(model).__name__} of {model.num_parameters() / 1e6:.0f}M, {model.dtype}, {device}, "
         f"{platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, cachepress "
+        f"torch {torch.__version__}, transformers {TRANSFORMERS_VERSION}, cachepress "
         f"{cachepress.__version__}"
     )
 

@@ -376,11 +376,10 @@ def _warn_of_nothing_dropped(press: "BasePress | None") -> None:
 
 
 def _log(level: str) -> None:
-    import transformers
+    from cachepress.models.loading import be_quiet
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    be_quiet()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Visible("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler])

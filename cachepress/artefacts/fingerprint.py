@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cachepress.hf.types import TRANSFORMERS_VERSION, PreTrainedModel, PreTrainedTokenizerBase
 
 _CHUNK = 1 << 22
 _LINE = 1 << 10
@@ -76,7 +76,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, object]:
         "dtypes": sorted(dtypes),
         "config": acting_config(model),
         "weights": weights_digest(model),
-        "transformers": transformers.__version__,
+        "transformers": TRANSFORMERS_VERSION,
     }
 
 

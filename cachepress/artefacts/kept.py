@@ -18,16 +18,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
 
 from cachepress.artefacts.digests import checksum_of, model_digests
 from cachepress.artefacts.fingerprint import weights_digest
 from cachepress.artefacts.reading import _EARLIER, _FORMAT, _metadata, sizes
 from cachepress.errors import CachepressError
 from cachepress.files import expanded, replacing
+from cachepress.hf.types import PreTrainedModel
 from cachepress.limits import shown
 from cachepress.models.builtin import BUILTIN_MODELS, cache_home
-from cachepress.models.loading import hub_answers, resolve
+from cachepress.models.loading import groups_of, hub_answers
 
 logger = logging.getLogger(__name__)
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -225,20 +225,9 @@ def _names(kind: str, model: str, queries: int | None) -> tuple[str, ...]:
     names = [text.format(kind=kind) for text in _NAMES]
     if kind == "fastkvzip":
         # The published repository holds the gates of all models.
-        name = f"q{_queries_of(model) if queries is None else queries}_dim16_sink16.pt"
+        name = f"q{groups_of(model) if queries is None else queries}_dim16_sink16.pt"
         names += [f"{Path(model).name.lower()}/{name}", name]
     return tuple(names)
-
-
-def _queries_of(model: str) -> int | None:
-    """Query heads of each KV head, of a model that is not loaded."""
-    with suppress(OSError, ValueError, AttributeError, TypeError, CachepressError):
-        config = AutoConfig.from_pretrained(
-            resolve(model), local_files_only=True, trust_remote_code=False
-        ).get_text_config()
-        keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return config.num_attention_heads // keys
-    return None
 
 
 def _or_published(kind: str, model: str) -> str:

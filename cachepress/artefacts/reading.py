@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cachepress.artefacts.digests import checksum_of
 from cachepress.artefacts.published import converted, n_layers, of_layers
 from cachepress.errors import CachepressError
 from cachepress.hf import compressed_layers
+from cachepress.hf.types import PreTrainedModel
 from cachepress.hf.wiring import full_attention
 
 logger = logging.getLogger(__name__)

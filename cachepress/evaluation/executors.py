@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeVar
 
 import torch
-import transformers
 
 from cachepress.errors import CachepressError, out_of_memory
 from cachepress.evaluation.answering import Answerer, Found
@@ -24,7 +23,7 @@ from cachepress.evaluation.samples import Context
 from cachepress.hf.types import PreTrainedModel, PreTrainedTokenizerBase
 from cachepress.interrupts import deaf_children, start_worker
 from cachepress.limits import is_out_of_memory
-from cachepress.models.loading import load
+from cachepress.models.loading import be_quiet, load
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
@@ -185,8 +184,7 @@ _WORKER: Worker | None = None
 def _start(options: WorkerOptions, rank: "Synchronized[int]") -> None:
     global _WORKER
     # Bars of several processes would overwrite each other; the command has its own.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    be_quiet()
     with rank.get_lock():
         own = rank.value
         rank.value += 1

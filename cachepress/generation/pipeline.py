@@ -26,7 +26,7 @@ from cachepress.generation.prefill import read_context
 from cachepress.generation.prompt import MIDDLE, Prompt, PromptOptions, make_prompt
 from cachepress.hf import has_only_full_attention
 from cachepress.models.chat import encode
-from cachepress.presses import BasePress
+from cachepress.press import BasePress
 
 TASK = "kv-press-text-generation"
 logger = logging.getLogger(__name__)

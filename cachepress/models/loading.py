@@ -1,9 +1,11 @@
 """Loading a model and its tokenizer: a built-in one, a folder, or a name on the hub."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
@@ -125,6 +127,23 @@ def _unloadable(what: str, error: Exception) -> CachepressError:
             'model_kwargs={"trust_remote_code": True}'
         )
     return ModelError(f"could not load {what}: {_first_line(error)}")
+
+
+def be_quiet() -> None:
+    """Let transformers say nothing but errors, and show no bars of its own."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def groups_of(name: str) -> int | None:
+    """Query heads of each KV head of a model, without loading it; None where it is not known."""
+    with suppress(OSError, ValueError, AttributeError, TypeError, CachepressError):
+        config = AutoConfig.from_pretrained(
+            resolve(name), local_files_only=True, trust_remote_code=False
+        ).get_text_config()
+        keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return config.num_attention_heads // keys
+    return None
 
 
 def positions_of(name: str, model_kwargs: Mapping[str, object] | None = None) -> int | None:
