@@ -143,7 +143,11 @@ def _recognised(found: object) -> tuple[str, Tensors] | None:
         return _gates(found)
     if not isinstance(found, Mapping) or not all(map(_is_array, found.values())):
         return None
-    tensors = {str(name): x.detach() for name, x in found.items()}
+    return _by_name({str(name): x.detach() for name, x in found.items()})
+
+
+def _by_name(tensors: Tensors) -> tuple[str, Tensors] | None:
+    """What tensors are by their names, and as ours are written."""
     names = set(tensors)
     if names == {"q_filters"}:
         # Published filters point away from the queries.

@@ -237,27 +237,38 @@ def _unpack(packed: object, left: dict[str, Tensor], device: torch.device) -> ob
     if kind == "device":
         return device
     if kind == "dtype":
-        dtype = getattr(torch, content)
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"{content} is no dtype")
-        return dtype
+        return _dtype_named(content)
+    if kind == "part":
+        return _part(content, _unpack(packed["of"], left, device))
     if kind == "dict":
         found = {k: _unpack(v, left, device) for k, v in content}
         if len(found) < len(content):
             raise ValueError("two values of one name")
         return found
-    if kind == "part":
-        columns = cast(dict[str, Any], _unpack(packed["of"], left, device))
-        columns = _named_today(columns)
-        if content == "Block":
-            check_pages(columns)
-        return _PARTS[content](**columns)
-    if kind not in ("tuple", "list", "tail"):
-        raise ValueError(f"{kind} is no kind of value")
-    items = [_unpack(item, left, device) for item in content]
+    return _sequence(kind, [_unpack(item, left, device) for item in content])
+
+
+def _dtype_named(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} is no dtype")
+    return dtype
+
+
+def _part(kind: str, columns: object) -> object:
+    """A part of a layer of what it is made of."""
+    columns = _named_today(cast(dict[str, Any], columns))
+    if kind == "Block":
+        check_pages(columns)
+    return _PARTS[kind](**columns)
+
+
+def _sequence(kind: str, items: list[object]) -> object:
     if kind == "tail":
-        keys, values = items
-        return Tail.of(keys, values)  # type: ignore
+        keys, values = cast(list[Tensor], items)
+        return Tail.of(keys, values)
+    if kind not in ("tuple", "list"):
+        raise ValueError(f"{kind} is no kind of value")
     return tuple(items) if kind == "tuple" else items
 
 
