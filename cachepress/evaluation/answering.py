@@ -1,24 +1,23 @@
-"""Reads a context and answers its questions: under one press, or under many at once."""
+"""Answers to all questions about a context: under one press, or under many that share its prefill.
+
+Nothing is written here, see ``cachepress.evaluation.run``.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar, cast
-
-import torch
-from torch import Tensor
+from typing import cast
 
 from cachepress.bench import machine_of
-from cachepress.cache.batch import CacheSize, fork, grouped, is_plain, join, ordinary, size_of
+from cachepress.cache.batch import fork, is_plain, ordinary, size_of
 from cachepress.errors import CachepressError
-from cachepress.evaluation.run import Answer, Run
+from cachepress.evaluation.batches import MOST_TOKENS, Batch, Fork, Reference
+from cachepress.evaluation.records import Answer
+from cachepress.evaluation.run import Run
 from cachepress.evaluation.samples import Context
-from cachepress.evaluation.speed import CONTEXTS, StepSeconds, peak_memory, step_seconds
+from cachepress.evaluation.speed import CONTEXTS, peak_memory, step_seconds
 from cachepress.evaluation.tasks.base import PERPLEXITY
-from cachepress.generation.decode import Forced, force, generate
 from cachepress.generation.pipeline import TASK, Answers, KVPressTextGenerationPipeline
 from cachepress.generation.prompt import Prompt, make_prompt
 from cachepress.hf import has_only_full_attention
@@ -31,96 +30,12 @@ from cachepress.hf.types import (
     PreTrainedTokenizer,
     PreTrainedTokenizerBase,
 )
-from cachepress.presses import BasePress
 
 logger = logging.getLogger(__name__)
 ROOM = 2 << 30
 """Bytes of caches that are decoded from at once; twice the whole cache, if that is more."""
-MOST_TOKENS = 64
-"""Tokens of an answer over which a divergence is taken, at most."""
-_T = TypeVar("_T")
 Found = dict[int, Answer]
 """Answers of a run to a context, by sample id."""
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """What the uncompressed model says to each question, and what it expects meanwhile."""
-
-    texts: list[Forced]
-    expected: list[Tensor]
-
-    def parts(self) -> "list[_Reference]":
-        """That of each question alone."""
-        pairs = zip(self.texts, self.expected, strict=True)
-        return [_Reference([text], [expected]) for text, expected in pairs]
-
-
-@dataclass(eq=False)
-class _Fork:
-    """The cache that a press left, and what it cost."""
-
-    run: Run | None
-    cache: Cache
-    size: CacheSize
-    prefill_seconds: float
-    press_seconds: float | None
-    step: StepSeconds | None = None
-
-    @property
-    def shared(self) -> bool:
-        """Whether others shared its reading."""
-        return self.press_seconds is not None
-
-    @property
-    def acting(self) -> BasePress | None:
-        """The press, if it acts while answers are decoded."""
-        press = None if self.run is None else self.run.press
-        return press if press is not None and press.schedule.decodes else None
-
-
-class _Batch:
-    """Forks that are decoded together, each of them once for every question.
-
-    Args:
-        forks: what is decoded from.
-        n: questions.
-    """
-
-    def __init__(self, forks: Sequence[_Fork], n: int) -> None:
-        caches = [left.cache for left in forks]
-        self._groups = [[forks[place] for place in group] for group in grouped(caches)]
-        self._n, self.acting = n, forks[0].acting
-
-    @property
-    def forks(self) -> list[_Fork]:
-        """The forks, in the order of the batch."""
-        return [left for group in self._groups for left in group]
-
-    def cache(self) -> Cache:
-        """A cache to continue."""
-        return fork(self._whole)
-
-    @cached_property
-    def _whole(self) -> Cache:
-        groups = [[left.cache for left in group] for group in self._groups]
-        if len(groups) == 1 and len(groups[0]) == 1:
-            return fork(groups[0][0], self._n)
-        return join(groups, self._n)
-
-    def spread(self, of_questions: Sequence[_T]) -> list[_T]:
-        """What belongs to each question, for each sequence of the batch."""
-        return [x for group in self._groups for x in of_questions for _ in group]
-
-    def gathered(self, of_sequences: Sequence[_T]) -> list[list[_T]]:
-        """What belongs to each sequence, for each fork and question."""
-        found, first = [], 0
-        for group in self._groups:
-            size = len(group)
-            some = of_sequences[first : first + size * self._n]
-            found += [list(some[i::size]) for i in range(size)]
-            first += size * self._n
-        return found
 
 
 class Answerer:
@@ -188,7 +103,7 @@ class Answerer:
             return str(error)
         return None
 
-    def alone(self, run: Run, context: Context, reference: _Reference | None = None) -> Found:
+    def alone(self, run: Run, context: Context, reference: Reference | None = None) -> Found:
         """Answers of a run with a reading of its own, through the pipeline."""
         press = run.press
         asks = press is not None and press.needs.question
@@ -200,21 +115,21 @@ class Answerer:
             return found
         cache = DynamicCache(config=self.model.get_decoder().config)
         answers = self._piped(run, context, cache)
-        left = _Fork(run, cache, answers.cache, answers.prefill_seconds, None)
+        forked = Fork(run, cache, answers.cache, answers.prefill_seconds, None)
         if context.number < CONTEXTS:
-            self._time([left])
+            self._time([forked])
         questions = self._prompt(context, run).question_ids
         questions = [ids[:, -1:] for ids in questions] if asks else questions
-        batch = _Batch([left], len(questions))
-        kls = self._divergences(batch, questions, reference)[0]
-        nlls = self._likelihoods(batch, questions, context)[0]
+        batch = Batch(self.model, self.tokenizer, [forked], questions)
+        kls = batch.divergences(reference)[0]
+        nlls = batch.likelihoods(self._texts(context))[0]
         size = (answers.context_tokens, answers.cut_tokens)
-        return self._found(left, context, size, answers.tokens, kls, nlls)
+        return self._found(forked, context, size, answers.tokens, kls, nlls)
 
     def together(self, runs: Sequence[Run], context: Context) -> Iterator[tuple[Run, Found]]:
         """Answers of runs that share what can be shared.
 
-        One reading serves all presses that can look at one; each settles a fork of the whole
+        One reading serves all presses that can share it; each compresses a fork of the whole
         cache, and forks that are stored alike are decoded as one batch. Others read for
         themselves.
         """
@@ -222,16 +137,16 @@ class Answerer:
         reference = None
         if shared or self._kl:
             prompt = self._prompt(context, runs[0])
-            survey = self._survey(shared, prompt, runs[0])
+            prefill = self._shared_prefill(shared, prompt, runs[0])
+            limits = [sample.max_new_tokens for sample in context.samples]
             if self._kl:
-                reference = self._reference(survey.cache, prompt, context)
-            for some in self._batches(survey, shared, context):
+                whole = Fork(None, prefill.cache, size_of(prefill.cache), 0.0, None)
+                reference = self._batch([whole], prompt).reference(limits)
+            for forks in self._forks(prefill, shared, context):
                 if context.number < CONTEXTS:
-                    self._time(some)
-                yield from self._answered(
-                    _Batch(some, len(context.samples)), prompt, context, reference
-                )
-            del survey
+                    self._time(forks)
+                yield from self._answered(forks, prompt, context, reference)
+            del prefill
         for run in runs:
             if not shares_reading(run):
                 yield run, self.alone(run, context, reference)
@@ -252,35 +167,28 @@ class Answerer:
         options = context.prompt_options(run.config)
         return make_prompt(self.tokenizer, self.model, context.text, options)
 
-    def _survey(self, shared: Sequence[Run], prompt: Prompt, run: Run) -> SharedPrefill:
+    def _shared_prefill(self, shared: Sequence[Run], prompt: Prompt, run: Run) -> SharedPrefill:
         presses = [run.press for run in shared if run.press is not None]
-        survey = SharedPrefill(self.model, presses, self.tokenizer)
-        survey.read(prompt.context_ids, run.config.prefill_chunk_size)
-        return survey
+        prefill = SharedPrefill(self.model, presses, self.tokenizer)
+        prefill.read(prompt.context_ids, run.config.prefill_chunk_size)
+        return prefill
 
-    def _fork(self, survey: SharedPrefill, run: Run) -> _Fork:
-        if run.press is None:
-            size = size_of(ordinary(survey.cache))
-            return _Fork(run, fork(survey.cache), size, survey.seconds, 0.0)
-        cache, seconds = survey.compressed(run.press, run.config.storage)
-        return _Fork(run, cache, size_of(cache), survey.seconds + seconds, seconds)
-
-    def _batches(
-        self, survey: SharedPrefill, runs: Sequence[Run], context: Context
-    ) -> Iterator[list[_Fork]]:
+    def _forks(
+        self, prefill: SharedPrefill, runs: Sequence[Run], context: Context
+    ) -> Iterator[list[Fork]]:
         """Forks that can be decoded together, as many as there is room for."""
-        room, most = max(ROOM, 2 * survey.whole_bytes), self._most_forks(context)
-        some: list[_Fork] = []
+        room, most = max(ROOM, 2 * prefill.whole_bytes), self._most_forks(context)
+        some: list[Fork] = []
         for run in runs:
-            left = self._fork(survey, run)
-            if most == 1 or left.acting is not None or not is_plain(left.cache):
-                yield [left]
+            forked = _forked(prefill, run)
+            if most == 1 or forked.acting is not None or not is_plain(forked.cache):
+                yield [forked]
                 continue
             held = sum(other.size.bytes_after for other in some)
-            if some and (len(some) >= most or held + left.size.bytes_after > room):
+            if some and (len(some) >= most or held + forked.size.bytes_after > room):
                 yield some
                 some = []
-            some.append(left)
+            some.append(forked)
         if some:
             yield some
 
@@ -297,104 +205,46 @@ class Answerer:
             most = min(most, ROOM // each)
         return max(1, most)
 
-    def _time(self, forks: Sequence[_Fork]) -> None:
+    def _time(self, forks: Sequence[Fork]) -> None:
         """Time decoding after each fork; without a press, after transformers' own cache."""
-        pairs = [
-            (
-                ordinary(left.cache) if left.run and left.run.press is None else left.cache,
-                left.acting,
-            )
-            for left in forks
+        plain = [one.run is not None and one.run.press is None for one in forks]
+        caches = [
+            (ordinary(one.cache) if whole else one.cache, one.acting)
+            for one, whole in zip(forks, plain, strict=True)
         ]
-        for left, step in zip(forks, step_seconds(self.model, pairs), strict=True):
-            left.step = step
+        for one, step in zip(forks, step_seconds(self.model, caches), strict=True):
+            one.step = step
 
-    def _reference(self, cache: Cache, prompt: Prompt, context: Context) -> _Reference:
-        limits = [sample.max_new_tokens for sample in context.samples]
-        whole = _Batch([_Fork(None, cache, size_of(cache), 0.0, None)], len(limits))
-        (said,) = self._said(whole, prompt.question_ids, max(limits))
-        texts = [
-            Forced(ids, tokens[: min(limit, MOST_TOKENS)])
-            for ids, tokens, limit in zip(prompt.question_ids, said, limits, strict=True)
-        ]
-        return _Reference(texts, self._expected(whole, texts)[0])
+    def _batch(self, forks: Sequence[Fork], prompt: Prompt) -> Batch:
+        return Batch(self.model, self.tokenizer, forks, prompt.question_ids)
+
+    def _texts(self, context: Context) -> list[list[int]] | None:
+        """Token ids of what the model is made to say to each question; None if it is not."""
+        samples = context.samples
+        if not any(sample.metric == PERPLEXITY for sample in samples):
+            return None
+        return [self.tokenizer.encode(s.answer[0], add_special_tokens=False) for s in samples]
 
     def _answered(
-        self, batch: _Batch, prompt: Prompt, context: Context, reference: _Reference | None
+        self,
+        forks: Sequence[Fork],
+        prompt: Prompt,
+        context: Context,
+        reference: Reference | None,
     ) -> Iterator[tuple[Run, Found]]:
         """Answers of forks that are one batch."""
-        limits, questions = [s.max_new_tokens for s in context.samples], prompt.question_ids
-        with batch.acting(self.model, turns="first") if batch.acting else nullcontext():
-            tokens = self._said(batch, questions, max(limits))
-        kls = self._divergences(batch, questions, reference)
-        nlls = self._likelihoods(batch, questions, context)
+        batch, limits = self._batch(forks, prompt), [s.max_new_tokens for s in context.samples]
+        answers = batch.answers(max(limits))
+        kls, nlls = batch.divergences(reference), batch.likelihoods(self._texts(context))
         read = (prompt.context_ids.shape[1], prompt.cut)
-        for left, rows, kl, nll in zip(batch.forks, tokens, kls, nlls, strict=True):
-            said = [row[:limit] for row, limit in zip(rows, limits, strict=True)]
-            assert left.run is not None
-            yield left.run, self._found(left, context, read, said, kl, nll)
-
-    def _said(self, batch: _Batch, questions: Sequence[Tensor], most: int) -> list[list[list[int]]]:
-        """Token ids of the answer of each fork to each question."""
-        if self._padding:
-            every, cache = batch.spread(questions), batch.cache()
-            found = generate(self.model, self.tokenizer, cache, every, most, {})
-            return batch.gathered(found)
-        # Sliding windows and recurrent states would count padding.
-        (left,) = batch.forks
-        return [
-            [
-                generate(self.model, self.tokenizer, fork(left.cache), [ids], most, {})[0]
-                for ids in questions
-            ]
-        ]
-
-    def _expected(self, batch: _Batch, texts: Sequence[Forced]) -> list[list[Tensor]]:
-        """What is expected at each token of each text, after each fork."""
-        if self._padding:
-            return batch.gathered(force(self.model, batch.cache(), batch.spread(texts)))
-        (left,) = batch.forks
-        return [[force(self.model, fork(left.cache), [text])[0] for text in texts]]
-
-    def _divergences(
-        self, batch: _Batch, questions: Sequence[Tensor], reference: _Reference | None
-    ) -> list[list[float | None]]:
-        """KL divergence of each fork and question, in nats a token.
-
-        None under a press that acts while answers are decoded: it sees no given text.
-        """
-        if reference is None or batch.acting is not None:
-            return [[None] * len(questions) for _ in batch.forks]
-        texts = [
-            Forced(ids, text.answer) for ids, text in zip(questions, reference.texts, strict=True)
-        ]
-        return [
-            [_divergence(p, q) for p, q in zip(reference.expected, row, strict=True)]
-            for row in self._expected(batch, texts)
-        ]
-
-    def _likelihoods(
-        self, batch: _Batch, questions: Sequence[Tensor], context: Context
-    ) -> list[list[float | None]]:
-        """Negative log-likelihood of each fork and sample, in nats a token, where it is asked.
-
-        None under a press that acts while answers are decoded, as for divergences.
-        """
-        asked = any(sample.metric == PERPLEXITY for sample in context.samples)
-        if not asked or batch.acting is not None:
-            return [[None] * len(questions) for _ in batch.forks]
-        texts = [
-            Forced(ids, self.tokenizer.encode(sample.answer[0], add_special_tokens=False))
-            for ids, sample in zip(questions, context.samples, strict=True)
-        ]
-        return [
-            [_nll(expected, text.answer) for expected, text in zip(row, texts, strict=True)]
-            for row in self._expected(batch, texts)
-        ]
+        for one, tokens, kl, nll in zip(batch.forks, answers, kls, nlls, strict=True):
+            said = [ids[:limit] for ids, limit in zip(tokens, limits, strict=True)]
+            assert one.run is not None
+            yield one.run, self._found(one, context, read, said, kl, nll)
 
     def _found(
         self,
-        left: _Fork,
+        forked: Fork,
         context: Context,
         read: tuple[int, int],
         tokens: Sequence[Sequence[int]],
@@ -403,23 +253,25 @@ class Answerer:
     ) -> Found:
         """Answers of a context of which so many tokens were read, and so many cut."""
         columns = zip(context.samples, tokens, kls, nlls, strict=True)
+        step, step_low, step_high = forked.step or (None, None, None)
+        peak = peak_memory(self.model.device) if forked.press_seconds is None else None
         return {
             sample.sample_id: Answer(
                 predicted_answer=str(self.tokenizer.decode(list(ids), skip_special_tokens=True)),
                 decode_tokens=len(ids),
                 context_tokens=read[0],
                 cut_tokens=read[1],
-                prompts=left.run.config.prompts_label if left.run else None,
-                prefill_seconds=left.prefill_seconds,
-                press_seconds=left.press_seconds,
-                step_seconds=None if left.step is None else left.step.median,
-                step_seconds_low=None if left.step is None else left.step.low,
-                step_seconds_high=None if left.step is None else left.step.high,
-                bytes_before=left.size.bytes_before,
-                bytes_after=left.size.bytes_after,
-                rows_seen=left.size.rows_seen,
-                rows_held=left.size.rows_held,
-                peak_memory_bytes=None if left.shared else peak_memory(self.model.device),
+                prompts=forked.run.config.prompts_label if forked.run else None,
+                prefill_seconds=forked.prefill_seconds,
+                press_seconds=forked.press_seconds,
+                step_seconds=step,
+                step_seconds_low=step_low,
+                step_seconds_high=step_high,
+                bytes_before=forked.size.bytes_before,
+                bytes_after=forked.size.bytes_after,
+                rows_seen=forked.size.rows_seen,
+                rows_held=forked.size.rows_held,
+                peak_memory_bytes=peak,
                 machine=self._machine,
                 kl=kl,
                 nll=nll,
@@ -453,11 +305,10 @@ def shares_reading(run: Run) -> bool:
     return shares(run.press) and run.config.prefill_mode == "exact"
 
 
-def _divergence(p: Tensor, q: Tensor) -> float:
-    """KL divergence of log-probabilities ``q [n, vocabulary]`` from ``p``, mean over tokens."""
-    return float((p.exp() * (p - q)).sum(-1).mean().clamp(min=0))
-
-
-def _nll(expected: Tensor, answer: Sequence[int]) -> float:
-    tokens = torch.tensor(list(answer), device=expected.device)
-    return float(-expected[: len(tokens)].gather(-1, tokens[:, None]).mean())
+def _forked(prefill: SharedPrefill, run: Run) -> Fork:
+    """What a run's press leaves of a context that was read for several."""
+    if run.press is None:
+        size = size_of(ordinary(prefill.cache))
+        return Fork(run, fork(prefill.cache), size, prefill.seconds, 0.0)
+    cache, seconds = prefill.compressed(run.press, run.config.storage)
+    return Fork(run, cache, size_of(cache), prefill.seconds + seconds, seconds)

@@ -107,25 +107,13 @@ def generate(
     Raises:
         CachepressError: if a task is unknown, or a number is out of range.
     """
-    _check(tasks, contexts, questions)
-    if len(tasks) * contexts * length > MOST_GENERATED:
-        raise CachepressError(
-            f"length: got {length}, wanted at most {MOST_GENERATED // (len(tasks) * contexts)} for "
-            f"{contexts} contexts of {len(tasks)} tasks"
-        )
-
-    def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-    rows = []
+    _check(tasks, contexts, questions, length)
+    count, rows = _counter(tokenizer), []
     for task in tasks:
         made = [_draft(task, number, questions, seed) for number in range(contexts)]
-        least = max(count(draft.write(draft.least)) for draft in made)
-        if length < least:
-            raise CachepressError(
-                f"length: got {length}, wanted at least {least} tokens for task {task!r} with "
-                f"questions={questions}"
-            )
+        if length < (least := max(count(draft.write(draft.least)) for draft in made)):
+            what = f"{least} tokens for task {task!r} with questions={questions}"
+            raise CachepressError(f"length: got {length}, wanted at least {what}")
         for draft in made:
             new = _rows(draft, _cut(draft, count, length), task, count)
             if look is not None:
@@ -136,7 +124,11 @@ def generate(
     return table
 
 
-def _check(tasks: Sequence[str], contexts: int, questions: int) -> None:
+def _counter(tokenizer: PreTrainedTokenizerBase) -> Count:
+    return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def _check(tasks: Sequence[str], contexts: int, questions: int, length: int) -> None:
     for task in [tasks] if isinstance(tasks, str) else tasks:
         if task not in TASKS:
             raise CachepressError(f"unknown task {task!r}: wanted one of {', '.join(TASKS)}")
@@ -146,6 +138,11 @@ def _check(tasks: Sequence[str], contexts: int, questions: int) -> None:
         raise CachepressError(f"contexts: got {contexts}, wanted at least 1")
     if not 1 <= questions <= MOST_QUESTIONS:
         raise CachepressError(f"questions: got {questions}, wanted 1 to {MOST_QUESTIONS}")
+    if len(tasks) * contexts * length > MOST_GENERATED:
+        raise CachepressError(
+            f"length: got {length}, wanted at most {MOST_GENERATED // (len(tasks) * contexts)} for "
+            f"{contexts} contexts of {len(tasks)} tasks"
+        )
 
 
 def _draft(task: str, number: int, questions: int, seed: int) -> Draft:
