@@ -1,4 +1,8 @@
-"""Budgets: how many rows stay, and who competes for them."""
+"""Budgets: how many pairs are kept, and which of them compete with each other.
+
+An amount (``Ratio``, ``Fixed``, ``Bytes``, ...) is a number of pairs in the user's unit; a budget
+(``TopK``, ``Threshold``) turns scores into a keep mask. Neither scores anything itself.
+"""
 
 import re
 from dataclasses import dataclass, fields, replace
@@ -24,46 +28,49 @@ _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class Budget(Protocol):
-    """How many rows stay, and who competes for them."""
+    """Says how many pairs are kept, and chooses them by their scores."""
 
     @property
     def scope(self) -> str:
-        """Who competes: the rows of a "head", of a "layer" or of the whole "model"."""
+        """Which pairs compete: those of a "head", of a "layer" or of the whole "model"."""
         ...
 
     def count(self, view: LayerView) -> Tensor:
-        """Rows that each head keeps, ``[B]``, on average where heads compete.
+        """Compute how many pairs each head keeps, ``[B]``, on average where heads compete.
 
         ``[B, H]`` where heads have numbers of their own.
         """
         ...
 
     def holds_all(self, valid: Tensor, n_kept: Tensor) -> bool:
-        """Whether no row is dropped, whatever the scores."""
+        """Whether no pair is evicted, whatever the scores."""
         ...
 
     def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
-        """Keep mask ``[B, H, T]`` from ``scores [B, H, T]``, higher is kept.
+        """Choose the pairs with the highest ``scores [B, H, T]``, as a keep mask ``[B, H, T]``.
 
-        ``valid [B, H, T]`` are the rows that may stay, ``n_kept [B]`` is what ``count`` said.
+        ``valid [B, H, T]`` are the pairs that may be kept, ``n_kept`` is what ``count`` returned.
         """
         ...
 
 
 class Amount(Protocol):
-    """A number of rows, in the user's unit."""
+    """A number of pairs, in the user's unit: a ratio, a number or bytes."""
 
     def rows(self, view: LayerView) -> Tensor:
-        """Rows for each head of a layer, ``[B]``."""
+        """Compute the number of pairs for each head of a layer, ``[B]``."""
         ...
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """What is left when a fraction of the rows seen is removed: floor(seen * (1 - ratio)).
+    """What remains of the tokens seen when a fraction is removed: floor(seen * (1 - ratio)).
+
+    It counts all tokens seen, evicted ones included: one forward, chunks and a later prompt end
+    with the same number of pairs.
 
     Attributes:
-        ratio: 0 <= ratio < 1, read as the decimal it is written as.
+        ratio: 0 <= ratio < 1, taken as the exact decimal that it is written as.
     """
 
     ratio: float
@@ -72,7 +79,7 @@ class Ratio:
         check_ratio(self.ratio)
 
     def rows(self, view: LayerView) -> Tensor:
-        """Rows for each head, ``[B]``."""
+        """Compute the number of pairs for each head, ``[B]``."""
         kept = 1 - Fraction(str(self.ratio))
         counts = [floor(n * kept) for n in view.n_seen.flatten().tolist()]
         return torch.tensor(counts, device=view.n_seen.device).view_as(view.n_seen)
@@ -80,32 +87,32 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A number of rows.
+    """The same number of pairs for every text, however long.
 
     Attributes:
-        n: rows of each head.
+        n: pairs of each head.
     """
 
     n: int
 
     def rows(self, view: LayerView) -> Tensor:
-        """Rows for each head, ``[B]``: those that were seen, and ``n`` at most."""
+        """Compute the number of pairs for each head, ``[B]``: the tokens seen, at most ``n``."""
         return view.n_seen.clamp(max=self.n)
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """As many rows as fit into a number of bytes, allocated for the whole cache.
+    """As many pairs as fit into a number of bytes, allocated for the whole cache.
 
-    The bytes are those of all layers that are compressed and all sequences, unused slots and
-    positions included, when the cache was just compressed, and while tokens are decoded after it if
-    there is ``room`` for them.
+    The bytes are those of all compressed layers and all sequences, with unused memory and positions
+    included, right after compression; and while tokens are decoded after it, if there is ``room``
+    for them.
 
     Attributes:
         limit: bytes.
-        uneven: whether heads end up with numbers of their own, each with a page that is not full.
+        uneven: whether heads keep different numbers, each with a last page that is not full.
         room: tokens that are decoded before the cache is compressed again.
-        most: rows that no head exceeds, whatever fits; None for no such number.
+        most: number of pairs that no head exceeds, whatever fits; None for no such number.
     """
 
     limit: int
@@ -114,10 +121,10 @@ class Bytes:
     most: Amount | None = None
 
     def rows(self, view: LayerView) -> Tensor:
-        """Rows for each head, ``[B]``, on average.
+        """Compute the number of pairs for each head, ``[B]``, on average.
 
         Raises:
-            CachepressError: if not even one row for each head fits.
+            CachepressError: if not even one pair for each head fits.
         """
         b, h = view.keys.shape[:2]
         heads = b * h * view.n_layers
@@ -129,22 +136,22 @@ class Bytes:
         if self.uneven:
             fixed += (PAGE - 1) * view.pair_bytes.each
         step = 1 if self.uneven else PAGE
-        # The nudge is far above the rounding of a double, and far below a row.
-        rows = floor((self.limit / heads - fixed) / (each * step) + 1e-9) * step
-        if rows < 1:
+        # The nudge is far above the rounding of a double, and far below a pair.
+        pairs = floor((self.limit / heads - fixed) / (each * step) + 1e-9) * step
+        if pairs < 1:
             raise CachepressError(
                 f"max_bytes: got {self.limit}, wanted at least "
                 f"{ceil(heads * (fixed + step * each))} for {view.n_layers} layers of {b} "
-                f"sequences and {h} KV heads: rows are allocated by {PAGE}"
+                f"sequences and {h} KV heads: pairs are allocated by {PAGE}"
                 + (f", and {self.room} more are decoded" if self.room else "")
             )
-        found = view.n_seen.clamp(max=rows)
+        found = view.n_seen.clamp(max=pairs)
         return found if self.most is None else found.minimum(self.most.rows(view))
 
 
 @dataclass(frozen=True)
 class PerLayer:
-    """A ratio of its own for every layer.
+    """A compression ratio of its own for every layer.
 
     Attributes:
         ratios: by rank among the layers that are compressed.
@@ -153,20 +160,20 @@ class PerLayer:
     ratios: tuple[float, ...]
 
     def rows(self, view: LayerView) -> Tensor:
-        """Rows for each head, ``[B]``."""
+        """Compute the number of pairs for each head, ``[B]``."""
         return Ratio(self.ratios[view.depth]).rows(view)
 
 
 @dataclass(frozen=True)
 class Pyramid:
-    """More rows for the first layers, fewer for the last, the same in total.
+    """More pairs for the first layers, fewer for the last, the same in total.
 
     The number falls linearly from layer to layer. The last layer gets ``1 / beta`` of the average,
-    but at least the rows of its window.
+    but at least the tokens of its window.
 
     Attributes:
         amount: the average.
-        window: rows of the window.
+        window: tokens of the window.
         beta: how steep the pyramid is.
     """
 
@@ -175,13 +182,13 @@ class Pyramid:
     beta: int
 
     def rows(self, view: LayerView) -> Tensor:
-        """Rows for each head, ``[B]``."""
+        """Compute the number of pairs for each head, ``[B]``."""
         average, seen = self.amount.rows(view).flatten(), view.n_seen.flatten()
         pairs = zip(average.tolist(), seen.tolist(), strict=True)
-        rows = [self._rows(n, seen, view.depth, view.n_layers) for n, seen in pairs]
-        return torch.tensor(rows, device=view.n_seen.device).view_as(view.n_seen)
+        counts = [self._of_layer(n, seen, view.depth, view.n_layers) for n, seen in pairs]
+        return torch.tensor(counts, device=view.n_seen.device).view_as(view.n_seen)
 
-    def _rows(self, average: int, seen: int, depth: int, n_layers: int) -> int:
+    def _of_layer(self, average: int, seen: int, depth: int, n_layers: int) -> int:
         if n_layers == 1 or average >= seen:
             return average
         if isinstance(self.amount, Bytes) and not self.amount.uneven and not average % PAGE:
@@ -191,14 +198,17 @@ class Pyramid:
         return self._shared(average, seen, 1, depth, n_layers)
 
     def _shared(self, average: int, seen: int, unit: int, depth: int, n_layers: int) -> int:
-        """What a layer gets, all numbers but those of the press in units of so many rows."""
+        """Compute a layer's share, as ``average`` and ``seen`` in units of ``unit`` pairs.
+
+        It is computed in exact fractions, so that all layers together get what the user said.
+        """
         least = max(Fraction(average, self.beta), Fraction(self.window, unit), Fraction(1))
         least = min(Fraction(average), least)
         most = min(2 * average - least, Fraction(seen))
         step = 2 * (most - average) / (n_layers - 1)
 
         def total(layers: int) -> int:
-            """Rows of the first layers, so that what is rounded off is not lost."""
+            """Count the pairs of the first ``layers``, rounded in sum so that no pair is lost."""
             return floor(layers * most - step * (layers * (layers - 1) // 2))
 
         return total(depth + 1) - total(depth)
@@ -206,13 +216,13 @@ class Pyramid:
 
 @dataclass(frozen=True)
 class TopK:
-    """The rows with the highest scores, among those that compete.
+    """Keeps the pairs with the highest scores among those that compete.
 
     Attributes:
-        amount: rows that each head keeps, on average where heads compete; at least one for each
-            group of rows that compete.
-        scope: "head", "layer" or "model": who competes.
-        floor: fraction of the average that every head keeps whatever its scores.
+        amount: pairs that each head keeps, on average where heads compete; at least one for each
+            group of pairs that compete.
+        scope: whether the pairs of a "head", a "layer" or the whole "model" compete.
+        floor: fraction of the average that every head keeps, whatever its scores.
     """
 
     amount: Amount
@@ -224,21 +234,21 @@ class TopK:
             raise CachepressError(f"scope: got {self.scope!r}, wanted one of {', '.join(SCOPES)}")
 
     def count(self, view: LayerView) -> Tensor:
-        """Rows that each head keeps, ``[B]``, on average where heads compete."""
+        """Compute how many pairs each head keeps, ``[B]``, on average where heads compete."""
         if self.scope == "head":
             return self.amount.rows(view).clamp(min=1)
         return with_bytes(self.amount, uneven=True).rows(view)
 
     def holds_all(self, valid: Tensor, n_kept: Tensor) -> bool:
-        """Whether there is room for every row."""
-        rows = valid.sum(-1)  # [B, H]
-        counts = n_kept.view(len(n_kept), -1).expand_as(rows)
+        """Whether every pair can be kept."""
+        pairs = valid.sum(-1)  # [B, H]
+        counts = n_kept.view(len(n_kept), -1).expand_as(pairs)
         if self.scope == "head":
-            return bool((counts >= rows).all())
-        return bool((counts.sum(-1) >= rows.sum(-1)).all())
+            return bool((counts >= pairs).all())
+        return bool((counts.sum(-1) >= pairs.sum(-1)).all())
 
     def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
-        """Keep mask ``[B, H, T]``; of equal scores the newest rows stay.
+        """Choose the pairs to keep, ``[B, H, T]``; of equal scores the newest are kept.
 
         ``n_kept`` may also be ``[B, H]``, a number for each head.
         """
@@ -252,7 +262,7 @@ class TopK:
 
 
 def bytes_of(amount: Amount) -> Bytes | None:
-    """The number of bytes that an amount is made from; None if it is from none."""
+    """Return the ``Bytes`` that an amount is made from; None if it is made from none."""
     if isinstance(amount, Bytes):
         return amount
     found = (bytes_of(inner) for parts in _inner(amount).values() for inner in parts)
@@ -260,7 +270,7 @@ def bytes_of(amount: Amount) -> Bytes | None:
 
 
 def with_bytes(amount: Amount, uneven: bool) -> Amount:
-    """The amount with the number of bytes in it, if there is one, for heads of uneven lengths."""
+    """Return the amount with its ``Bytes``, if it has any, for heads of even or uneven lengths."""
     if isinstance(amount, Bytes):
         most = None if amount.most is None else with_bytes(amount.most, uneven)
         return replace(amount, uneven=uneven, most=most)
@@ -272,7 +282,7 @@ def with_bytes(amount: Amount, uneven: bool) -> Amount:
 
 
 def _inner(amount: Amount) -> dict[str, tuple[Amount, ...]]:
-    """The amounts that an amount is made from, by the names of its fields."""
+    """Find the amounts that an amount is made from, by the names of its fields."""
     found: dict[str, tuple[Amount, ...]] = {}
     for field in fields(amount):  # pyright: ignore[reportArgumentType]
         value = getattr(amount, field.name)
@@ -284,37 +294,37 @@ def _inner(amount: Amount) -> dict[str, tuple[Amount, ...]]:
 
 @dataclass(frozen=True)
 class Threshold:
-    """Every row whose score is high enough, however many those are; else the newest row.
+    """Keeps every pair whose score is high enough, however many; if none is, the newest one.
 
     Attributes:
-        least: the lowest score that stays.
-        scope: each head for itself.
+        least: the lowest score that is kept.
+        scope: "head": pairs of different heads do not compete.
     """
 
     least: float
     scope: str = "head"
 
     def count(self, view: LayerView) -> Tensor:
-        """The rows seen, ``[B]``: as many may stay."""
+        """Return the number of tokens seen, ``[B]``: all of them may be kept."""
         return view.n_seen
 
     def holds_all(self, valid: Tensor, n_kept: Tensor) -> bool:
-        """Nobody knows without the scores."""
+        """Return False: without the scores it is not known."""
         return False
 
     def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
-        """Keep mask ``[B, H, T]``."""
+        """Choose the pairs to keep, ``[B, H, T]``."""
         mask = valid & (scores >= self.least)
         newest = valid & (valid.flip(-1).cumsum(-1).flip(-1) == 1)
         return torch.where(mask.any(-1, keepdim=True), mask, newest)
 
 
 CHOSEN = Threshold((FREE + TAKEN) / 2)
-"""For scores in which the rows that stay were chosen already, by ``choose``."""
+"""For scores in which the pairs to keep were chosen already, by ``choose``."""
 
 
 def apportion(weights: Tensor, total: int, least: int, most: int) -> Tensor:
-    """Whole numbers in proportion to ``weights [X]`` whose sum is ``total``, by largest remainder.
+    """Divide ``total`` into whole numbers in proportion to ``weights [X]``, by largest remainder.
 
     Each is at least ``least`` and at most ``most``, and the others share what that changes; so the
     sum is ``least * X`` or ``most * X`` where ``total`` is out of their reach.
@@ -337,7 +347,7 @@ def apportion(weights: Tensor, total: int, least: int, most: int) -> Tensor:
 
 
 def floor_of(counts: Tensor, fraction: float) -> Tensor:
-    """floor(counts * fraction), with the fraction read as the decimal it is written as."""
+    """Compute floor(counts * fraction), with the fraction taken as the decimal it is written as."""
     # Nine decimals are exact; more would leave the 64 bits of the product.
     exact = Fraction(str(fraction)).limit_denominator(10**9)
     # The nudge is far above the rounding of a double and far below one part of the denominator.
@@ -345,7 +355,7 @@ def floor_of(counts: Tensor, fraction: float) -> Tensor:
 
 
 def check_ratio(ratio: float, name: str = "compression_ratio") -> None:
-    """Raise unless ``ratio`` is a number with 0 <= ratio < 1."""
+    """Raise CachepressError unless ``ratio`` is a number with 0 <= ratio < 1."""
     if not _is_number(ratio) or not 0 <= ratio < 1:
         raise CachepressError(
             f"{name} is the fraction of pairs removed: got {shown(ratio)}, wanted a number from 0 "
@@ -354,13 +364,13 @@ def check_ratio(ratio: float, name: str = "compression_ratio") -> None:
 
 
 def check_fraction(fraction: float, name: str) -> None:
-    """Raise unless ``fraction`` is a number with 0 <= fraction <= 1."""
+    """Raise CachepressError unless ``fraction`` is a number with 0 <= fraction <= 1."""
     if not _is_number(fraction) or not 0 <= fraction <= 1:
         raise CachepressError(f"{name}: got {shown(fraction)}, wanted a number from 0 to 1")
 
 
 def parse_bytes(text: str | int) -> int:
-    """A number of bytes: 1048576, "512MB" or "1.5GiB".
+    """Read a number of bytes, such as 1048576, "512MB" or "1.5GiB".
 
     Raises:
         CachepressError: if it is not a number of bytes above 0.

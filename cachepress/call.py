@@ -1,7 +1,9 @@
-"""An attention call: what one layer showed in one forward.
+"""An attention call: queries, pairs, mask and output of one layer in one forward.
 
-The attention function makes it and hands it to the hook that hangs on the cache layer; nothing of
-it is kept anywhere else. Shape letters are explained in ``cachepress.view``.
+The attention function makes it and hands it to the hook that is set on the cache layer. The hook
+is set on the layer, and not in a module global, because a layer belongs to one cache: two threads,
+presses or requests on one model then never see each other's calls. Shape letters are explained in
+``cachepress.view``.
 """
 
 from dataclasses import dataclass, replace
@@ -18,13 +20,13 @@ from cachepress.view import Rotary
 
 
 class Place(NamedTuple):
-    """Where in a model, and where in the text, an attention call is.
+    """Tells where in the model and where in the text an attention call is.
 
     Attributes:
         layer: index of the layer in the model.
         depth: rank of the layer among those that are compressed.
         n_layers: number of layers that are compressed.
-        rope: ``[B, n]`` positions that the forward's tokens are rotated to.
+        rope: ``[B, n]`` positions that the keys and queries of the forward are rotated to.
         n_question: ``[B]`` tokens at the end of the text that are the question; None for none.
     """
 
@@ -36,35 +38,40 @@ class Place(NamedTuple):
 
 
 class Features(Protocol):
-    """What can be found about an attention call besides what attention itself was given."""
+    """Finds what a press may need of an attention call that attention itself is not given."""
 
     def rotary(self, call: "AttentionCall") -> Rotary:
-        """The layer's position embedding, proven on the keys of the call."""
+        """Find the layer's position embedding, proven on the keys of the call."""
         ...
 
     def projection(self, call: "AttentionCall") -> Tensor:
-        """The layer's output projection, ``[H, G, E, M]``."""
+        """Find the layer's output projection, ``[H, G, E, M]``."""
         ...
 
     def hidden(self, call: "AttentionCall") -> Tensor | None:
-        """Hidden states that attention read, ``[B, n, M]``; None where no press asked for them."""
+        """Find the hidden states that the layer's attention was given, ``[B, n, M]``.
+
+        None where no press declared that it needs them.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention call of one layer, when attention is done.
+    """One attention call of one layer, after its output was computed.
 
     Attributes:
         module: the attention module.
-        key: the handle of the layer's pairs; None when the forward is over.
+        key: the handle that the cache layer gave the model in place of keys; None when the forward
+            is over.
         query: ``[B, H * G, n, D]`` as attention used it.
-        output: ``[B, n, H * G, E]`` what attention gave.
-        mask: the mask over the text.
-        rule: how the layer turns products into weights.
-        place: where the call is.
-        features: what else can be found about it.
-        read: the pairs as attention read them; None where the cache layer attended itself.
+        output: ``[B, n, H * G, E]`` as attention computed it.
+        mask: the attention mask over the text.
+        rule: how the layer turns query-key products into attention weights.
+        place: where in the model and in the text the call is.
+        features: finds what else a press may need.
+        read: the pairs that attention read; None where the cache layer computed attention itself,
+            without laying its pairs out.
     """
 
     module: nn.Module
@@ -79,7 +86,7 @@ class AttentionCall:
 
     @cached_property
     def pairs(self) -> Pairs:
-        """All pairs of the layer, those of this forward last."""
+        """All pairs that the layer holds, those of this forward last."""
         if self.read is not None:
             return self.read
         assert self.key is not None
@@ -91,23 +98,27 @@ class AttentionCall:
         return self.mask.valid
 
     def rotary(self) -> Rotary:
-        """The layer's position embedding, proven on the keys of this call."""
+        """Find the layer's position embedding, proven on the keys of this call."""
         return self.features.rotary(self)
 
     def projection(self) -> Tensor:
-        """The layer's output projection, ``[H, G, E, M]``."""
+        """Find the layer's output projection, ``[H, G, E, M]``."""
         return self.features.projection(self)
 
     @cached_property
     def hidden(self) -> Tensor | None:
-        """Hidden states that attention read, ``[B, n, M]``; None where no press asked for them."""
+        """Hidden states that attention was given, ``[B, n, M]``; None where no press needs them."""
         return self.features.hidden(self)
 
     def when_over(self, rotates: bool, projects: bool) -> "AttentionCall":
-        """The call as it can be used when the forward is over, without what is large.
+        """Make a call that can be kept until the forward is over, without what is large.
+
+        Layers that wait for a context reconstruction, or for a press to be chosen, are compressed
+        later than their attention call. Queries, output and pairs of every layer would not fit into
+        memory until then; the cache layer still has the pairs.
 
         Args:
-            rotates: whether the position embedding will be asked for.
+            rotates: whether the position embedding will be needed, which can only be proven now.
             projects: whether the output projection will be.
         """
         found = _Found(self.rotary() if rotates else None, self.projection() if projects else None)
@@ -124,23 +135,23 @@ class AttentionCall:
 
 
 class _Found(NamedTuple):
-    """What was found of a forward that is over."""
+    """Holds the features of a forward that is over."""
 
     found_rotary: Rotary | None
     found_projection: Tensor | None
 
     def rotary(self, call: AttentionCall) -> Rotary:
-        """The position embedding."""
-        assert self.found_rotary is not None, "a press reads what it did not declare"
+        """Return the position embedding that was found in the forward."""
+        assert self.found_rotary is not None, "a press uses what its needs do not declare"
         return self.found_rotary
 
     def projection(self, call: AttentionCall) -> Tensor:
-        """The output projection."""
-        assert self.found_projection is not None, "a press reads what it did not declare"
+        """Return the output projection that was found in the forward."""
+        assert self.found_projection is not None, "a press uses what its needs do not declare"
         return self.found_projection
 
     def hidden(self, call: AttentionCall) -> None:
-        """None: hidden states are gone."""
+        """Return None: hidden states are not held after the forward."""
 
 
 class Hook(Protocol):
@@ -148,19 +159,19 @@ class Hook(Protocol):
 
     @property
     def place(self) -> Place:
-        """Where the call is."""
+        """Where in the model and in the text the call is."""
         ...
 
     @property
     def features(self) -> Features:
-        """What finds more about the call."""
+        """Finds what else a press may need of the call."""
         ...
 
     @property
     def differentiates(self) -> bool:
-        """Whether gradients must flow through the pairs of the forward."""
+        """Whether gradients must flow through the keys and values of the forward."""
         ...
 
     def observe(self, call: AttentionCall) -> None:
-        """Look at the call; attention is done, and its result does not change."""
+        """Observe the call; the output of attention is computed already, and stays as it is."""
         ...

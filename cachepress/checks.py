@@ -1,4 +1,7 @@
-"""Checks of options that are given as fields of dataclasses."""
+"""Checks options that are fields of dataclasses, such as those of presses.
+
+What an option means is checked where it belongs; here is only what no option may be.
+"""
 
 from dataclasses import fields
 
@@ -7,7 +10,7 @@ from cachepress.limits import MOST_BYTES, MOST_SEED, MOST_TOKENS, check_whole, i
 
 
 def check_values(options: object) -> None:
-    """Raise for values that no option takes: flags and names that are none, endless numbers."""
+    """Raise CachepressError for a flag that is no bool, a name that is no text, a huge integer."""
     for f in fields(options):  # type: ignore
         value = getattr(options, f.name)
         if f.type is bool and not isinstance(value, bool):
@@ -23,5 +26,5 @@ def check_values(options: object) -> None:
 
 
 def check_count(options: object, name: str, least: int = 1, most: int = MOST_TOKENS) -> None:
-    """Raise unless the field ``name`` is an integer from ``least`` to ``most``."""
+    """Raise CachepressError unless the field ``name`` is an integer from ``least`` to ``most``."""
     check_whole(name, getattr(options, name), least, MOST_SEED if name == "seed" else most)

@@ -1,11 +1,11 @@
-"""Old names of attributes, which still answer, with a warning, through version 0.2."""
+"""Deprecated names of attributes, which work with a warning through version 0.2."""
 
 import warnings
 from operator import attrgetter
 
 
 class Renamed:
-    """A class attribute under its old name: reading it warns, and gives what has the new name.
+    """A deprecated name of an attribute: reading it warns and returns the one with the new name.
 
     Args:
         new: the new name, with dots where it is an attribute of an attribute.
@@ -25,10 +25,10 @@ class Renamed:
 
 
 def adopt_renamed(cls: type, base: type) -> None:
-    """Let a subclass that defines a method under its old name define it under the new one.
+    """Rename methods that a subclass defines under a deprecated name.
 
     Raises:
-        TypeError: if it defines an old attribute that is a field of another object by now.
+        TypeError: if it defines one that is a field of another object by now.
     """
     for name, value in list(vars(cls).items()):
         renamed = vars(base).get(name)

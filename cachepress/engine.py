@@ -1,6 +1,8 @@
-"""The seams of the library: what a press answers, and how a layer is settled.
+"""Compresses a layer: from an attention call to scores, a keep mask, and what the layer stores.
 
-Shape letters are explained in ``cachepress.view``.
+This is where a press, its budget and a cache layer meet. It does not decide when to compress (the
+session does, by the press's schedule), and it knows neither transformers nor how a cache layer
+stores pairs. Shape letters are explained in ``cachepress.view``.
 """
 
 from dataclasses import dataclass, replace
@@ -15,29 +17,32 @@ from cachepress.call import AttentionCall
 from cachepress.ops import gather, valid_last, wide
 from cachepress.press import BasePress
 from cachepress.query_stats import QueryStats
-from cachepress.view import LayerView
+from cachepress.view import LayerView, Rotary
 
 
 class CacheLayer(Protocol):
-    """What the engine asks of a cache layer: hold rows, and drop those that lost."""
+    """What the engine needs of a cache layer: store the pairs that are kept, and no others."""
 
-    def pair_bytes(self, rows: Pairs, compacts: bool, carries: bool) -> PairBytes:
-        """Bytes that the kept rows of a head will need."""
+    def pair_bytes(self, pairs: Pairs, compaction: bool, token_state: bool, /) -> PairBytes:
+        """Compute the bytes that the kept pairs of a head will need."""
         ...
 
     def restore(self) -> None:
-        """Hold rows as they came, without a free slot, if none was ever dropped."""
+        """Store pairs as the model computed them, without spare memory, if none was ever evicted.
+
+        A layer that keeps everything then costs no byte and no time more than an ordinary one.
+        """
         ...
 
     @property
     def recodes(self) -> bool:
-        """Whether rows that are kept are stored in another form than they came in."""
+        """Whether kept pairs are stored in another form than the model computed them in."""
         ...
 
     def keep(
-        self, rows: Pairs, mask: Tensor, text_valid: Tensor | None, key_channels: Tensor | None
+        self, pairs: Pairs, mask: Tensor, text_valid: Tensor | None, key_channels: Tensor | None, /
     ) -> None:
-        """Hold exactly the rows of ``mask [B, H, T]``, in their order.
+        """Store exactly the pairs of ``mask [B, H, T]``, in their order.
 
         ``text_valid [B, S]`` says which text columns are tokens; None for all.
         ``key_channels [B, H, D]`` says which channels of the keys are stored; None for all.
@@ -47,52 +52,53 @@ class CacheLayer(Protocol):
 
 @dataclass(frozen=True)
 class Pending:
-    """A layer that is scored, and waits for the others to compete with."""
+    """A layer that is scored, and whose pairs will compete with those of the other layers."""
 
-    store: CacheLayer
+    layer: CacheLayer
     view: LayerView
     scores: Tensor
     text_valid: Tensor | None
 
 
 def compress(
-    press: BasePress, store: CacheLayer, call: AttentionCall, query_stats: QueryStats
+    press: BasePress, layer: CacheLayer, call: AttentionCall, query_stats: QueryStats
 ) -> Pending | None:
-    """Score the rows of a layer and drop the losers from its store.
+    """Score the pairs of a layer and evict those with the lowest scores.
 
-    Nothing is scored when the budget holds every row and the press leaves rows as they are, so
-    ratio 0 costs nothing.
+    Nothing is scored when the budget keeps every pair and the press stores them unchanged, so that
+    a compression ratio of 0 costs nothing.
 
     Args:
-        press: says what stays.
-        store: holds the layer's rows.
+        press: scores the pairs and says how many are kept.
+        layer: the cache layer that holds the pairs.
         call: the attention call after which the layer is compressed.
         query_stats: what was observed since the last compression, this call included.
 
     Returns:
-        The scored layer, if it competes with the others of the model; else None.
+        The scored layer, if its pairs compete with those of other layers and
+        ``compress_together`` has to follow; else None.
     """
     budget = press.budget
-    view = replace(_table(call), pair_bytes=_pair_bytes(press, store, call))
+    view = replace(_view_of(call), pair_bytes=_pair_bytes(press, layer, call))
     n_kept = budget.count(view)
     average = n_kept if n_kept.ndim == 1 else n_kept.double().mean(-1)
     view = replace(view, n_kept=average)
     idle = not press.needs.always and budget.holds_all(view.valid, n_kept)
     if idle and budget.scope != "model":
-        _keep_all(press, store, view, call.text_valid)
+        _keep_all(press, layer, view, call.text_valid)
         return None
     view = query_stats.show(view, call)
     scores = press.score(view)
     if budget.scope == "model":
-        return Pending(store, view, scores, call.text_valid)
+        return Pending(layer, view, scores, call.text_valid)
     mask = budget.select(scores, view.valid, n_kept)
-    _drop(press, store, view, mask, call.text_valid)
+    _keep(press, layer, view, mask, call.text_valid)
     return None
 
 
-def _pair_bytes(press: BasePress, store: CacheLayer, call: AttentionCall) -> PairBytes:
-    """What a row of a head costs, the share of a head in what is known of padding included."""
-    bytes_of = store.pair_bytes(call.pairs, press.needs.compaction, press.needs.token_state)
+def _pair_bytes(press: BasePress, layer: CacheLayer, call: AttentionCall) -> PairBytes:
+    """Compute what a pair of a head costs, the head's share of the padding mask included."""
+    bytes_of = layer.pair_bytes(call.pairs, press.needs.compaction, press.needs.token_state)
     if call.text_valid is None:
         return bytes_of
     heads = call.pairs.keys.shape[0] * call.pairs.keys.shape[1] * call.place.n_layers
@@ -100,11 +106,16 @@ def _pair_bytes(press: BasePress, store: CacheLayer, call: AttentionCall) -> Pai
 
 
 def compress_together(press: BasePress, layers: list[Pending]) -> None:
-    """Let the rows of all layers compete, and drop the losers."""
+    """Let the pairs of all layers compete for one budget, and evict those with the lowest scores.
+
+    The layers stand side by side as if they were heads of one layer. After an earlier compression
+    they may hold different numbers of pairs; shorter ones are padded in front with entries that are
+    not valid.
+    """
     longest = max(layer.scores.shape[-1] for layer in layers)
 
-    def joined(columns: list[Tensor]) -> Tensor:
-        return torch.cat([F.pad(x, (longest - x.shape[-1], 0)) for x in columns], dim=1)
+    def joined(numbers: list[Tensor]) -> Tensor:
+        return torch.cat([F.pad(x, (longest - x.shape[-1], 0)) for x in numbers], dim=1)
 
     scores = joined([wide(layer.scores) for layer in layers])  # [B, layers * H, T]
     valid = joined([layer.view.valid for layer in layers])
@@ -113,54 +124,79 @@ def compress_together(press: BasePress, layers: list[Pending]) -> None:
     n_kept = counts.sum(0) / len(layers)
     if not press.needs.always and press.budget.holds_all(valid, n_kept):
         for layer in layers:
-            _keep_all(press, layer.store, layer.view, layer.text_valid)
+            _keep_all(press, layer.layer, layer.view, layer.text_valid)
         return
     mask = press.budget.select(scores, valid, n_kept)
     for layer, part in zip(layers, mask.split(h, dim=1), strict=True):
         part = part[..., longest - layer.scores.shape[-1] :]
-        _drop(press, layer.store, layer.view, part, layer.text_valid)
+        _keep(press, layer.layer, layer.view, part, layer.text_valid)
 
 
 def _keep_all(
-    press: BasePress, store: CacheLayer, view: LayerView, text_valid: Tensor | None
+    press: BasePress, layer: CacheLayer, view: LayerView, text_valid: Tensor | None
 ) -> None:
-    """Leave every row in the store, as it came where nothing speaks against it."""
-    if store.recodes or not bool(view.valid.all()):
-        _drop(press, store, view, view.valid, text_valid)
+    """Keep every pair, stored as the model computed it unless it is padding or recoded."""
+    if layer.recodes or not bool(view.valid.all()):
+        _keep(press, layer, view, view.valid, text_valid)
     else:
-        store.restore()
+        layer.restore()
 
 
-def _drop(
-    press: BasePress, store: CacheLayer, view: LayerView, mask: Tensor, text_valid: Tensor | None
+def _keep(
+    press: BasePress, layer: CacheLayer, view: LayerView, mask: Tensor, text_valid: Tensor | None
 ) -> None:
-    """Leave the rows of ``mask [B, H, T]`` in the store."""
-    rows = Pairs(view.keys, view.values, view.positions, token_state=press.token_state(view))
+    """Keep the pairs of ``mask [B, H, T]`` and evict all others.
+
+    The order matters: evicted pairs are merged while their keys still have the rotation that they
+    were scored with, kept keys are rotated after that, and key channels are chosen last, since they
+    are channels of the keys as they will be stored.
+    """
+    pairs = Pairs(view.keys, view.values, view.positions, token_state=press.token_state(view))
     merged = press.merge(view, mask)
     if merged is not None:
-        rows = replace(rows, keys=merged[0], values=merged[1])
+        pairs = replace(pairs, keys=merged[0], values=merged[1])
         view = replace(view, keys=merged[0], values=merged[1])
     if press.needs.compaction and view.rotary is not None:
-        rank = mask.cumsum(-1)
-        rope = view.next_position[:, None, None] - rank[..., -1:] + rank - 1
-        keys = view.keys.flatten(0, 1)
-        bare = view.rotary(wide(keys), view.rope.clamp(min=0).flatten(0, 1), inverse=True)
-        turned = view.rotary(bare, rope.clamp(min=0).flatten(0, 1)).to(keys.dtype)
-        rows = replace(rows, keys=turned.view_as(view.keys), rope=rope)
-    store.keep(rows, mask, text_valid, press.key_channels(replace(view, keys=rows.keys), mask))
+        keys, rope = _compacted(view, view.rotary, mask)
+        pairs = replace(pairs, keys=keys, rope=rope)
+    layer.keep(pairs, mask, text_valid, press.key_channels(replace(view, keys=pairs.keys), mask))
 
 
-def _table(call: AttentionCall) -> LayerView:
-    """The bare table of a call's pairs, those that are not valid moved to the front."""
-    rows = call.pairs
-    keys, values, positions = rows.keys.detach(), rows.values.detach(), rows.text_positions()
+def _compacted(view: LayerView, rotary: Rotary, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the keys of ``mask [B, H, T]`` to positions without gaps, and return both.
+
+    The last kept pair of each head gets the position right before the next query, and the others
+    those before it, so that the model sees them as a shorter text without gaps. Keys that are
+    evicted are rotated too, to positions that mean nothing, and are stored nowhere.
+    """
+    rank = mask.cumsum(-1)
+    rope = view.next_position[:, None, None] - rank[..., -1:] + rank - 1
+    keys = view.keys.flatten(0, 1)
+    # Wide between the two rotations, so that keys of a half type are rounded once and not twice.
+    unrotated = rotary(wide(keys), view.rope.clamp(min=0).flatten(0, 1), inverse=True)
+    rotated = rotary(unrotated, rope.clamp(min=0).flatten(0, 1)).to(keys.dtype)
+    return rotated.view_as(view.keys), rope
+
+
+def _view_of(call: AttentionCall) -> LayerView:
+    """Lay out a call's pairs as a view, with what is not valid moved to the front.
+
+    A pair is stored with its text column only. Its index in its own text is the number of tokens
+    before it, which is the column itself where nothing is padded. The position that its key is
+    rotated to is not stored either, unless the press changed it: positions of a text rise by one,
+    and the last token's is known from the forward, so that the others follow from their index.
+    """
+    pairs = call.pairs
+    keys, values, positions = pairs.keys.detach(), pairs.values.detach(), pairs.text_positions()
     b, _, t = positions.shape
     valid, index = positions >= 0, positions
     n_seen = torch.full((b,), t, device=keys.device)
-    if rows.positions is not None:
+    if pairs.positions is not None:
+        # The last entry of every head is a token of this forward, which no head has evicted yet.
         n_seen = positions[:, 0, -1].long() + 1
     if call.text_valid is not None:
         text = call.text_valid
+        # Padding may stand on either side of a text, and between two prompts as well.
         own = text.cumsum(-1, dtype=torch.int32) - 1
         column = positions.clamp(min=0).long().flatten(1)
         valid = valid & text.gather(1, column).view_as(positions)
@@ -168,10 +204,10 @@ def _table(call: AttentionCall) -> LayerView:
         n_seen = text.sum(-1)
     next_position = _next_position(call)
     rope = index + (next_position - n_seen)[:, None, None]
-    if rows.rope is not None:
-        rope = torch.where(rows.rope >= 0, rows.rope, rope)
-    token_state = rows.token_state
-    if call.text_valid is not None or not rows.full:
+    if pairs.rope is not None:
+        rope = torch.where(pairs.rope >= 0, pairs.rope, rope)
+    token_state = pairs.token_state
+    if call.text_valid is not None or not pairs.full:
         order = valid_last(valid)
         keys, values = gather(keys, order), gather(values, order)
         positions, index, rope, valid = (
@@ -198,8 +234,9 @@ def _table(call: AttentionCall) -> LayerView:
 
 
 def _next_position(call: AttentionCall) -> Tensor:
-    """The position after the last token of each sequence, ``[B]``."""
+    """Compute the position after the last token of each sequence, ``[B]``."""
     rope = call.place.rope
     if call.text_valid is not None:
+        # What position padding was given is up to the caller: it does not count.
         rope = rope.masked_fill(~call.text_valid[:, -rope.shape[1] :], -1)
     return rope.amax(-1) + 1

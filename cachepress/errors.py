@@ -1,11 +1,11 @@
-"""Errors that a user can act on: each says what was got, what was wanted and what to do."""
+"""The errors that cachepress raises: each says what was got, what was wanted and what to do."""
 
 
 class CachepressError(ValueError):
-    """Base of every error that cachepress raises on purpose; its text is one line.
+    """Base class of every error that cachepress raises on purpose; its text is one line.
 
     Args:
-        message: what is wrong; lines, as they come with what others say, become one.
+        message: what is wrong; several lines, as in messages of other libraries, become one.
     """
 
     def __init__(self, message: str) -> None:
@@ -14,15 +14,15 @@ class CachepressError(ValueError):
 
 
 class UnsupportedError(CachepressError):
-    """A model, cache or combination that cachepress refuses instead of computing a wrong result."""
+    """A model, cache or combination is refused, because its result would be wrong."""
 
 
 class ForeignAttentionError(CachepressError):
-    """A compressed cache met an attention function that cannot read it."""
+    """A compressed cache was given to an attention function that cannot read it."""
 
 
 def out_of_memory(error: BaseException) -> CachepressError:
-    """What to say where memory ran out while a model was loaded or computed."""
+    """Make the error for memory that ran out while a model was loaded or run."""
     said = (str(error).strip() or "none was left").splitlines()[0]
     return CachepressError(
         f"out of memory: {said[:200]}; give a smaller batch size, a prefill chunk size, a shorter "

@@ -1,4 +1,4 @@
-"""Files: one path for each of them, and writing that leaves a whole file or none."""
+"""Files: one path for each of them, and writing that ends with a whole file or none."""
 
 import errno
 import os
@@ -9,18 +9,18 @@ from pathlib import Path
 
 
 def expanded(name: str) -> str:
-    """A path whose ``~`` stands for a home folder, as a shell reads it; other names as they are.
+    """Expand the ``~`` of a path to a home folder, as a shell does; return other names unchanged.
 
-    No name of a data set or on the hub begins so, and a shell leaves it where an option is written
-    ``--model=~/x``, in YAML and in the spelling of a press.
+    A shell does not expand it in ``--model=~/x``, in YAML, or in the spelling of a press. No name
+    on the hub or of a data set begins with it.
     """
     return os.path.expanduser(name)  # noqa: PTH111 - Path.expanduser raises for unknown users.
 
 
 def real_path(name: str) -> str:
-    """The one absolute path of a file or folder that several names lead to.
+    """Return the one absolute path of a file or folder that may have several names.
 
-    A text that names no file or folder, such as a repository on the hub, is left as it is.
+    A text that names no file or folder, such as a repository on the hub, is returned unchanged.
     """
     given = expanded(name)
     if not given or not os.path.exists(given):  # noqa: PTH110 - nor does this, for any text.
@@ -32,7 +32,7 @@ def real_path(name: str) -> str:
 
 
 def _as_listed(path: Path) -> Path:
-    """The path in the letters of its folders, on disks that take capitals for small letters."""
+    """Spell a path as its folders list it, on disks that ignore upper and lower case."""
     other = Path(str(path).swapcase())
     if other == path or not (other.exists() and other.samefile(path)):
         return path
@@ -46,9 +46,9 @@ def _as_listed(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to, which takes its place when the block ends well.
+    """Give a temporary file beside ``path`` to write to, and move it there if no error is raised.
 
-    Its permissions are those that the umask says, whoever writes it.
+    It has the permissions that the umask gives new files, whatever library writes it.
     """
     if not path.name:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

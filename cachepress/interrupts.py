@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a command with one line, wherever they hit it, and its workers with it."""
+"""Ends a command and its worker processes with one line when SIGINT or SIGTERM arrives."""
 
 import multiprocessing
 import os
@@ -18,17 +18,17 @@ _AGAIN = 0.1
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the command to end."""
+    """SIGINT or SIGTERM asked the command to end."""
 
 
 class Interrupts:
-    """While it is entered, both signals raise ``Interrupted`` in the main thread.
+    """Raises ``Interrupted`` in the main thread at SIGINT and SIGTERM, while it is entered.
 
     A signal that the process was told to ignore, as under nohup, stays ignored.
 
     Attributes:
-        number: the signal that came last; None if none did. Code that was interrupted may raise
-            something else in its place, an import for example.
+        number: the signal that came last; None if none did. It is held here because code that is
+            interrupted, such as an import, may raise another error in place of ``Interrupted``.
     """
 
     def __init__(self) -> None:
@@ -59,14 +59,14 @@ class Interrupts:
         if not isinstance(found.exc_value, Interrupted):
             self._hook(found)
             return
-        # It hit a finaliser or a callback, out of which Python lets no exception: once more, then.
+        # Python discards exceptions of finalisers and callbacks: send the signal again.
         again = threading.Timer(_AGAIN, os.kill, (os.getpid(), self.number))
         again.daemon = True
         again.start()
 
 
 def _importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported: compiled ones abort where an exception hits them."""
+    """Tell whether a module is being imported: compiled ones abort at an exception."""
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
     return frame is not None
@@ -74,11 +74,11 @@ def _importing(frame: FrameType | None) -> bool:
 
 @contextmanager
 def deaf_children() -> Iterator[None]:
-    """Processes that are started here see no SIGINT, not even while Python starts in them.
+    """Start processes that ignore SIGINT, from the very first moment.
 
-    A terminal sends it to all of a command's processes, and it is the command that ends the others.
-    Signals to this process come after the start: a child that was begun by half is not yet among
-    those that are ended, and would say that what it is to do has not reached it.
+    A terminal sends SIGINT to all processes of a command; the command itself ends its workers.
+    Signals to this process are handled after the start: a child that is started by half is not yet
+    among those that are ended, and would complain that it was not told what to do.
     """
     with _signals_wait():
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -90,10 +90,10 @@ def deaf_children() -> Iterator[None]:
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Have the signals handled at the end, as far as this process handles any.
+    """Delay the signals that this process handles until the end.
 
-    A mask alone does not hold them back: the system gives them to another thread, and Python has
-    its handlers run in the main one all the same.
+    A signal mask is not enough: the system delivers them to another thread, and Python runs its
+    handlers in the main thread all the same.
     """
     came: list[int] = []
     before: dict[int, Callable[[int, FrameType | None], object]] = {}
@@ -112,11 +112,11 @@ def _signals_wait() -> Iterator[None]:
 
 
 def start_worker(start: bytes, *shared: object) -> None:
-    """Begin the work of a child process that ends with its parent, however that one ends.
+    """Run a function in a child process that ends when its parent does, however that ends.
 
     Args:
-        start: a pickled function, so that whatever it imports is imported under watch.
-        shared: its arguments that only a process that is being started can be given.
+        start: a pickled function, so that its imports happen after the parent is observed.
+        shared: its arguments that cannot be pickled and are inherited when a process starts.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -1,7 +1,7 @@
-"""What the names in kvpress's evaluation mean, so that whoever comes from there can go on here.
+"""The press names of kvpress's evaluation, and the spelling of the same press here.
 
-``parse("kvpress:NAME")`` gives the press that kvpress 0.5.5 runs under a name; a name that is no
-alias of ours means the same without the prefix. This module is data of compatibility only.
+``parse("kvpress:NAME")`` returns the press that kvpress 0.5.5 runs under a name; a name that is no
+alias here means the same without the prefix. This module is data for compatibility, and no more.
 """
 
 PREFIX = "kvpress:"
@@ -64,4 +64,4 @@ SPELLINGS = {
     "think": "ThinKPress(0.0)",
     "tova": "TOVAPress()",
 }
-"""Our spelling of the press of each name."""
+"""The spelling of the press of each name."""

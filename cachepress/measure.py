@@ -1,4 +1,7 @@
-"""Measures of time and memory: one stopwatch for all seconds, and the peak of what is allocated."""
+"""Measures seconds and peak memory, on a CPU or a GPU.
+
+Every time that cachepress reports is taken by one ``Stopwatch``, so that all are comparable.
+"""
 
 import ctypes
 import gc
@@ -14,10 +17,10 @@ from cachepress.ops import wait
 
 
 class Stopwatch:
-    """Adds up seconds while it is entered; the device's work is waited for at both ends.
+    """Adds up the seconds while it is entered; waits for the device's queued work at both ends.
 
     Args:
-        device: where the work is done.
+        device: the device that does the work.
 
     Attributes:
         seconds: the seconds so far.
@@ -38,7 +41,10 @@ class Stopwatch:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """Most bytes above those at the start; 0 where the system does not tell."""
+    """Measure the peak of allocated memory above that at the start, in bytes, as a list of one.
+
+    It stays 0 where the system does not tell.
+    """
     peak = [0]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -48,7 +54,7 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
         return
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     try:
-        # What earlier runs freed would hide what this one needs.
+        # Memory that was freed but not returned to the system would hide what is allocated now.
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         reset.write_text("5")

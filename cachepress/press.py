@@ -1,7 +1,10 @@
-"""What a press is: the contract that every method fulfils, as frozen data.
+"""The contract of every compression method, as frozen dataclasses.
 
-A press says what it needs, how many pairs stay and when; it scores pairs, and may merge evicted
-pairs, drop key channels or keep a number with each token. ``cachepress.engine`` does the rest.
+A press declares what it must observe (``needs``), how many pairs are kept (``budget``) and when
+(``schedule``). It scores pairs (``score``), and may merge evicted pairs into kept ones (``merge``),
+store fewer key channels (``key_channels``) or keep a number with each token (``token_state``).
+It never touches a cache or a model: ``cachepress.engine`` applies the scores to a layer, and
+``cachepress.hf`` finds in transformers what was declared.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,14 +31,13 @@ if TYPE_CHECKING:
 
 
 class BasePress:
-    """A method of compression, as frozen data.
+    """A compression method: the base class of all presses.
 
-    Subclasses are frozen dataclasses: ``repr(press)`` is the press's spelling and
-    ``cachepress.parse`` reads it back. ``class MyPress(ScorerPress, alias="my")`` gives a press a
-    short name besides.
+    Subclasses are frozen dataclasses, so that ``repr(press)`` is text that ``cachepress.parse``
+    reads back. ``class MyPress(ScorerPress, alias="my")`` also gives the press a short name.
 
     Attributes:
-        alias: the short name; None for none.
+        alias: the short name that ``cachepress.parse`` and the command line know; None for none.
     """
 
     alias: ClassVar[str | None] = None
@@ -53,14 +55,14 @@ class BasePress:
     replayed = Renamed("reconstructed")
 
     def __init_subclass__(cls, alias: str | None = None) -> None:
-        """Note the alias, and keep dataclasses from writing a ``repr`` of their own."""
+        """Record the alias, and keep ``dataclass`` from writing a ``repr`` of its own."""
         super().__init_subclass__()
         cls.alias = alias
         cls.__repr__ = BasePress.__repr__
         adopt_renamed(cls, BasePress)
 
     def __repr__(self) -> str:
-        """The press's spelling; keyword-only options that were not given are left out."""
+        """Spell the press as ``cachepress.parse`` reads it, without keyword-only defaults."""
         shown = [
             f"{field.name}={getattr(self, field.name)!r}"
             for field in fields(self)  # pyright: ignore[reportArgumentType]
@@ -70,12 +72,12 @@ class BasePress:
 
     @property
     def needs(self) -> Needs:
-        """What the scorer must observe, and how pairs are stored."""
+        """What must be observed for the scores, and how kept pairs are stored."""
         return Needs()
 
     @property
     def budget(self) -> Budget:
-        """How many pairs stay, and which of them compete."""
+        """How many pairs are kept, and which of them compete."""
         raise NotImplementedError(f"{type(self).__name__} has no budget")
 
     @property
@@ -85,57 +87,63 @@ class BasePress:
 
     @property
     def learned(self) -> Mapping[str, str]:
-        """What the press has to know of a model: for each option that names a file, its kind."""
+        """The kind of artefact that each option names a file of, for what is learned of a model."""
         return {}
 
     def score(self, view: LayerView) -> Tensor:
-        """A score for each pair, ``[B, H, T]``; the pairs with the highest are kept."""
+        """Score each pair, ``[B, H, T]``; those with the highest scores are kept.
+
+        What is not ``view.valid`` is never kept, whatever its score.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no score")
 
     def reconstructed(self, view: ReconstructionView) -> Tensor:
-        """A number for each token of a chunk that the model repeated, ``[H, chunk]``.
+        """Compute a number for each token of a chunk that the model repeated, ``[H, chunk]``.
 
-        It is ``view.hidden_feature`` when the layer is scored. For presses whose needs declare a
-        reconstruction.
+        When the layer is scored, ``view.hidden_feature`` holds these numbers. Called only for
+        presses whose needs declare a reconstruction.
         """
         raise NotImplementedError(f"{type(self).__name__} reconstructs no context")
 
     def token_state(self, view: LayerView) -> Tensor | None:
-        """A number to keep with each token until the next compression, ``[B, H, T]``, or None.
+        """Compute a number to keep with each token until the next compression, ``[B, H, T]``.
 
-        It is ``view.token_state`` then. For presses whose needs declare it, because their scores
-        cannot be computed again later.
+        When the layer is scored again, ``view.token_state`` holds these numbers. For presses whose
+        scores need what only earlier forwards showed; their needs declare ``token_state``. Others
+        return None.
         """
         return None
 
     def merge(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Keys and values into which the pairs outside of ``mask [B, H, T]`` are merged.
+        """Merge the pairs that are evicted into those that ``mask [B, H, T]`` keeps.
 
         Returns:
-            Keys ``[B, H, T, D]`` and values ``[B, H, T, E]`` to store; None for those that are.
+            Keys ``[B, H, T, D]`` and values ``[B, H, T, E]``, of which those in ``mask`` are
+            stored; None to store the pairs unchanged.
         """
         return None
 
     def key_channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
-        """Which channels of the keys in ``mask [B, H, T]`` are stored, bool ``[B, H, D]``.
+        """Choose the channels in which the keys of ``mask [B, H, T]`` are stored.
 
-        Every head stores the same number of them. None for all channels.
+        Returns:
+            Bool ``[B, H, D]``, with as many channels in every head; None for all channels.
         """
         return None
 
     def with_ratio(self, ratio: float) -> Self:
-        """The same press at another compression ratio."""
+        """Return the same press at another compression ratio."""
         raise CachepressError(f"{type(self).__name__} has no compression ratio to set")
 
     def acting(self, step: Step) -> "BasePress":
-        """The press that acts in a forward: this one, unless it is made of several."""
+        """Return the press that acts in a forward: this one, unless it is made of several."""
         return self
 
     def check_layers(self, n_layers: int) -> None:
-        """Raise if the press does not fit a model with ``n_layers`` compressed layers."""
+        """Raise CachepressError if a model has too many or too few compressed layers."""
 
     def files(self, model: str) -> Mapping[str, Sequence[Path]]:
-        """The files that the press reads for a model of that name, by kind.
+        """Find the files of learned artefacts that the press reads for a model, by their kind.
 
         Raises:
             CachepressError: if one is missing.
@@ -152,10 +160,10 @@ class BasePress:
         }
 
     def for_model(self, model: "PreTrainedModel") -> "BasePress":
-        """The press made ready for a model: what it has to look up is found and checked.
+        """Return the press with all that it needs of a model found and checked.
 
-        Called whenever the press is put on a model, before any work is done, so what is costly to
-        find has to be remembered.
+        Called whenever the press is put on a model, before any forward; a press should cache what
+        is costly to find.
 
         Raises:
             CachepressError: if it does not fit the model, or what it needs cannot be found.
@@ -171,18 +179,19 @@ class BasePress:
         question: int | Sequence[int] | None = None,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
     ) -> AbstractContextManager[None]:
-        """Compress what the model caches inside the ``with`` block.
+        """Compress the KV cache of all forwards of a model inside the ``with`` block.
 
         Args:
             model: a transformers decoder model.
-            turns: "all" compresses after every forward of several tokens, "first" after the first.
-            storage: how kept pairs are stored: "full" for as they are, or as the press says;
-                "int8", "int4", "int2", or a ``Codec``. Keys are quantized by channel, values by
-                token; the newest 64 tokens of a head stay as they are.
-            question: tokens at the end of the prompt that are the question, one number or one for
-                each sequence; for presses that ask for it.
-            tokenizer: for presses that reconstruct the context; None for the one that lies where
-                the model came from.
+            turns: "all" compresses after every forward of several tokens, "first" only after the
+                first of a text, so that later prompts are kept whole.
+            storage: how kept pairs are stored: "full" in the model's type, or as the press
+                declares; "int8", "int4", "int2", or a ``Codec``. Keys are quantized by channel,
+                values by token; the newest 64 tokens of a head stay in the model's type.
+            question: number of tokens at the end of the prompt that are the question, one number
+                or one for each sequence; for presses that need it.
+            tokenizer: for presses that reconstruct the context; None to load the one that was saved
+                with the model.
 
         Raises:
             UnsupportedError: if the model's cache cannot be compressed.
@@ -194,13 +203,13 @@ class BasePress:
 
 @dataclass(frozen=True, repr=False)
 class ScorerPress(BasePress):
-    """A press that is a score, with the same budget for every head.
+    """A press that scores pairs, with the same budget for every head: the base of most methods.
 
     Attributes:
         compression_ratio: fraction of pairs removed, 0 <= ratio < 1.
-        n_kept: instead of a ratio, pairs that each head keeps, on average where heads compete.
-        max_bytes: instead of a ratio, bytes that the whole compressed cache may allocate, such as
-            "1.5GiB".
+        n_kept: instead of a ratio, the pairs that each head keeps, on average where heads compete.
+        max_bytes: instead of a ratio, the bytes that the compressed layers of the cache may
+            allocate together, such as "1.5GiB".
     """
 
     compression_ratio: float = 0.0
@@ -220,7 +229,7 @@ class ScorerPress(BasePress):
 
     @property
     def amount(self) -> Amount:
-        """Pairs that each head keeps."""
+        """How many pairs each head keeps: a ratio, a number or bytes."""
         if self.n_kept is not None:
             return Fixed(self.n_kept)
         if self.max_bytes is not None:
@@ -229,17 +238,17 @@ class ScorerPress(BasePress):
 
     @property
     def budget(self) -> TopK:
-        """The pairs with the highest scores in each head."""
+        """Keep the pairs with the highest scores in each head."""
         return TopK(self.amount)
 
     def with_ratio(self, ratio: float) -> Self:
-        """The same press at another compression ratio."""
+        """Return the same press at another compression ratio."""
         return replace(self, compression_ratio=ratio, n_kept=None, max_bytes=None)
 
 
 @dataclass(frozen=True, repr=False)
 class WrapperPress(BasePress):
-    """A press around a press: answers as the inner press does; subclasses override something.
+    """A press around another one: does as the inner press does, but for what subclasses override.
 
     Attributes:
         press: the inner press.
@@ -272,31 +281,31 @@ class WrapperPress(BasePress):
 
     @property
     def compression_ratio(self) -> float | None:
-        """The inner press's ratio; None where it has another budget."""
+        """The inner press's compression ratio; None if it has none."""
         return getattr(self.press, "compression_ratio", None)
 
     def score(self, view: LayerView) -> Tensor:
-        """The inner press's score, ``[B, H, T]``."""
+        """Score pairs as the inner press does, ``[B, H, T]``."""
         return self.press.score(view)
 
     def reconstructed(self, view: ReconstructionView) -> Tensor:
-        """What the inner press computes of a chunk that the model repeated."""
+        """Compute what the inner press does of a chunk that the model repeated."""
         return self.press.reconstructed(view)
 
     def token_state(self, view: LayerView) -> Tensor | None:
-        """What the inner press keeps with each token."""
+        """Compute the number that the inner press keeps with each token."""
         return self.press.token_state(view)
 
     def merge(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What the inner press merges."""
+        """Merge evicted pairs as the inner press does."""
         return self.press.merge(view, mask)
 
     def key_channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
-        """The key channels that the inner press stores."""
+        """Choose the key channels that the inner press chooses."""
         return self.press.key_channels(view, mask)
 
     def acting(self, step: Step) -> BasePress:
-        """The same wrapper around the inner press that acts."""
+        """Return the same wrapper around the inner press that acts in a forward."""
         acting = self.press.acting(step)
         return self if acting is self.press else replace(self, press=acting)
 
@@ -305,17 +314,17 @@ class WrapperPress(BasePress):
         self.press.check_layers(n_layers)
 
     def for_model(self, model: "PreTrainedModel") -> BasePress:
-        """The same wrapper around the inner press made ready for a model."""
+        """Return the same wrapper around the inner press made ready for a model."""
         ready = self.press.for_model(model)
         return self if ready is self.press else replace(self, press=ready)
 
     def with_ratio(self, ratio: float) -> Self:
-        """The same wrapper around the inner press at another ratio."""
+        """Return the same wrapper around the inner press at another compression ratio."""
         return replace(self, press=self.press.with_ratio(ratio))
 
 
 def with_inner(press: BasePress) -> Iterator[BasePress]:
-    """A press and every press inside of it."""
+    """Iterate over a press and every press inside of it."""
     yield press
     for given in fields(press):  # type: ignore
         value = getattr(press, given.name)
@@ -325,7 +334,7 @@ def with_inner(press: BasePress) -> Iterator[BasePress]:
 
 
 def with_real_paths(press: BasePress) -> BasePress:
-    """The same press with every file that it names by its one absolute path."""
+    """Return the same press with every file that it names given by its real, absolute path."""
     changes: dict[str, object] = {}
     for given in fields(press):  # type: ignore
         value = getattr(press, given.name)
@@ -341,7 +350,7 @@ def with_real_paths(press: BasePress) -> BasePress:
 
 
 def all_presses(base: type[BasePress] = BasePress) -> Iterator[type[BasePress]]:
-    """Every press class that is defined in this process."""
+    """Iterate over every press class that is defined in this process."""
     for kind in base.__subclasses__():
         yield kind
         yield from all_presses(kind)

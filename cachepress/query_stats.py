@@ -1,6 +1,8 @@
-"""Query statistics: what is observed of queries between two compressions of a layer.
+"""Query statistics: what is observed of a layer's queries between two compressions.
 
-A press that needs nothing but keys and values has none.
+They hold what presses declare in ``Needs``: the last queries, their moments, attention sums and the
+hidden feature. Everything is summed up as it comes, so that no forward's full queries or attention
+weights are held. A press that needs nothing but keys and values has none.
 """
 
 from dataclasses import dataclass, field, replace
@@ -22,7 +24,7 @@ from cachepress.view import LayerView, Moments, Needs
 
 
 class _Decoded(NamedTuple):
-    """The query ``[B, H * G, 1, D]`` of a decoded token and the position of it, ``[B, 1]``."""
+    """The query ``[B, H * G, 1, D]`` of a decoded token, and its rotary position ``[B, 1]``."""
 
     query: Tensor
     rope: Tensor
@@ -30,14 +32,15 @@ class _Decoded(NamedTuple):
 
 @dataclass
 class QueryStats:
-    """Queries, moments and attention sums of one layer since it was last settled.
+    """Queries, moments, attention sums and hidden feature of one layer since its last compression.
 
-    Chunks of a prompt are noted as they come; of decoded tokens the last queries are held, and
-    looked at when the layer is settled.
+    Prompts are summed up chunk by chunk. Of decoded tokens only the last queries are held, and they
+    are summed up when the layer is compressed: that keeps a decode step cheap.
 
     Attributes:
-        needs: what is noted.
-        end: text columns seen when the last forward was noted; a gap makes the trace void.
+        needs: what is observed.
+        end: text columns seen after the last forward that was observed; where the next one does not
+            go on from there, the statistics are void.
     """
 
     needs: Needs
@@ -46,27 +49,27 @@ class QueryStats:
     _queries: Tensor | None = None
     _voters: Tensor | None = None
     _sums: Tensor | None = None
-    _noted: Tensor | None = None
+    _feature: Tensor | None = None
     _moments: "_Running | None" = None
     _decoded: list[_Decoded] = field(default_factory=list)
 
     def add(self, call: AttentionCall) -> None:
-        """Add the queries of a prompt, or of a part of it."""
+        """Add the queries of a prompt, or of a chunk of it."""
         self._add_hidden(call)
         self._add(call, call.query, call.place.rope)
 
     def add_decoded(self, call: AttentionCall, most: int) -> None:
-        """Add a decoded token, and hold its query; of all of them the last ``most``."""
+        """Hold the query of a decoded token; of several the last ``most``."""
         self._add_hidden(call)
         self._decoded.append(_Decoded(call.query.detach(), call.place.rope))
         del self._decoded[: max(0, len(self._decoded) - most)]
 
     def set_hidden_feature(self, feature: Tensor) -> None:
-        """Set the number ``[B, H, n]`` of each of the last ``n`` text columns."""
-        self._noted = feature
+        """Set the hidden feature ``[B, H, n]`` of the last ``n`` text columns."""
+        self._feature = feature
 
     def show(self, view: LayerView, call: AttentionCall) -> LayerView:
-        """The view with all that was observed, and what the press declared besides."""
+        """Add to a view what was observed, and what else the press declared."""
         if self._decoded:
             queries, ropes = zip(*self._decoded, strict=True)
             self._decoded = []
@@ -76,8 +79,8 @@ class QueryStats:
         if self._sums is not None:
             sums, counts = _ordered(self._sums, call), _times_seen(view, self._length)
             view = replace(view, attention_sums=sums, attention_counts=counts)
-        if self.needs.hidden is not None or self._noted is not None:
-            view = replace(view, hidden_feature=self._noted_rows(view))
+        if self.needs.hidden is not None or self._feature is not None:
+            view = replace(view, hidden_feature=self._feature_of(view))
         if self.needs.question:
             view = replace(view, n_question=call.place.n_question)
         if self._moments is not None:
@@ -89,7 +92,7 @@ class QueryStats:
         return view
 
     def select(self, sequences: Tensor) -> "QueryStats":
-        """The trace of some of the sequences ``[B']``, which may repeat."""
+        """Return the statistics of some of the sequences ``[B']``, which may repeat."""
 
         def of(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.index_select(0, sequences)
@@ -101,7 +104,7 @@ class QueryStats:
             of(self._queries),
             of(self._voters),
             of(self._sums),
-            of(self._noted),
+            of(self._feature),
             None if self._moments is None else _Running(*(x[sequences] for x in self._moments)),
             [_Decoded(*(x[sequences] for x in token)) for token in self._decoded],
         )
@@ -132,11 +135,14 @@ class QueryStats:
     def _add_hidden(self, call: AttentionCall) -> None:
         if self.needs.hidden is not None and call.hidden is not None:
             hidden_feature = wide(self.needs.hidden(call.hidden.detach(), call.place.depth))
-            self._noted = _joined(self._noted, hidden_feature, 2)
+            self._feature = _joined(self._feature, hidden_feature, 2)
 
-    def _noted_rows(self, view: LayerView) -> Tensor:
-        """What was noted of each row of the view, ``[B, H, T]``, NaN where nothing was."""
-        hidden_feature = self._noted
+    def _feature_of(self, view: LayerView) -> Tensor:
+        """Lay the hidden feature out as the tokens of a view, ``[B, H, T]``, NaN for older tokens.
+
+        It is held by text column, of which the last is ``end - 1``.
+        """
+        hidden_feature = self._feature
         if hidden_feature is None:
             return view.keys.new_full(view.valid.shape, float("nan"), dtype=wide_dtype(view.keys))
         column = view.positions.long() - (self.end - hidden_feature.shape[-1])
@@ -146,6 +152,8 @@ class QueryStats:
     def _add_queries(self, query: Tensor, counted: Tensor, most: int) -> None:
         queries, voters = _joined(self._queries, query, 3), _joined(self._voters, counted, 1)
         if not bool(voters.all()):
+            # Queries of padding go to the front, as padding does in a view: so the last ones are
+            # those of the last tokens in every sequence.
             order = valid_last(voters)
             voters = voters.gather(1, order)
             b, h, g, n, _ = queries.shape
@@ -157,25 +165,26 @@ class QueryStats:
         self._queries, self._voters = queries, voters
 
     def _add_attention(self, query: Tensor, counted: Tensor, call: AttentionCall) -> None:
-        keys, valid = call.pairs.keys.detach(), _valid_rows(call)
+        keys, valid = call.pairs.keys.detach(), _valid(call)
         sums = attention_column_sums(query, keys, valid, counted, call.rule)
         self._sums = sums if self._sums is None else sums + _widened(self._sums, sums)
 
     def _add_moments(
         self, query: Tensor, counted: Tensor, call: AttentionCall, rope: Tensor
     ) -> None:
+        # The first queries of each text are left out by their index in it, padding not counted.
         n = query.shape[-2]
-        own = torch.arange(self.end - n, self.end, device=query.device).expand_as(counted)
+        index = torch.arange(self.end - n, self.end, device=query.device).expand_as(counted)
         if call.text_valid is not None:
-            own = call.text_valid.cumsum(-1)[:, -n:] - 1
-        raw = call.rotary()(wide(query), rope, inverse=True)
-        counted = counted & (own >= (self.needs.moments_after or 0))
-        new = _Running.of(raw, counted)
+            index = call.text_valid.cumsum(-1)[:, -n:] - 1
+        unrotated = call.rotary()(wide(query), rope, inverse=True)
+        counted = counted & (index >= (self.needs.moments_after or 0))
+        new = _Running.of(unrotated, counted)
         self._moments = new if self._moments is None else self._moments.join(new)
 
 
 class _Running(NamedTuple):
-    """Total ``[B, 1, 1, 1]``, mean ``[B, H, G, D]`` and scatter ``[B, H, G, D, D]`` of vectors."""
+    """Running number ``[B, 1, 1, 1]``, mean ``[B, H, G, D]``, scatter ``[B, H, G, D, D]``."""
 
     total: Tensor
     mean: Tensor
@@ -183,7 +192,7 @@ class _Running(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, counted: Tensor) -> "_Running":
-        """Those of ``x [B, H, G, Q, D]`` over the vectors with ``counted [B, Q]``."""
+        """Compute them for the vectors ``x [B, H, G, Q, D]`` that are ``counted [B, Q]``."""
         weight = counted[:, None, None, :, None].to(x.dtype)
         count = weight.sum(-2)
         mean = (x * weight).sum(-2) / count.clamp(min=1)
@@ -191,7 +200,7 @@ class _Running(NamedTuple):
         return cls(count, mean, centred.mT @ centred)
 
     def join(self, other: "_Running") -> "_Running":
-        """Those of both sets of vectors."""
+        """Combine the moments of two sets of vectors, without the vectors (Chan et al.)."""
         total = self.total + other.total
         step = other.mean - self.mean
         share = other.total / total.clamp(min=1)
@@ -199,29 +208,29 @@ class _Running(NamedTuple):
         return _Running(total, self.mean + step * share, self.scatter + other.scatter + between)
 
     def moments(self) -> Moments:
-        """Mean and covariance."""
+        """Return mean and covariance."""
         return Moments(self.mean, self.scatter / self.total.clamp(min=1).unsqueeze(-1))
 
 
 def _widened(old: Tensor, new: Tensor) -> Tensor:
-    """A column of earlier rows, zero for the rows that came since."""
+    """Extend numbers of earlier tokens ``[..., T]`` by zeros for the tokens that came since."""
     return F.pad(old, (0, new.shape[-1] - old.shape[-1]))
 
 
-def _ordered(column: Tensor, call: AttentionCall) -> Tensor:
-    """A column ``[B, H, G, T]`` in the order of the view."""
+def _ordered(sums: Tensor, call: AttentionCall) -> Tensor:
+    """Put numbers ``[B, H, G, T]`` of pairs into the order of the view: what is not valid first."""
     if call.text_valid is None and call.pairs.full:
-        return column
-    order = valid_last(_valid_rows(call))
-    return column.gather(-1, order.unsqueeze(2).expand_as(column))
+        return sums
+    order = valid_last(_valid(call))
+    return sums.gather(-1, order.unsqueeze(2).expand_as(sums))
 
 
 def _joined(old: Tensor | None, new: Tensor, dim: int) -> Tensor:
     return new if old is None else torch.cat([old, new], dim=dim)
 
 
-def _valid_rows(call: AttentionCall) -> Tensor:
-    """Which rows are tokens, ``[B, H, T]``, in the order of the store."""
+def _valid(call: AttentionCall) -> Tensor:
+    """Tell which pairs are of tokens, ``[B, H, T]``, in the order of the cache layer."""
     positions = call.pairs.text_positions()
     valid = positions >= 0
     if call.text_valid is not None:
@@ -231,7 +240,7 @@ def _valid_rows(call: AttentionCall) -> Tensor:
 
 
 def _times_seen(view: LayerView, n: int) -> Tensor:
-    """How many of the last ``n`` queries could attend to each row, ``[B, H, T]``."""
+    """Count how many of the last ``n`` queries could attend to each token, ``[B, H, T]``."""
     t = view.valid.shape[-1]
     real = view.valid[..., -n:].sum(-1, keepdim=True)
     later = torch.arange(t, 0, -1, device=view.valid.device)

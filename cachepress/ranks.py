@@ -1,9 +1,9 @@
-"""Ranks: which pairs go before all scores, in tiers, and which have the highest scores.
+"""Pins tokens above all scores, in tiers, and finds the pairs with the highest scores.
 
-A pinned pair has a number above every sensible score, so that any budget honours it: sinks first,
-then the newest tokens of a window, then what a press chose, then what is free, however small the
-budget is. A tier holds places for two million tokens; beyond that tokens tie, and of equal numbers
-the newest stay.
+A pinned token gets a number above every free score, so that every budget keeps it as long as it can
+keep anything: sinks first, then the newest tokens of a window, then what a press chose, then free
+tokens by their scores. A tier has places for two million tokens; beyond that tokens tie, and of
+equal numbers the newest are kept.
 """
 
 import torch
@@ -13,7 +13,7 @@ from cachepress.ops import wide
 from cachepress.view import LayerView
 
 FREE = 1e38
-"""No free score is higher."""
+"""The highest score that is free, that is not pinned."""
 TAKEN = 1.5e38
 _WINDOW = 2.4e38
 _SINK = 3.4e38
@@ -23,21 +23,21 @@ _STEP, _PLACES = 4e31, 2**21
 
 
 def pin_sinks(scores: Tensor, view: LayerView, n: int) -> Tensor:
-    """Scores with the first ``n`` tokens of each text above all others, the earliest highest."""
+    """Put the first ``n`` tokens of each text above all others, the earliest highest."""
     return pin_first(scores, view, view.index < n)
 
 
 def pin_first(scores: Tensor, view: LayerView, tokens: Tensor) -> Tensor:
-    """Scores with the tokens ``[B, H, T]`` above all others, as sinks are, the earliest highest."""
+    """Put the tokens ``[B, H, T]`` above all others, as sinks are, the earliest highest."""
     place = view.index.clamp(max=_PLACES).float()
     return torch.where(tokens, _SINK - _STEP * place, wide(scores))
 
 
 def pin_window(scores: Tensor, view: LayerView, n: int | Tensor) -> Tensor:
-    """Scores with the last ``n`` tokens of each text above every free one, the newest highest.
+    """Put the last ``n`` tokens of each text above every free one, the newest highest.
 
-    ``n`` may be ``[B]``. Tokens of the same age are alike in all heads, so heads that compete and
-    cannot keep all of them share what there is.
+    ``n`` may be ``[B]``. A token has the same score in all heads, so that heads that compete for
+    too few pairs get equally many of them.
     """
     age = view.n_seen[:, None, None] - view.index
     recent = age <= (n[:, None, None] if isinstance(n, Tensor) else n)
@@ -46,24 +46,24 @@ def pin_window(scores: Tensor, view: LayerView, n: int | Tensor) -> Tensor:
 
 
 def pin(scores: Tensor, tokens: Tensor) -> Tensor:
-    """Scores with the tokens ``[B, H, T]`` above every free one; pinned ones stay as they are."""
+    """Put the tokens ``[B, H, T]`` above every free one; pinned ones keep their tier."""
     return torch.where(tokens & ~pinned(scores), TAKEN, wide(scores))
 
 
 def choose(scores: Tensor, tokens: Tensor) -> Tensor:
-    """Scores with the tokens ``[B, H, T]`` above every other one, pinned or free."""
+    """Put the tokens ``[B, H, T]`` above every other one, pinned or free."""
     return torch.where(tokens, TAKEN, wide(scores).clamp(max=FREE))
 
 
 def pinned(scores: Tensor) -> Tensor:
-    """Which tokens are pinned."""
+    """Tell which tokens are pinned."""
     return scores > FREE
 
 
 def best(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
-    """Mask of the ``counts [B, H or 1, 1]`` highest scores ``[B, H, T]`` among the valid rows.
+    """Find the ``counts [B, H or 1, 1]`` highest valid scores of ``[B, H, T]``, as a mask.
 
-    Of equal scores the newest rows are taken; NaN is the lowest score.
+    Of equal scores the newest tokens are taken; NaN is the lowest score.
     """
     scores = wide(scores)
     worst = torch.finfo(scores.dtype).min

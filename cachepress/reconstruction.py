@@ -1,6 +1,7 @@
-"""Context reconstruction: what a press declares and sees when the model repeats its context.
+"""Context reconstruction (KVzip): scores from the attention of a model that repeats its context.
 
-How the model is made to repeat it is in ``cachepress.hf.reconstruction``.
+Here is what a press declares of it and what it is given; how the model is made to repeat the
+context is in ``cachepress.hf.reconstruction``.
 """
 
 from dataclasses import dataclass
@@ -10,23 +11,23 @@ from torch import Tensor
 
 from cachepress.ops import AttentionRule, wide
 
-_BLOCK = 1024
+_CHUNK = 1024
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a press wants the model to repeat when a prompt was read.
+    """Declares how the model repeats its context after it read a prompt.
 
     Attributes:
         chunk_size: tokens of the context that are repeated in one forward.
-        n_sink: first rows of the text, which the repeating queries see besides the chunk's; where
-            the chat template put more tokens before the context, those.
-        first: what asks for the first chunk; nothing is asked where it is empty.
-        later: what asks for each further chunk, followed by the last tokens of the one before.
-        weighs: whether the output projection and the hidden states are looked at.
-        gradient: whether the gradient of the last hidden states is looked at.
-        whole: whether the text is repeated in one go behind itself, each chunk after those before,
-            and every query is seen with all rows; else each chunk is repeated by itself.
+        n_sink: first tokens of the text, whose pairs a press is given besides the chunk's; where
+            the chat template put more tokens before the context, all of those.
+        first: the words that ask for the first chunk; where they are empty, none are said.
+        later: the words that ask for each further chunk; the last tokens of the one before follow.
+        weighs: whether the press needs the output projection and the hidden states.
+        gradient: whether the press needs the gradient of the last hidden states.
+        whole: whether the text is repeated in one go, each chunk after those before, and the press
+            is given all pairs; else each chunk is repeated by itself, behind the text.
     """
 
     chunk_size: int
@@ -45,25 +46,26 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class ReconstructionView:
-    """What one layer showed while one sequence's chunk was repeated.
+    """Queries and pairs of one layer while one sequence's chunk is repeated.
 
-    The rows are the sinks that stand before the chunk, the chunk's, and those of the replay itself;
-    the queries are those of the replay, the last ``n`` rows. In a whole replay the rows are all
-    that there are, and the chunk is all of the text.
+    The ``N`` pairs are those of the sinks before the chunk, of the chunk, and of the ``n`` tokens
+    that repeat it; the queries are those of these ``n`` tokens. In a ``whole`` reconstruction the
+    pairs are all that there are, and the chunk is all of the text.
 
     Attributes:
         queries: ``[1, H, G, n, D]``.
         keys: ``[1, H, N, D]``.
         values: ``[1, H, N, E]``.
-        valid: ``[1, H, N]`` bool, which rows there are.
-        chunk: which of the rows are the chunk's.
-        rule: how the layer turns products into weights.
+        valid: ``[1, H, N]`` bool; False for padding and for places where a head holds no pair.
+        chunk: which of the pairs are the chunk's.
+        rule: how the layer turns query-key products into attention weights.
         projection: ``[H, G, E, M]`` the output projection, or None.
-        hidden: ``[1, n, M]`` the hidden states that attention read, or None.
+        hidden: ``[1, n, M]`` the hidden states that attention was given, or None.
         gradient: ``[1, n]`` norm of the gradient of the summed squares of the last hidden states
-            with respect to what attention added, or None.
-        before: what the press made of the chunks before, in a whole replay; else None.
-        last: whether no other chunk follows that the press has to add to this one.
+            with respect to the attention module's output, or None.
+        before: what ``BasePress.reconstructed`` returned for the chunks before, in a ``whole``
+            reconstruction; else None.
+        last: whether no other chunk follows.
     """
 
     queries: Tensor
@@ -79,10 +81,10 @@ class ReconstructionView:
     last: bool = True
 
     def value_norms(self) -> Tensor:
-        """L2 norm of what each of the chunk's values adds to the output, ``[1, H, G, chunk]``."""
+        """Compute the L2 norms of the chunk's values after projection, ``[1, H, G, chunk]``."""
         assert self.projection is not None
         norms = []
-        for values in self.values[:, :, self.chunk].split(_BLOCK, dim=2):
-            added = wide(values.unsqueeze(2)) @ wide(self.projection)  # [1, H, G, block, M]
+        for values in self.values[:, :, self.chunk].split(_CHUNK, dim=2):
+            added = wide(values.unsqueeze(2)) @ wide(self.projection)  # [1, H, G, part, M]
             norms.append(added.norm(dim=-1))
         return torch.cat(norms, dim=-1)

@@ -1,19 +1,23 @@
-"""Schedules: in which forwards a layer is compressed."""
+"""Schedules: after which forwards a layer is compressed.
+
+What is kept then is up to the budget.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 
 class Step(NamedTuple):
-    """A forward, as a schedule sees it.
+    """One forward, as a schedule sees it.
 
     Attributes:
         seen: tokens before it.
         new: tokens of it.
-        since: tokens since a press last looked at the layer, those of this forward included, and
-            those of prompts that were left as they are not, unless the schedule is ``bounded``.
-        prompt: whether it reads a text, rather than decoding a token.
-        later: whether that is a text after the first one, which is to be left as it is.
+        since: tokens since the layer was last scored, those of this forward included. Prompts that
+            were kept whole do not count, unless the schedule is ``bounded``.
+        prompt: whether it reads a prompt, rather than decoding a token.
+        later: whether that is a prompt after the first one, which is to be kept whole
+            (``turns="first"``).
     """
 
     seen: int
@@ -24,42 +28,42 @@ class Step(NamedTuple):
 
 
 class Schedule(Protocol):
-    """When a layer is settled."""
+    """Says after which forwards a layer is compressed."""
 
     @property
     def decodes(self) -> bool:
-        """Whether layers are settled while tokens are decoded."""
+        """Whether layers are compressed while tokens are decoded."""
         ...
 
     @property
     def bounded(self) -> bool:
-        """Whether every token counts, since the bytes of the cache are limited while it grows."""
+        """Whether all tokens count, since the cache may not exceed its bytes while it grows."""
         ...
 
     def due(self, step: Step) -> bool:
-        """Whether a forward settles the layer."""
+        """Tell whether the layer is compressed after a forward."""
         ...
 
 
 @dataclass(frozen=True)
 class AfterPrefill:
-    """Settle after the prompt and after every further turn of several tokens; never in decode."""
+    """Compress after every prompt, that is every forward of several tokens; not while decoding."""
 
     decodes: bool = False
     bounded: bool = False
 
     def due(self, step: Step) -> bool:
-        """Whether a forward settles the layer."""
+        """Tell whether the layer is compressed after a forward."""
         return step.prompt and not step.later
 
 
 @dataclass(frozen=True)
 class Every:
-    """Settle after the prompt, and in decode whenever ``interval`` tokens came since.
+    """Compress after every prompt, and while decoding whenever ``interval`` tokens came since.
 
     Attributes:
-        interval: tokens between two settles.
-        bounded: whether no more may come in between, those of prompts that are left as they are
+        interval: decoded tokens between two compressions.
+        bounded: whether no more tokens may come in between, those of prompts that are kept whole
             included.
     """
 
@@ -68,7 +72,7 @@ class Every:
     decodes: bool = True
 
     def due(self, step: Step) -> bool:
-        """Whether a forward settles the layer."""
+        """Tell whether the layer is compressed after a forward."""
         if step.later:
             return self.bounded and step.since >= self.interval
         return step.prompt or step.since >= self.interval

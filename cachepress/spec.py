@@ -1,7 +1,7 @@
-"""Text to press and back: one spelling in Python, on the command line, in YAML and in results.
+"""Parses text to a press: one spelling in Python, on the command line, in YAML and in results.
 
-The spelling is ``repr(press)``. It is parsed as literals and known names only; nothing of it is
-ever evaluated as code.
+The spelling is ``repr(press)``. It is parsed as literals and names of presses; it is never
+evaluated as code.
 """
 
 import ast
@@ -30,16 +30,16 @@ REFUSED = {"restorekv": RESTOREKV}
 
 
 class SpecError(CachepressError):
-    """A text that is no press."""
+    """A text that does not spell a press."""
 
 
 def parse(text: str) -> BasePress | None:
-    """The press that a text spells; None for ``no_press``.
+    """Parse the spelling of a press; None for ``no_press``.
 
     Args:
         text: an alias (``snapkv``), a spelling (``SnapKVPress(window_size=32)``), or a mixture
             (``snapkv(compression_ratio=0.5)``); or ``kvpress:NAME`` for what kvpress's evaluation
-            runs under a name, which is also what a name means that is no alias.
+            runs under a name, which is also what a name means that is no alias here.
 
     Raises:
         SpecError: if the text is not a spelling of a known press, or an option is wrong.
@@ -75,7 +75,7 @@ def _spelled(text: str) -> object:
 def _tree(text: str) -> ast.expr:
     try:
         with warnings.catch_warnings():
-            # What Python thinks of a text as code is of no interest to who spells a press.
+            # Python warns of text that would be odd as code, which a spelling is not.
             warnings.simplefilter("ignore")
             return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError) as error:
@@ -86,11 +86,11 @@ def _tree(text: str) -> ast.expr:
 
 
 def brief(press: BasePress, ratio: float) -> str:
-    """The shortest spelling of a press whose ratio is said apart, such as ``adakv(snapkv)``.
+    """Spell a press shortly, without its compression ratio, such as ``adakv(snapkv)``.
 
     Args:
         press: the press.
-        ratio: the compression ratio that is left out, wherever it stands.
+        ratio: the compression ratio that is omitted wherever it stands.
     """
     parts = []
     for field in fields(press):  # type: ignore
@@ -107,12 +107,12 @@ def brief(press: BasePress, ratio: float) -> str:
 
 
 def aliases() -> dict[str, type[BasePress]]:
-    """Every press class that has a short name, by it."""
+    """Return every press class that has a short name, by that name."""
     return dict(sorted((kind.alias, kind) for kind in all_presses() if kind.alias))
 
 
 def known_names() -> list[str]:
-    """Every name that ``parse`` knows, aliases first."""
+    """Return every name that ``parse`` knows, aliases first."""
     names = {kind.__name__ for kind in all_presses()} - _ABSTRACT
     classes = sorted(name for name in names if not name.startswith("_"))
     return [NO_PRESS, *aliases(), *classes]
@@ -128,7 +128,7 @@ def _brief_value(value: object, ratio: float) -> str:
 
 
 def _build_theirs(node: ast.expr, text: str, depth: int = 0) -> BasePress:
-    """The press that kvpress means by a name, with options of its own."""
+    """Build the press that kvpress means by a name, with options of its own."""
     function = node.func if isinstance(node, ast.Call) else node
     if not isinstance(function, ast.Name) or function.id not in SPELLINGS:
         name = text.strip().removeprefix(PREFIX).partition("(")[0]
@@ -153,7 +153,7 @@ def _build_theirs(node: ast.expr, text: str, depth: int = 0) -> BasePress:
 
 
 def _with_options(press: BasePress, options: Mapping[str, object]) -> BasePress:
-    """The press with options set; of a list of presses, those of each that have them."""
+    """Set options of a press; of a composed one, of each press that has them."""
     if isinstance(press, ComposedPress):
         shares = [{k: v for k, v in options.items() if _has(inner, k)} for inner in press.presses]
         if unknown := set(options).difference(*shares):
@@ -177,13 +177,13 @@ def _has(press: BasePress, option: str) -> bool:
 
 @cache
 def _say_what_differs(name: str) -> None:
-    """Log, once, where a name means another press in kvpress than here."""
+    """Warn once where a name means another press in kvpress than here."""
     kind, theirs = aliases().get(name), SPELLINGS.get(name)
     if kind is None or theirs is None or theirs == NO_PRESS or _needs_arguments(kind):
         return
     ours, other = kind(), parse(theirs)
     with suppress(CachepressError):
-        # What they have before a ratio is set does not count.
+        # They may differ in their default ratio, which does not count.
         ours, other = ours.with_ratio(0.5), other and other.with_ratio(0.5)
     if ours != other:
         logger.warning(
@@ -224,7 +224,7 @@ def _build(node: ast.expr, text: str, depth: int = 0) -> object:
 
 
 def _options(node: ast.expr, text: str, depth: int) -> dict[str, object]:
-    """What a call gives by name."""
+    """Build the keyword arguments of a call."""
     options: dict[str, object] = {}
     for keyword in node.keywords if isinstance(node, ast.Call) else []:
         if keyword.arg is None or keyword.arg in options:

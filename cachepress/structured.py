@@ -1,4 +1,4 @@
-"""Reads JSON and YAML that may be damaged, or made to harm: bounded in size, depth and numbers."""
+"""Reads JSON and YAML that may be damaged or malicious: bounded in size, depth and numbers."""
 
 import json
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ _WRONG = (
     TypeError,
     ValueError,
 )
-"""What the parsers raise at one text or another."""
+"""What the parsers raise for damaged text."""
 
 
 def parse_json(text: str) -> object:
-    """What a JSON text says.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: if it is none, or beyond the limits.
+        ValueError: if it is not JSON, or exceeds the limits.
     """
     if len(text) > LONGEST_JSON:
         raise ValueError(f"it is longer than {LONGEST_JSON:,} characters")
@@ -40,10 +40,10 @@ def parse_json(text: str) -> object:
 
 
 def parse_yaml(text: str) -> object:
-    """What a YAML text says.
+    """Parse a YAML text.
 
     Raises:
-        ValueError: if it is none, or beyond the limits.
+        ValueError: if it is not YAML, or exceeds the limits.
     """
     if len(text) > LONGEST_YAML:
         raise ValueError(f"it is longer than {LONGEST_YAML:,} characters")
@@ -57,7 +57,7 @@ def parse_yaml(text: str) -> object:
 
 
 def read_mapping(path: Path) -> dict[str, object]:
-    """The mapping in a file, which is JSON if its name ends in .json, and else YAML.
+    """Read a file that holds a mapping: JSON if its name ends in .json, else YAML.
 
     Raises:
         CachepressError: if the file cannot be read, or holds something else.
@@ -83,23 +83,26 @@ def _whole(digits: str) -> int:
 
 
 def _check_extent(text: str) -> None:
-    """Count depth and values as if every alias were written out, before anything is built."""
-    sizes, names, known = [0], [], {}
+    """Count depth and values as if every alias were written out, before any object is built.
+
+    Aliases of aliases let a short text stand for endless values ("billion laughs").
+    """
+    sizes, names, anchored = [0], [], {}
     for event in yaml.parse(text, _LOADER):
         if isinstance(event, yaml.AliasEvent):
-            if event.anchor not in known:
+            if event.anchor not in anchored:
                 raise ValueError(f"the alias {shown(event.anchor)} is unknown or holds itself")
-            sizes[-1] += known[event.anchor]
+            sizes[-1] += anchored[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
             sizes[-1] += 1
-            known[event.anchor] = 1
+            anchored[event.anchor] = 1
         elif isinstance(event, yaml.CollectionStartEvent):
             sizes.append(1)
             names.append(event.anchor)
         elif isinstance(event, yaml.CollectionEndEvent):
             size, anchor = sizes.pop(), names.pop()
             sizes[-1] += size
-            known[anchor] = size
+            anchored[anchor] = size
         if sizes[-1] > MOST_VALUES:
             raise ValueError(f"it holds more than {MOST_VALUES:,} values")
         if len(sizes) > DEEPEST:

@@ -1,8 +1,21 @@
-"""What a press sees: one layer's rows, and the extras that it declared.
+"""What a scorer is given: the key-value pairs of one layer, and what the press declared it needs.
+
+``Needs`` is the declaration, ``LayerView`` the answer. Nothing here decides what is kept, and
+nothing here knows transformers.
+
+Every token has three positions. They are the same in one text without padding that was never
+compressed, and differ otherwise:
+
+* ``positions``: its column in the text as the model was given it, padding included. Attention masks
+  have one entry for each text column, so whatever reads a mask goes by it.
+* ``index``: its number in its own text, padding left out. Sinks, windows and chunks are counted by
+  it, so that a sequence in a padded batch is compressed as it would be alone.
+* ``rope``: the position that its key is rotated to. The caller of the model may choose it
+  (``position_ids``), and presses that compact keys change it; whatever rotates a key goes by it.
 
 Shape letters, used at the end of lines where shapes change:
-    B batch, H KV heads, G query heads per KV head, T rows (held plus new), N held rows,
-    Q queries, D key head size, E value head size, S text columns (seen plus new).
+    B batch, H KV heads, G query heads per KV head, T tokens (cached before the forward, and new),
+    Q queries, D key head size, E value head size, M hidden size, S text columns (seen and new).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +37,8 @@ EVERY = 1 << 62
 """As a number of queries: all of them."""
 
 HiddenFeature = Callable[[Tensor, int], Tensor]
-"""A number for each token and head, ``[B, H, n]``, from hidden states ``[B, n, M]`` of a layer
-(given by its depth)."""
+"""Computes a number for each token and KV head, ``[B, H, n]``, from the hidden states ``[B, n, M]``
+of a layer and the layer's rank among those that are compressed."""
 
 
 @dataclass(frozen=True)
@@ -43,31 +56,32 @@ class PageBudget:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a press declares: what its scorer must observe, and how pairs are stored after it.
+    """Declares what a press must observe of a layer, and how the pairs that it keeps are stored.
 
-    What is observed is paid for only when it is declared. ``a | b`` is what two presses need that
-    act together.
+    Observing costs time and memory, and is done only where it is declared. ``a | b`` are the needs
+    of two presses that act together.
 
     Attributes:
-        queries: how many of the last queries of the text, 0 for none, ``EVERY`` for all.
-        moments_after: mean and covariance of the queries before RoPE, over all queries but the
-            first ``moments_after`` of the text; None for none.
-        attention_sums: attention that each token received, summed over the queries of the text.
-        rotary: the layer's position embedding.
-        projection: the layer's output projection.
-        question: the queries of the question at the end of the text.
-        hidden: a number computed from each token's hidden state; None for none.
+        queries: how many of the last queries the scorer is given; 0 for none, ``EVERY`` for all.
+        moments_after: give mean and covariance of the queries before RoPE, over all queries but
+            the first ``moments_after`` of the text; None for neither.
+        attention_sums: give the attention that each token received, summed over all queries.
+        rotary: give the layer's position embedding.
+        projection: give the layer's output projection.
+        question: give the queries of the question at the end of the text.
+        hidden: computes the hidden feature, a number from each token's hidden state; None for none.
         decoded_queries: most queries of decoded tokens held between two compressions; None for as
             many as ``queries``.
-        reconstruction: how the model repeats the context before its layers are compressed; None
-            where it does not.
+        reconstruction: how the model is made to repeat its context before its layers are
+            compressed; None where it is not.
         token_state: whether a number is kept with each token until the next compression, see
             ``BasePress.token_state``.
         rewrites: whether a layer is compressed even when no token is evicted, because kept pairs
             are stored differently.
         compaction: whether kept keys are rotated to positions without gaps.
-        storage: how kept pairs are stored; None for as they are, or as the call says.
-        page_budgets: pages that a decoded token reads; where several apply, the fewest.
+        storage: how kept pairs are stored; None leaves that to ``press(model, storage=...)``.
+        page_budgets: pages that a decoded token reads in each KV head; where several apply, the
+            fewest.
     """
 
     queries: int = 0
@@ -93,7 +107,7 @@ class Needs:
 
     @property
     def observed(self) -> "Needs":
-        """The part that is observed; presses that agree in it can share what was observed."""
+        """The part that is observed: presses that agree in it can share their query statistics."""
         return replace(
             self,
             reconstruction=None,
@@ -126,7 +140,7 @@ class Needs:
 
     @property
     def most_decoded(self) -> int:
-        """Most queries of decoded tokens that are held between two compressions."""
+        """Most queries of decoded tokens held between two compressions."""
         return self.queries if self.decoded_queries is None else self.decoded_queries
 
     def pages_read(self, depth: int) -> int | None:
@@ -138,7 +152,7 @@ class Needs:
         return min(found, default=None)
 
     def __or__(self, other: "Needs") -> "Needs":
-        """What both need.
+        """Combine the needs of two presses that act together.
 
         Raises:
             CachepressError: if they cannot be combined.
@@ -174,7 +188,7 @@ class Needs:
 
 
 def _common(values: Sequence[T | None], refusal: str) -> T | None:
-    """The value that is not None, of several; different ones are refused."""
+    """Return the one value that is not None, or None; raise where there are two different ones."""
     given = [x for x in values if x is not None]
     if len(given) > 1 and given[0] != given[1]:
         raise CachepressError(refusal.format(*given))
@@ -183,11 +197,14 @@ def _common(values: Sequence[T | None], refusal: str) -> T | None:
 
 _NUMBERS = ("positions", "index", "rope", "valid", "token_state", "hidden_feature")
 _ATTENTION = ("attention_sums", "attention_counts")
-"""Columns of a view with a number for each row."""
+"""Fields of a view with a number for each token of each head."""
 
 
 class Rotary(Protocol):
-    """The position embedding of one layer, verified against a key that the layer computed."""
+    """The rotary position embedding of one layer, proven on keys that the layer computed.
+
+    Models differ in how they lay out and scale it, so it is never rebuilt from a config.
+    """
 
     def __call__(self, x: Tensor, positions: Tensor, *, inverse: bool = False) -> Tensor:
         """Rotate ``x [B, ..., n, D]`` to ``positions [B, n]``, or back from them."""
@@ -208,37 +225,40 @@ class Moments:
 
 @dataclass(frozen=True)
 class LayerView:
-    """One layer's table of rows, as a scorer sees it: rows are tokens in text order.
+    """The key-value pairs of one layer as a scorer sees them, and what the press declared.
 
-    Rows that are not valid (padding, empty slots) stand before all others, so the last ``Q`` rows
-    are those of the last ``Q`` queries in every sequence, padded or not.
+    Tokens stand in text order. Entries that are not ``valid`` (padding, and places of tokens that
+    this head evicted before) stand in front of all others. So the last ``Q`` entries are the tokens
+    of the last ``Q`` queries in every sequence, however it was padded.
 
     Attributes:
         keys: ``[B, H, T, D]``, as the model's attention used them (normed and rotated).
         values: ``[B, H, T, E]``.
-        positions: ``[B, H, T]`` index of the row in the text, padding included; -1 if empty.
-        index: ``[B, H, T]`` index of the row in its own text, without padding.
+        positions: ``[B, H, T]`` text column of the token, padding included; -1 if there is none.
+        index: ``[B, H, T]`` number of the token in its own text, padding left out.
         rope: ``[B, H, T]`` position that the key is rotated to.
-        valid: ``[B, H, T]`` bool; False for padding, empty slots, and rows that are out already.
-        n_seen: ``[B]`` valid rows of the text so far.
-        n_kept: ``[B]`` rows that the budget leaves to each head, on average where heads compete.
+        valid: ``[B, H, T]`` bool; False where there is no token that may still be kept.
+        n_seen: ``[B]`` tokens of the text so far, evicted ones included, padding left out.
+        n_kept: ``[B]`` pairs that the budget lets each head keep, on average where heads compete.
         next_position: ``[B]`` the position that the next query will be rotated to.
         layer: index of the layer in the model.
         depth: rank of the layer among those that are compressed.
         n_layers: number of layers that are compressed.
-        row_bytes: bytes that the store needs for a row of a head, and besides.
-        rule: how the layer turns query-key products into weights.
+        pair_bytes: bytes that a pair of a head needs in the cache, and those that a head needs
+            besides.
+        rule: how the layer turns query-key products into attention weights.
         queries: ``[B, H, G, Q, D]`` the last Q queries as attention used them, or None.
-        voters: ``[B, Q]`` bool, which of the queries are tokens, or None.
+        voters: ``[B, Q]`` bool, which of the queries are of tokens and not of padding, or None.
         moments: moments of the queries before RoPE, or None.
         rotary: the layer's position embedding, or None.
-        projection: ``[H, G, E, M]`` output projection of each query head to M channels, or None.
+        projection: ``[H, G, E, M]`` output projection of each query head, or None.
         attention_sums: ``[B, H, G, T]`` attention received from all queries, or None.
-        attention_counts: ``[B, H, T]`` how many queries could attend to the row, or None.
-        token_state: ``[B, H, T]`` what the press kept with the token when the layer was last
-            compressed, NaN for tokens that are new; None if it kept nothing.
-        hidden_feature: ``[B, H, T]`` what the press computed from the token's hidden state, NaN for
-            tokens of before; None if it declared nothing.
+        attention_counts: ``[B, H, T]`` how many queries could attend to the token, or None.
+        token_state: ``[B, H, T]`` the number that the press kept with the token when the layer was
+            last compressed, NaN for tokens that came since; None if it kept none.
+        hidden_feature: ``[B, H, T]`` what ``Needs.hidden`` computed from the token's hidden state,
+            or what ``BasePress.reconstructed`` computed when the context was reconstructed; NaN for
+            tokens from before the last compression; None if the press declared neither.
         n_question: ``[B]`` tokens at the end of the text that are the question, or None.
     """
 
@@ -267,23 +287,24 @@ class LayerView:
     hidden_feature: Tensor | None = None
     n_question: Tensor | None = None
 
-    def __getitem__(self, rows: slice) -> "LayerView":
-        """The same view over some of its rows; every row column is sliced, and the queries too."""
+    def __getitem__(self, tokens: slice) -> "LayerView":
+        """Restrict the view to a slice of its tokens, and its queries to those of these tokens."""
         columns = {}
         for name in ("keys", "values"):
-            columns[name] = getattr(self, name)[:, :, rows]
+            columns[name] = getattr(self, name)[:, :, tokens]
         for name in (*_NUMBERS, *_ATTENTION):
             column = getattr(self, name)
-            columns[name] = None if column is None else column[..., rows]
+            columns[name] = None if column is None else column[..., tokens]
         if self.queries is not None and self.voters is not None:
+            # Queries are those of the last tokens: query 0 belongs to token t - q.
             t, q = self.keys.shape[2], self.queries.shape[-2]
-            start, stop, _ = rows.indices(t)
+            start, stop, _ = tokens.indices(t)
             own = slice(max(0, start - t + q), max(0, stop - t + q))
             columns["queries"], columns["voters"] = self.queries[..., own, :], self.voters[:, own]
         return replace(self, **columns)
 
     def sequence(self, b: int) -> "LayerView":
-        """The same view over one sequence of the batch."""
+        """Restrict the view to one sequence of the batch."""
         columns = {}
         for field in fields(self):
             column = getattr(self, field.name)
@@ -295,7 +316,7 @@ class LayerView:
         return replace(self, **columns)
 
     def take(self, order: Tensor) -> "LayerView":
-        """The same view over the rows ``order [B, H, n]`` of each head, without its queries."""
+        """Pick the tokens ``order [B, H, n]`` of each head; queries and attention are left out."""
         columns: dict[str, Tensor | None] = {"queries": None, "voters": None}
         for name in ("keys", "values"):
             columns[name] = gather(getattr(self, name), order)
@@ -305,29 +326,32 @@ class LayerView:
         return replace(self, **columns, **dict.fromkeys(_ATTENTION))
 
     def columns_from(self, index: Tensor) -> Tensor:
-        """The first row of each head that stands at one of ``index [n]`` in its text, or after it.
+        """Find where in the view the tokens from ``index [n]`` on begin, for each head.
 
-        ``[B, H, n]``; T where there is none. Finding many at once costs no more than one look.
+        Returns:
+            ``[B, H, n]``: the first entry whose ``index`` is at least the one asked for; T where
+            there is none. Many are found at once, by one binary search.
         """
-        # Rows that are out may stand anywhere: they count as the one before them.
+        # What is not valid may have any index; a search needs rising numbers, so that it counts as
+        # the valid token before it.
         rising = self.index.masked_fill(~self.valid, -1).cummax(-1).values.contiguous()
         wanted = index.to(rising).expand(*rising.shape[:2], -1).contiguous()
         return torch.searchsorted(rising, wanted)
 
-    def only(self, rows: Tensor) -> "LayerView":
-        """The same view, in which the rows that are not in ``rows [B, H, T]`` are out."""
-        return replace(self, valid=self.valid & rows)
+    def only(self, tokens: Tensor) -> "LayerView":
+        """Make every token invalid that is not in the mask ``tokens [B, H, T]``."""
+        return replace(self, valid=self.valid & tokens)
 
     def last_queries(self, n: int) -> Tensor:
-        """The last ``n`` queries (fewer if the step was shorter), ``[B, H, G, Q, D]``."""
+        """Return the last ``n`` queries, fewer if there are fewer, ``[B, H, G, Q, D]``."""
         if self.queries is None:
             raise TypeError("the press did not declare queries in its needs")
         return self.queries[..., -n:, :]
 
     def window_attention(self, n: int) -> Tensor:
-        """Attention that each row receives from the last ``n`` queries, ``[B, H, G, T]``.
+        """Compute the mean attention of the last ``n`` queries to each token, ``[B, H, G, T]``.
 
-        The mean over the queries that are tokens: fewer than ``n`` in a shorter text.
+        The mean is over the queries that are not padding: fewer than ``n`` in a shorter text.
         """
         queries = self.last_queries(n)
         voters = self.voters[:, -n:]  # type: ignore

@@ -99,7 +99,7 @@ def prefill(
                 decoder(**inputs)
                 trim(cache)
                 continue
-            observation.chunk = "last" if stop == n else "hold" if mode == "exact" else "settle"
+            observation.chunk = "last" if stop == n else "hold" if mode == "exact" else "compress"
             with observation:
                 decoder(**inputs)
     note_text(cache, input_ids, seen)

@@ -1,8 +1,8 @@
-"""How transformers is wired: the only package that knows.
+"""Wires presses into transformers models, by public interfaces alone.
 
-It is touched in three places: a named attention function selected on one model
-(``attention.py``), the cache-layer protocol, and the forward that first receives the cache
-(``observation.py``).
+transformers is touched in three places: an attention function registered under a name and selected
+on one model (``attention.py``), the cache-layer protocol (``cachepress.cache.layer``), and the
+forward that receives the cache (``session.py``). Importing this package changes no model.
 """
 
 from cachepress.hf.attention import attach, detach

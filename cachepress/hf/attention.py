@@ -1,4 +1,9 @@
-"""The attention function of pressed models: rows of our stores, and who looks on."""
+"""The attention function of pressed models: computes attention, then lets a layer's hook observe.
+
+It finds the layer by its key argument: the handle that the compressed layer's ``update`` returned
+in place of keys. Keys that are plain tensors go to the function that the model had before. No
+module global holds the state of a forward, so that threads and models never see each other.
+"""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -27,7 +32,7 @@ _FEW = 16
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Select our attention function on this model; it hands on all that is not our store."""
+    """Select our attention function on a model; it leaves other caches to the model's own."""
     decoder = model.get_decoder()
     current = decoder.config._attn_implementation or "eager"
     if current in _BASES:
@@ -44,7 +49,7 @@ def attach(model: PreTrainedModel) -> None:
 def detach(model: PreTrainedModel) -> None:
     """Give a model back the attention function that it had before it was pressed.
 
-    A compressed cache cannot be used with it afterwards: that raises ForeignAttentionError.
+    A compressed cache cannot be used with it afterwards: that raises ``ForeignAttentionError``.
     """
     decoder = model.get_decoder()
     base = _BASES.get(decoder.config._attn_implementation or "")
@@ -75,7 +80,11 @@ def _attention(
     base: str,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention in full on all pairs; then the layer's hook observes it, and may compress it."""
+    """Compute attention over all pairs of a layer; then its hook observes, and may compress it.
+
+    The order makes compression exact: the forward that is compressed still attends to everything,
+    and only later ones see fewer pairs. The hook acts once, for this forward only.
+    """
     function = _base_function(base, type(module))
     if not isinstance(key, RowsHandle):
         return function(module, query, key, value, attention_mask, **kwargs)
@@ -85,14 +94,14 @@ def _attention(
     hook, layer.hook = layer.hook, None
     mask, rule = layer.masks.read(attention_mask, n, module), _rule(module, query, kwargs, base)
     differentiates = hook is not None and hook.differentiates
-    own = key.fresh is None and not differentiates
-    if own and _own_attention(key.snapshot, n, mask, base, kwargs):
+    readable = key.fresh is None and not differentiates
+    if readable and _attends_itself(key.snapshot, n, mask, base, kwargs):
         held = key.snapshot.whole() if layer.reads_whole else key.snapshot
         pairs, output = None, (held.attend(query, mask, rule), None)
     else:
         pairs, bias = _pairs(key, differentiates), mask.given
         if pairs.positions is not None:
-            bias = _mask_of_rows(mask, key.snapshot, pairs, query)
+            bias = _mask_of_pairs(mask, key.snapshot, pairs, query)
         output = function(module, query, pairs.keys, pairs.values, bias, **kwargs)
     if hook is not None:
         place = hook.place._replace(rope=hook.place.rope.to(query.device))
@@ -103,29 +112,30 @@ def _attention(
 
 
 def _pairs(key: RowsHandle, differentiates: bool) -> Pairs:
-    """All pairs of a layer, those of the forward last."""
+    """Lay out all pairs of a layer, those of the forward last."""
     if key.fresh is not None:
         return Pairs(*key.fresh)
     return _with_gradient(key) if differentiates else key.snapshot.rows()
 
 
 def _with_gradient(key: RowsHandle) -> Pairs:
-    """All rows, those of the forward as the model computed them and can differentiate them."""
-    rows, n = key.snapshot.rows(), key.added[0].shape[2]
+    """Lay out all pairs, with those of the forward as the model's autograd graph has them."""
+    pairs, n = key.snapshot.rows(), key.added[0].shape[2]
     keys, values = (
         torch.cat([old[:, :, :-n].detach(), new], dim=2)
-        for old, new in zip((rows.keys, rows.values), key.added, strict=True)
+        for old, new in zip((pairs.keys, pairs.values), key.added, strict=True)
     )
-    return replace(rows, keys=keys, values=values)
+    return replace(pairs, keys=keys, values=values)
 
 
-def _own_attention(
+def _attends_itself(
     held: Snapshot, n: int, mask: TextMask, base: str, options: Mapping[str, object]
 ) -> bool:
-    """Whether the store attends itself.
+    """Tell whether the compressed layer computes attention itself, from its pages.
 
-    It does for few queries, over rows that sequences share, and in place of functions that take
-    no mask over rows.
+    It does for few queries, where laying all pairs out would cost more than attention; over pairs
+    that sequences share, which would be copied; and in place of flash attention, which takes no
+    mask over pairs.
     """
     wanted = n <= _FEW or held.shared or (held.segments and "flash" in base)
     return bool(wanted) and not mask.per_head and not options.get("output_attentions")
@@ -134,24 +144,26 @@ def _own_attention(
 def _rule(
     module: nn.Module, query: Tensor, options: Mapping[str, object], base: str
 ) -> AttentionRule:
-    """How the base function turns products into weights, which is what we must equal."""
+    """Find how the model's own function turns query-key products into attention weights."""
     scaling = cast(float | None, options.get("scaling"))
     if scaling is None:
         scaling = cast(float, getattr(module, "scaling", None) or query.shape[-1] ** -0.5)
     if base == "sdpa":
-        # It knows neither a cap nor sinks, and computes without them where a model asks for them.
+        # sdpa knows neither softcap nor sinks, and ignores them where a model passes them.
         return AttentionRule(scaling)
     softcap, sinks = options.get("softcap"), options.get("s_aux")
     return AttentionRule(scaling, cast(float | None, softcap), cast(Tensor | None, sinks))
 
 
-def _mask_of_rows(mask: TextMask, held: Snapshot, rows: Pairs, query: Tensor) -> Tensor:
-    """A mask over text columns as one over rows, added to logits: ``[B, heads, n, T]``.
+def _mask_of_pairs(mask: TextMask, held: Snapshot, pairs: Pairs, query: Tensor) -> Tensor:
+    """Turn a mask over text columns into one over pairs, added to logits: ``[B, heads, n, T]``.
 
-    Where only the tail hides rows from some query, one mask serves all heads.
+    The model makes its mask for the whole text. Each head holds only some of it, so the entry of a
+    pair is that of its text column. Pairs of earlier forwards are mostly visible to every query;
+    then only the tail is masked, and one mask serves all heads.
     """
     b, hq, n = query.shape[:3]
-    positions = rows.text_positions()  # [B, H, T]
+    positions = pairs.text_positions()  # [B, H, T]
     h, t = positions.shape[1:]
     if mask.per_head or mask.of_rows(held.start, held.text_valid) is not None:
         column = positions.clamp(min=0).long().repeat_interleave(hq // h, dim=1).unsqueeze(-2)
@@ -162,9 +174,9 @@ def _mask_of_rows(mask: TextMask, held: Snapshot, rows: Pairs, query: Tensor) ->
         bias = torch.zeros(sequences, 1, n, t, device=query.device)
         if tail is not None:
             bias[..., t - (held.seen - held.start) :] = tail.unsqueeze(1)
-    # The bias may be float32 and the query another type: what is lowest must fit into both.
+    # The bias may be float32 and the query a half type: the lowest number must fit into both.
     lowest = max(LOWEST, torch.finfo(query.dtype).min)
-    if not rows.full:
+    if not pairs.full:
         empty = (positions < 0).repeat_interleave(hq // h, dim=1).unsqueeze(-2)
         bias = bias.masked_fill(empty, lowest)
     return bias if bias.dtype == query.dtype else bias.clamp(min=lowest).to(query.dtype)
@@ -172,7 +184,7 @@ def _mask_of_rows(mask: TextMask, held: Snapshot, rows: Pairs, query: Tensor) ->
 
 @lru_cache
 def _base_function(base: str, kind: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The function that this kind of attention module called before we were selected."""
+    """Find the function that this kind of attention module would call without us."""
     names = sys.modules[kind.__module__].__dict__
     functions = names.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     function = functions.get_interface(base, names.get("eager_attention_forward"))

@@ -1,4 +1,4 @@
-"""What hooks keep of a forward, for presses that ask for more than attention's own call shows."""
+"""Captures, by module hooks, what presses need of a forward that attention itself is not given."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,10 +18,10 @@ from cachepress.view import Rotary
 
 
 class Capture:
-    """The rotary embedding, output projection and hidden states of the layers of one forward.
+    """Finds the rotary embedding, output projection and hidden states of layers in a forward.
 
     Args:
-        presses: who asks.
+        presses: the presses whose needs say what is captured.
         model: the model.
     """
 
@@ -39,7 +39,7 @@ class Capture:
         self._projections = Projections()
 
     def hook(self) -> list[RemovableHandle]:
-        """Begin to keep what the press asks for; the handles end it."""
+        """Register the module hooks that the presses need; the handles remove them."""
         hooks: list[RemovableHandle] = []
         if self._rotates:
             self._rotary_modules = rotary_modules(self._decoder)
@@ -56,7 +56,7 @@ class Capture:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Keep what the press asks for while this lasts."""
+        """Register the module hooks, and remove them at the end."""
         hooks = self.hook()
         try:
             yield
@@ -66,13 +66,13 @@ class Capture:
             self.clear()
 
     def clear(self) -> None:
-        """Forget what the forward showed."""
+        """Forget what was captured of the forward."""
         self._outputs.clear()
         self._hidden.clear()
         self._projections.end_forward()
 
     def rotary(self, call: AttentionCall) -> Rotary:
-        """The position embedding of a layer, proven on the keys of the forward."""
+        """Find the position embedding of a layer, proven on the keys of the forward."""
         outputs, query = list(self._outputs.get(call.module, {}).values()), call.query
         assert call.key is not None and call.key.snapshot.tail is not None
         new_keys = call.key.snapshot.tail.keys[:, :, -query.shape[2] :]
@@ -88,7 +88,7 @@ class Capture:
         return found
 
     def projection(self, call: AttentionCall) -> Tensor:
-        """The output projection ``[H, G, E, M]`` of a layer."""
+        """Find the output projection ``[H, G, E, M]`` of a layer."""
         done = list(self._outputs.get(call.module, {}))
         found = self._projections.find(call.module, done, call.pairs.keys.shape[1], call.output)
         if found is None:
@@ -100,7 +100,7 @@ class Capture:
         return found
 
     def hidden(self, call: AttentionCall) -> Tensor | None:
-        """The hidden states ``[B, n, M]`` that attention read, where the press asks for them."""
+        """Return the hidden states ``[B, n, M]`` that attention was given, if presses need them."""
         if not self._reads_hidden:
             return None
         hidden = self._hidden.pop(call.module, None)

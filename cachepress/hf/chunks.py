@@ -1,4 +1,7 @@
-"""The token ids with which a model is asked to repeat its context, chunk by chunk."""
+"""Makes the token ids that let a model repeat its context, chunk by chunk.
+
+Running them through the model is in ``cachepress.hf.reconstruction``.
+"""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -19,7 +22,7 @@ _LEAD = 8
 class Chunk(NamedTuple):
     """A part ``[start, stop)`` of a sequence, and the token ids ``[1, n]`` that repeat it.
 
-    Of the sequence the first ``opening`` tokens are not repeated.
+    The first ``opening`` tokens of the sequence are not repeated.
     """
 
     start: int
@@ -34,7 +37,7 @@ def chunks(
     tokenizer: PreTrainedTokenizerBase | None,
     opening: int = 0,
 ) -> Iterator[Chunk]:
-    """The chunks of one sequence ``[1, T]`` of token ids, after its first ``opening`` tokens."""
+    """Divide one sequence ``[1, T]`` of token ids into chunks, after its ``opening`` tokens."""
     first = later = after = ids[:, :0]
     if reconstruction.speaks and tokenizer is not None:
         after = encode(tokenizer, template(tokenizer, False)[1], special=False).to(ids)
@@ -51,11 +54,11 @@ def chunks(
 
 
 def opening_of(ids: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """How many of the first tokens of a text ``[1, T]`` the chat template put before the context.
+    """Count the tokens of a text ``[1, T]`` that the chat template put before the context.
 
-    A system prompt that the template writes by itself is among them. None where the text was made
-    without the template. The last of these tokens may be another one than in the template alone,
-    because it goes on into the context.
+    A system prompt that the template adds by itself is among them. 0 where the text was made
+    without the template. The last of these tokens may differ from that of the template alone,
+    because a token may span its end and the beginning of the context.
     """
     if tokenizer is None or not tokenizer.chat_template:
         return 0
@@ -68,7 +71,7 @@ def opening_of(ids: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> int:
 
 
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies where a model came from.
+    """Load the tokenizer that was saved with a model.
 
     Raises:
         CachepressError: if there is none.
@@ -78,8 +81,8 @@ def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
         return _load_tokenizer(name)
     except (OSError, ValueError) as error:
         raise CachepressError(
-            f"a replay asks the model in words, and there is no tokenizer at {name!r}: give "
-            "press(model, tokenizer=tokenizer), or use the pipeline"
+            f"context reconstruction asks the model in words, and {name!r} has no tokenizer: "
+            "give press(model, tokenizer=tokenizer), or use the pipeline"
         ) from error
 
 

@@ -1,4 +1,7 @@
-"""Which kind of cache ``generate`` makes: while a model is pressed, one that can be compressed."""
+"""Lets ``generate`` make a cache that can be compressed while a model is pressed.
+
+A model's generation config may name another kind of cache (``cache_implementation``).
+"""
 
 from threading import Lock
 from weakref import WeakKeyDictionary
@@ -7,12 +10,12 @@ from transformers import PreTrainedModel
 
 _LOCK = Lock()
 _SAID: WeakKeyDictionary[PreTrainedModel, tuple[str, int]] = WeakKeyDictionary()
-"""What the generation configs of pressed models say of the kind of cache, and how often they are
-pressed."""
+"""The kind of cache that the generation config of each pressed model names, and how many presses
+are on the model: several may be, in several threads, and the last one restores the config."""
 
 
 def set_kind_aside(model: PreTrainedModel) -> bool:
-    """Let a model's ``generate`` make an ordinary cache, or take one, whatever its own config says.
+    """Let a model's ``generate`` make or take a ``DynamicCache``, whatever its config names.
 
     Returns:
         Whether ``bring_kind_back`` has to follow.
@@ -28,7 +31,7 @@ def set_kind_aside(model: PreTrainedModel) -> bool:
 
 
 def bring_kind_back(model: PreTrainedModel) -> None:
-    """Undo one ``set_kind_aside``; the last one gives the config back what it said."""
+    """Undo one ``set_kind_aside``; the last one restores the generation config."""
     with _LOCK:
         said, pressed = _SAID.pop(model)
         if pressed > 1:

@@ -1,4 +1,9 @@
-"""Finding a layer's output projection, and proving that it takes what attention gave."""
+"""Finds a layer's output projection, and proves that its input is the output of attention.
+
+Models give the projection various names and may put a gate or a norm before it. Instead of trusting
+a name, the projection is the submodule that could take attention's output and has not run yet, and
+it is proven when it runs.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -7,11 +12,12 @@ from cachepress.errors import UnsupportedError
 
 
 class Projections:
-    """The output projections of the attention modules of one model.
+    """Finds the output projections of the attention modules of one model.
 
-    A layer is settled before its output projection runs, so the projection is the one submodule
-    with fitting weights that has not run yet. When it does run, its input must be what attention
-    gave; a layer that gates or norms it in between is refused.
+    A layer is compressed right after attention, before its output projection runs: so the
+    projection is the one submodule with fitting weights that has not run yet in this forward. When
+    it does run, its input must be attention's output, bit for bit; a layer with a gate or a norm in
+    between is refused.
     """
 
     def __init__(self) -> None:
@@ -21,26 +27,26 @@ class Projections:
     def find(
         self, attention: nn.Module, done: list[nn.Module], heads: int, output: Tensor
     ) -> Tensor | None:
-        """The projection ``[H, G, E, M]``, or None if there is no single fitting submodule.
+        """Find the projection ``[H, G, E, M]``; None if there is no single fitting submodule.
 
         Args:
             attention: the attention module.
-            done: its submodules that ran already.
-            heads: KV heads.
-            output: ``[B, n, H * G, E]`` what attention gave.
+            done: its submodules that ran already in this forward.
+            heads: number of KV heads.
+            output: ``[B, n, H * G, E]`` as attention computed it.
         """
         width, e = output.shape[-2] * output.shape[-1], output.shape[-1]
-        left = [m for m in attention.children() if m not in done and _takes(m, width)]
-        if len(left) != 1:
+        fitting = [m for m in attention.children() if m not in done and _takes(m, width)]
+        if len(fitting) != 1:
             return None
-        module = left[0]
+        module = fitting[0]
         self._expected[module] = output.detach().flatten(-2)
         if module not in self._weights:
             self._weights[module] = _matrix(module, width, output)
         return self._weights[module].view(heads, -1, e, self._weights[module].shape[-1])
 
     def verify(self, module: nn.Module, args: tuple[object, ...]) -> None:
-        """Raise unless a projection gets what attention gave."""
+        """Raise UnsupportedError unless a projection's input is the output of attention."""
         expected = self._expected.pop(module, None)
         if expected is None:
             return
@@ -57,7 +63,7 @@ class Projections:
         )
 
     def end_forward(self) -> None:
-        """Forget what was expected."""
+        """Forget the inputs that were expected in the forward."""
         self._expected.clear()
 
 
@@ -71,7 +77,10 @@ def _takes(module: nn.Module, width: int) -> bool:
 
 
 def _matrix(module: nn.Module, width: int, like: Tensor) -> Tensor:
-    """The module as a matrix ``[width, M]``, read off what it does to unit vectors."""
+    """Compute the matrix ``[width, M]`` of a linear module from its outputs for unit vectors.
+
+    That is right for quantized and adapted weights too, whatever their layout.
+    """
     with torch.no_grad():
         units = torch.eye(width, dtype=like.dtype, device=like.device)
         nothing = torch.zeros(1, width, dtype=like.dtype, device=like.device)

@@ -1,4 +1,9 @@
-"""Lets a model repeat what it read, and shows a press which rows each layer read for that."""
+"""Lets a model repeat its context, and gives a press what each layer attended to for that (KVzip).
+
+After a prompt was read, the model is asked to repeat it, in chunks, behind a fork of the cache that
+still holds every pair. What the press computes from these forwards is the hidden feature that it
+scores pairs by. The forwards themselves are never compressed.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +21,7 @@ from cachepress.call import AttentionCall, Place
 from cachepress.errors import CachepressError
 from cachepress.hf.capture import Capture
 from cachepress.hf.chunks import Chunk, chunks, opening_of
-from cachepress.hf.wiring import attention_modules, cache_argument, install_stores, last_layer
+from cachepress.hf.wiring import attention_modules, cache_argument, install_layers, last_layer
 from cachepress.ops import wide, wide_dtype
 from cachepress.press import BasePress
 from cachepress.query_stats import QueryStats
@@ -27,7 +32,7 @@ _MOST = torch.finfo(torch.float32).max
 
 
 class Waiting(NamedTuple):
-    """A layer that is to be compressed, and what its press will see of it."""
+    """A layer that is to be compressed, and what its press will be given of it."""
 
     press: BasePress
     layer: CompressedLayer
@@ -36,11 +41,11 @@ class Waiting(NamedTuple):
 
 
 class _Text(NamedTuple):
-    """What one sequence read.
+    """The text of one sequence that is repeated, and where it is in the cache.
 
     Attributes:
-        columns: the tokens' columns among the last ``n`` of the text.
-        n: columns that were read, padding included.
+        columns: where its tokens are among the last ``n`` text columns.
+        n: text columns of the prompt, padding included.
         valid: ``[1, S]`` bool, which text columns are tokens; None when all are.
     """
 
@@ -49,7 +54,7 @@ class _Text(NamedTuple):
     valid: Tensor | None
 
     def valid_after(self, repeated: int) -> Tensor | None:
-        """Which text columns are tokens when so many of a replay came behind them."""
+        """Tell which text columns are tokens when ``repeated`` tokens have followed them."""
         return None if self.valid is None else F.pad(self.valid, (0, repeated), value=True)
 
 
@@ -58,17 +63,17 @@ class _Hook:
     """Observes one layer of a forward that repeats a chunk.
 
     Attributes:
-        press: the press that asks for it.
-        place: where the layer is.
-        features: what the model's hooks keep of that forward.
-        text: what was read.
-        sinks: rows of the table that stand for the beginning of the text.
-        chunk: the chunk's rows, counted back from the first row of the replay.
-        repeated: tokens of the replay that came in forwards before.
-        before: what the press made of these.
+        press: the press that declared the reconstruction.
+        place: where in the model and in the text the layer is.
+        features: captures what the press needs of the forward besides the call.
+        text: the text that is repeated.
+        sinks: where the pairs of the beginning of the text are.
+        chunk: where the chunk is, counted back from the first token that repeats it.
+        repeated: tokens that repeated chunks in forwards before.
+        before: what the press computed of these.
         last: whether no chunk follows.
-        view: what was seen.
-        found: what the press made of it; with gradients, when those are known.
+        view: what the press is given, where it waits for gradients.
+        found: what the press computed of it, where it does not.
         module: the attention module.
     """
 
@@ -87,15 +92,15 @@ class _Hook:
 
     @property
     def differentiates(self) -> bool:
-        """Whether gradients must flow through the rows of the forward."""
-        return self._replay.gradient
+        """Whether gradients must flow through the keys and values of the forward."""
+        return self._reconstruction.gradient
 
     def observe(self, call: AttentionCall) -> None:
-        """Look at the pairs and queries of a layer."""
-        query, weighs = call.query, self._replay.weighs
+        """Give the press the pairs and queries of a layer."""
+        query, weighs = call.query, self._reconstruction.weighs
         h, n = call.pairs.keys.shape[1], query.shape[2]
         keys, values, valid, chunk = (
-            self._whole(call, n) if self._replay.whole else self._part(call, n)
+            self._whole(call, n) if self._reconstruction.whole else self._part(call, n)
         )
         view = ReconstructionView(
             queries=query.detach().view(1, h, -1, n, query.shape[-1]),
@@ -110,47 +115,51 @@ class _Hook:
             last=self.last,
         )
         self.module = call.module
-        if self._replay.gradient:
+        if self._reconstruction.gradient:
             self.view = view
         else:
-            # At once, so that the rows of one layer only are held.
+            # At once, so that copies of one layer's pairs only are held.
             self.found = self.press.reconstructed(view)
 
     @property
-    def _replay(self) -> Reconstruction:
+    def _reconstruction(self) -> Reconstruction:
         reconstruction = self.press.needs.reconstruction
         assert reconstruction is not None
         return reconstruction
 
     def _part(self, call: AttentionCall, n: int) -> tuple[Tensor, Tensor, Tensor, slice]:
-        """Keys, values and validity of the sinks, the chunk and the replay; where the chunk is."""
-        rows, t = call.pairs, call.pairs.keys.shape[2]
+        """Pick keys, values and validity of the sinks, the chunk and the tokens that repeat it.
+
+        The slice says where the chunk is among them. Nothing was evicted of the chunk yet, so that
+        its pairs stand at the same place in every head.
+        """
+        pairs, t = call.pairs, call.pairs.keys.shape[2]
         own = torch.arange(t - n, t, device=call.query.device)
         index = torch.cat([self.sinks.to(own), self.chunk.to(own) + t - n, own])
-        keys, values = (x[:, :, index].detach() for x in (rows.keys, rows.values))
+        keys, values = (x[:, :, index].detach() for x in (pairs.keys, pairs.values))
         chunk = slice(len(self.sinks), len(self.sinks) + len(self.chunk))
-        return keys, values, rows.text_positions()[:, :, index] >= 0, chunk
+        return keys, values, pairs.text_positions()[:, :, index] >= 0, chunk
 
     def _whole(self, call: AttentionCall, n: int) -> tuple[Tensor, Tensor, Tensor, slice]:
-        """Those of all rows; where the text is."""
-        rows, positions = call.pairs, call.pairs.text_positions()
+        """Give keys, values and validity of all pairs; the slice says where the text is."""
+        pairs, positions = call.pairs, call.pairs.text_positions()
         valid, text = positions >= 0, self.text.valid_after(self.repeated + n)
         if text is not None:
             column = positions.clamp(min=0).long().flatten(1)
             valid = valid & text.gather(1, column).view_as(valid)
         stop = positions.shape[-1] - n - self.repeated
         chunk = slice(stop - self.text.n, stop)
-        return rows.keys.detach(), rows.values.detach(), valid, chunk
+        return pairs.keys.detach(), pairs.values.detach(), valid, chunk
 
 
 class Reconstructor:
-    """Notes what a model reads, and lets it repeat that.
+    """Records the prompt that a model reads, and lets it repeat that.
 
     Args:
-        press: who asks.
+        press: the press that declared the reconstruction.
         model: the model.
         tokenizer: its tokenizer, if the press asks in words.
-        capture: what hooks keep of a forward.
+        capture: captures what the press needs of a forward.
     """
 
     def __init__(
@@ -167,89 +176,89 @@ class Reconstructor:
         self._layers: list[Waiting] = []
 
     def read(self, cache: Cache, ids: object) -> None:
-        """Note what a forward reads, and into which cache."""
+        """Record the token ids that a forward reads, and into which cache."""
         if not isinstance(ids, Tensor):
             raise CachepressError(
-                f"{self._press!r} replays the prompt as token ids: give input_ids, not embeddings"
+                f"{self._press!r} lets the model repeat its prompt: give input_ids, not embeddings"
             )
         self._cache = cache
         self._ids.append(ids)
 
     def wait(self, layer: Waiting) -> None:
-        """Let a layer wait until the forward is done."""
+        """Let a layer wait to be compressed until the forward is done."""
         needs = layer.press.needs
         call = layer.call.when_over(needs.rotates, needs.projection)
         self._layers.append(layer._replace(call=call))
 
     def clear(self, ids: bool) -> None:
-        """Forget the forward; with ``ids``, what was read as well."""
+        """Forget the forward; with ``ids``, the token ids as well."""
         self._layers.clear()
         self._cache = None
         if ids:
             self._ids.clear()
 
     def repeat(self) -> list[Waiting]:
-        """Let the model repeat what it read; the layers that wait, with what that showed."""
+        """Let the model repeat its context; return the waiting layers with their hidden feature."""
         if not self._layers:
             return []
         layers, cache, ids = self._layers, self._cache, torch.cat(self._ids, dim=1)
         reconstruction, valid = layers[0].press.needs.reconstruction, layers[0].call.text_valid
         assert reconstruction is not None and cache is not None
         b, n = ids.shape
-        notes = [
+        features = [
             layer.call.query.new_zeros(
                 b, layer.layer.lengths.shape[1], n, dtype=wide_dtype(layer.call.query)
             )
             for layer in layers
         ]
-        for row in range(b):
+        for i in range(b):
             branch = fork(cache)
             if b > 1:
-                only = torch.tensor([row], device=ids.device)
+                only = torch.tensor([i], device=ids.device)
                 branch.reorder_cache(cast(torch.LongTensor, only))
             columns = torch.arange(n, device=ids.device)
             if valid is not None:
-                columns = valid[row, -n:].nonzero()[:, 0]
+                columns = valid[i, -n:].nonzero()[:, 0]
             if len(columns):
-                text = _Text(columns, n, None if valid is None else valid[row : row + 1])
-                own = ids[row : row + 1, columns]
-                self._repeat_one(branch, own, text, [note[row] for note in notes])
-        for layer, note in zip(layers, notes, strict=True):
-            layer.query_stats.set_hidden_feature(note)
+                text = _Text(columns, n, None if valid is None else valid[i : i + 1])
+                own = ids[i : i + 1, columns]
+                self._repeat_one(branch, own, text, [feature[i] for feature in features])
+        for layer, feature in zip(layers, features, strict=True):
+            layer.query_stats.set_hidden_feature(feature)
         return [
             layer._replace(call=replace(layer.call, read=layer.layer.snapshot.rows()))
             for layer in layers
         ]
 
-    def _repeat_one(self, branch: Cache, ids: Tensor, text: _Text, notes: list[Tensor]) -> None:
-        """Let the model repeat one sequence ``ids [1, T]``, and note ``[H, n]`` in each layer."""
+    def _repeat_one(self, branch: Cache, ids: Tensor, text: _Text, features: list[Tensor]) -> None:
+        """Let the model repeat one sequence ``ids [1, T]``; fill each layer's ``[H, n]``."""
         press = self._layers[0].press
         reconstruction = press.needs.reconstruction
         assert reconstruction is not None
         opening = 0
         if reconstruction.speaks and branch.get_seq_length() == text.n:
             opening = opening_of(ids, self._tokenizer)
-        for note in notes:
-            # Every question comes after the template's tokens, which no repetition asks for.
-            note[:, text.columns[:opening]] = float("inf")
+        for feature in features:
+            # Every question comes after the template's tokens, which nobody asks to be repeated.
+            feature[:, text.columns[:opening]] = float("inf")
         repeated = 0
-        before: Sequence[Tensor | None] = [None] * len(notes)
+        before: Sequence[Tensor | None] = [None] * len(features)
         whole = fork(branch) if reconstruction.whole else None
         for chunk in chunks(reconstruction, ids, self._tokenizer, opening):
             cache = fork(branch) if whole is None else whole
-            found = self._repeated(press, cache, chunk, text, before, repeated)
+            found = self._repeat_chunk(press, cache, chunk, text, before, repeated)
             if reconstruction.whole:
                 repeated, before = repeated + chunk.ids.shape[1], found
                 continue
-            for note, one in zip(notes, found, strict=True):
+            for feature, one in zip(features, found, strict=True):
                 # Infinity stands for the template's tokens alone.
-                note[:, text.columns[chunk.start : chunk.stop]] = one.clamp(max=_MOST)
+                feature[:, text.columns[chunk.start : chunk.stop]] = one.clamp(max=_MOST)
         if reconstruction.whole:
-            for note, one in zip(notes, before, strict=True):
+            for feature, one in zip(features, before, strict=True):
                 assert one is not None
-                note[:] = one
+                feature[:] = one
 
-    def _repeated(
+    def _repeat_chunk(
         self,
         press: BasePress,
         cache: Cache,
@@ -258,15 +267,15 @@ class Reconstructor:
         before: Sequence[Tensor | None],
         repeated: int,
     ) -> list[Tensor]:
-        """What a press makes of one forward that repeats a chunk behind a cache of one sequence.
+        """Run a forward that repeats a chunk, and return what the press computes of each layer.
 
         Args:
-            press: who looks.
-            cache: the cache, which is continued.
-            chunk: what is repeated.
-            text: what was read.
-            before: what the press made of chunks before that this one goes on from, by layer.
-            repeated: tokens of these.
+            press: the press that declared the reconstruction.
+            cache: a cache of one sequence, which is continued.
+            chunk: the chunk, and the token ids that repeat it.
+            text: the text that it is a part of.
+            before: what the press computed of chunks before that this one goes on from, by layer.
+            repeated: number of tokens that repeated these.
         """
         self._capture.clear()
         reconstruction = press.needs.reconstruction
@@ -276,6 +285,7 @@ class Reconstructor:
         n_sink = max(reconstruction.n_sink, chunk.opening)
         sinks = text.columns[: min(n_sink, chunk.start)] + seen
         if seen:
+            # Of an earlier prompt each head holds what it kept: its first pairs are the sinks.
             sinks = torch.arange(reconstruction.n_sink, device=device)
         own = text.columns[chunk.start : chunk.stop] - text.n
         last = chunk.stop == len(text.columns)
@@ -283,33 +293,37 @@ class Reconstructor:
         start, valid = cache.get_seq_length(), text.valid_after(repeated + length)
         if text.valid is not None and valid is not None:
             start = int(text.valid.sum()) + repeated
+        # Of a padded text positions go on from its last token, and not from its last column.
         rope = torch.arange(start, start + length, device=device)[None]
         if valid is not None:
             inputs |= {"attention_mask": valid.long(), "position_ids": rope}
-        looks, layers = [], install_stores(cache, self._model)
+        hooks, layers = [], install_layers(cache, self._model)
         for depth, ((index, layer), made) in enumerate(zip(layers.items(), before, strict=True)):
             place = Place(index, depth, len(layers), rope)
-            look = _Hook(press, place, self._capture, text, sinks, own, repeated, made, last)
-            layer.hook, layer.reads_whole = look, True
-            looks.append(look)
+            hook = _Hook(press, place, self._capture, text, sinks, own, repeated, made, last)
+            layer.hook, layer.reads_whole = hook, True
+            hooks.append(hook)
         if reconstruction.gradient:
-            views = self._differentiated(inputs, looks)
+            views = self._differentiated(inputs, hooks)
             return [press.reconstructed(view) for view in views]
         self._decoder(**inputs)
-        return [look.found for look in looks]
+        return [hook.found for hook in hooks]
 
     def _differentiated(
-        self, inputs: dict[str, object], looks: list[_Hook]
+        self, inputs: dict[str, object], hooks: list[_Hook]
     ) -> list[ReconstructionView]:
-        """A forward that repeats, and the gradient of its last hidden states."""
+        """Run a forward that repeats a chunk, and add gradient norms to what the hooks observed.
+
+        Differentiated is the sum of squares of the last hidden states, by the attention outputs.
+        """
         added: dict[nn.Module, Tensor] = {}
         last: list[Tensor] = []
-        hooks = [
+        handles = [
             module.register_forward_hook(lambda m, _, out: added.__setitem__(m, _first(out)))
             for module in attention_modules(self._decoder)
         ]
         layer = last_layer(self._decoder)
-        hooks.append(layer.register_forward_hook(lambda m, _, out: last.append(_first(out))))
+        handles.append(layer.register_forward_hook(lambda m, _, out: last.append(_first(out))))
         weights = [p for p in self._model.parameters() if p.requires_grad]
         try:
             for weight in weights:
@@ -318,17 +332,17 @@ class Reconstructor:
                 ids = cast(Tensor, inputs.pop("input_ids"))
                 embeds = self._decoder.get_input_embeddings()(ids.clone())
                 self._decoder(**inputs, inputs_embeds=embeds.detach().requires_grad_())
-                outputs = [added[look.module] for look in looks]
+                outputs = [added[hook.module] for hook in hooks]
                 gradients = torch.autograd.grad(wide(last[0]).square().sum(), outputs)
         finally:
             for weight in weights:
                 weight.requires_grad_(True)
-            for hook in hooks:
-                hook.remove()
+            for handle in handles:
+                handle.remove()
         norms = [wide(gradient).norm(dim=-1) for gradient in gradients]
-        return [replace(look.view, gradient=x) for look, x in zip(looks, norms, strict=True)]
+        return [replace(hook.view, gradient=x) for hook, x in zip(hooks, norms, strict=True)]
 
 
 def _first(output: object) -> Tensor:
-    """The tensor that a module answers, alone or as the first of several."""
+    """Return the tensor that a module computes, alone or as the first of several."""
     return output[0] if isinstance(output, tuple) else output  # type: ignore

@@ -1,4 +1,9 @@
-"""``with press(model)``: the forwards of a model are watched, and its layers settled."""
+"""``with press(model)``: observes the forwards of a model, and compresses its layers.
+
+A session decides, by the press's schedule, in which forwards layers are observed and compressed,
+and sets a hook on each cache layer that does it. How the attention function reaches that hook is in
+``cachepress.hf.attention``; how a layer is compressed is in ``cachepress.engine``.
+"""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -30,7 +35,7 @@ from cachepress.hf.wiring import (
     cache_argument,
     check_model,
     compressed_layers,
-    install_stores,
+    install_layers,
 )
 from cachepress.measure import Stopwatch
 from cachepress.press import BasePress
@@ -46,14 +51,14 @@ _ACTIVE: list["PressSession"] = []
 
 @dataclass(frozen=True)
 class _Hook:
-    """Observes a layer in one forward of a pressed model, and has it compressed if it is due.
+    """Observes a layer in one forward of a pressed model, and compresses it if it is due.
 
     Attributes:
-        session: whose forward it is.
+        session: the session that the forward belongs to.
         press: the press that acts in it.
         place: where in the model and in the text the layer is.
         step: the forward, as a schedule sees it.
-        due: whether the layer is compressed.
+        due: whether the layer is compressed after it.
     """
 
     session: "PressSession"
@@ -66,11 +71,11 @@ class _Hook:
 
     @property
     def features(self) -> Capture:
-        """What the model's hooks keep of the forward."""
+        """Captures what the press needs of the forward besides the call."""
         return self.session.capture
 
     def observe(self, call: AttentionCall) -> None:
-        """Add the call to the query statistics, and compress the layer if it is due."""
+        """Add the call to the layer's query statistics, and compress the layer if it is due."""
         with self.session.stopwatch:
             self._observe(call)
 
@@ -87,7 +92,7 @@ class _Hook:
             self.session.compress(Waiting(self.press, layer, call, query_stats), self.step)
 
     def _query_stats(self, layer: CompressedLayer, needs: Needs) -> QueryStats:
-        """The statistics so far; a gap in what was observed makes them void."""
+        """Return the layer's statistics so far, or new ones where a forward was not observed."""
         stats, step = layer.query_stats, self.step
         if stats is None or stats.needs != needs or stats.end != step.seen:
             stats = QueryStats(needs, step.seen)
@@ -96,23 +101,24 @@ class _Hook:
 
 
 class PressSession:
-    """``with press(model)``: the model's caches are settled by the press until exit.
+    """The context manager of ``with press(model)``: compresses the model's caches until exit.
 
     Args:
         press: the press.
         model: a transformers decoder model.
-        turns: "all" to settle after every forward of several tokens, "first" after the first only.
+        turns: "all" compresses after every forward of several tokens, "first" only after the first
+            of a text.
         storage: "full", "int8", "int4", "int2", or a Codec.
-        question: tokens at the end of the prompt that are the question, one number or one for each
-            sequence; for presses that ask for it.
-        tokenizer: the model's tokenizer, for presses that reconstruct the context; None for the one
-            that lies where the model came from.
+        question: number of tokens at the end of the prompt that are the question, one number or
+            one for each sequence; for presses that need it.
+        tokenizer: the model's tokenizer, for presses that reconstruct the context; None to load the
+            one that was saved with the model.
         stopwatch: runs while layers are observed and compressed.
 
     Attributes:
-        chunk: for forwards that are chunks of one prompt, "hold" if the layers wait for the last
-            one, "settle" if they are settled after each, and "last" for the last one.
-        capture: what hooks keep of a forward.
+        chunk: for forwards that are chunks of one prompt: "hold" if layers are compressed only
+            after the last one, "compress" if after each, "last" for the last one; else None.
+        capture: captures what the press needs of a forward.
 
     Raises:
         UnsupportedError: if the model cannot be compressed.
@@ -143,9 +149,9 @@ class PressSession:
             tokenizer = tokenizer_of(model)
         self.chunk: str | None = None
         self.capture = Capture([press], model)
-        self._repeater = Reconstructor(press, model, tokenizer, self.capture)
+        self._reconstructor = Reconstructor(press, model, tokenizer, self.capture)
         self._pending: dict[BasePress, list[Pending]] = {}
-        self._stores: list[CompressedLayer] = []
+        self._layers: list[CompressedLayer] = []
         self._read: Cache | None = None
         self._covered = {m for m in model.modules() if isinstance(m, PreTrainedModel)}
         self._hooks: list[RemovableHandle] = []
@@ -168,7 +174,7 @@ class PressSession:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        query_stats: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         _ACTIVE.remove(self)
         for hook in self._hooks:
@@ -179,7 +185,7 @@ class PressSession:
         self._end_forward()
 
     def question_of(self, batch: Tensor) -> Tensor | None:
-        """Tokens of the question of each sequence, ``[B]``; None where nothing was said."""
+        """Return the number of question tokens of each sequence, ``[B]``; None if not given."""
         if self._question is None:
             return None
         b = batch.shape[0]
@@ -190,9 +196,9 @@ class PressSession:
         return torch.tensor(self._question, device=batch.device).expand(b)
 
     def compress(self, layer: Waiting, step: Step) -> None:
-        """Settle a layer, or let it wait for a replay."""
+        """Compress a layer, or let it wait until the model reconstructed its context."""
         if layer.press.needs.reconstruction is not None and step.prompt:
-            self._repeater.wait(layer)
+            self._reconstructor.wait(layer)
         else:
             self._compress(layer)
 
@@ -205,6 +211,7 @@ class PressSession:
     def _before(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]] | None:
+        # Of nested sessions the innermost one acts; of nested modules only the outermost forward.
         later = _ACTIVE[_ACTIVE.index(self) + 1 :]
         if self._depth or any(module in other._covered for other in later):
             self._depth += 1
@@ -223,7 +230,7 @@ class PressSession:
         return (args, {**_without_cache(kwargs), **added}) if added else None
 
     def _begin_forward(self, cache: Cache, given: Mapping[str, object]) -> None:
-        stores = install_stores(cache, self._model)
+        layers = install_layers(cache, self._model)
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if not isinstance(tokens, Tensor):
@@ -231,7 +238,7 @@ class PressSession:
         b, n = tokens.shape[:2]
         self.question_of(tokens)
         seen = cache.get_seq_length()
-        since = seen + n - next(iter(stores.values())).scored_at
+        since = seen + n - next(iter(layers.values())).scored_at
         prompt = n > 1 or self.chunk is not None
         later = prompt and self.chunk is None and seen > 0 and self._turns == "first"
         step = Step(seen, n, since, prompt, later)
@@ -240,35 +247,36 @@ class PressSession:
         self._skipped = n if step.prompt and not due else 0
         self._read = cache if step.prompt else None
         if press.needs.reconstruction is not None and step.prompt:
-            self._repeater.read(cache, given.get("input_ids"))
-        self._prepare(stores)
+            self._reconstructor.read(cache, given.get("input_ids"))
+        self._prepare(layers)
         ids = given.get("input_ids")
         if step.prompt and self.chunk is None and isinstance(ids, Tensor):
             note_text(cache, ids, seen)
-        if not due and not (press.needs.observes and self._watches(step)):
+        if not due and not (press.needs.observes and self._observes(step)):
             return
         rope = given.get("position_ids")
         if not isinstance(rope, Tensor):
             rope = torch.arange(seen, seen + n, device=tokens.device).unsqueeze(0)
+        # In image-text models a token has several positions; the first one rises with the text.
         rope = rope.reshape(-1, *rope.shape[-2:])[0].expand(b, n)
-        for depth, (layer, store) in enumerate(stores.items()):
-            place = Place(layer, depth, len(stores), rope, self.question_of(tokens))
-            store.hook = _Hook(self, press, place, step, due)
+        for depth, (index, layer) in enumerate(layers.items()):
+            place = Place(index, depth, len(layers), rope, self.question_of(tokens))
+            layer.hook = _Hook(self, press, place, step, due)
 
-    def _prepare(self, stores: Mapping[int, CompressedLayer]) -> None:
-        """Tell stores how rows are kept and read."""
-        self._stores = list(stores.values())
-        instruct(self._stores, self._press, self._codec)
+    def _prepare(self, layers: Mapping[int, CompressedLayer]) -> None:
+        """Tell the layers of a forward how pairs are stored and read."""
+        self._layers = list(layers.values())
+        instruct(self._layers, self._press, self._codec)
         if self.chunk is not None:
-            for store in self._stores:
-                store.reads_whole = True
-        if self.chunk == "settle" and self._codec is not None:
-            for store in self._stores:
-                # Rows that are settled chunk by chunk would be quantized again and again.
-                store.codec = None
+            for layer in self._layers:
+                layer.reads_whole = True
+        if self.chunk == "compress" and self._codec is not None:
+            for layer in self._layers:
+                # Pairs that are compressed chunk by chunk would be quantized again and again.
+                layer.codec = None
 
-    def _watches(self, step: Step) -> bool:
-        """Whether a forward that settles nothing has to be noted for one that will."""
+    def _observes(self, step: Step) -> bool:
+        """Tell whether a forward that compresses nothing is observed for a later one that does."""
         return self.chunk == "hold" or (self._press.schedule.decodes and not step.prompt)
 
     def _after(self, module: nn.Module, args: object, output: object) -> None:
@@ -277,36 +285,37 @@ class PressSession:
             return
         if output is not None:
             with torch.inference_mode(False), torch.no_grad(), self.stopwatch:
-                for store in self._stores:
-                    store.mark_skipped(self._skipped, self._press.schedule.bounded)
-                for layer in self._repeat():
-                    self._compress(layer)
+                for layer in self._layers:
+                    layer.mark_skipped(self._skipped, self._press.schedule.bounded)
+                for waiting in self._reconstruct():
+                    self._compress(waiting)
                 for press, layers in self._pending.items():
                     compress_together(press, layers)
                 if self._read is not None:
                     trim(self._read)
         self._end_forward()
 
-    def _repeat(self) -> list[Waiting]:
-        """The layers that wait for a replay, after it; its forwards are not for the press."""
+    def _reconstruct(self) -> list[Waiting]:
+        """Reconstruct the context for the layers that wait for it, and return them."""
+        # The forwards that repeat the context are not for the press: they count as inner ones.
         self._depth += 1
         try:
-            return self._repeater.repeat()
+            return self._reconstructor.repeat()
         finally:
             self._depth -= 1
 
     def _end_forward(self) -> None:
         self.capture.clear()
         self._pending.clear()
-        self._repeater.clear(ids=self.chunk != "hold")
-        for store in self._stores:
-            store.hook, store.reads_whole = None, False
-        self._stores.clear()
+        self._reconstructor.clear(ids=self.chunk != "hold")
+        for layer in self._layers:
+            layer.hook, layer.reads_whole = None, False
+        self._layers.clear()
         self._read = None
 
 
 def prepared(press: "BasePress", model: PreTrainedModel) -> "BasePress":
-    """A press made ready for a model.
+    """Make a press ready for a model.
 
     Raises:
         CachepressError: if the model cannot be compressed, or not by this press.
@@ -317,30 +326,30 @@ def prepared(press: "BasePress", model: PreTrainedModel) -> "BasePress":
     return press
 
 
-def instruct(stores: Sequence[CompressedLayer], press: "BasePress", codec: Codec | None) -> None:
-    """Tell the stores of a cache how rows are kept and read under a press, where it says so."""
-    for depth, store in enumerate(stores):
+def instruct(layers: Sequence[CompressedLayer], press: "BasePress", codec: Codec | None) -> None:
+    """Set the codec and the page budget that a press declares on the layers of a cache."""
+    for depth, layer in enumerate(layers):
         pages = press.needs.pages_read(depth)
-        store.codec = store.codec if codec is None else codec
-        store.page_budget = store.page_budget if pages is None else pages
+        layer.codec = layer.codec if codec is None else codec
+        layer.page_budget = layer.page_budget if pages is None else pages
 
 
 def codec_of(press: "BasePress", storage: str | Codec) -> Codec | None:
-    """How rows are stored under a press, and with what the call said.
+    """Return the codec of kept pairs, which either the press declares or the call gives.
 
     Raises:
-        CachepressError: if both the press and the call say something.
+        CachepressError: if both do.
     """
     given, own = Codec.of(storage), press.needs.storage
     if given is not None and own is not None:
         raise CachepressError(
-            f"{press!r} says how rows are stored: got storage={storage!r} besides, leave it out"
+            f"{press!r} says how pairs are stored: got storage={storage!r} besides, leave it out"
         )
     return own if given is None else given
 
 
 def _question(press: "BasePress", question: int | Sequence[int] | None) -> list[int] | None:
-    """The tokens of the question of each sequence, or one number for all."""
+    """Check the number of question tokens, one for each sequence or one for all."""
     if question is None:
         if press.needs.question:
             raise CachepressError(

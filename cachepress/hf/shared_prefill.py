@@ -1,4 +1,8 @@
-"""One reading of a prompt that many presses look at."""
+"""Reads a prompt once for many presses, and compresses a fork of the cache by each of them.
+
+The prefill is the expensive part of an evaluation, and is the same whatever press follows. The
+result is the same as when each press had a prefill of its own.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -20,7 +24,7 @@ from cachepress.hf.capture import Capture
 from cachepress.hf.chunks import tokenizer_of
 from cachepress.hf.reconstruction import Reconstructor, Waiting
 from cachepress.hf.session import codec_of, instruct, prepared
-from cachepress.hf.wiring import cache_argument, install_stores
+from cachepress.hf.wiring import cache_argument, install_layers
 from cachepress.measure import Stopwatch
 from cachepress.press import BasePress
 from cachepress.query_stats import QueryStats
@@ -33,19 +37,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Hook:
-    """Observes one layer of the prompt's forward for every kind of press.
+    """Observes one layer in the shared prefill, for all presses with the same needs at once.
 
     Attributes:
-        shared: the prefill that the presses share.
-        place: where the layer is.
-        traces: what each kind of press observes.
+        shared: the shared prefill.
+        place: where in the model and in the text the layer is.
+        query_stats: the query statistics by what presses need of them.
         last: whether the forward is the prompt's last chunk.
         call: the last attention call, as it can be used when the forward is over.
     """
 
     shared: "SharedPrefill"
     place: Place
-    traces: dict[Needs, QueryStats]
+    query_stats: dict[Needs, QueryStats]
     last: bool = False
     call: AttentionCall | None = None
 
@@ -53,42 +57,42 @@ class _Hook:
 
     @property
     def features(self) -> Capture:
-        """What the model's hooks keep of the forward."""
+        """Captures what the presses need of the forward besides the call."""
         return self.shared.capture
 
     def observe(self, call: AttentionCall) -> None:
-        """Add the call to the statistics of every kind of press."""
-        for needs, query_stats in self.traces.items():
+        """Add the call to all query statistics."""
+        for needs, stats in self.query_stats.items():
             with self.shared.observing[needs]:
-                query_stats.end += call.query.shape[2]
+                stats.end += call.query.shape[2]
                 if needs.observes:
-                    query_stats.add(call)
+                    stats.add(call)
                 if self.last and needs.rotates:
                     call.rotary()
         if self.last:
-            rotates = any(needs.rotates for needs in self.traces)
-            projects = any(needs.projection for needs in self.traces)
+            rotates = any(needs.rotates for needs in self.query_stats)
+            projects = any(needs.projection for needs in self.query_stats)
             self.call = call.when_over(rotates, projects)
 
 
 @dataclass
 class SharedPrefill:
-    """Reads a prompt once, then gives the cache that each press would have left.
+    """Reads a prompt once, then makes the compressed cache of each press from it.
 
-    Nothing is dropped while the prompt is read; each press settles a fork of the whole cache, and
-    presses that replay look at a replay on it, one for all ratios. The outcome is that of
-    ``cachepress.prefill`` in mode "exact".
+    Nothing is evicted while the prompt is read; each press compresses a fork of the whole cache.
+    For presses that reconstruct the context the model repeats it once for all compression ratios.
+    The outcome is that of ``cachepress.prefill`` in mode "exact".
 
     Args:
         model: a transformers decoder model.
-        presses: presses that will be asked for; see ``shares``.
-        tokenizer: the model's, for presses that replay.
+        presses: the presses that ``compressed`` may be called with; see ``shares``.
+        tokenizer: the model's, for presses that reconstruct the context.
 
     Attributes:
         cache: the whole cache, after ``read``.
-        whole_bytes: what it needed before the first fork.
-        seconds: time of the reading, without what was observed for presses.
-        observing: the time of that, for each kind of press.
+        whole_bytes: the bytes of it before the first fork.
+        seconds: time of the prefill, without what was observed for presses.
+        observing: the time of that, by what presses need.
 
     Raises:
         CachepressError: if a press does not fit the model.
@@ -105,87 +109,95 @@ class SharedPrefill:
     def __post_init__(self) -> None:
         for press in self.presses:
             if not shares(press):
-                raise CachepressError(f"{press!r} looks at the question: it reads for itself")
+                raise CachepressError(
+                    f"{press!r} observes the question, which differs between answers: got it for a "
+                    "shared prefill, use cachepress.prefill"
+                )
         self._ready = [(press, prepared(press, self.model)) for press in self.presses]
         acting = [ready.acting(_step(1)) for _, ready in self._ready]
         self._needs = list(dict.fromkeys(press.needs.observed for press in acting))
         self.capture = Capture(acting, self.model)
-        self._layers: list[_Hook] = []
-        self._replays: dict[str, tuple[list[Waiting], float]] = {}
+        self._hooks: list[_Hook] = []
+        self._reconstructed: dict[str, tuple[list[Waiting], float]] = {}
 
     def read(self, ids: Tensor, chunk_size: int | None = None) -> None:
-        """Read a prompt ``[1, T]``, in chunks of so many tokens."""
+        """Read a prompt ``[1, T]`` into a new cache, in chunks of ``chunk_size`` tokens."""
         attach(self.model)
         decoder, n = self.model.get_decoder(), ids.shape[1]
         self.cache = DynamicCache(config=decoder.config)
-        self._layers.clear()
-        self._replays.clear()
+        self._hooks.clear()
+        self._reconstructed.clear()
         self.observing = {needs: Stopwatch(self.model.device) for needs in self._needs}
         self._ids = ids.to(self.model.device)
-        reading = Stopwatch(self.model.device)
-        with torch.no_grad(), self.capture.hooked(), reading:
+        prefill = Stopwatch(self.model.device)
+        with torch.no_grad(), self.capture.hooked(), prefill:
             for begin in range(0, n, chunk_size or n):
                 end = min(begin + (chunk_size or n), n)
-                self._watch(begin, end, last=end == n)
+                self._set_hooks(begin, end, last=end == n)
                 inputs = {cache_argument(decoder): self.cache, "use_cache": True}
                 decoder(input_ids=self._ids[:, begin:end], **inputs)
                 trim(self.cache)
                 self.capture.clear()
-        self.seconds = reading.seconds - sum(x.seconds for x in self.observing.values())
-        for store in stores(self.cache):
-            store.reads_whole = False
+        self.seconds = prefill.seconds - sum(x.seconds for x in self.observing.values())
+        for layer in stores(self.cache):
+            layer.reads_whole = False
         self.whole_bytes = size_of(self.cache).bytes_before
 
     def compressed(self, press: "BasePress", storage: str | Codec = "full") -> tuple[Cache, float]:
-        """The cache that a press leaves, and the seconds that it adds to the reading.
+        """Compress a fork of the cache by a press.
 
         Args:
             press: one of ``presses``.
-            storage: how kept rows are stored.
+            storage: how kept pairs are stored.
+
+        Returns:
+            The compressed cache, and the seconds that the press adds to the prefill.
         """
         ready = next(ready for given, ready in self._ready if given == press)
         step, branch = _step(self._ids.shape[1]), fork(self.cache)
         acting = ready.acting(step)
         instruct(stores(branch), ready, codec_of(ready, storage))
         if not ready.schedule.due(step):
-            for store in stores(branch):
-                store.mark_skipped(step.new)
+            for layer in stores(branch):
+                layer.mark_skipped(step.new)
             return branch, 0.0
-        layers, seconds = self._repeated(acting)
+        layers, seconds = self._observed(acting)
         with Stopwatch(self.model.device) as compressing:
             self._compress(acting, branch, layers)
         seconds += compressing.seconds + self.observing[acting.needs.observed].seconds
         return branch, seconds
 
-    def _watch(self, begin: int, end: int, last: bool) -> None:
-        found = install_stores(self.cache, self.model)
+    def _set_hooks(self, begin: int, end: int, last: bool) -> None:
+        """Set hooks on the layers for the forward of the tokens from ``begin`` to ``end``."""
+        layers = install_layers(self.cache, self.model)
         rope = torch.arange(begin, end, device=self.model.device).unsqueeze(0)
-        for depth, (index, store) in enumerate(found.items()):
+        for depth, (index, layer) in enumerate(layers.items()):
             if not begin:
-                traces = {needs: QueryStats(needs, 0) for needs in self._needs}
-                self._layers.append(_Hook(self, Place(index, depth, len(found), rope), traces))
-            layer = self._layers[depth]
-            layer.place, layer.last = layer.place._replace(rope=rope), last
-            store.hook, store.reads_whole = layer, True
+                stats = {needs: QueryStats(needs, 0) for needs in self._needs}
+                self._hooks.append(_Hook(self, Place(index, depth, len(layers), rope), stats))
+            hook = self._hooks[depth]
+            hook.place, hook.last = hook.place._replace(rope=rope), last
+            layer.hook, layer.reads_whole = hook, True
 
-    def _repeated(self, press: BasePress) -> tuple[list[Waiting], float]:
-        """The layers as a press has to see them, and the seconds that a replay for it took."""
+    def _observed(self, press: BasePress) -> tuple[list[Waiting], float]:
+        """Return the layers with what a press needs, and the seconds of its reconstruction."""
         layers = []
-        for store, layer in zip(stores(self.cache), self._layers, strict=True):
-            assert layer.call is not None
-            call = replace(layer.call, read=store.snapshot.rows())
-            layers.append(Waiting(press, store, call, layer.traces[press.needs.observed]))
+        for layer, hook in zip(stores(self.cache), self._hooks, strict=True):
+            assert hook.call is not None
+            call = replace(hook.call, read=layer.snapshot.rows())
+            layers.append(Waiting(press, layer, call, hook.query_stats[press.needs.observed]))
         if press.needs.reconstruction is None:
             return layers, 0.0
         key = _without_ratio(press)
-        if key not in self._replays:
+        if key not in self._reconstructed:
             with Stopwatch(self.model.device) as repeating:
-                repeated = self._repeat(press, layers)
-            self._replays[key] = repeated, repeating.seconds
-        repeated, seconds = self._replays[key]
-        return [layer._replace(press=press) for layer in repeated], seconds
+                found = self._reconstruct(press, layers)
+            self._reconstructed[key] = found, repeating.seconds
+        found, seconds = self._reconstructed[key]
+        return [waiting._replace(press=press) for waiting in found], seconds
 
-    def _repeat(self, press: BasePress, layers: list[Waiting]) -> list[Waiting]:
+    def _reconstruct(self, press: BasePress, layers: list[Waiting]) -> list[Waiting]:
+        """Let the model repeat the prompt behind the whole cache, which stays as it is."""
         tokenizer = self.tokenizer
         if (
             press.needs.reconstruction is not None
@@ -193,28 +205,28 @@ class SharedPrefill:
             and tokenizer is None
         ):
             tokenizer = tokenizer_of(self.model)
-        repeater = Reconstructor(press, self.model, tokenizer, self.capture)
-        repeater.read(self.cache, self._ids)
-        for layer in layers:
-            repeater.wait(layer._replace(query_stats=copy.copy(layer.query_stats)))
+        reconstructor = Reconstructor(press, self.model, tokenizer, self.capture)
+        reconstructor.read(self.cache, self._ids)
+        for waiting in layers:
+            reconstructor.wait(waiting._replace(query_stats=copy.copy(waiting.query_stats)))
         with torch.no_grad(), self.capture.hooked():
-            repeated = repeater.repeat()
+            found = reconstructor.repeat()
         self.capture.clear()
-        return repeated
+        return found
 
     def _compress(self, press: BasePress, branch: Cache, layers: list[Waiting]) -> None:
-        waiting: list[Pending] = []
+        pending: list[Pending] = []
         with torch.no_grad():
-            for store, layer in zip(stores(branch), layers, strict=True):
-                pending = compress(press, store, layer.call, copy.copy(layer.query_stats))
-                store.mark_scored()
-                waiting += [] if pending is None else [pending]
-            if waiting:
-                compress_together(press, waiting)
+            for layer, waiting in zip(stores(branch), layers, strict=True):
+                scored = compress(press, layer, waiting.call, copy.copy(waiting.query_stats))
+                layer.mark_scored()
+                pending += [] if scored is None else [scored]
+            if pending:
+                compress_together(press, pending)
 
 
 def shares(press: "BasePress") -> bool:
-    """Whether a press can look at a reading that it shares with others."""
+    """Tell whether a press can share a prefill: whether it needs no question."""
     return not press.needs.question
 
 
@@ -223,7 +235,7 @@ def _step(n: int) -> Step:
 
 
 def _without_ratio(press: BasePress) -> str:
-    """What a replay depends on: a scorer never reads its own ratio."""
+    """Spell a press without its ratio, on which context reconstruction does not depend."""
     try:
         return repr(press.with_ratio(0.0))  # type: ignore
     except CachepressError:

@@ -1,4 +1,4 @@
-"""The types of transformers that other packages name; where they are in it is known here alone."""
+"""Types of transformers that other packages annotate with: they import them from here alone."""
 
 from transformers import PreTrainedModel as PreTrainedModel
 from transformers import PreTrainedTokenizer as PreTrainedTokenizer

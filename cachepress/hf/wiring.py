@@ -1,4 +1,4 @@
-"""What a model is made of: its forward, its cache layers, its attention modules."""
+"""Finds the parts of a transformers model: its cache layers, attention and rotary modules."""
 
 import copy
 import inspect
@@ -19,7 +19,7 @@ _SPARE = 4
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise UnsupportedError unless the model's caches can be compressed."""
+    """Raise UnsupportedError unless the model's KV cache can be compressed."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(f"got {name}, wanted a transformers PreTrainedModel")
@@ -33,7 +33,7 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def cache_argument(module: nn.Module) -> str:
-    """The name under which this module's forward takes a cache in this transformers version."""
+    """Return the name of a forward's cache argument, which transformers versions differ in."""
     parameters = inspect.signature(module.forward).parameters
     for name in CACHE_NAMES:
         if name in parameters:
@@ -41,11 +41,11 @@ def cache_argument(module: nn.Module) -> str:
     raise UnsupportedError(f"{type(module).__name__}.forward takes no cache")
 
 
-def install_stores(cache: Cache, model: PreTrainedModel) -> dict[int, CompressedLayer]:
-    """Put our stores in place of a cache's full-attention layers, with what those hold.
+def install_layers(cache: Cache, model: PreTrainedModel) -> dict[int, CompressedLayer]:
+    """Replace a cache's full-attention layers by compressed layers that hold the same pairs.
 
     Returns:
-        The stores by layer index.
+        The compressed layers by layer index.
 
     Raises:
         UnsupportedError: if the cache is of a kind that cannot be compressed.
@@ -59,7 +59,7 @@ def install_stores(cache: Cache, model: PreTrainedModel) -> dict[int, Compressed
         )
     template = DynamicCache(config=config).layers
     cache.layers.extend(template[len(cache.layers) :])
-    stores = {}
+    installed = {}
     for index, full in enumerate(full_attention(config)):
         layer = cache.layers[index]
         if not full:
@@ -69,25 +69,25 @@ def install_stores(cache: Cache, model: PreTrainedModel) -> dict[int, Compressed
                 getattr(layer, "keys", None), getattr(layer, "values", None)
             )
             cache.layers[index] = layer
-        stores[index] = layer
-    return stores
+        installed[index] = layer
+    return installed
 
 
 def sample_cache(model: PreTrainedModel, n: int, ours: bool) -> Cache:
-    """A cache of ``n`` sequences of as many tokens, as the model itself fills it.
+    """Let a model fill a cache of ``n`` sequences of ``n`` tokens each.
 
-    The forward is called past the decoder's hooks, so that no press that watches takes part.
+    The forward is called without the decoder's module hooks, so that no press observes it.
 
     Args:
         model: the model; our attention function has to be selected on it.
-        n: the number.
-        ours: whether full-attention layers are stores, which hold keys and values as they come;
-            some of transformers' own change the type of values.
+        n: number of sequences, and of tokens of each.
+        ours: whether full-attention layers are compressed layers, which hold keys and values in
+            the type that they come in; some of transformers' own change the type of values.
     """
     decoder = model.get_decoder()
     cache = DynamicCache(config=decoder.config)
     if ours:
-        install_stores(cache, model)
+        install_layers(cache, model)
     ids = torch.zeros(n, n, dtype=torch.long, device=model.device)
     with torch.no_grad():
         decoder.forward(input_ids=ids, **{cache_argument(decoder): cache, "use_cache": True})
@@ -95,39 +95,42 @@ def sample_cache(model: PreTrainedModel, n: int, ours: bool) -> Cache:
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
-    """Most tokens of a text where the model has an embedding for each position; else None."""
+    """Return the most tokens of a text where the model learned an embedding for each position.
+
+    None for a model with rotary or other computed positions.
+    """
     decoder = model.get_decoder()
     most = getattr(decoder.config, "max_position_embeddings", None)
     words = {id(decoder.get_input_embeddings()), id(model.get_input_embeddings())}
     tables = [m for m in decoder.modules() if isinstance(m, nn.Embedding) and id(m) not in words]
-    # Some models leave a few places of the table for padding.
+    # Some models reserve a few entries of the table for padding.
     learned = any(most <= m.num_embeddings <= most + _SPARE for m in tables) if most else False
     return most if learned else None
 
 
 def compressed_layers(model: PreTrainedModel) -> int:
-    """How many layers of the model are compressed."""
+    """Count the layers of a model that are compressed: those with full attention."""
     return sum(full_attention(model.get_decoder().config))
 
 
 def has_only_full_attention(model: PreTrainedModel) -> bool:
-    """Whether every layer of the model keeps an ordinary, unbounded cache."""
+    """Tell whether every layer of the model has full attention, and so an unbounded cache."""
     return all(full_attention(model.get_decoder().config))
 
 
 def full_attention(config: PretrainedConfig) -> list[bool]:
-    """Which layers keep an ordinary, unbounded cache."""
+    """Tell which layers have full attention, and so an ordinary, unbounded cache."""
     return [type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers]
 
 
 def attention_modules(decoder: PreTrainedModel) -> list[nn.Module]:
-    """The attention modules of full-attention layers, and what else carries such an index."""
+    """Find the attention modules of full-attention layers, and others with such a layer index."""
     full = {index for index, is_full in enumerate(full_attention(decoder.config)) if is_full}
     return [m for m in decoder.modules() if getattr(m, "layer_idx", None) in full]
 
 
 def last_layer(decoder: PreTrainedModel) -> nn.Module:
-    """The last of the decoder's layers, whose output is the last hidden states before the norm."""
+    """Find the last of the decoder's layers, whose output is the hidden states before the norm."""
     n = len(full_attention(decoder.config))
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
     if not lists:
@@ -139,9 +142,9 @@ def last_layer(decoder: PreTrainedModel) -> nn.Module:
 
 
 def rotary_modules(decoder: PreTrainedModel) -> list[CosSin]:
-    """Copies of the modules that answer positions with cosines and sines.
+    """Copy the modules that compute cosines and sines of positions.
 
-    Copies, because some of them change their state when they see a long position.
+    They are copied because some (dynamic NTK) change their state at a long position.
     """
     found: list[CosSin] = []
     for module in decoder.modules():

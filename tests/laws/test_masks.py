@@ -6,7 +6,7 @@ import torch
 import cachepress as cp
 from cachepress.cache.batch import stores
 from cachepress.cache.masks import TextMask
-from cachepress.hf.attention import _mask_of_rows
+from cachepress.hf.attention import _mask_of_pairs
 from cachepress.ops import AttentionRule
 from cachepress.ops.paged_attention.naive import naive_attention
 from tests.bounds import close
@@ -73,7 +73,7 @@ def test_a_query_sees_its_text_up_to_itself(press, decoded, padded):
         wanted = torch.stack([of_query(query[:, :, i], rows, visible[:, :, i]) for i in range(n)])
         for given in masks(valid, n, padded).values():
             mask = TextMask(given, n)
-            bias = _mask_of_rows(mask, held, rows, query) if rows.positions is not None else None
+            bias = _mask_of_pairs(mask, held, rows, query) if rows.positions is not None else None
             if bias is not None:
                 shown = (bias == 0).expand(2, 4, n, -1)
                 assert torch.equal(shown, visible.repeat_interleave(2, dim=1))

@@ -71,7 +71,7 @@ def test_the_shared_cache_stays_whole():
 
 
 def test_a_press_that_looks_at_the_question_cannot_share():
-    with pytest.raises(cp.CachepressError, match="looks at the question"):
+    with pytest.raises(cp.CachepressError, match="observes the question"):
         SharedPrefill(tiny(), [cp.FinchPress(0.5)])
 
 

@@ -133,9 +133,9 @@ def test_a_decoding_press_inside_and_outside():
 def test_two_answers_to_one_question_are_refused():
     press, model = KIVIPress(cp.KnormPress(0.5)), tiny()
     for storage in ("int8", cp.Codec(4)):
-        with pytest.raises(cp.CachepressError, match="says how rows are stored: got storage="):
+        with pytest.raises(cp.CachepressError, match="says how pairs are stored: got storage="):
             press(model, storage=storage)
-        with pytest.raises(cp.CachepressError, match="says how rows are stored: got storage="):
+        with pytest.raises(cp.CachepressError, match="says how pairs are stored: got storage="):
             cp.prefill(model, tokens(9), cp.AdaKVPress(press), storage=storage)
     with pytest.raises(cp.CachepressError, match="does so already: keep one"):
         KIVIPress(cp.AdaKVPress(press))
