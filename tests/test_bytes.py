@@ -205,7 +205,7 @@ def test_max_bytes_holds_at_every_token_of_a_generation(kind, storage, interval)
             assert size.bytes_before == before(1, 90 + step, torch.float32)
             forward(model, cache, input_ids=tokens(1, seed=step))
     if storage == "full":
-        assert cp.size_of(cache).rows_held < LAYERS * HEADS * (90 + steps)
+        assert cp.size_of(cache).pairs_held < LAYERS * HEADS * (90 + steps)
 
 
 def test_the_smaller_of_target_size_and_max_bytes_is_kept():

@@ -26,11 +26,10 @@ FLOORS = (
 )
 """Modules and packages, the lowest first; each imports from its own floor and those below."""
 KNOW_TRANSFORMERS = ("hf", "models", "generation")
-CACHE_LAYER = ("cache.layer", "cache.batch")
+CACHE_LAYER = ("cache.layer", "cache.batch", "cache.joined")
 """The cache-layer protocol of transformers, which a compressed layer fulfils."""
 LONGEST_FILE, LONGEST_FUNCTION = 400, 50
 STILL_LONG = {
-    "cache.layer",
     "cli",
     "evaluation.answering",
     "evaluation.tasks.longbench",

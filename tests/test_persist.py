@@ -463,7 +463,7 @@ DAMAGES = {
     "no rows": set_("_blocks", {"tuple": []}),
     "a codec is a text": set_("codec", "int4"),
     "pages": set_("reads", -1),
-    "groups": set_("_groups", {"tuple": [1]}),
+    "groups": lambda found, _: found[0][1]["dict"].append(["_groups", {"tuple": [1]}]),
     "flags": set_("_encoded", 2),
     "a mask": set_("known", 5),
     "a layer less": lambda found, _: found.pop(),

@@ -127,7 +127,7 @@ def test_stats_are_measured(pipe):
         "stats"
     ]
     assert stats.context_tokens == 42
-    assert stats.cache.rows_held * 2 == stats.cache.rows_seen == 42 * 2 * 4
+    assert stats.cache.pairs_held * 2 == stats.cache.pairs_seen == 42 * 2 * 4
     assert stats.cache.bytes_after < stats.cache.bytes_before
     assert stats.decode_tokens == sum(len(text.split()) for text in stats.texts)
     assert stats.prefill_seconds > 0 and stats.decode_seconds > 0

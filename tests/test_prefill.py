@@ -105,7 +105,7 @@ def test_the_pipeline_reads_in_chunks_and_quantizes():
     online = pipe(
         words(80), prefill_chunk_size=11, prefill_mode="online", return_stats=True, **options
     )
-    assert online["stats"].cache.rows_held == 4 * 2 * 41
+    assert online["stats"].cache.pairs_held == 4 * 2 * 41
 
 
 def test_a_context_beyond_the_trained_length_must_be_asked_for():
@@ -122,4 +122,4 @@ def test_a_context_beyond_the_trained_length_must_be_asked_for():
         **options,
     )["stats"]
     assert stats.context_tokens == 902
-    assert stats.cache.rows_held == 4 * 2 * 16
+    assert stats.cache.pairs_held == 4 * 2 * 16

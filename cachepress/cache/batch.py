@@ -1,7 +1,6 @@
-"""What can be done with a compressed cache: copy it for a batch, and weigh it."""
+"""What can be done with a cache: fork it for a batch, measure it, remember its text."""
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from cachepress.cache.layer import CompressedLayer, allocated_bytes
+from cachepress.cache.bytes import allocated_bytes
+from cachepress.cache.layer import CompressedLayer
+from cachepress.deprecated import Renamed
 from cachepress.errors import CachepressError
 from cachepress.limits import check_whole
 
@@ -26,19 +27,22 @@ class CacheSize:
         bytes_before: bytes of the keys and values that an uncompressed cache of the same text
             would hold, padding included: their shapes times the size of their dtype.
         bytes_after: bytes allocated now, slack and bookkeeping included.
-        rows_seen: rows that an uncompressed cache would hold, padding included.
-        rows_held: rows that are held.
+        pairs_seen: key-value pairs that an uncompressed cache would hold, padding included.
+        pairs_held: pairs that are held.
     """
 
     bytes_before: int
     bytes_after: int
-    rows_seen: int
-    rows_held: int
+    pairs_seen: int
+    pairs_held: int
+
+    rows_seen = Renamed("pairs_seen")
+    rows_held = Renamed("pairs_held")
 
     @property
     def ratio(self) -> float:
-        """Fraction of rows that are gone."""
-        return 1 - self.rows_held / self.rows_seen
+        """Fraction of pairs that are evicted."""
+        return 1 - self.pairs_held / self.pairs_seen
 
 
 def stores(cache: Cache) -> list[CompressedLayer]:
@@ -47,14 +51,14 @@ def stores(cache: Cache) -> list[CompressedLayer]:
 
 
 def size_of(cache: Cache) -> CacheSize:
-    """Weigh a cache: its keys and values in every layer, compressed or not.
+    """Measure a cache: its keys and values in every layer, compressed or not.
 
-    Rows are counted in layers that keep the whole text; sliding windows bound themselves.
+    Pairs are counted in layers that keep the whole text; sliding windows bound themselves.
 
     Raises:
-        CachepressError: if no layer holds rows.
+        CachepressError: if no layer holds pairs.
     """
-    before = rows_seen = rows_held = 0
+    before = pairs_seen = pairs_held = 0
     tensors: list[torch.Tensor] = []
     for layer in cache.layers:
         own = _tensors(layer)
@@ -62,11 +66,11 @@ def size_of(cache: Cache) -> CacheSize:
         before += (
             layer.whole_nbytes if isinstance(layer, CompressedLayer) else sum(x.nbytes for x in own)
         )
-        seen, held = _rows(layer)
-        rows_seen, rows_held = rows_seen + seen, rows_held + held
-    if not rows_seen:
+        seen, held = _pairs(layer)
+        pairs_seen, pairs_held = pairs_seen + seen, pairs_held + held
+    if not pairs_seen:
         raise CachepressError("the cache is empty: run a forward with it first")
-    return CacheSize(before, allocated_bytes(tensors), rows_seen, rows_held)
+    return CacheSize(before, allocated_bytes(tensors), pairs_seen, pairs_held)
 
 
 def _tensors(layer: object) -> list[torch.Tensor]:
@@ -77,8 +81,8 @@ def _tensors(layer: object) -> list[torch.Tensor]:
     return [x for x in found if x is not None]
 
 
-def _rows(layer: object) -> tuple[int, int]:
-    """Rows seen and held by a layer that keeps the whole text."""
+def _pairs(layer: object) -> tuple[int, int]:
+    """Pairs seen and held by a layer that keeps the whole text."""
     if isinstance(layer, CompressedLayer):
         if not layer.is_initialized:
             return 0, 0
@@ -140,7 +144,7 @@ def trim(cache: Cache) -> None:
 def fork(cache: Cache, n: int = 1) -> Cache:
     """A continuation of a cache that leaves the original untouched, ``n`` times as a batch.
 
-    Compressed layers share their rows with the original: a fork costs what it appends. Layers with
+    Compressed layers share their pairs with the original: a fork costs what it appends. Layers with
     sliding windows or recurrent states are copied.
 
     Raises:
@@ -151,65 +155,6 @@ def fork(cache: Cache, n: int = 1) -> Cache:
     if n > 1:
         copied.reorder_cache(cast(torch.LongTensor, torch.zeros(n, dtype=torch.long)))
     return copied
-
-
-def form_of(cache: Cache) -> tuple[object, ...] | None:
-    """What caches have in common that can be one group of a batch; None if the cache cannot be.
-
-    Only caches of one sequence without padding can, whose layers are all held by cachepress.
-    """
-    layers = stores(cache)
-    if not layers or len(layers) != len(cache.layers) or layers[0].batch_size != 1:
-        return None
-    return None if layers[0].text_valid is not None else tuple(layer.form for layer in layers)
-
-
-def join(groups: Sequence[Sequence[Cache]], n: int = 1) -> Cache:
-    """Continuations of several caches as one batch, ``n`` of each.
-
-    Group after group, and within a group all of its caches ``n`` times in a row. The rows of each
-    cache are there once. A batch of several groups can be decoded from, and nothing else.
-
-    Raises:
-        CachepressError: if the caches of a group differ in form, see ``form_of``, or those of
-            several groups saw texts of several lengths, or are stored in another way than as they
-            came.
-    """
-    forms = [{form_of(cache) for cache in group} for group in groups]
-    plain = all(is_plain(group[0]) for group in groups)
-    seen = sorted({cache.get_seq_length() for group in groups for cache in group})
-    alike = len(seen) == 1 and not any(len(of) != 1 or None in of for of in forms)
-    if n < 1 or not alike or not (plain or len(forms) == 1):
-        raise CachepressError(
-            f"join: got groups of {', '.join(str(len(of)) for of in forms)} forms, texts of "
-            f"{', '.join(map(str, seen))} tokens and n={n}, wanted compressed caches of one "
-            "sequence each, of texts of one length, alike in each group, and n of at least 1; "
-            "quantized rows and pages in one group only"
-        )
-    joined = copy.copy(groups[0][0])
-    columns = [zip(*(stores(cache) for cache in group), strict=True) for group in groups]
-    joined.layers = []
-    joined.layers.extend(CompressedLayer.join(layer, n) for layer in zip(*columns, strict=True))
-    return joined
-
-
-def grouped(caches: Sequence[Cache]) -> list[list[int]]:
-    """Which caches to join as a group, by their places: of one form, and even heads apart.
-
-    Heads of one length are attended to much faster.
-    """
-    groups: dict[object, list[int]] = {}
-    for place, cache in enumerate(caches):
-        form = form_of(cache)
-        rows = [layer.even for layer in stores(cache)]
-        key = place if form is None else (form, None if None in rows else tuple(rows))
-        groups.setdefault(key, []).append(place)
-    return list(groups.values())
-
-
-def is_plain(cache: Cache) -> bool:
-    """Whether rows are stored and read as they came, neither quantized nor by page."""
-    return all(layer.codec is None and layer.page_budget is None for layer in stores(cache))
 
 
 def ordinary(cache: Cache) -> Cache:

@@ -24,11 +24,11 @@ VALUE_GROUP = 32
 
 @dataclass(frozen=True)
 class Codec:
-    """How kept rows are stored.
+    """How kept pairs are stored.
 
     Attributes:
         bits: of a number, 8, 4 or 2.
-        residual: newest rows of each head that stay in full precision.
+        residual: newest tokens of each head that stay in full precision.
         value_group: channels of a value that share a scale, the last ones fewer where they do not
             come out even; None for all channels.
     """
@@ -82,9 +82,9 @@ class Codec:
         return self._encode(pages, low, high, self.value_group)
 
     def pair_bytes(self, keys: Tensor, values: Tensor) -> float:
-        """Bytes of a row of a head, its share of the scales included.
+        """Bytes of a pair of a head, its share of the scales included.
 
-        ``keys [B, H, T, D]`` and ``values [B, H, T, E]`` hold the rows, among others.
+        ``keys [B, H, T, D]`` and ``values [B, H, T, E]`` hold the pairs, among others.
         """
         key_size, value_size = keys.shape[-1], values.shape[-1]
         groups = -(-value_size // (self.value_group or value_size))

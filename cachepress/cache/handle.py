@@ -1,4 +1,4 @@
-"""What a store hands to a model in place of its keys and values."""
+"""What a compressed layer hands to a model in place of its keys and values."""
 
 from functools import lru_cache
 from typing import TYPE_CHECKING, NoReturn
@@ -26,13 +26,13 @@ _READABLE = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()} | {
 class RowsHandle(Tensor):
     """Stands for a layer's keys or values over the whole text, and refuses to be computed with.
 
-    Only our attention function can read it. Any other function would take the rows that are held
+    Only our attention function can read it. Any other function would take the pairs that are held
     for the text itself and compute a wrong token; it gets an error instead. It has the shape that
     the text has, ``[B, H, S, D]``, and no memory of its own.
 
     Attributes:
         layer: the cache layer that made it.
-        snapshot: what it held at that moment, before anything was dropped.
+        snapshot: what it held at that moment, before anything was evicted.
         fresh: keys and values of the forward, if they are all that is held.
         added: keys and values of the forward.
     """

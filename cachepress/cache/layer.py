@@ -1,7 +1,10 @@
-"""The store: a transformers cache layer whose rows can be dropped, head by head."""
+"""The compressed layer: a transformers cache layer whose heads keep different tokens.
+
+It holds what it is told to keep; what that is, presses and budgets decide.
+"""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from cachepress.cache.bytes import allocated_bytes, bytes_of_pairs
 from cachepress.cache.codec import Codec
 from cachepress.cache.handle import RowsHandle
 from cachepress.cache.masks import MaskReader
@@ -17,37 +21,27 @@ from cachepress.cache.segment import Segment
 from cachepress.cache.snapshot import Snapshot
 from cachepress.cache.tail import SLACK, Tail, slack_after
 from cachepress.errors import CachepressError, UnsupportedError
-from cachepress.ops import wide_dtype
 from cachepress.ops.paged_attention import PAGE
 
 if TYPE_CHECKING:
     from cachepress.call import Hook
     from cachepress.query_stats import QueryStats
 
-POSITION_BYTES = 4
-
-
-def allocated_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storage behind some tensors, each counted once."""
-    storages = (x.untyped_storage() for x in tensors)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
 
 class CompressedLayer(CacheLayerMixin):
-    """A transformers cache layer whose rows can be dropped.
+    """A transformers cache layer from which key-value pairs can be evicted, head by head.
 
     ``get_seq_length()`` is what was *seen*, so positions and masks of the next forward come out
-    right; ``lengths`` is what is *held*. What was settled is in blocks that never change, with
-    each head's own number of rows, and may be shared with other caches; what came since is in a
-    tail of this store's own.
+    right; ``lengths`` is what is *held*. What was compressed is in segments that never change, with
+    each head's own number of pairs, and may be shared with other caches; what came since is in a
+    tail of this layer's own.
 
     Attributes:
-        text_valid: ``[B, S]`` which of the settled text columns are tokens; None if all.
-        codec: how kept rows are stored; None for as they are.
-        page_budget: pages of settled rows that a decoded token reads in each head; None for all.
-        scored_at: text columns seen when a press last looked at the rows, and those of prompts that
-            were left as they are since.
-        query_stats: what a press noted since.
+        text_valid: ``[B, S]`` which of the compressed text columns are tokens; None if all.
+        codec: how kept pairs are stored; None for as they are.
+        page_budget: pages of segments that a decoded token reads in each head; None for all.
+        scored_at: text columns seen at the last compression, and of prompts not compressed since.
+        query_stats: what was observed of queries since.
         hook: observes the next attention call of the layer; None for nobody.
         reads_whole: whether forwards of one token read every page, being parts of a text.
         masks: reads the mask of a forward, once for all layers of the cache.
@@ -62,12 +56,9 @@ class CompressedLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         self._segments: tuple[Segment, ...] = ()
-        self._groups: tuple[tuple[tuple[Segment, ...], int], ...] = ()
         self._tail: Tail | None = None
-        self._batch = -1
-        self._seen = 0
-        self._compressed_at = 0
-        self.scored_at = 0
+        self._batch, self._seen = -1, 0
+        self._compressed_at = self.scored_at = 0
         self.query_stats: QueryStats | None = None
         self.codec: Codec | None = None
         self.page_budget: int | None = None
@@ -80,57 +71,55 @@ class CompressedLayer(CacheLayerMixin):
 
     @classmethod
     def adopt(cls, keys: Tensor | None, values: Tensor | None) -> "CompressedLayer":
-        """A store that holds what an ordinary cache layer held, ``[B, H, T, D]`` each."""
-        store = cls()
+        """A layer that holds what an ordinary cache layer held, ``[B, H, T, D]`` each."""
+        layer = cls()
         if keys is not None and values is not None and keys.numel():
-            store._append(keys, values)
-            store.scored_at = store._seen
-        return store
+            layer._append(keys, values)
+            layer.scored_at = layer._seen
+        return layer
 
     @property
     def is_initialized(self) -> bool:
-        """Whether any row was written."""
+        """Whether anything was written."""
         return self._batch > 0
 
     @property
     def batch_size(self) -> int:
-        """Sequences held; -1 before the first row."""
+        """Sequences held; -1 before the first forward."""
         return self._batch
 
     @property
     def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Held keys ``[B, H, N, D]``; None before the first row."""
+        """Held keys ``[B, H, N, D]``; None before the first forward."""
         return self.snapshot.rows().keys if self.is_initialized else None
 
     @property
     def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Held values ``[B, H, N, E]``; None before the first row."""
+        """Held values ``[B, H, N, E]``; None before the first forward."""
         return self.snapshot.rows().values if self.is_initialized else None
 
     @property
     def positions(self) -> Tensor:
-        """Index in the text of each held row, ``[B, H, N]``, padding included; -1 if empty."""
+        """Text column of each held pair, ``[B, H, N]``; -1 in an empty slot."""
         return self.snapshot.rows().text_positions()
 
     @property
     def lengths(self) -> Tensor:
-        """Rows held by each head, ``[B, H]``; rows that sequences share count for each."""
+        """Pairs held by each head, ``[B, H]``; pairs that sequences share count for each."""
         return self.snapshot.lengths()
 
     @property
     def snapshot(self) -> Snapshot:
         """What is held now, as attention reads it."""
         if not self.is_initialized:
-            raise CachepressError("the store is empty: run a forward with it first")
+            raise CachepressError("the cache is empty: run a forward with it first")
         tail = None if self._tail is None else self._tail.read()
-        text_valid, page_budget = self.text_valid, self.page_budget
-        return Snapshot(
-            self._segments, tail, self._seen, self._batch, text_valid, page_budget, self._groups
-        )
+        shape = (self._seen, self._batch)
+        return Snapshot(self._segments, tail, *shape, self.text_valid, self.page_budget)
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for the rows, slack and bookkeeping included."""
+        """Bytes allocated, slack and bookkeeping included."""
         return allocated_bytes(self.tensors())
 
     @property
@@ -141,13 +130,12 @@ class CompressedLayer(CacheLayerMixin):
         if self._tail is not None:
             row = sum(x.shape[-1] * x.element_size() for x in self._tail.tensors())
         else:
-            row = (self._groups[0][0] if self._groups else self._segments)[0].whole_row
+            row = self._segments[0].whole_row
         return self._seen * self._batch * self.snapshot.heads * row
 
     def tensors(self) -> list[Tensor]:
         """Everything that is allocated; layers of one cache can share what they know of padding."""
-        grouped = [segment for segments, _ in self._groups for segment in segments]
-        found = [x for segment in (*self._segments, *grouped) for x in segment.tensors()]
+        found = [x for segment in self._segments for x in segment.tensors()]
         found += [] if self._tail is None else self._tail.tensors()
         return found if self.text_valid is None else [*found, self.text_valid]
 
@@ -155,7 +143,7 @@ class CompressedLayer(CacheLayerMixin):
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write the rows of a forward, and hand out what attention reads them by."""
+        """Append the pairs of a forward, and return handles by which attention finds the layer."""
         new = (key_states, value_states)
         self._append(key_states, value_states)
         keys = RowsHandle.of(self, self.snapshot, new, key_states)
@@ -165,51 +153,39 @@ class CompressedLayer(CacheLayerMixin):
 
     def keep(
         self,
-        rows: Pairs,
+        pairs: Pairs,
         mask: Tensor,
         text_valid: Tensor | None = None,
         key_channels: Tensor | None = None,
     ) -> None:
-        """Hold exactly the rows of ``mask [B, H, T]``, in their order, in new storage.
+        """Hold exactly the pairs of ``mask [B, H, T]``, in their order, in new storage.
 
         Args:
-            rows: a table of everything that is held.
+            pairs: everything that is held.
             mask: what stays of it.
             text_valid: ``[B, S]`` which text columns are tokens; None where all are.
             key_channels: ``[B, H, D]`` which channels of the keys are stored, as many in every
                 head; None for all.
         """
-        segments = self._segments_of(rows, mask, key_channels)
+        segments = self._segments_of(pairs, mask, key_channels)
         self._segments, self._tail, self._encoded = segments, None, False
         self._compressed_at, self.text_valid = self._seen, text_valid
 
     @property
     def recodes(self) -> bool:
-        """Whether rows that are kept are stored in another form than they came in."""
+        """Whether pairs that are kept are stored in another form than they came in."""
         return self.codec is not None or self.page_budget is not None
 
-    def pair_bytes(self, rows: Pairs, compacts: bool, carries: bool = False) -> PairBytes:
-        """Bytes that the kept rows of a head need: keys, values, positions, what is carried."""
-        d, e = rows.keys.shape[-1], rows.values.shape[-1]
-        key = d * rows.keys.element_size()
-        full = key + e * rows.values.element_size()
-        full += 0 if self.page_budget is None else 2 * key / PAGE
-        positions = POSITION_BYTES * (1 + (compacts or rows.rope is not None))
-        positions += carries * wide_dtype(rows.keys).itemsize
-        if self.codec is None:
-            each, fixed = full + positions, 0.0
-        else:
-            # Quantized rows and the residual end with a page each that is not full.
-            each = self.codec.pair_bytes(rows.keys, rows.values) + positions
-            fixed = (self.codec.residual + 2 * PAGE) * (full + positions)
-        return PairBytes(each, fixed, lambda n: self._bytes_of_decoded(n, each, full))
+    def pair_bytes(self, pairs: Pairs, compacts: bool, has_state: bool = False) -> PairBytes:
+        """Bytes that kept pairs of a head need: keys, values, positions, token states."""
+        return bytes_of_pairs(pairs, self.codec, self.page_budget is not None, compacts, has_state)
 
     def restore(self) -> None:
-        """Hold rows as they came, without a free slot, if none was ever dropped.
+        """Hold pairs as they came, without a free slot, if none was ever evicted.
 
         What forks share is in pages, which have positions and end with free slots.
         """
-        if self._compressed_at or not self.is_initialized or self._groups:
+        if self._compressed_at or not self.is_initialized:
             return
         if any(segment.shape[0] != self._batch for segment in self._segments):
             return
@@ -220,20 +196,12 @@ class CompressedLayer(CacheLayerMixin):
         elif self._tail is not None:
             self._tail = self._tail.exact()
 
-    def _bytes_of_decoded(self, n: int, paged: float, whole: float) -> float:
-        """The most bytes that a head needs for ``n`` tokens that are decoded."""
-        if not self.recodes:
-            return (n + SLACK) * whole
-        residual = SLACK if self.codec is None else self.codec.residual
-        # The rest of a tail that was put into pages is copied with slack, and grows by it.
-        return n * paged + (min(n, residual + PAGE) + 2 * SLACK) * whole
-
     def mark_scored(self) -> None:
-        """Note that a press looked at the rows, whether or not it dropped any."""
+        """Remember that the layer was compressed now, whether or not a pair was evicted."""
         self.scored_at, self.query_stats = self._seen, None
 
     def mark_skipped(self, n: int, bounded: bool = False) -> None:
-        """Note that a press left the ``n`` tokens of a prompt as they are.
+        """Remember that ``n`` tokens of a prompt were not compressed.
 
         Where the bytes are ``bounded`` they count as if they had been decoded, and are put into
         pages at once, as decoded ones are.
@@ -244,7 +212,7 @@ class CompressedLayer(CacheLayerMixin):
             self._page_tail()
 
     def fork(self) -> "CompressedLayer":
-        """A store with the same rows, which it shares; what is appended to one stays with it."""
+        """A layer with the same pairs, which it shares; what is appended to one stays with it."""
         if self._tail is not None and self._tail.n > SLACK:
             self._freeze()
         forked = copy.copy(self)
@@ -254,43 +222,24 @@ class CompressedLayer(CacheLayerMixin):
             forked.query_stats = self.query_stats.select(torch.arange(self._batch))
         return forked
 
-    @property
     def form(self) -> tuple[object, ...]:
-        """What stores have in common that can be one group of a joined batch."""
+        """What layers have in common that can be stacked; the tail becomes a segment."""
         if self._tail is not None:
             self._freeze()
-        return (
-            self._seen,
-            self.codec,
-            self.page_budget,
-            *(segment.form for segment in self._segments),
-        )
-
-    @property
-    def even(self) -> tuple[int, ...] | None:
-        """Rows of every head in each block, where all heads have as many; else None."""
-        rows = [segment.layout.even for segment in self._segments]
-        return None if None in rows else tuple(rows)  # pyright: ignore[reportReturnType]
+        return (self._seen, self.codec, self.page_budget, *(x.form for x in self._segments))
 
     @classmethod
-    def join(cls, groups: Sequence[Sequence["CompressedLayer"]], n: int) -> "CompressedLayer":
-        """A batch of the sequences of several stores, one of each, and each ``n`` times.
+    def stack(cls, layers: Sequence["CompressedLayer"], n: int) -> "CompressedLayer":
+        """A layer of the sequences of layers of the same ``form``, all of them ``n`` times.
 
-        Group after group, and within a group all stores ``n`` times in a row. The stores of a group
-        have the same ``form``. Rows are copied once; the repeats share them. Several groups can
-        be decoded from, and nothing else.
+        Pairs are copied once; the repeats share them.
         """
-        joined = copy.copy(groups[0][0])
-        stacked = []
-        for group in groups:
-            parts = zip(*(store._segments for store in group), strict=True)
-            stacked.append((tuple(Segment.stack(segments) for segments in parts), len(group) * n))
-        joined._batch, joined.query_stats = sum(size for _, size in stacked), None
-        joined.text_ids = None
-        joined._compressed_at = max(store._compressed_at for group in groups for store in group)
-        joined._segments = stacked[0][0] if len(stacked) == 1 else ()
-        joined._groups = () if len(stacked) == 1 else tuple(stacked)
-        return joined
+        stacked = copy.copy(layers[0])
+        parts = zip(*(layer._segments for layer in layers), strict=True)
+        stacked._segments = tuple(Segment.stack(segments) for segments in parts)
+        stacked._batch, stacked.query_stats, stacked.text_ids = len(layers) * n, None, None
+        stacked._compressed_at = max(layer._compressed_at for layer in layers)
+        return stacked
 
     def get_seq_length(self) -> int:
         """Text columns seen, which is where the next token stands."""
@@ -310,15 +259,15 @@ class CompressedLayer(CacheLayerMixin):
         """Forget the last ``-tokens_to_remove`` text columns, or all after a positive length.
 
         Raises:
-            CachepressError: if rows would be needed that were dropped when the store was settled.
+            CachepressError: if pairs would be needed that were evicted.
         """
         target = tokens_to_remove if tokens_to_remove > 0 else self._seen + tokens_to_remove
         if target >= self._seen or not self.is_initialized:
             return
         if target < self._compressed_at or target < 0:
             raise CachepressError(
-                f"cannot crop a compressed cache to {target} tokens: rows before "
-                f"{self._compressed_at} were dropped when the prompt was compressed; crop to "
+                f"cannot crop a compressed cache to {target} tokens: pairs before "
+                f"{self._compressed_at} were evicted when the prompt was compressed; crop to "
                 f"{self._compressed_at} or more, and do assisted decoding after `with press(model)`"
                 ", on a cache that cachepress.prefill compressed"
             )
@@ -336,23 +285,21 @@ class CompressedLayer(CacheLayerMixin):
         self.scored_at, self.query_stats = min(self.scored_at, target), None
 
     def reset(self) -> None:
-        """Forget everything but how rows are stored."""
-        codec, page_budget = self.codec, self.page_budget
+        """Forget everything but how pairs are stored."""
+        stored = self.codec, self.page_budget
         self.__init__()
-        self.codec, self.page_budget = codec, page_budget
+        self.codec, self.page_budget = stored
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: buffers are made when the first rows arrive."""
+        """Nothing to do: buffers are made when the first pairs arrive."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the sequences by those of ``beam_idx [B']``, which may repeat.
 
-        Rows that all sequences share are not copied.
+        Pairs that all sequences share are not copied.
         """
         if not self.is_initialized:
             return
-        if self._groups:
-            raise UnsupportedError("a joined cache can be decoded from, and nothing else")
         index = beam_idx.to(self.tensors()[0].device)
         self._segments = tuple(
             segment if segment.shape[0] == 1 else segment.select(index % segment.shape[0])
@@ -367,7 +314,7 @@ class CompressedLayer(CacheLayerMixin):
         self._batch = len(index)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence ``repeats`` times in a row."""
+        """Repeat each sequence ``repeats`` times, one after the other."""
         self.reorder_cache(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -376,7 +323,7 @@ class CompressedLayer(CacheLayerMixin):
         self.reorder_cache(batch[indices] if self.is_initialized else batch)
 
     def offload(self) -> None:
-        """Refused: the attention function reads the rows where they are."""
+        """Refused: the attention function reads pairs where they are."""
         raise UnsupportedError("a compressed cache cannot be offloaded: use DynamicCache()")
 
     prefetch = offload
@@ -407,42 +354,38 @@ class CompressedLayer(CacheLayerMixin):
         self._seen += keys.shape[2]
 
     def _freeze(self) -> None:
-        """Turn the tail into a block, which forks can share."""
+        """Turn the tail into a segment, which forks can share."""
         assert self._tail is not None
         rows = self._tail.read().rows(self._seen)
         mask = torch.ones(rows.keys.shape[:3], dtype=torch.bool, device=rows.keys.device)
-        self._segments, self._tail = (*self._segments, self._segment(rows, mask)), None
-        self._encoded = False
+        self._segments = (*self._segments, self._segment(rows, mask))
+        self._tail, self._encoded = None, False
 
     def _segments_of(
         self, rows: Pairs, mask: Tensor, key_channels: Tensor | None = None
     ) -> tuple[Segment, ...]:
-        """The rows of ``mask [B, H, T]`` as they are stored."""
+        """The pairs of ``mask [B, H, T]`` as they are stored."""
         if self.codec is None:
             return (self._segment(rows, mask, None, key_channels),)
-        rank = mask.flip(-1).cumsum(-1).flip(-1)  # 1 for the last row that stays
+        rank = mask.flip(-1).cumsum(-1).flip(-1)  # 1 for the last pair that stays
         newest = mask & (rank <= self.codec.residual)
         old = mask & ~newest
         segments = [self._segment(rows, old, self.codec, key_channels)] if bool(old.any()) else []
         return (*segments, self._segment(rows, newest, None, key_channels))
 
     def _segment(
-        self,
-        rows: Pairs,
-        mask: Tensor,
-        codec: Codec | None = None,
-        key_channels: Tensor | None = None,
+        self, rows: Pairs, mask: Tensor, codec: Codec | None = None, channels: Tensor | None = None
     ) -> Segment:
-        """The rows of ``mask [B, H, T]`` as one block."""
-        return Segment.of(rows, mask, codec, key_channels, self.page_budget is not None)
+        """The pairs of ``mask [B, H, T]`` as one segment."""
+        return Segment.of(rows, mask, codec, channels, self.page_budget is not None)
 
     @property
     def _pages_tail(self) -> bool:
-        """Whether the oldest rows of a long tail are put into pages."""
+        """Whether the oldest pairs of a long tail are put into pages."""
         return self.recodes and bool(self._compressed_at)
 
     def _page_tail(self) -> None:
-        """Put the oldest rows of a tail that is longer than the residual into pages, full ones."""
+        """Put the oldest pairs of a tail that is longer than the residual into full pages."""
         residual = SLACK if self.codec is None else self.codec.residual
         n = 0 if self._tail is None else (self._tail.n - residual) // PAGE * PAGE
         if n <= 0 or self._tail is None:

@@ -75,7 +75,7 @@ class TextMask:
     def _valid(self, mask: Tensor) -> Tensor | None:
         last = mask if mask.ndim == 2 else mask[:, 0, -1]
         valid = last.bool() if last.dtype == torch.bool or mask.ndim == 2 else last == 0
-        # A copy, because stores remember it, and would hold the whole mask with a view of it.
+        # A copy, because cache layers remember it, and would hold the whole mask with a view of it.
         return None if bool(valid.all()) else valid.clone()
 
     @property

@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows of one layer at one moment: what attention reads and a press scores.
+    """Key-value pairs of one layer at one moment: what attention reads and a press scores.
 
     Attributes:
         keys: ``[B, H, T, D]``.
         values: ``[B, H, T, E]``.
-        positions: ``[B, H, T]`` index in the text, -1 in an empty slot; None when row t of every
+        positions: ``[B, H, T]`` index in the text, -1 in an empty slot; None when pair t of every
             head is text column t.
         full: whether no slot is empty.
         rope: ``[B, H, T]`` position that each key is rotated to; None where it is the position.
@@ -39,11 +39,11 @@ class Pairs:
 
 
 class PairBytes(NamedTuple):
-    """What the kept rows of a head cost.
+    """What the kept pairs of a head cost.
 
     Attributes:
-        each: bytes of a row.
-        fixed: bytes that do not depend on the number of rows.
+        each: bytes of a pair.
+        fixed: bytes that do not depend on the number of pairs.
         decoded: the most bytes for a number of tokens that are decoded after it.
     """
 

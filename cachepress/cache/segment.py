@@ -1,4 +1,4 @@
-"""Rows that no longer change: what a settled layer holds."""
+"""The segment: pairs that no longer change, in pages, as many in each head as its budget kept."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,20 +15,20 @@ from cachepress.ops.paged_attention.parts import LOWEST, apart, of_channels, tog
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of each sequence and KV head, every head with its own number of them, in pages.
+    """Key-value pairs of each sequence and KV head, every head with its own number, in pages.
 
-    A head costs its own rows and what is left of its last page. A block is never written to, so
+    A head costs its own pairs and what is left of its last page. A segment is never written to, so
     any number of caches can hold it.
 
     Attributes:
         shape: ``(B, H)``.
-        layout: where each head's rows are.
+        layout: where each head's pairs are.
         keys: ``[P, C, D]``, as they are or quantized; of some channels only, where there are
             ``key_channels``.
         values: ``[P, C, E]``, as they are or quantized.
-        positions: ``[P, C]`` index of each row in the text, -1 in an unused slot.
+        positions: ``[P, C]`` text column of each pair, -1 in an unused slot.
         rope: ``[P, C]`` position that each key is rotated to; None where it is the position.
-        token_state: ``[P, C]`` what a press left with each row; None for no row.
+        token_state: ``[P, C]`` a number that a press keeps with each token; None for none.
         key_channels: ``[B * H, D']`` the channels of the keys that are stored, ascending; None for
             all.
         bounds: ``[P, 2, D']`` the lowest and the highest number of each channel of a page's keys;
@@ -48,7 +48,7 @@ class Segment:
     bounds: Tensor | None = None
 
     def __post_init__(self) -> None:
-        # The index is made with the block, so that the bytes are there from the start.
+        # The index is made with the segment, so that the bytes are there from the start.
         self.layout.tensors()
 
     @classmethod
@@ -60,7 +60,7 @@ class Segment:
         key_channels: Tensor | None = None,
         bounded: bool = False,
     ) -> "Segment":
-        """The rows of ``mask [B, H, T]``, in their order, with some ``key_channels [B, H, D]``.
+        """The pairs of ``mask [B, H, T]``, in their order, with some ``key_channels [B, H, D]``.
 
         ``bounded`` says that the keys of each page get bounds.
         """
@@ -95,7 +95,7 @@ class Segment:
         )
 
     def rows(self) -> Pairs:
-        """All rows as a table ``[B, H, longest, ...]``; a view where all heads hold the same."""
+        """All pairs as a table ``[B, H, longest, ...]``; a view where all heads hold the same."""
         columns = (
             _decoded(self.keys),
             _decoded(self.values),
@@ -119,7 +119,7 @@ class Segment:
         return Pairs(keys, values, positions, full=False, rope=rope, token_state=token_state)  # pyright: ignore[reportArgumentType]
 
     def part(self, mask: Tensor | None) -> Part:
-        """The rows as attention reads them.
+        """The pairs as attention reads them.
 
         Args:
             mask: added to the logits, ``[B', n, S]`` over text columns; None if all are visible.
@@ -135,7 +135,7 @@ class Segment:
 
     @property
     def whole_row(self) -> int:
-        """Bytes of a row of a head as it came: all channels, not quantized."""
+        """Bytes of a pair of a head as it came: all channels, not quantized."""
         value = self.values
         width = value.width if isinstance(value, Quantized) else value.shape[-1]
         return self.width * self.keys.dtype.itemsize + width * value.dtype.itemsize
@@ -146,7 +146,7 @@ class Segment:
         return self.bounds is not None or isinstance(self.keys, Quantized)
 
     def worth(self, query: Tensor, mask: Tensor | None) -> Tensor:
-        """The most that a row of each page can be worth to a query, ``[X, pages]``.
+        """The most that a pair of each page can be worth to a query, ``[X, pages]``.
 
         The highest product of a query with keys within the page's bounds, over all queries of the
         span; lowest where a span has no page, or ``mask`` hides all of it.
@@ -174,7 +174,7 @@ class Segment:
         return worth.masked_fill(~visible, LOWEST)
 
     def part_of(self, chosen: Tensor, mask: Tensor | None) -> DensePart:
-        """The rows of the ``chosen`` pages ``[X, pages]`` of each span, as attention reads them.
+        """The pairs of the ``chosen`` pages ``[X, pages]`` of each span, as attention reads them.
 
         ``mask`` is that of ``worth``.
         """
@@ -200,7 +200,7 @@ class Segment:
         return DensePart(keys, values, bias, key_channels)
 
     def select(self, sequences: Tensor) -> "Segment":
-        """The block of some of the sequences ``[B']``, which may repeat."""
+        """The segment of some of the sequences ``[B']``, which may repeat."""
         b, h = self.shape
         wanted = sequences.tolist()
         lengths = [self.layout.lengths[i * h : (i + 1) * h] for i in wanted]
@@ -226,7 +226,7 @@ class Segment:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What blocks have in common whose sequences can be put one after the other."""
+        """What segments have in common whose sequences can be put one after the other."""
         stored = [
             (x.form if isinstance(x, Quantized) else x.dtype) for x in (self.keys, self.values)
         ]
@@ -235,10 +235,9 @@ class Segment:
 
     @classmethod
     def stack(cls, segments: Sequence["Segment"]) -> "Segment":
-        """The sequences of several blocks of the same form, as attention reads them.
+        """The sequences of several segments of the same form, as attention reads them.
 
-        What only presses read is left out: positions that keys are rotated to, and what a press
-        left with the rows.
+        What only presses read is left out: positions that keys are rotated to, and token states.
         """
         first = segments[0]
 
@@ -263,7 +262,7 @@ class Segment:
         )
 
     def join(self, other: "Segment") -> "Segment":
-        """The block with the rows of another one after its own; both have full pages only."""
+        """The segment with the pairs of another one after its own; both have full pages only."""
         spans = len(self.layout.lengths)
 
         def joined(x: Tensor, y: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
-"""What a store holds at one moment, and attention over it."""
+"""What a compressed layer holds at one moment, and attention over it."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +9,6 @@ from cachepress.cache.masks import TextMask
 from cachepress.cache.pairs import Pairs
 from cachepress.cache.segment import Segment
 from cachepress.cache.tail import TailRows
-from cachepress.errors import UnsupportedError
 from cachepress.ops import AttentionRule, wide
 from cachepress.ops.paged_attention import Part, paged_attention
 from cachepress.ops.paged_attention.parts import LOWEST
@@ -18,18 +16,16 @@ from cachepress.ops.paged_attention.parts import LOWEST
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Blocks and tail of a store as they were at one moment.
+    """Segments and tail of a layer as they were at one moment.
 
     Attributes:
-        blocks: settled rows, of all sequences, or of some that the others share in turns: those
+        segments: compressed pairs, of all sequences, or of some that others share in turns: those
             of sequence ``i`` are in place ``i % F``.
-        tail: rows since.
+        tail: pairs since.
         seen: text columns seen.
         batch: number of sequences.
-        text_valid: ``[B, S]`` of the settled text columns, those that are tokens; None if all.
-        page_budget: pages of the blocks that one query reads in each head; None for all.
-        groups: where the batch is several groups of sequences, one after the other, the blocks of
-            each, and the number of its sequences; there are no other blocks then.
+        text_valid: ``[B, S]`` of the compressed text columns, those that are tokens; None if all.
+        page_budget: pages of the segments that one query reads in each head; None for all.
     """
 
     segments: tuple[Segment, ...]
@@ -38,7 +34,6 @@ class Snapshot:
     batch: int
     text_valid: Tensor | None
     page_budget: int | None = None
-    groups: tuple[tuple[tuple[Segment, ...], int], ...] = ()
 
     @property
     def start(self) -> int:
@@ -48,12 +43,10 @@ class Snapshot:
     @property
     def shared(self) -> bool:
         """Whether sequences share rows."""
-        return bool(self.groups) or any(segment.shape[0] != self.batch for segment in self.segments)
+        return any(segment.shape[0] != self.batch for segment in self.segments)
 
     def lengths(self) -> Tensor:
-        """Rows of each head, ``[B, H]``."""
-        if self.groups:
-            return torch.cat([held.lengths() for held in self._parts()])
+        """Pairs of each head, ``[B, H]``."""
         own = self.seen - self.start
         total = torch.full((self.batch, self.heads), own)
         for segment in self.segments:
@@ -66,13 +59,10 @@ class Snapshot:
         """KV heads."""
         if self.tail is not None:
             return self.tail.keys.shape[1]
-        segments = self.groups[0][0] if self.groups else self.segments
-        return segments[0].shape[1]
+        return self.segments[0].shape[1]
 
     def rows(self) -> Pairs:
-        """Everything as one table ``[B, H, T, ...]``, the rows of the tail last."""
-        if self.groups:
-            raise UnsupportedError("a joined cache can be decoded from, and nothing else")
+        """Everything as one table ``[B, H, T, ...]``, the pairs of the tail last."""
         if not self.segments and self.tail is not None:
             return Pairs(self.tail.keys, self.tail.values)
         parts = [segment.rows() for segment in self.segments]
@@ -106,12 +96,10 @@ class Snapshot:
     def attend(self, query: Tensor, mask: TextMask, rule: AttentionRule) -> Tensor:
         """Attention of ``query [B, H * G, n, D]`` over everything, ``[B, n, H * G, E]``.
 
-        The rows of the tail end with those of the queries. Rows that sequences share are read
+        The pairs of the tail end with those of the queries. Pairs that sequences share are read
         once for all of them. One query reads the pages that matter most to it, where a
         ``page_budget`` says so.
         """
-        if self.groups:
-            return self._attend_apart(query, mask, rule)
         b, hq, n, d = query.shape
         bias = mask.of_rows(self.start, self.text_valid)
         if self.page_budget is None or n > 1:
@@ -129,28 +117,10 @@ class Snapshot:
         """The same, with every page read."""
         return replace(self, page_budget=None)
 
-    def _attend_apart(self, query: Tensor, mask: TextMask, rule: AttentionRule) -> Tensor:
-        """Attention of each group by itself: heads of one length are much faster so."""
-        outputs, first = [], 0
-        for held in self._parts():
-            last = first + held.batch
-            some = mask.of_sequences(first, last)
-            outputs.append(held.attend(query[first:last], some, rule))
-            first = last
-        return torch.cat(outputs)
-
-    def _parts(self) -> Iterator["Snapshot"]:
-        """What each group holds."""
-        first = 0
-        for segments, n in self.groups:
-            tail = self.tail and self.tail.of_sequences(first, first + n)
-            yield Snapshot(segments, tail, self.seen, n, None)
-            first += n
-
     def _chosen_parts(self, query: Tensor, mask: Tensor | None, page_budget: int) -> list[Part]:
         """Parts with the pages of each span that promise most to ``query [X, G, D]``.
 
-        Every span reads its last page, and all of blocks whose keys have no bounds.
+        Every span reads its last page, and all of segments whose keys have no bounds.
         """
         segments = [
             segment for segment in self.segments if segment.bounded and segment.layout.n_pages

@@ -1,4 +1,4 @@
-"""Rows that were appended since a layer was last settled."""
+"""The tail: pairs that were appended since a layer was last compressed."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ SLACK = 64
 
 @dataclass
 class Tail:
-    """The newest rows, the same in every head: text columns without a gap, in a growing buffer.
+    """The newest tokens, the same in every head: text columns without a gap, in a growing buffer.
 
     Attributes:
         keys: ``[B, H, slots, D]``, of which the first ``n`` are in use.
         values: ``[B, H, slots, E]``.
-        n: rows in use.
+        n: slots in use.
     """
 
     keys: Tensor
@@ -28,11 +28,11 @@ class Tail:
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, room: int = SLACK) -> "Tail":
-        """A tail that holds a copy of these rows, and has ``room`` for more."""
+        """A tail that holds a copy of these pairs, and has ``room`` for more."""
         return cls(_with_room(keys, room), _with_room(values, room), keys.shape[2])
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Write rows after the last one; decoding copies the buffer once in ``SLACK`` rows."""
+        """Append pairs; decoding copies the buffer once in ``SLACK`` tokens."""
         n = self.n + keys.shape[2]
         if n > self.keys.shape[2]:
             room = n - self.n + slack_after(keys)
@@ -44,11 +44,11 @@ class Tail:
         self.n = n
 
     def read(self) -> "TailRows":
-        """The rows as they are now; rows that are appended later do not show."""
+        """The pairs as they are now; those that are appended later do not show."""
         return TailRows(self.keys[:, :, : self.n], self.values[:, :, : self.n])
 
     def copy(self) -> "Tail":
-        """A tail with rows of its own."""
+        """A tail with pairs of its own."""
         rows = self.read()
         return Tail.of(rows.keys, rows.values)
 
@@ -77,23 +77,19 @@ def slack_after(keys: Tensor) -> int:
 
 @dataclass(frozen=True)
 class TailRows:
-    """Rows of a tail at one moment, ``[B, H, n, ...]`` each."""
+    """Pairs of a tail at one moment, ``[B, H, n, ...]`` each."""
 
     keys: Tensor
     values: Tensor
 
     def rows(self, seen: int) -> Pairs:
-        """The rows as a table, when ``seen`` text columns were seen."""
+        """The pairs as a table, when ``seen`` text columns were seen."""
         b, h, n = self.keys.shape[:3]
         positions = torch.arange(seen - n, seen, dtype=torch.int32, device=self.keys.device)
         return Pairs(self.keys, self.values, positions.expand(b, h, n))
 
-    def of_sequences(self, first: int, last: int) -> "TailRows":
-        """The rows of some of the sequences."""
-        return TailRows(self.keys[first:last], self.values[first:last])
-
     def part(self, mask: Tensor | None) -> DensePart:
-        """The rows as attention reads them, with a mask ``[B or 1, n, rows]`` or none."""
+        """The pairs as attention reads them, with a mask ``[B or 1, n, pairs]`` or none."""
         bias = None if mask is None else mask[:, None, None]
         return DensePart(self.keys.flatten(0, 1), self.values.flatten(0, 1), bias)
 

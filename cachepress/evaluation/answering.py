@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import cast
 
 from cachepress.bench import machine_of
-from cachepress.cache.batch import fork, is_plain, ordinary, size_of
+from cachepress.cache.batch import fork, ordinary, size_of
+from cachepress.cache.joined import is_plain
 from cachepress.errors import CachepressError
 from cachepress.evaluation.batches import MOST_TOKENS, Batch, Fork, Reference
 from cachepress.evaluation.records import Answer
@@ -269,8 +270,8 @@ class Answerer:
                 step_seconds_high=step_high,
                 bytes_before=forked.size.bytes_before,
                 bytes_after=forked.size.bytes_after,
-                rows_seen=forked.size.rows_seen,
-                rows_held=forked.size.rows_held,
+                rows_seen=forked.size.pairs_seen,
+                rows_held=forked.size.pairs_held,
                 peak_memory_bytes=peak,
                 machine=self._machine,
                 kl=kl,

@@ -12,7 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from cachepress.cache.batch import CacheSize, fork, grouped, join
+from cachepress.cache.batch import CacheSize, fork
+from cachepress.cache.joined import grouped, join
 from cachepress.evaluation.run import Run
 from cachepress.evaluation.speed import StepSeconds
 from cachepress.generation.decode import Forced, force, generate

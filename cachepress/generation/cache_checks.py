@@ -101,7 +101,7 @@ class _StoreCheck:
         _need(_counts(tuple(counts), least=0), "counts")
         batch, seen, compressed, mark_scored = counts
         _need(max(compressed, mark_scored) <= seen, "counts that fit")
-        _need(state["_groups"] == () and state["query_stats"] is None, "one group of sequences")
+        _need(state["query_stats"] is None, "no statistics of a text that is not over")
         _need(isinstance(state["_encoded"], bool), "flags")
         _need(store.codec is None or isinstance(store.codec, Codec), "a codec")
         _need(store.page_budget is None or is_whole(store.page_budget, 1), "pages to read")

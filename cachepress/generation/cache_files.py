@@ -155,6 +155,8 @@ def _filled(
             ours = isinstance(layer, CompressedLayer)
             # Layers of transformers get some fields when filled; other versions know others.
             names = vars(layer if ours else fitting.one.layers[i])
+            if ours and state.pop("_groups", ()) != ():
+                raise ValueError("it does not have one group of sequences")
             state = _named_today(state) if ours else state
             vars(layer).update({k: x for k, x in state.items() if k in names})
         if left:

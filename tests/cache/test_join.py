@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cachepress as cp
-from cachepress.cache.batch import form_of, join
+from cachepress.cache.joined import form_of, join
 from cachepress.generation.decode import Forced, force, generate
 from tests.bounds import close
 from tests.tiny import exact_tiny as tiny
@@ -70,8 +70,8 @@ def test_pages_of_a_joined_batch_are_chosen_for_each_sequence(model):
 def test_a_joined_cache_holds_each_row_once_and_can_be_reordered(model):
     caches = [prefilled(model, press) for press in (cp.SnapKVPress(0.5), cp.KnormPress(0.5))]
     joined = join([caches], 3)
-    held = [cp.size_of(cache).rows_held for cache in caches]
-    assert cp.size_of(joined).rows_held == 3 * sum(held)
+    held = [cp.size_of(cache).pairs_held for cache in caches]
+    assert cp.size_of(joined).pairs_held == 3 * sum(held)
     own = [cp.size_of(cache).bytes_after for cache in caches]
     assert sum(own) * 0.95 < cp.size_of(joined).bytes_after < sum(own) * 1.1
     joined.reorder_cache(torch.tensor([5, 0]))
@@ -95,8 +95,8 @@ def test_groups_of_any_form_are_one_batch(model):
     joined = join(groups, 2)
     order = [cache for group in groups for _ in range(2) for cache in group]
     every = [ids for group in groups for ids in QUESTIONS for _ in group]
-    held = [cp.size_of(cache).rows_held for cache in order]
-    assert cp.size_of(joined).rows_held == sum(held)
+    held = [cp.size_of(cache).pairs_held for cache in order]
+    assert cp.size_of(joined).pairs_held == sum(held)
     got = generate(model, tokenizer(), joined, every, 8, {})
     for answer, cache, question in zip(got, order, every, strict=True):
         assert answer == generate(model, tokenizer(), cp.fork(cache), [question], 8, {})[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import cachepress as cp
 from cachepress.cache.codec import Codec, Quantized
+from cachepress.cache.joined import JoinedLayer
 from cachepress.cache.layer import CompressedLayer
 from cachepress.cache.masks import TextMask
 from cachepress.cache.pairs import Pairs
@@ -355,9 +356,9 @@ def test_joined_stores_hold_what_each_of_them_does(kind):
         return pair
 
     same = [one(seed, "keep", "decode_on") for seed in (1, 2, 3)]
-    assert len({pair.store.form for pair in same}) == 1
+    assert len({pair.store.form() for pair in same}) == 1
     joined = Pair(kind, 1, random.Random(6))
-    joined.store = CompressedLayer.join([[pair.store for pair in same]], 2)
+    joined.store = CompressedLayer.stack([pair.store for pair in same], 2)
     joined.heads = copied([*(pair.heads[0] for pair in same)] * 2)
     joined.padding = [0, 40, 3, 17, 0, 31]  # What a mask hides of rows that two of them share.
     for head in (head for row in joined.heads for head in row):
@@ -378,12 +379,13 @@ def test_groups_of_joined_stores_hold_what_each_of_them_does():
         pair.keep()
         pair.append(3)
         pair.check()
-        assert pair.store.form
+        assert pair.store.form()
         return pair
 
     groups = [[made("uneven", 1)], [made("even", 2), made("even", 3)], [made("thin", 4)]]
     order = [pair for group in groups for pair in group * 2]
-    store = CompressedLayer.join([[pair.store for pair in group] for group in groups], 2)
+    stacked = [CompressedLayer.stack([pair.store for pair in group], 2) for group in groups]
+    store = JoinedLayer(stacked)
     assert store.batch_size == len(order)
     apart = [pair.store.fork() for pair in order]
     for _ in range(3):

@@ -6,7 +6,8 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import cachepress as cp
-from cachepress.cache.batch import form_of, join, stores
+from cachepress.cache.batch import stores
+from cachepress.cache.joined import form_of, join
 from tests.bounds import close
 from tests.tiny import exact_tiny, tokens
 from tests.tiny_cache import forward, kept

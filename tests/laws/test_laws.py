@@ -205,7 +205,7 @@ def test_bytes_reported_are_bytes_allocated(press):
     assert size.bytes_after == storage
     row = 2 * 8 * 8 + 4 + 8 * press.needs.token_state
     assert size.bytes_after == 4 * 2 * 64 * row
-    assert (size.rows_seen, size.rows_held, size.ratio) == (720, 360, 0.5)
+    assert (size.pairs_seen, size.pairs_held, size.ratio) == (720, 360, 0.5)
 
 
 @by_name

@@ -70,7 +70,7 @@ def test_the_pipeline_marks_each_question():
     alone = [pipe(context, question=q, press=FinchPress(0.5), **options) for q in asked]
     assert both["answers"] == [one["answer"] for one in alone]
     # Two words before the context and two after the question; the last one starts the answer.
-    sizes = [(one["stats"].cache.rows_seen, one["stats"].cache.rows_held) for one in alone]
+    sizes = [(one["stats"].cache.pairs_seen, one["stats"].cache.pairs_held) for one in alone]
     assert sizes == [(8 * n, 8 * (n // 2)) for n in (2 + 60 + 5 + 1, 2 + 60 + 9 + 1)]
 
 

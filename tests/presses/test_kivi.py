@@ -70,7 +70,7 @@ def test_bytes_are_measured_and_small():
     small = cp.prefill(single(), ids, KIVIPress(cp.KnormPress(0.0), residual=32))
     size = cp.size_of(small)
     assert size.bytes_after == allocated(stores(small)) < size.bytes_before
-    assert (size.rows_held, size.rows_seen) == (4 * 2 * 500, 4 * 2 * 500)
+    assert (size.pairs_held, size.pairs_seen) == (4 * 2 * 500, 4 * 2 * 500)
     pages, spans = 15, 4 * 2  # 468 rows of 8 + 8 channels at 2 bits, and a page as it was.
     quantized = pages * (32 * (4 + 4 + 4) + 8 * 4)
     assert size.bytes_after == spans * (quantized + 32 * (64 + 4))
@@ -87,7 +87,7 @@ def test_as_many_rows_as_fit_into_a_number_of_bytes(limit, adaptive):
     # An even number of rows is a number of pages, and room is left for one page of the residual.
     assert 0.55 * limit < held <= limit
     wider = cp.prefill(single(), tokens(450), inner)
-    assert cp.size_of(wider).rows_held < cp.size_of(cache).rows_held
+    assert cp.size_of(wider).pairs_held < cp.size_of(cache).pairs_held
 
 
 def test_decoded_rows_are_quantized_and_decoding_goes_on_after_the_context():

@@ -212,7 +212,7 @@ def test_other_budgets_and_a_running_generation():
     cache = pressed(single(), KVComposePress(max_bytes=limit), tokens(400))
     assert 0.6 * limit < cp.size_of(cache).bytes_after <= limit
     cache = pressed(single(), KVComposePress(n_kept=7), tokens(40))
-    assert cp.size_of(cache).rows_held == 4 * 2 * 7
+    assert cp.size_of(cache).pairs_held == 4 * 2 * 7
     model, cache = single(), DynamicCache()
     around = cp.PrefillDecodingPress(KVComposePress(0.5), cp.DecodingPress(cp.KnormPress(), 4, 10))
     with around(model):

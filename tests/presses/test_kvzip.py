@@ -204,7 +204,7 @@ def test_the_pipeline_lends_its_tokenizer():
     pipe = pipeline("kv-press-text-generation", model=tiny(), tokenizer=tokenizer())
     result = pipe(words(50), questions=["w3"], press=KVzipPress(0.5), return_stats=True)
     size = result["stats"].cache
-    assert (size.rows_seen, size.rows_held) == (8 * 52, 8 * 26)
+    assert (size.pairs_seen, size.pairs_held) == (8 * 52, 8 * 26)
 
 
 def test_a_second_turn_keeps_the_scores_of_the_first():

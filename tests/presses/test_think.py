@@ -91,7 +91,7 @@ def test_removes_the_floor_and_bytes_shrink(ratio, left):
         index = 0 if block.key_channels is None else 2 * left * 8
         assert allocated(store) == 2 * 224 * (left * 4 + 8 * 4 + 4) + index == store.nbytes
     assert cp.size_of(cache).bytes_after == allocated(stores(cache))
-    assert cp.size_of(cache).rows_held == 4 * 2 * 200
+    assert cp.size_of(cache).pairs_held == 4 * 2 * 200
 
 
 def test_ratio_0_equals_no_press():
