@@ -29,13 +29,7 @@ KNOW_TRANSFORMERS = ("hf", "models", "generation")
 CACHE_LAYER = ("cache.layer", "cache.batch", "cache.joined")
 """The cache-layer protocol of transformers, which a compressed layer fulfils."""
 LONGEST_FILE, LONGEST_FUNCTION = 400, 50
-STILL_LONG = {
-    "cli",
-    "evaluation.answering",
-    "evaluation.tasks.longbench",
-    "evaluation.tasks.scbench",
-    "train",
-}
+STILL_LONG = {"cli", "train"}
 """Files that are longer until they are split; nothing is ever added."""
 KERNELS = {"ops.paged_attention.triton"}
 """A kernel is one function, whatever it takes."""
