@@ -19,7 +19,7 @@ THREADS ?= 1
 COUNTED := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$(THREADS)
 PYTEST := -m pytest --numprocesses auto --durations 15 --durations-min 1
 
-.PHONY: demo test docs docs-test wheel-test fuzz laws laws-newest elsewhere bench benchmarks \
+.PHONY: demo test docs docs-test wheel-test slower fuzz laws laws-newest elsewhere bench benchmarks \
 	leaderboard presses lint types clean
 
 demo: $(VENV)/ready
@@ -87,6 +87,10 @@ SECONDS ?= 60
 SEED ?= 0
 fuzz: $(VENV)/ready
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
+
+# Whether the last commit made prefill or decoding slower, both measured in turns.
+slower: $(VENV)/ready
+	$(BIN)/python -m tests.slower
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -57,7 +57,7 @@ class Budget(Protocol):
 class Amount(Protocol):
     """A number of pairs, in the user's unit: a ratio, a number or bytes."""
 
-    def rows(self, view: LayerView) -> Tensor:
+    def pairs(self, view: LayerView) -> Tensor:
         """Compute the number of pairs for each head of a layer, ``[B]``."""
         ...
 
@@ -78,7 +78,7 @@ class Ratio:
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
 
-    def rows(self, view: LayerView) -> Tensor:
+    def pairs(self, view: LayerView) -> Tensor:
         """Compute the number of pairs for each head, ``[B]``."""
         kept = 1 - Fraction(str(self.ratio))
         counts = [floor(n * kept) for n in view.n_seen.flatten().tolist()]
@@ -95,7 +95,7 @@ class Fixed:
 
     n: int
 
-    def rows(self, view: LayerView) -> Tensor:
+    def pairs(self, view: LayerView) -> Tensor:
         """Compute the number of pairs for each head, ``[B]``: the tokens seen, at most ``n``."""
         return view.n_seen.clamp(max=self.n)
 
@@ -120,7 +120,7 @@ class Bytes:
     room: int = 0
     most: Amount | None = None
 
-    def rows(self, view: LayerView) -> Tensor:
+    def pairs(self, view: LayerView) -> Tensor:
         """Compute the number of pairs for each head, ``[B]``, on average.
 
         Raises:
@@ -146,7 +146,7 @@ class Bytes:
                 + (f", and {self.room} more are decoded" if self.room else "")
             )
         found = view.n_seen.clamp(max=pairs)
-        return found if self.most is None else found.minimum(self.most.rows(view))
+        return found if self.most is None else found.minimum(self.most.pairs(view))
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,9 @@ class PerLayer:
 
     ratios: tuple[float, ...]
 
-    def rows(self, view: LayerView) -> Tensor:
+    def pairs(self, view: LayerView) -> Tensor:
         """Compute the number of pairs for each head, ``[B]``."""
-        return Ratio(self.ratios[view.depth]).rows(view)
+        return Ratio(self.ratios[view.depth]).pairs(view)
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,9 @@ class Pyramid:
     window: int
     beta: int
 
-    def rows(self, view: LayerView) -> Tensor:
+    def pairs(self, view: LayerView) -> Tensor:
         """Compute the number of pairs for each head, ``[B]``."""
-        average, seen = self.amount.rows(view).flatten(), view.n_seen.flatten()
+        average, seen = self.amount.pairs(view).flatten(), view.n_seen.flatten()
         pairs = zip(average.tolist(), seen.tolist(), strict=True)
         counts = [self._of_layer(n, seen, view.depth, view.n_layers) for n, seen in pairs]
         return torch.tensor(counts, device=view.n_seen.device).view_as(view.n_seen)
@@ -236,8 +236,8 @@ class TopK:
     def count(self, view: LayerView) -> Tensor:
         """Compute how many pairs each head keeps, ``[B]``, on average where heads compete."""
         if self.scope == "head":
-            return self.amount.rows(view).clamp(min=1)
-        return with_bytes(self.amount, uneven=True).rows(view)
+            return self.amount.pairs(view).clamp(min=1)
+        return with_bytes(self.amount, uneven=True).pairs(view)
 
     def holds_all(self, valid: Tensor, n_kept: Tensor) -> bool:
         """Whether every pair can be kept."""
@@ -287,7 +287,7 @@ def _inner(amount: Amount) -> dict[str, tuple[Amount, ...]]:
     for field in fields(amount):  # pyright: ignore[reportArgumentType]
         value = getattr(amount, field.name)
         parts = value if isinstance(value, tuple) else (value,)
-        if parts and all(hasattr(part, "rows") for part in parts):
+        if parts and all(hasattr(part, "pairs") for part in parts):
             found[field.name] = parts
     return found
 

@@ -192,7 +192,9 @@ def _measured_part(measured: Mapping[str, object]) -> str:
         f"{1000 * statistics.median(base['decode']):.0f} ms.\n",
         tabulate(rows, MEASURED, tablefmt="github", disable_numparse=True),
     ]
-    left_out: dict[str, str] = measured["left_out"]  # type: ignore
+    left_out: dict[str, str] = dict(measured["left_out"])  # type: ignore
+    later = [alias for alias in own_presses() if alias not in (*measured["aliases"], *left_out)]  # type: ignore
+    left_out |= dict.fromkeys(later, "not measured yet")
     if left_out:
         lines.append("\nNot measured:\n")
         lines += [f"- `{alias}`: {reason}" for alias, reason in left_out.items()]
@@ -226,8 +228,8 @@ def _looks_at(press: BasePress) -> str:
         found.append("moments of the queries")
     if press.needs.reconstruction is not None:
         gradient = " with gradients" if press.needs.reconstruction.gradient else ""
-        found.append(f"a replay of the prompt{gradient}")
-    return ", ".join(found) or "the rows only"
+        found.append(f"a reconstruction of the context{gradient}")
+    return ", ".join(found) or "keys and values only"
 
 
 def _queries(n: int) -> str:
@@ -239,13 +241,13 @@ def _queries(n: int) -> str:
 def _frees(press: BasePress) -> str:
     """What becomes smaller, in words."""
     if press.needs.storage is not None:
-        return f"rows, and bits: {press.needs.storage.bits} a number"
+        return f"pairs, and bits: {press.needs.storage.bits} a number"
     if press.needs.pages_read(2) is not None:
-        return "nothing; fewer rows are read"
+        return "nothing; fewer pairs are read"
     if isinstance(press.budget, Threshold):
-        return "rows, as many as its rule says"
-    own = {"head": "rows, as many in each head", "layer": "rows, each head its own number"}
-    text = own.get(press.budget.scope, "rows, each head of each layer its own number")
+        return "pairs, as many as its rule says"
+    own = {"head": "pairs, as many in each head", "layer": "pairs, each head its own number"}
+    text = own.get(press.budget.scope, "pairs, each head of each layer its own number")
     if type(press).key_channels is not BasePress.key_channels and press.needs.rewrites:
         return "channels of the keys"
     return text

@@ -79,9 +79,17 @@ def _ours(kind):
 
 
 def test_the_page_of_presses_says_what_the_classes_say_and_what_was_measured():
+    """A press that is not on the page yet fails nothing; all that is on it is true."""
     measured = json.loads((DOCS / "presses.json").read_text())
-    assert (DOCS / "presses.md").read_text() == page(measured)
-    assert measured["aliases"] + list(measured["left_out"]) == list(own_presses())
+    said, true = (
+        {re.sub(r"[ -]+", " ", line) for line in text.splitlines()}
+        for text in ((DOCS / "presses.md").read_text(), page(measured))
+    )
+    assert said - true == set()
+    on_page = [*measured["aliases"], *measured["left_out"]]
+    assert [alias for alias in own_presses() if alias in on_page] == on_page
+    new = {alias for alias in own_presses() if alias not in on_page}
+    assert all(any(f"`{alias}`" in line for alias in new) for line in true - said)
 
 
 def test_the_page_of_examples_includes_every_script():

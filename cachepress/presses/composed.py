@@ -26,10 +26,10 @@ class _Chain:
 
     amounts: tuple[Amount, ...]
 
-    def rows(self, view: LayerView) -> Tensor:
+    def pairs(self, view: LayerView) -> Tensor:
         """Pairs of each head, ``[B]``."""
         for amount in self.amounts:
-            view = replace(view, n_seen=amount.rows(view).clamp(min=1))
+            view = replace(view, n_seen=amount.pairs(view).clamp(min=1))
         return view.n_seen
 
 
@@ -150,7 +150,7 @@ class ComposedPress(BasePress, alias="composed"):
     def _stage(self, press: BasePress, view: LayerView, stages: int) -> Tensor:
         """Select what a press keeps of what the ones before it kept, ``[B, H, T]``."""
         if self._counted:
-            n_kept = self._amount(stages).rows(view).clamp(min=1)
+            n_kept = self._amount(stages).pairs(view).clamp(min=1)
         else:
             # A threshold came first: each head has a number of its own, of which the budget counts.
             held = replace(view, n_seen=view.valid.sum(-1))  # [B, H]
