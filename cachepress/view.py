@@ -27,6 +27,7 @@ from torch import Tensor
 
 from cachepress.cache.codec import Codec
 from cachepress.cache.pairs import PairBytes
+from cachepress.deprecated import Renamed
 from cachepress.errors import CachepressError
 from cachepress.ops import AttentionRule, attention_column_sums, gather
 from cachepress.reconstruction import Reconstruction
@@ -286,6 +287,10 @@ class LayerView:
     token_state: Tensor | None = None
     hidden_feature: Tensor | None = None
     n_question: Tensor | None = None
+
+    carried = Renamed("token_state")
+    noted = Renamed("hidden_feature")
+    row_bytes = Renamed("pair_bytes")
 
     def __getitem__(self, tokens: slice) -> "LayerView":
         """Restrict the view to a slice of its tokens, and its queries to those of these tokens."""

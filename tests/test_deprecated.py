@@ -60,3 +60,21 @@ def test_a_method_that_is_defined_under_its_old_name_is_called():
 def test_what_is_a_field_of_needs_by_now_cannot_be_defined_under_its_old_name():
     with pytest.raises(TypeError, match="defines carries, which is declared as needs.token_state"):
         type("Carrying", (cp.KnormPress,), {"carries": True})
+
+
+def test_a_cache_and_a_view_answer_to_their_old_names():
+    class Reading(cp.KnormPress):
+        def score(self, view):
+            with warned("LayerView.carried", "token_state"):
+                assert view.carried is view.token_state
+            with warned("LayerView.noted", "hidden_feature"):
+                assert view.noted is None
+            with warned("LayerView.row_bytes", "pair_bytes"):
+                assert view.row_bytes is view.pair_bytes
+            return super().score(view)
+
+    size = cp.size_of(pressed(tiny(), Reading(0.5), tokens(20)))
+    with warned("CacheSize.rows_seen", "pairs_seen"):
+        assert size.rows_seen == size.pairs_seen == 4 * 2 * 20
+    with warned("CacheSize.rows_held", "pairs_held"):
+        assert size.rows_held == size.pairs_held == 4 * 2 * 10
