@@ -34,7 +34,7 @@ def page_budget(monkeypatch):
 
 
 def compressed(monkeypatch):
-    monkeypatch.setattr(digests, "_SETTLED_NS", -1)
+    monkeypatch.setattr(digests, "_STABLE_NS", -1)
 
 
 def folder(path, **contents):

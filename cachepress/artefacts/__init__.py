@@ -1,1 +1,1 @@
-"""What is learned of a model: kept, found, read and checked, and what tells models apart."""
+"""Artefacts: files of what a method learned of a model, and digests that tell models apart."""

@@ -1,4 +1,4 @@
-"""Digests of files: what tells weights, tokenizers and artefacts from others of the same name."""
+"""Digests of the files of models and artefacts, which tell them from others of the same name."""
 
 import hashlib
 import json
@@ -29,23 +29,23 @@ _OF_TRAINING = re.compile(
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LARGE = 10**9
 _PIECE = 1 << 22
-_SETTLED_NS = 2 * 10**9
+_STABLE_NS = 2 * 10**9
 """A file that changed less than this ago can change again without another time of change."""
 
 
 def digest_of(files: Mapping[str, Path]) -> str:
-    """A SHA-256 of the names and contents of some files.
+    """Hash the names and contents of some files (SHA-256).
 
-    What was found of a file is remembered in the user's cache until the file changes. What has to
-    be read shows a bar if it is large.
+    The digest of a file is remembered in the user's cache until the file changes. Reading large
+    files shows a progress bar.
 
     Args:
-        files: the files, by the names that count.
+        files: the files, by the names that are hashed with them.
     """
     places = {name: Path(os.path.realpath(path)) for name, path in files.items()}
-    known = {name: _remembered(path) for name, path in places.items()}
-    unknown = [name for name, digest in known.items() if digest is None]
-    total = sum(places[name].stat().st_size for name in unknown)
+    remembered = {name: _remembered(path) for name, path in places.items()}
+    unread = [name for name, digest in remembered.items() if digest is None]
+    total = sum(places[name].stat().st_size for name in unread)
     with tqdm(
         total=total,
         desc="hashing weights, once",
@@ -53,15 +53,15 @@ def digest_of(files: Mapping[str, Path]) -> str:
         unit_scale=True,
         disable=total <= _LARGE,
     ) as bar:
-        found = {name: known[name] or _read(path, bar) for name, path in places.items()}
+        found = {name: remembered[name] or _read(path, bar) for name, path in places.items()}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def model_digests(name: str, model_kwargs: Mapping[str, object] | None = None) -> dict[str, str]:
-    """What the files of a model hold: ``weights`` (with what configures them) and ``tokenizer``.
+    """Return digests of a model's ``weights`` (with their config) and ``tokenizer``.
 
-    The commit for a snapshot of the hub, the hash of its source for a built-in model, else a
-    SHA-256 of contents. ``unknown`` where there is none on this machine.
+    They are the commit for a snapshot of the hub, the hash of its source for a built-in model, else
+    a SHA-256 of the files. ``unknown`` where the model is not on this machine.
 
     Args:
         name: a built-in name, a folder, or a name on the hub.
@@ -71,7 +71,7 @@ def model_digests(name: str, model_kwargs: Mapping[str, object] | None = None) -
 
 
 def checksum_of(tensors: Mapping[str, Tensor], header: str) -> str:
-    """A SHA-256 of a header, and of the name, type, shape and bits of every tensor."""
+    """Hash a header, and the name, type, shape and bits of every tensor (SHA-256)."""
     digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         x = tensors[name].contiguous().cpu()
@@ -81,7 +81,7 @@ def checksum_of(tensors: Mapping[str, Tensor], header: str) -> str:
 
 
 def file_digests(files: Iterable[Path]) -> str | None:
-    """One digest of some files, whatever they are called; None for no file."""
+    """Hash some files in their order, without their names; None for no file."""
     named = {str(i): path for i, path in enumerate(files)}
     return digest_of(named) if named else None
 
@@ -89,7 +89,10 @@ def file_digests(files: Iterable[Path]) -> str | None:
 def _model_digests(
     name: str, options: Mapping[str, object], above: frozenset[str]
 ) -> dict[str, str]:
-    """``model_digests``, of what is put on the folders ``above``."""
+    """Return ``model_digests`` of a base model, on which the adapters in ``above`` are put.
+
+    Folders in ``above`` are not entered again: adapters may name each other as their base.
+    """
     if (own := builtin_digest(name)) is not None:
         return {"weights": own, "tokenizer": own}
     source = Path(name) if os.path.isdir(name) else _snapshot(name, options)  # noqa: PTH112
@@ -125,7 +128,7 @@ def _contents(folder: Path, gguf: object, above: frozenset[str]) -> dict[str, st
 
 
 def _listed(folder: Path) -> dict[str, Path]:
-    """Weights that an index names, which may lie in folders further down."""
+    """Find the weight files that an index names, which may be in subfolders."""
     found: dict[str, Path] = {}
     for index in folder.glob("*.index.json"):
         with suppress(OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
@@ -135,7 +138,7 @@ def _listed(folder: Path) -> dict[str, Path]:
 
 
 def _base_of(folder: Path) -> str | None:
-    """The model that an adapter in the folder is put on."""
+    """Return the model that an adapter in the folder is put on; None if there is none."""
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         told = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base = told["base_model_name_or_path"]
@@ -144,12 +147,12 @@ def _base_of(folder: Path) -> str | None:
 
 
 def _snapshot(name: str, options: Mapping[str, object]) -> Path | None:
-    """The folder of a model's snapshot in the hub's cache."""
+    """Find the folder of a model's snapshot in the hub's cache."""
     where = {key: options[key] for key in ("cache_dir", "revision") if options.get(key)}
     for file in ("config.json", "tokenizer_config.json", "tokenizer.json"):
         inside = f"{options['subfolder']}/{file}" if options.get("subfolder") else file
         with suppress(ValueError, OSError, TypeError):
-            # What is on this machine only; the tokenizer was asked for just before.
+            # Only what is on this machine: loading has already asked the hub.
             found = try_to_load_from_cache(name, inside, **where)  # pyright: ignore
             if isinstance(found, str):
                 return Path(found.removesuffix(inside))
@@ -157,7 +160,7 @@ def _snapshot(name: str, options: Mapping[str, object]) -> Path | None:
 
 
 def _commit(folder: Path) -> str | None:
-    """The commit of a snapshot in the hub's cache, if nothing in it was put there by hand."""
+    """Return the commit of a snapshot in the hub's cache, if no file was put there by hand."""
     parts = Path(os.path.realpath(folder)).parts
     for i, part in enumerate(parts[2:], start=2):
         if parts[i - 1] != "snapshots" or not _COMMIT.fullmatch(part):
@@ -172,7 +175,7 @@ def _commit(folder: Path) -> str | None:
 
 
 def _mark(path: Path) -> tuple[str, int]:
-    """What changes with a file, as a text, and the time of its last change."""
+    """Return a text that changes whenever the file does, and the time of its last change."""
     found = path.stat()
     numbers = (found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns)
     return "\n".join(map(str, (path, *numbers))), found.st_ctime_ns
@@ -191,16 +194,16 @@ def _remembered(path: Path) -> str | None:
 
 
 def _read(path: Path, bar: tqdm) -> str:
-    """Read a file for its digest, and remember that if the file can be told from a later one."""
+    """Hash a file, and remember the digest if a later change of the file would show."""
     mark, changed = _mark(path)
-    compressed = time.time_ns() - changed > _SETTLED_NS
+    stable = time.time_ns() - changed > _STABLE_NS
     digest, piece = hashlib.sha256(), bytearray(_PIECE)
     with path.open("rb", buffering=0) as file:
         while n := file.readinto(piece):
             digest.update(memoryview(piece)[:n])
             bar.update(n)
     found = digest.hexdigest()
-    if compressed and mark == _mark(path)[0]:
+    if stable and mark == _mark(path)[0]:
         with suppress(OSError, CachepressError):
             place = _place(mark)
             place.parent.mkdir(parents=True, exist_ok=True)

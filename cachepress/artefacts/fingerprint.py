@@ -1,4 +1,4 @@
-"""What tells a loaded model from others: its config, and all bits of all of its weights."""
+"""Fingerprints of loaded models: a digest of the config and of all bits of all weights."""
 
 import hashlib
 import json
@@ -24,44 +24,44 @@ _IDLE = frozenset(
     )
 )
 """Fields of a config that change nothing in a forward."""
-_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[str, torch.dtype | None], tuple[object, str]]]
-_KNOWN = WeakKeyDictionary()
+_REMEMBERED: WeakKeyDictionary[nn.Module, dict[tuple[str, torch.dtype | None], tuple[object, str]]]
+_REMEMBERED = WeakKeyDictionary()
 
 
 def weights_digest(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """A hash of the name, type, shape and all bits of every weight.
+    """Hash the name, type, shape and all bits of every weight.
 
-    The bits are summed as 64-bit integers, plainly and by place, where the weights lie; integers
-    have the same sum in any order, on any device. The sum of a weight is remembered until the
-    weight's version or storage changes, or a sample of its bits.
+    The bits are summed as 64-bit integers, plainly and weighted by their place, on the weights'
+    own device: integers have the same sum in any order, on any device. The sums of a weight are
+    remembered until its version, its memory or a sample of its bits changes.
 
     Args:
         model: the model.
         dtype: the type that floating-point weights are cast to first; None for as they are.
     """
-    known = _KNOWN.setdefault(model, {})
+    remembered = _REMEMBERED.setdefault(model, {})
     weights = dict(_weights(model))
     marks = _marks(weights)
     new = {}
     for name, x in weights.items():
-        if known.get((name, dtype), (None,))[0] != marks[name]:
+        if remembered.get((name, dtype), (None,))[0] != marks[name]:
             new[name] = _sums(x, dtype)
     for name, sums in zip(new, _numbers(list(new.values())), strict=True):
         x = weights[name]
         of = dtype if dtype is not None and x.is_floating_point() else x.dtype
-        known[name, dtype] = (marks[name], f"{of} {tuple(x.shape)} {sums}")
-    text = json.dumps({name: known[name, dtype][1] for name in sorted(weights)})
+        remembered[name, dtype] = (marks[name], f"{of} {tuple(x.shape)} {sums}")
+    text = json.dumps({name: remembered[name, dtype][1] for name in sorted(weights)})
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def acting_config(model: PreTrainedModel) -> dict[str, object]:
-    """What a config says of the forward: no names, no paths, no versions, as JSON has it."""
+    """Return the fields of a config that affect a forward: no names, paths or versions."""
     text = json.dumps(_acting(model.config.to_dict()), default=str, sort_keys=True)
     return json.loads(text)
 
 
 def loaded_digests(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What a model and a tokenizer in memory hold, as ``model_digests`` says it of files."""
+    """Return digests of a model and a tokenizer in memory, as ``model_digests`` does of files."""
     generation = getattr(model, "generation_config", None)
     told = {} if generation is None else _acting(generation.to_dict(), special=True)
     parts = [type(model).__name__, acting_config(model), told, weights_digest(model)]
@@ -69,7 +69,7 @@ def loaded_digests(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, object]:
-    """What tells a model from every other one, as JSON has it."""
+    """Return what tells a model from every other one, as JSON types."""
     dtypes = {str(x.dtype).removeprefix("torch.") for x in model.parameters()}
     return {
         "class": type(model).__name__,
@@ -81,7 +81,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, object]:
 
 
 def other_model(saved: Mapping[str, object], model: PreTrainedModel) -> str | None:
-    """In what a model differs from one whose fingerprint was saved; None if it is the same."""
+    """Say in what a model differs from one whose fingerprint was saved; None if in nothing."""
     own = fingerprint(model)
     for name in ("class", "dtypes"):
         if saved[name] != own[name]:
@@ -94,7 +94,7 @@ def other_model(saved: Mapping[str, object], model: PreTrainedModel) -> str | No
 
 
 def _difference(saved: object, own: object, whole: bool, name: str = "") -> str | None:
-    """The first field that differs; of fields that one side does not have, only if ``whole``."""
+    """Find the first field that differs; fields that one side lacks count only if ``whole``."""
     if not isinstance(saved, dict) or not isinstance(own, dict):
         return None if saved == own else name
     for key in sorted({*saved, *own}):
@@ -119,7 +119,7 @@ def _hash(values: list[object]) -> str:
 
 
 def _acting(config: Mapping[str, object], special: bool = False) -> dict[str, object]:
-    """The fields that act, those of inner configs too; ``special`` tokens act in generation."""
+    """Keep the fields that affect a forward, or with ``special`` tokens, generation."""
     return {
         str(name): _acting(value, special) if isinstance(value, Mapping) else value
         for name, value in config.items()
@@ -129,7 +129,7 @@ def _acting(config: Mapping[str, object], special: bool = False) -> dict[str, ob
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and saved buffer by name; those of wrapped tensors one by one."""
+    """Iterate over every parameter and saved buffer; those of tensor subclasses one by one."""
     for name, x in model.state_dict(keep_vars=True).items():
         if isinstance(x, Tensor):
             yield from _plain(name, x)
@@ -144,10 +144,11 @@ def _plain(name: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _marks(weights: Mapping[str, Tensor]) -> dict[str, object]:
-    """What changes with each weight.
+    """Return, for each weight, a mark that changes when the weight does.
 
-    A weight's version does not see what is written through its ``.data``; the sample mostly does.
-    A weight of inference mode has no version, so that it never counts as unchanged.
+    PyTorch's version counter misses what is written through ``.data``, which a sample of bits
+    mostly shows. Weights made in inference mode have no version, so that they always count as
+    changed.
     """
     samples = _numbers([_sample(x) for x in weights.values()])
     return {
@@ -162,7 +163,7 @@ def _marks(weights: Mapping[str, Tensor]) -> dict[str, object]:
 
 
 def _sample(x: Tensor) -> Tensor:
-    """Sums ``[2]`` of some of the bits of a weight."""
+    """Sum some of the bits of a weight, ``[2]``."""
     if x.is_meta or not x.numel():
         return torch.zeros(2, dtype=torch.int64)
     flat = x.detach().reshape(-1)
@@ -171,7 +172,7 @@ def _sample(x: Tensor) -> Tensor:
 
 
 def _sums(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The sum of the bits of a weight, and that of each word times its place, ``[2]``."""
+    """Sum the 64-bit words of a weight, and each times its place, ``[2]``."""
     if x.is_meta:
         return torch.zeros(2, dtype=torch.int64)
     flat = x.detach().reshape(-1)
@@ -187,14 +188,14 @@ def _sums(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _sums_of(words: Tensor) -> Tensor:
-    """The sum of words, and that of each times its place, ``[2]``; both wrap around."""
+    """Sum words, and each times its place, ``[2]``; both sums wrap around."""
     whole = len(words) // _LINE * _LINE
     tail = torch.cat([words[whole:], words.new_zeros(whole + _LINE - len(words))])
     place = torch.arange(_LINE, dtype=torch.int64, device=words.device)
     plain, placed = [], []
     for lines in (*words[:whole].view(-1, _LINE).split(_CHUNK // _LINE), tail[None]):
         plain.append(lines.sum(1))
-        # Only on a CPU is there a product of integer matrices, and it needs no memory.
+        # Integer matrix products exist on a CPU only; there they need no extra memory.
         cpu = lines.device.type == "cpu"
         placed.append(lines.mv(place) if cpu else (lines * place).sum(1))
     each, within = torch.cat(plain), torch.cat(placed)
@@ -203,7 +204,7 @@ def _sums_of(words: Tensor) -> Tensor:
 
 
 def _words(x: Tensor) -> Tensor:
-    """The bits of a vector as 64-bit integers, zeros at the end."""
+    """View the bits of a vector as 64-bit integers, padded with zeros."""
     octets = x.contiguous().view(torch.uint8)
     missing = -len(octets) % _WORD
     if missing or octets.storage_offset() % _WORD:
@@ -212,12 +213,12 @@ def _words(x: Tensor) -> Tensor:
 
 
 def _numbers(sums: list[Tensor]) -> list[tuple[int, int]]:
-    """The numbers of sums on any devices, with one question to each device."""
+    """Copy sums from their devices to Python numbers, with one copy from each device."""
     by_device: dict[torch.device, list[int]] = {}
     for i, x in enumerate(sums):
         by_device.setdefault(x.device, []).append(i)
     found: dict[int, tuple[int, int]] = {}
     for places in by_device.values():
-        rows = torch.stack([sums[i] for i in places]).tolist()
-        found |= {i: (row[0], row[1]) for i, row in zip(places, rows, strict=True)}
+        copied = torch.stack([sums[i] for i in places]).tolist()
+        found |= {i: (plain, placed) for i, (plain, placed) in zip(places, copied, strict=True)}
     return [found[i] for i in range(len(sums))]

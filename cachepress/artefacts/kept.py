@@ -1,7 +1,8 @@
-"""What was learned about a model: found, checked and read.
+"""Finds, checks and writes artefacts: what a method learned of a model.
 
 An artefact is one safetensors file. ``cachepress train`` makes it, here or on another machine;
-files that the authors of a method publish are read as they are. No code in a file ever runs.
+files that the authors of a method publish are read as they are (``cachepress.artefacts.reading``).
+No code in a file ever runs.
 """
 
 import hashlib
@@ -41,14 +42,14 @@ _PUBLISHED = {
     "kvzap_linear": "nvidia/KVzap-linear-{name}",
     "kvzap_mlp": "nvidia/KVzap-mlp-{name}",
 }
-"""Where the authors of a method keep what they learned of a model, if they learned it."""
+"""The hub repositories in which authors of methods publish artefacts, for some models."""
 
 
 def default_path(kind: str, model: PreTrainedModel) -> Path:
-    """Where ``cachepress train`` leaves what it learns of a model.
+    """Return where ``cachepress train`` writes an artefact of a model by default.
 
     Raises:
-        CachepressError: if the model came from nowhere.
+        CachepressError: if the model was not loaded from anywhere.
     """
     if not (name := model_name(model)):
         raise CachepressError(
@@ -68,9 +69,9 @@ def _kept_at(kind: str, name: str) -> Path:
 
 
 def model_name(model: PreTrainedModel) -> str:
-    """What a model is called where it is loaded: a built-in name, a folder, or a name on the hub.
+    """Return the name that a model was loaded by: a built-in name, a folder, or a name on the hub.
 
-    Empty for a model that came from nowhere.
+    Empty for a model that was not loaded from anywhere.
     """
     return _name_of(model.config.name_or_path or "")
 
@@ -81,14 +82,14 @@ def _name_of(source: str) -> str:
 
 
 def class_of(model: PreTrainedModel) -> str:
-    """What kind of model it is; models of several kinds have the same shapes."""
+    """Return a model's decoder class: models of different classes may have the same shapes."""
     return type(model.get_decoder()).__name__
 
 
 def save_artefact(
     path: Path, kind: str, tensors: Mapping[str, Tensor], made_from: Mapping[str, str]
 ) -> None:
-    """Write an artefact, whole or not at all.
+    """Write an artefact; if writing fails there is no file.
 
     Raises:
         CachepressError: if it cannot be written.
@@ -104,16 +105,16 @@ def save_artefact(
 
 
 def find_artefact(kind: str, source: str | None, model: PreTrainedModel) -> str:
-    """The file of an artefact.
+    """Find the file of an artefact for a model, and check that it was learned of that model.
 
     Args:
-        kind: what it is.
+        kind: the kind of artefact.
         source: a file, a folder that has one, or a hub repository; None for what was trained here.
         model: the model that it is for.
 
     Raises:
-        CachepressError: if there is none, or if it was made for a model of another class; it says
-            which command makes one.
+        CachepressError: if there is none, or if it was learned of another class or other weights;
+            it says which command makes one.
     """
     if source is None:
         default_path(kind, model)  # Refuses a model that has no name.
@@ -132,17 +133,18 @@ def find_artefact(kind: str, source: str | None, model: PreTrainedModel) -> str:
 
 
 def checkpoint_of(model: PreTrainedModel) -> dict[str, str]:
-    """What tells the weights of a model from others, in whichever type they are loaded later."""
+    """Return digests of a model's weights in every type in which they may be loaded later."""
     decoder = model.get_decoder()
     told = {f"weights_{name}": weights_digest(decoder, dtype) for name, dtype in _TYPES.items()}
     return {**told, "dtypes": _dtypes(decoder), "files": _files_of(model)}
 
 
 def _of_these_weights(told: Mapping[str, str], model: PreTrainedModel, path: str) -> bool:
-    """Whether an artefact was learned from a model's weights, as far as it says so.
+    """Tell whether an artefact was learned of a model's weights, as far as it says so.
 
-    In one of the types that both can be cast to the weights are equal, bit for bit. Where they are
-    not, because they were rounded twice or quantized, they are if they come from the same files.
+    They are the same if they are equal, bit for bit, in one of the types that both can be cast to.
+    Weights that were rounded twice or quantized never are; these count as the same if they come
+    from the same files.
     """
     types = [name for name in _TYPES if f"weights_{name}" in told]
     if not types:
@@ -163,7 +165,7 @@ def _dtypes(model: nn.Module) -> str:
 
 
 def _files_of(model: PreTrainedModel) -> str:
-    """The digest of the files of a model's weights; empty if it does not come from files."""
+    """Return the digest of a model's weight files; empty if it was not loaded from files."""
     name = model_name(model)
     found = model_digests(name)["weights"] if name else ""
     return "" if found == "unknown" else found
@@ -175,14 +177,14 @@ def _say_unchecked(path: str) -> None:
 
 
 def locate_artefact(kind: str, source: str | None, name: str, queries: int | None = None) -> str:
-    """The file of an artefact, unread.
+    """Find the file of an artefact without reading it.
 
     Args:
-        kind: what it is.
+        kind: the kind of artefact.
         source: a file, a folder that has one, or a hub repository, where {model} stands for the
             name of the model; None for what was trained here.
-        name: what the model is called where it is loaded.
-        queries: query heads of each of its KV heads; None to look them up.
+        name: the name that the model is loaded by.
+        queries: query heads of each of its KV heads; None to read them from its config.
 
     Raises:
         CachepressError: if there is none.
@@ -221,7 +223,7 @@ def _hint(kind: str, name: str) -> str:
 
 
 def _names(kind: str, model: str, queries: int | None) -> tuple[str, ...]:
-    """What the file may be called in a folder or a repository."""
+    """List the names that the file may have in a folder or a repository."""
     names = [text.format(kind=kind) for text in _NAMES]
     if kind == "fastkvzip":
         # The published repository holds the gates of all models.
@@ -239,7 +241,7 @@ def _or_published(kind: str, model: str) -> str:
 
 @lru_cache
 def _from_hub(repository: str, names: tuple[str, ...], hint: str) -> str:
-    """A file of a repository; one that was fetched before is not asked for again."""
+    """Download a file of a hub repository, unless it was downloaded before."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

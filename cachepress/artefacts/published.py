@@ -1,7 +1,7 @@
-"""Artefacts as their authors publish them: known by what a file holds, and made ours.
+"""Converts artefacts as the authors of a method publish them to the layout that presses use.
 
-Nothing is taken from a file's name. What is inside says which artefact it is and which way round it
-is written; what is none of them is refused with what it holds and what was wanted.
+The names and shapes of a file's tensors, and never the file's name, say which kind of artefact it
+is and how it is laid out; anything else is refused with what was found and what was wanted.
 """
 
 import re
@@ -26,7 +26,7 @@ LAYOUTS = {
     "has them",
     "lukv": "lukv, or one array as published, [99, layers, KV heads]",
 }
-"""What the file of each kind of artefact holds."""
+"""What the file of each kind of artefact holds, for error messages."""
 
 _ROUNDING = 1e-3
 _RATIOS = 99
@@ -41,7 +41,7 @@ GATES = {
     "k_base": "base",
     "b": "bias",
 }
-"""What the authors of Fast KVzip call the parts of a gate, and what we do."""
+"""The published names of the parts of a Fast KVzip gate, and the names here."""
 _OWN = {
     "q_filters": {"filters"},
     "query_stats": {"mean", "covariance"},
@@ -55,36 +55,36 @@ _KVZAP = {
 
 
 def converted(found: object, kind: str, path: str) -> Tensors:
-    """The tensors of an artefact of a kind, from whatever a file without our mark held.
+    """Convert the content of a file to the tensors of an artefact.
 
     Args:
         found: a tensor, or named tensors, or what ``torch.save`` wrote around them.
-        kind: what is wanted.
-        path: the file, for messages.
+        kind: the kind of artefact that is wanted.
+        path: the file, for error messages.
 
     Raises:
-        CachepressError: if it is another artefact or none, or damaged.
+        CachepressError: if it is of another kind, no artefact, or damaged.
     """
-    known = _recognised(found)
-    if known is None:
+    recognised = _recognised(found)
+    if recognised is None:
         own, names = _OWN.get(kind, set()), set(found) if isinstance(found, Mapping) else set()
         if names & own and (missing := sorted(own - names)):
             raise CachepressError(f"{path} is no whole {kind} artefact: {missing[0]} is missing")
         raise CachepressError(
             f"{path} is no {kind} artefact: it holds {_outline(found)}; wanted {LAYOUTS[kind]}"
         )
-    if known[0] != kind:
-        raise CachepressError(f"{path} holds {known[0]}, wanted {kind}: {LAYOUTS[kind]}")
-    tensors = _checked(known[1], path)
+    if recognised[0] != kind:
+        raise CachepressError(f"{path} holds {recognised[0]}, wanted {kind}: {LAYOUTS[kind]}")
+    tensors = _checked(recognised[1], path)
     if kind == "lukv":
         _check_fractions(tensors[kind], path)
-        # Our own are the right way round; an array without a name is one that was published.
+        # An array without a name was published, and may hold what heads evict.
         return {kind: _kept(tensors[kind])} if isinstance(found, Tensor) else tensors
     return tensors
 
 
 def _check_fractions(curve: Tensor, path: str) -> None:
-    """Raise CachepressError unless the numbers of a file are fractions, but for rounding."""
+    """Raise CachepressError unless the numbers of a file are from 0 to 1, but for rounding."""
     low, high = (float(x) for x in curve.aminmax()) if curve.numel() else (0.0, 0.0)
     if low < -_ROUNDING or high > 1 + _ROUNDING:
         raise CachepressError(
@@ -93,10 +93,10 @@ def _check_fractions(curve: Tensor, path: str) -> None:
 
 
 def _checked(tensors: Tensors, path: str) -> Tensors:
-    """The tensors of an artefact.
+    """Check the tensors of an artefact, and return them.
 
     Raises:
-        CachepressError: unless they are ordinary arrays of finite numbers.
+        CachepressError: unless they are dense arrays of finite floats.
     """
     for name, x in tensors.items():
         if not _is_array(x):
@@ -109,7 +109,7 @@ def _checked(tensors: Tensors, path: str) -> Tensors:
 
 
 def n_layers(tensors: Tensors, kind: str) -> int:
-    """How many layers an artefact is about."""
+    """Count the layers that an artefact has numbers for."""
     if kind in _KVZAP:
         found = (re.fullmatch(_KVZAP[kind], name) for name in tensors)
         return len({match[1] for match in found if match})
@@ -118,7 +118,7 @@ def n_layers(tensors: Tensors, kind: str) -> int:
 
 
 def of_layers(tensors: Tensors, kind: str, layers: Sequence[int]) -> Tensors:
-    """An artefact of some of its layers only."""
+    """Restrict an artefact to some of its layers."""
     if kind in _KVZAP:
         names = {f"layers.{layer}.": f"layers.{depth}." for depth, layer in enumerate(layers)}
         heads = {name: re.match(r"layers\.\d+\.", name) for name in tensors}
@@ -133,7 +133,7 @@ def of_layers(tensors: Tensors, kind: str, layers: Sequence[int]) -> Tensors:
 
 
 def _recognised(found: object) -> tuple[str, Tensors] | None:
-    """What a file is, and its tensors as ours are written."""
+    """Recognise the kind of an artefact, and name its tensors as they are named here."""
     if isinstance(found, Tensor):
         is_curve = _is_array(found) and found.ndim == 3 and len(found) == _RATIOS
         return ("lukv", {"lukv": found}) if is_curve else None
@@ -164,7 +164,7 @@ def _by_name(tensors: Tensors) -> tuple[str, Tensors] | None:
 
 
 def _gates(layers: list[object]) -> tuple[str, Tensors] | None:
-    """The gates of all layers, stacked; None if these are others."""
+    """Stack the Fast KVzip gates of all layers; None if these are no such gates."""
     for gate in layers:
         if not isinstance(gate, Mapping) or set(gate) != set(GATES):
             return None
@@ -187,9 +187,9 @@ def _shapes(tensors: Tensors) -> dict[str, torch.Size]:
 
 
 def _kept(curve: Tensor) -> Tensor:
-    """A curve of the fractions that heads keep.
+    """Turn a LUKV curve into the fractions of pairs that heads keep.
 
-    Published curves hold what heads drop, which grows with the ratio; what they keep falls.
+    Published curves hold the fractions that heads evict, which grow with the ratio.
     """
     means = curve.double().flatten(1).mean(1)
     return curve if bool(means[-1] < means[0]) else 1 - curve
@@ -202,7 +202,7 @@ def _is_array(x: object) -> bool:
 
 
 def _outline(found: object) -> str:
-    """What was found, in a few words."""
+    """Describe the content of a file in a few words, for error messages."""
     if isinstance(found, Tensor):
         return f"an array of {str(found.dtype).removeprefix('torch.')}, {tuple(found.shape)}"
     if isinstance(found, Mapping):

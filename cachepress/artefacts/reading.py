@@ -1,4 +1,7 @@
-"""Reading what was learned of a model, ours or as its authors publish it, and fitting it to one."""
+"""Reads artefacts, our own or as their authors publish them, and fits them to a model.
+
+No code in a file ever runs: pickles may hold tensors only.
+"""
 
 import json
 import logging
@@ -26,20 +29,20 @@ _FORMAT = "cachepress-artefact-2"
 _EARLIER = "cachepress-artefact"
 """The format of version 0.1.0, without a checksum."""
 _OWN_FIELDS = ("checksum", "kind", "model_class", "weights_float32")
-"""Fields of which files of others have none."""
+"""Metadata fields that only files of ``cachepress train`` have."""
 _POINTER = b"version https://git-lfs"
 
 
 def fitted_layers(path: str, kind: str, model: PreTrainedModel) -> tuple[int, ...] | None:
-    """Which layers of an artefact are those of a model that are compressed.
+    """Find the layers of an artefact that are compressed layers of a model.
 
-    Published files are about every layer of a model, also where some of them keep a window only.
+    Published files have every layer of a model, sliding-window layers included.
 
     Returns:
-        Their indices; None where the artefact is about these layers and no others.
+        Their indices; None where the artefact has the compressed layers and no others.
 
     Raises:
-        CachepressError: if the artefact is about another number of layers, or no artefact.
+        CachepressError: if the artefact has another number of layers, or is none.
     """
     n, full = n_layers(load_artefact(path, kind), kind), full_attention(model.get_decoder().config)
     if n == sum(full):
@@ -57,12 +60,12 @@ def load_artefact(
     device: torch.device | str = "cpu",
     layers: tuple[int, ...] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of an artefact, as ``cachepress train`` names them, read once.
+    """Read the tensors of an artefact, as ``cachepress train`` names them; a file is read once.
 
     Args:
         path: the file: our own, or one that was published.
-        kind: what it is.
-        device: where the tensors are wanted.
+        kind: the kind of artefact.
+        device: the device of the tensors.
         layers: which of its layers; None for all.
 
     Raises:
@@ -72,14 +75,14 @@ def load_artefact(
         found = Path(path).stat()
     except OSError as error:
         raise CachepressError(f"{path}: {error.strerror}") from error
-    # A clock may stand still between two writes, so the time alone does not tell them apart.
+    # Two writes may have the same time, so the time alone does not tell them apart.
     return _read(path, (found.st_mtime_ns, found.st_ino), kind, str(device), layers)
 
 
 def check_shapes(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], path: str
 ) -> None:
-    """Raise unless the tensors are there and have these shapes."""
+    """Raise CachepressError unless the tensors are there and have these shapes."""
     for name, shape in wanted.items():
         got = tuple(tensors[name].shape) if name in tensors else None
         if got != shape:
@@ -89,7 +92,7 @@ def check_shapes(
 
 
 def sizes(model: PreTrainedModel) -> tuple[int, int, int, int, int]:
-    """Compressed layers, KV heads, query heads per KV head, head size and hidden size."""
+    """Return compressed layers, KV heads, query heads per KV head, head size and hidden size."""
     config = model.get_decoder().config
     queries = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or queries
@@ -109,21 +112,21 @@ def _read(
         return of_layers(_read(path, written, kind, device, None), kind, layers)
     try:
         content, metadata = _contents(path)
-        # Files of others say nothing of their kind; what transformers writes says "pt".
+        # Published files do not name their kind; those that transformers writes have format "pt".
         ours = metadata.get("format") in (_FORMAT, _EARLIER)
         found = metadata.get("kind", "nothing") if ours else kind
         if found != kind:
             raise CachepressError(f"{path} holds {found}, wanted {kind}")
         tensors = converted(content, kind, path)
         _check_unchanged(metadata, content)
-        # Copied, as safetensors maps the file, and what is mapped is lost when others write it.
+        # Copied: safetensors maps the file into memory, which changes when the file is rewritten.
         return {name: x.to(device, copy=True) for name, x in tensors.items()}
     except CachepressError:
         raise
     except pickle.UnpicklingError as error:
         raise CachepressError(_refusal(path, error)) from error
-    except Exception as error:  # What is damaged fails in any way.
-        # What torch says further is how to let a file run its code.
+    except Exception as error:  # A damaged file can raise anything.
+        # The rest of torch's message tells how to let a file run its code.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise CachepressError(
             f"{path} is damaged, or no file of tensors (safetensors, .npy, or .pt): {reason}"
@@ -131,7 +134,7 @@ def _read(
 
 
 def _check_unchanged(metadata: Mapping[str, str], content: object) -> None:
-    """Raise ValueError if ``cachepress train`` wrote a file that was changed since."""
+    """Raise ValueError if a file of ``cachepress train`` was changed since it was written."""
     told = dict(metadata)
     form, checksum = told.get("format", ""), told.pop("checksum", None)
     if not form.startswith("cachepress") and not any(name in metadata for name in _OWN_FIELDS):
@@ -144,7 +147,7 @@ def _check_unchanged(metadata: Mapping[str, str], content: object) -> None:
 
 
 def _contents(path: str) -> tuple[object, dict[str, str]]:
-    """What a file holds, and what a safetensors file says of itself; its name does not count."""
+    """Read a file's content, and its metadata if it is safetensors; its name does not matter."""
     with Path(path).open("rb") as file:
         start = file.read(len(_POINTER))
     if start.startswith(b"\x93NUMPY"):
@@ -155,7 +158,7 @@ def _contents(path: str) -> tuple[object, dict[str, str]]:
     if start == _POINTER:
         raise CachepressError(f"{path} only points to a file of Git LFS: get that, git lfs pull")
     if start.startswith((b"PK", b"\x80")) and start[8:9] != b"{":
-        # Given open, since torch would go by the name of a path.
+        # Opened here, since torch would judge a path by its name.
         with Path(path).open("rb") as file, torch.serialization.safe_globals(_PLACEHOLDERS):
             return torch.load(file, map_location="cpu", weights_only=True), {}
     with safe_open(path, framework="pt") as file:
@@ -163,7 +166,7 @@ def _contents(path: str) -> tuple[object, dict[str, str]]:
 
 
 class _Ignored:
-    """Stands for what a published file holds beside its tensors, such as the curve of a loss."""
+    """Stands for objects that published files hold beside tensors, such as a loss curve."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -181,11 +184,11 @@ _PLACEHOLDERS: list[Callable[..., object] | tuple[Callable[..., object], str]] =
         "core.multiarray.scalar",
     )
 ]
-"""Read in place of numpy's own, which would be built by code that the file chooses."""
+"""Unpickled in place of numpy's objects, which code that the file chooses would construct."""
 
 
 def _refusal(path: str, error: pickle.UnpicklingError) -> str:
-    """One line about a file that would run code, or is damaged."""
+    """Say in one line that a file would run code, or is damaged."""
     named = re.search(r"GLOBAL ([\w.]+)", str(error))
     if named is None:
         return f"{path} is damaged, or holds more than tensors: get the file anew"
@@ -196,7 +199,7 @@ def _refusal(path: str, error: pickle.UnpicklingError) -> str:
 
 
 def _metadata(path: str) -> dict[str, str]:
-    """What a file says about itself; nothing where it is of another format, or damaged."""
+    """Read the metadata of a safetensors file; empty for other formats and damaged files."""
     with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
     return {}

@@ -1,1 +1,1 @@
-"""Generation: from a context to a compressed cache."""
+"""Generation: from a text to a compressed cache, and from that to answers."""

@@ -1,4 +1,4 @@
-"""A question to a cache that holds its context already."""
+"""Asks a question about the text that a cache holds already."""
 
 from collections.abc import Mapping
 
@@ -27,17 +27,17 @@ def ask(
     streamer: BaseStreamer | None = None,
     generation: Mapping[str, object] | None = None,
 ) -> str:
-    """Answer a question on the text that a cache holds; the cache stays as it is.
+    """Answer a question about the text that a cache holds; the cache itself is not changed.
 
     Args:
         model: the model that filled the cache.
         tokenizer: its tokenizer.
         cache: a cache of one sequence, filled by ``prefill``, the pipeline, or ``load_cache``.
-        question: what is asked, right after the text.
-        answer_prefix: how the answer begins; it is not part of what is returned.
+        question: the question, which follows right after the text.
+        answer_prefix: the beginning of the answer; it is not part of what is returned.
         max_new_tokens: most tokens of the answer.
-        chat: whether the question ends as the tokenizer's chat template ends the user's turn, if
-            there is a template.
+        chat: whether the chat template's end of a user turn follows the question, if the tokenizer
+            has a template.
         enable_thinking: passed to the chat template.
         streamer: gets the tokens as they come, such as transformers'
             ``TextStreamer(tokenizer, skip_prompt=True)``.
@@ -82,7 +82,7 @@ def ask(
 
 
 def _sequences(cache: Cache) -> int:
-    """Sequences that a cache holds."""
+    """Count the sequences that a cache holds."""
     if held := stores(cache):
         return held[0].batch_size
     found = (getattr(layer, "keys", None) for layer in cache.layers)

@@ -1,4 +1,9 @@
-"""Whether a cache from a file fits its model and itself: counts, positions, shapes, layers."""
+"""Checks that a cache from a file fits its model and itself: counts, positions, shapes, layers.
+
+A file may be damaged or forged, and a checksum can be forged too. What passes these checks can be
+read without an index out of bounds; whether its numbers are those that the model computed is not,
+and cannot be, checked.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,29 +23,30 @@ from cachepress.ops import wide_dtype
 from cachepress.ops.paged_attention import PAGE, Layout
 
 _RECORDS = "record_past"
-"""The field of layers of transformers that keep more than they need, for assisted decoding."""
+"""The field of transformers' cache layers that hold more than they need, for assisted decoding."""
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """What every cache of a model has in common, told by some that the model filled.
+    """What every cache of a model has in common, found from samples that the model filled.
 
     Attributes:
-        stored: a cache of one token whose full-attention layers are stores.
+        compressed: a cache of one token whose full-attention layers are compressed layers.
         one: a cache of one sequence of one token.
         two: a cache of two sequences of two tokens.
         vocabulary: number of tokens that the model knows.
-        positions: most tokens of a text, where the model has an embedding for each position.
+        positions: the most tokens of a text, where the model learned an embedding for each
+            position.
     """
 
-    stored: Cache
+    compressed: Cache
     one: Cache
     two: Cache
     vocabulary: int
     positions: int | None
 
     def check_layer(self, index: int, state: Mapping[str, object], batch: int) -> None:
-        """Raise ValueError unless a layer of transformers can be in this state."""
+        """Raise ValueError unless a cache layer of transformers can be in this state."""
         one, two = (vars(cache.layers[index]) for cache in (self.one, self.two))
         grown = state.get(_RECORDS) is True
         for name, sample in one.items():
@@ -50,23 +56,23 @@ class Fitting:
                 raise ValueError(f"layer {index}: its {name} is not what the model makes")
 
     def check_text(self, ids: Tensor, cache: Cache) -> None:
-        """Raise ValueError unless token ids are those of what a cache saw, or of its beginning."""
+        """Raise ValueError unless token ids can be those of a cache's text, or of its beginning."""
         _need(ids.dtype == torch.int64 and ids.ndim == 2 and len(ids) == 1, "token ids")
         _need(0 < ids.shape[1] <= cache.get_seq_length() and int(ids.min()) >= 0, "ids of its text")
         _need(int(ids.max()) < self.vocabulary, "ids that the model knows")
 
     def check(self, cache: Cache) -> None:
-        """Raise ValueError unless all layers hold what layers can hold, of one text."""
+        """Raise ValueError unless all layers hold what they can hold, and of one text."""
         seen, batch = cache.get_seq_length(), _sequences(cache)
-        # Masks have a column for each token.
+        # A mask of the whole text is made for every forward: a huge text would exhaust memory.
         most = MOST if self.positions is None else self.positions
         _need(is_whole(seen, 1, most), "a number of tokens that the model can have seen")
         _need(is_whole(batch, 1), "sequences")
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, CompressedLayer):
                 _need((layer.batch_size, layer.get_seq_length()) == (batch, seen), "one text")
-                sample = self.stored.layers[index]
-                _StoreCheck(layer, sample.keys, sample.values).run()  # type: ignore
+                sample = self.compressed.layers[index]
+                _LayerCheck(layer, sample.keys, sample.values).run()  # type: ignore
                 continue
             self.check_layer(index, vars(layer), batch)
             if isinstance(keys := getattr(layer, "keys", None), Tensor):
@@ -75,7 +81,7 @@ class Fitting:
 
 
 def check_pages(parts: Mapping[str, object]) -> None:
-    """Raise ValueError unless a block of these parts has the pages that its layout says."""
+    """Raise ValueError unless a segment of these parts has the pages that its layout says."""
     shape, layout, positions = parts["shape"], parts["layout"], parts["positions"]
     _need(_counts(shape) and len(shape) == 2, "a shape")  # type: ignore
     _need(isinstance(layout, Layout) and _counts(layout.lengths, least=0), "lengths")  # type: ignore
@@ -87,63 +93,70 @@ def check_pages(parts: Mapping[str, object]) -> None:
 
 
 @dataclass(frozen=True)
-class _StoreCheck:
-    """The checks of a store of a layer whose keys and values are like these."""
+class _LayerCheck:
+    """Checks a compressed layer against keys and values as the model makes them.
 
-    store: CompressedLayer
+    Attributes:
+        layer: the compressed layer.
+        key: keys of a sample layer, for their heads, size and type.
+        value: values of it.
+    """
+
+    layer: CompressedLayer
     key: Tensor
     value: Tensor
 
     def run(self) -> None:
         """Raise ValueError unless everything fits together."""
-        store, state = self.store, vars(self.store)
+        layer, state = self.layer, vars(self.layer)
         counts = [state[name] for name in ("_batch", "_seen", "_compressed_at", "scored_at")]
         _need(_counts(tuple(counts), least=0), "counts")
-        batch, seen, compressed, mark_scored = counts
-        _need(max(compressed, mark_scored) <= seen, "counts that fit")
+        batch, seen, compressed, scored = counts
+        _need(max(compressed, scored) <= seen, "counts that fit")
         _need(state["query_stats"] is None, "no statistics of a text that is not over")
         _need(isinstance(state["_encoded"], bool), "flags")
-        _need(store.codec is None or isinstance(store.codec, Codec), "a codec")
-        _need(store.page_budget is None or is_whole(store.page_budget, 1), "pages to read")
+        _need(layer.codec is None or isinstance(layer.codec, Codec), "a codec")
+        _need(layer.page_budget is None or is_whole(layer.page_budget, 1), "pages to read")
         segments, tail = state["_segments"], state["_tail"]
         _need(
-            isinstance(segments, tuple) and all(isinstance(x, Segment) for x in segments), "blocks"
+            isinstance(segments, tuple) and all(isinstance(x, Segment) for x in segments),
+            "segments",
         )
         _need(tail is None or isinstance(tail, Tail), "a tail")
-        self._check_known(batch, compressed)
+        self._check_text_valid(batch, compressed)
         if tail is not None:
             self._check_tail(tail, batch)
         start = seen - (0 if tail is None else tail.n)
-        _need(start >= compressed, "as many tokens as there are rows")
-        _need(bool(segments) or not compressed, "the rows that were kept")
-        self._check_blocks(segments, batch, start, compressed)
+        _need(start >= compressed, "as many tokens as there are pairs")
+        _need(bool(segments) or not compressed, "the pairs that were kept")
+        self._check_segments(segments, batch, start, compressed)
         if state["_encoded"]:
             self._check_encoded(segments)
 
-    def _check_known(self, batch: int, compressed: int) -> None:
-        text_valid = self.store.text_valid
+    def _check_text_valid(self, batch: int, compressed: int) -> None:
+        text_valid = self.layer.text_valid
         if text_valid is None:
             return
         _need(isinstance(text_valid, Tensor) and text_valid.dtype == torch.bool, "a mask")
         _need(text_valid.shape == (batch, compressed), "a mask of the text")
 
     def _check_tail(self, tail: Tail, batch: int) -> None:
-        rows = tail.read()
-        for x, like in ((rows.keys, self.key), (rows.values, self.value)):
+        held = tail.read()
+        for x, like in ((held.keys, self.key), (held.values, self.value)):
             heads, width = like.shape[1], like.shape[3]
             _need(x.shape == (batch, heads, tail.n, width) and tail.n > 0, "a tail of its heads")
             _need(x.dtype == like.dtype, f"a tail of {like.dtype}, as the model makes it here")
 
-    def _check_blocks(
+    def _check_segments(
         self, segments: Sequence[Segment], batch: int, start: int, compressed: int
     ) -> None:
-        """Rows rise from block to block, and every token since the store was settled is there."""
+        """Check that positions rise from segment to segment, and miss none since compression."""
         ends: Tensor | None = None
         held = torch.zeros(1, self.key.shape[1], dtype=torch.long)
         for segment in segments:
-            _need(batch % segment.shape[0] == 0, "sequences that share rows")
+            _need(batch % segment.shape[0] == 0, "sequences that share pairs")
             _need(segment.shape[1] == self.key.shape[1], "as many heads as the layer")
-            first, last, newer = self._check_block(segment, start, compressed)
+            first, last, newer = self._check_segment(segment, start, compressed)
             if ends is None:
                 ends, held = last, newer
                 continue
@@ -151,18 +164,22 @@ class _StoreCheck:
             ends, held, first, last, newer = (
                 _repeated(x, sequences) for x in (ends, held, first, last, newer)
             )
-            _need(bool((first > ends).all()), "positions that rise from block to block")
+            _need(bool((first > ends).all()), "positions that rise from segment to segment")
             ends, held = torch.maximum(ends, last), held + newer
         _need(
-            bool((held == start - compressed).all()), "the rows of all tokens since it was settled"
+            bool((held == start - compressed).all()),
+            "the pairs of all tokens since the compression",
         )
 
-    def _check_block(
+    def _check_segment(
         self, segment: Segment, start: int, compressed: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The first and last position of each head, and the rows since, ``[F, H]`` each.
+        """Check one segment.
 
-        Those of empty heads exclude nothing.
+        Returns:
+            The first and the last position in each head, and the number of its pairs since the
+            layer was compressed, ``[F, H]`` each for F sequences. Positions of empty heads are
+            such that any others can precede and follow them.
         """
         layout, pages = segment.layout, segment.layout.n_pages
         table, real = layout.padded()
@@ -188,7 +205,7 @@ class _StoreCheck:
         return first.view(shape), positions.amax(-1).view(shape), newer.view(shape).cpu()
 
     def _stored_channels(self, segment: Segment) -> int:
-        """The number of key channels that are stored."""
+        """Check the key channels that are stored, and return their number."""
         channels = segment.key_channels
         _need(isinstance(channels, Tensor) and channels.dtype == torch.int64, "channels")
         assert channels is not None
@@ -207,7 +224,7 @@ class _StoreCheck:
         if rope is not None:
             _need(_is(rope, torch.int32, (pages, PAGE)), "positions that keys are rotated to")
             least, most = (int(x) for x in rope.aminmax()) if rope.numel() else (0, 0)
-            _need(least >= -1 and most < self.store.get_seq_length(), "rotations in the text")
+            _need(least >= -1 and most < self.layer.get_seq_length(), "rotations in the text")
         if token_state is not None:
             _need(_is(token_state, wide_dtype(self.key), (pages, PAGE)), "a number for each slot")
         if bounds is not None:
@@ -215,40 +232,41 @@ class _StoreCheck:
             _need(_is(bounds, self.key.dtype, (pages, 2, stored)), "bounds of each page")
 
     def _check_encoded(self, segments: Sequence[Segment]) -> None:
-        """Full pages follow the last block: it has to end with one, and to hold nothing else."""
+        """Check that the last segment can grow by full pages: all of its own must be full."""
         _need(bool(segments), "pages that grow")
         last = segments[-1]
         _need((last.layout.even or 1) % PAGE == 0, "full pages")
         _need(
-            last.rope is last.token_state is last.key_channels is None, "pages of rows as they came"
+            last.rope is last.token_state is last.key_channels is None,
+            "pages of pairs as they came",
         )
 
 
 def _check_numbers(
     x: Tensor | Quantized, like: Tensor, shape: tuple[int, int, int], of_channels: bool
 ) -> None:
-    """Numbers of pages are such as the model makes; scales are of channels, or of rows."""
+    """Check that pages have the model's shapes and types; scales are of channels, or of tokens."""
     if isinstance(x, Tensor):
         _need(_is(x, like.dtype, shape), f"pages of {like.dtype}, as the model makes them here")
         return
     _need(isinstance(x, Quantized) and is_whole(x.bits, 2) and x.bits in (2, 4, 8), "bits")
-    pages, rows, width = shape
+    pages, slots, width = shape
     _need(width * x.bits % 8 == 0, "whole bytes")
-    _need(_is(x.codes, torch.uint8, (pages, rows, width * x.bits // 8)), "codes of each number")
+    _need(_is(x.codes, torch.uint8, (pages, slots, width * x.bits // 8)), "codes of each number")
     _need(x.dtype is like.dtype, f"codes of {like.dtype}, as the model makes them here")
     if of_channels:
         _need(x.group is None, "a scale for each channel")
         each = (pages, 1, width)
     else:
         _need(x.group is None or is_whole(x.group, 1), "channels that share a scale")
-        each = (pages, rows, -(-width // (x.group or width)))
+        each = (pages, slots, -(-width // (x.group or width)))
     kind = getattr(x.scale, "dtype", None)
     _need(kind in (torch.float16, torch.float32), "scales")
     _need(_is(x.scale, kind, each) and _is(x.zero, kind, each), "scales")  # type: ignore
 
 
 def _check_length(layer: object, keys: Tensor, values: object) -> None:
-    """A layer of transformers hands out as many keys and values as it tells the mask."""
+    """Check that a layer of transformers holds as many keys and values as it says for masks."""
     _need(isinstance(values, Tensor) and keys.shape[2] == values.shape[2], "as many values as keys")  # type: ignore
     promised, _ = layer.get_mask_sizes(1)  # type: ignore
     held = keys.shape[2] + 1
@@ -257,10 +275,10 @@ def _check_length(layer: object, keys: Tensor, values: object) -> None:
 
 
 def _is_like(value: object, one: object, two: object, batch: int, grown: bool) -> bool:
-    """Whether a value can stand where two samples have these.
+    """Tell whether a value can be where two sample caches have ``one`` and ``two``.
 
-    What the samples have in common is in every cache; where they differ it is a number of sequences
-    or tokens. ``grown`` is for layers that keep more of the past than they need.
+    What the samples have in common is the same in every cache; where they differ it is a number of
+    sequences or tokens. ``grown`` is for layers that hold more of the past than they need.
     """
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         return isinstance(value, Tensor) and _is_tensor_like(value, one, two, batch, grown)
@@ -296,7 +314,7 @@ def _is_tensor_like(x: Tensor, one: Tensor, two: Tensor, batch: int, grown: bool
 
 
 def _sequences(cache: Cache) -> int:
-    """Sequences that a cache holds."""
+    """Count the sequences that a cache holds."""
     for layer in cache.layers:
         if isinstance(layer, CompressedLayer):
             return layer.batch_size
@@ -306,7 +324,7 @@ def _sequences(cache: Cache) -> int:
 
 
 def _repeated(x: Tensor, sequences: int) -> Tensor:
-    """Numbers ``[F, H]`` of sequences that stand for others in turns, for more of them."""
+    """Repeat numbers ``[F, H]`` of F sequences for more of them, which share these in turn."""
     return x.repeat(sequences // len(x), 1)
 
 
@@ -315,7 +333,7 @@ def _is(x: object, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
 
 
 def _counts(values: object, least: int = 1) -> bool:
-    """Whether values are a tuple of whole numbers of at least so much."""
+    """Tell whether values are a tuple of integers of at least ``least``."""
     return isinstance(values, tuple) and all(is_whole(x, least, MOST_TOKENS) for x in values)
 
 

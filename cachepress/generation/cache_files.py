@@ -1,4 +1,8 @@
-"""Caches on disk: a compressed document, reused in another process."""
+"""Saves caches to files and loads them: a document compressed once, reused in another process.
+
+Nothing in a file is run as code, and a damaged file is refused. Whether a saved cache fits its
+model is checked in ``cachepress.generation.cache_checks``.
+"""
 
 import hashlib
 import json
@@ -38,7 +42,7 @@ _EARLIER = "cachepress-cache-1"
 _SAMPLE = 64
 _LAYER = "Store"
 _PARTS = {"Block": Segment, "Codec": Codec, "Layout": Layout, "Quantized": Quantized}
-_NAMES = {
+_NAMES_ON_DISK = {
     "_segments": "_blocks",
     "_compressed_at": "_settled_at",
     "scored_at": "looked_at",
@@ -48,22 +52,22 @@ _NAMES = {
     "token_state": "carried",
     "key_channels": "channels",
 }
-"""Classes and fields are called in a file what version 0.1.0 called them; those that have another
-name since, by the one of today."""
+"""The names in a file of the fields that were renamed since version 0.1.0. A file keeps the names
+of that version, classes included, so that its caches can still be read."""
 _UNSAVED = (TEXT, "hook", "reads_whole", "masks")
-_TODAY = {on_disk: today for today, on_disk in _NAMES.items()}
+_TODAY = {on_disk: today for today, on_disk in _NAMES_ON_DISK.items()}
 
 
 def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
     """Write a cache to a safetensors file.
 
-    Layers that are not compressed (sliding windows, recurrent states) are written too, and so are
-    the token ids of the text, as far as they are known. The file is complete or it is not there.
+    Layers that are not compressed (sliding windows, recurrent states) are saved too, and so are the
+    token ids of the text, as far as they are known. If saving fails there is no file.
 
     Args:
         cache: a cache that was filled by the model.
         path: where to write.
-        model: the model; what tells it from others goes into the file.
+        model: the model; its fingerprint is saved, and checked when the cache is loaded.
 
     Raises:
         CachepressError: if the cache is empty or the file cannot be written.
@@ -138,10 +142,10 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> Cache:
 def _filled(
     layers: list, tensors: Mapping[str, Tensor], model: PreTrainedModel, path: object
 ) -> Cache:
-    """A cache with layers as they were packed; whatever does not fit together is damage."""
+    """Make a cache from packed layers; whatever does not fit together is damage."""
     cache, fitting = DynamicCache(config=model.get_decoder().config), _fitting(model)
-    left = dict(tensors)
-    text = left.pop(TEXT, None)
+    unused = dict(tensors)
+    text = unused.pop(TEXT, None)
     try:
         if len(layers) != len(cache.layers):
             raise ValueError(f"{len(layers)} layers, where the model has {len(cache.layers)}")
@@ -151,16 +155,16 @@ def _filled(
             layer = cache.layers[i]
             if _kind(layer) != kind:
                 raise ValueError(f"layer {i} is a {kind}, where the model has none")
-            state = cast(dict[str, object], _unpack(packed, left, model.device))
+            state = cast(dict[str, object], _unpack(packed, unused, model.device))
             ours = isinstance(layer, CompressedLayer)
-            # Layers of transformers get some fields when filled; other versions know others.
+            # Layers of transformers get some fields when they are filled; versions differ in them.
             names = vars(layer if ours else fitting.one.layers[i])
             if ours and state.pop("_groups", ()) != ():
                 raise ValueError("it does not have one group of sequences")
             state = _named_today(state) if ours else state
             vars(layer).update({k: x for k, x in state.items() if k in names})
-        if left:
-            raise ValueError(f"nothing holds {next(iter(left))}")
+        if unused:
+            raise ValueError(f"nothing holds {next(iter(unused))}")
         fitting.check(cache)
         if text is not None:
             fitting.check_text(text, cache)
@@ -171,9 +175,9 @@ def _filled(
 
 
 def _fitting(model: PreTrainedModel) -> Fitting:
-    """What a cache of the model has to be like."""
+    """Let the model fill samples, which say what a cache of it has to be like."""
     return Fitting(
-        stored=sample_cache(model, 1, ours=True),
+        compressed=sample_cache(model, 1, ours=True),
         one=sample_cache(model, 1, ours=False),
         two=sample_cache(model, 2, ours=False),
         vocabulary=model.get_input_embeddings().weight.shape[0],  # type: ignore
@@ -190,20 +194,25 @@ def _kind(layer: object) -> str:
 
 
 def _state(layer: object) -> dict[str, object]:
-    """What a layer is made of; a trace is about a turn that is not over, and is left out."""
+    """Return the fields of a layer that are saved.
+
+    Query statistics are not: they belong to a prompt that is still being read, or to an answer.
+    """
     state = {name: x for name, x in vars(layer).items() if name not in _UNSAVED}
     if not isinstance(layer, CompressedLayer):
         return state
-    return {_NAMES.get(k, k): None if isinstance(x, QueryStats) else x for k, x in state.items()}
+    return {
+        _NAMES_ON_DISK.get(k, k): None if isinstance(x, QueryStats) else x for k, x in state.items()
+    }
 
 
 def _named_today(parts: Mapping[str, T]) -> dict[str, T]:
-    """The parts of a layer or of what it holds, by the names that they have here."""
+    """Rename the fields of a layer, or of what it holds, from names on disk to those of today."""
     return {_TODAY.get(name, name): x for name, x in parts.items()}
 
 
 def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:
-    """A value as JSON; its tensors go to ``tensors``, under names that begin with ``name``."""
+    """Pack a value as JSON; its tensors go to ``tensors``, under names that begin with ``name``."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
@@ -214,11 +223,13 @@ def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, Tail):
-        rows = value.read()
-        return {"tail": [_pack(x, f"{name}.{x_name}", tensors) for x_name, x in vars(rows).items()]}
+        held = value.read()
+        return {"tail": [_pack(x, f"{name}.{x_name}", tensors) for x_name, x in vars(held).items()]}
     for kind, part in _PARTS.items():
         if isinstance(value, part):
-            columns = {_NAMES.get(f.name, f.name): getattr(value, f.name) for f in fields(part)}
+            columns = {
+                _NAMES_ON_DISK.get(f.name, f.name): getattr(value, f.name) for f in fields(part)
+            }
             return {"part": kind, "of": _pack(columns, name, tensors)}
     if isinstance(value, tuple | list):
         items = [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
@@ -229,25 +240,25 @@ def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:
     raise CachepressError(f"a cache that holds a {type(value).__name__} cannot be saved")
 
 
-def _unpack(packed: object, left: dict[str, Tensor], device: torch.device) -> object:
-    """A value from JSON; each tensor is taken out of ``left``, so that it is used once."""
+def _unpack(packed: object, unused: dict[str, Tensor], device: torch.device) -> object:
+    """Unpack a value from JSON; each tensor is taken out of ``unused``, so that it is used once."""
     if not isinstance(packed, dict):
         return packed
     ((kind, content),) = [(k, v) for k, v in packed.items() if k != "of"]
     if kind == "tensor":
-        return left.pop(content)
+        return unused.pop(content)
     if kind == "device":
         return device
     if kind == "dtype":
         return _dtype_named(content)
     if kind == "part":
-        return _part(content, _unpack(packed["of"], left, device))
+        return _part(content, _unpack(packed["of"], unused, device))
     if kind == "dict":
-        found = {k: _unpack(v, left, device) for k, v in content}
+        found = {k: _unpack(v, unused, device) for k, v in content}
         if len(found) < len(content):
             raise ValueError("two values of one name")
         return found
-    return _sequence(kind, [_unpack(item, left, device) for item in content])
+    return _sequence(kind, [_unpack(item, unused, device) for item in content])
 
 
 def _dtype_named(name: str) -> torch.dtype:
@@ -286,7 +297,7 @@ def _read(path: Path, device: torch.device) -> tuple[dict[str, str], dict[str, T
 
 
 def _fingerprint_of_0_1_0(model: PreTrainedModel) -> str:
-    """The class of a model and the first numbers of every weight."""
+    """Hash a model's class and the first numbers of every weight, as version 0.1.0 did."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, x in model.named_parameters():
         sample = x.detach().flatten()[:_SAMPLE].float().cpu()

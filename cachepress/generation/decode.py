@@ -1,4 +1,4 @@
-"""What a model says after what a cache holds: answers in its own words, or a given text."""
+"""Decodes answers after what a cache holds, or scores given texts by teacher forcing."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, cast
@@ -19,15 +19,15 @@ _ONE_ANSWER: Mapping[str, object] = {
     "return_dict_in_generate": False,
     "use_cache": True,
 }
-"""Said in so many words, since what is left out comes from the model's own generation config."""
+"""Given in every call, since options that are not come from the model's own generation config."""
 _FIXED = {
     "max_new_tokens": (),
     "cache_implementation": (None,),
     "prefill_chunk_size": (None,),
     **{name: (None, value) for name, value in _ONE_ANSWER.items()},
 }
-"""Options of transformers that do not go together with an answer from a cache, and the values that
-they may have."""
+"""Options of transformers that do not fit an answer from a cache, with the values that they may
+have."""
 
 
 def generate(
@@ -39,7 +39,7 @@ def generate(
     generation: Mapping[str, object],
     streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
-    """Answers to a batch of questions, as token ids up to their end.
+    """Generate answers to a batch of questions, as token ids up to their end token.
 
     Args:
         model: the model.
@@ -51,8 +51,8 @@ def generate(
         streamer: gets the tokens as they come, those of the question first.
 
     Raises:
-        CachepressError: if transformers refuses the options, or they do not go together with one
-            answer from a cache.
+        CachepressError: if transformers refuses the options, or they do not fit one answer from a
+            cache.
     """
     check_generation(generation)
     try:
@@ -70,10 +70,11 @@ def generate(
 
 
 def check_generation(generation: Mapping[str, object]) -> None:
-    """Raise unless options are those of transformers that leave an answer one, and the cache used.
+    """Check options of transformers' ``GenerationConfig``.
 
     Raises:
-        CachepressError: if one is unknown, or set here.
+        CachepressError: if one is unknown, or would give no answer, several, or one without the
+            cache.
     """
     if not isinstance(generation, Mapping):
         raise CachepressError(
@@ -115,19 +116,19 @@ def _generate(
             streamer=streamer,
             **{cache_argument(model): cache},
         )
-    return [_until(row, ends) for row in out[:, ids.shape[1] :].tolist()]
+    return [_until(answer, ends) for answer in out[:, ids.shape[1] :].tolist()]
 
 
 class _FromCache(GenerationConfig):
-    """Options of an answer from a cache that is there.
+    """Generation options for an answer from a cache that is given.
 
-    Which one ``generate`` would make itself is none of them; the model's own config may say it, and
-    what it says is taken over wherever an option is None.
+    They never name a kind of cache for ``generate`` to make. The model's own generation config may,
+    and transformers takes its value wherever an option is None; so setting it has no effect here.
     """
 
     @property
     def cache_implementation(self) -> None:
-        """No kind of cache."""
+        """Return None: no kind of cache."""
         return None
 
     @cache_implementation.setter
@@ -135,10 +136,10 @@ class _FromCache(GenerationConfig):
 
 
 class Forced(NamedTuple):
-    """A text that is put into a model's mouth.
+    """A given answer whose tokens are scored instead of generated (teacher forcing).
 
     Attributes:
-        question_ids: ``[1, q]`` what it follows.
+        question_ids: ``[1, q]`` the token ids that it follows.
         answer: its token ids.
     """
 
@@ -147,7 +148,7 @@ class Forced(NamedTuple):
 
 
 def force(model: PreTrainedModel, cache: Cache, texts: Sequence[Forced]) -> list[Tensor]:
-    """What the model expects at each token of given texts, and after the last one.
+    """Compute log-probabilities at each token of given answers, and after the last one.
 
     Args:
         model: the model.
@@ -173,17 +174,17 @@ def force(model: PreTrainedModel, cache: Cache, texts: Sequence[Forced]) -> list
             use_cache=True,
             **{cache_argument(model): cache},
         ).logits
-    # A copy of what is wanted, because padded rows would be held with a view.
+    # log_softmax copies what is needed: a view would hold the logits of padding too.
     return [
-        wide(row[most - len(text.answer) - 1 :]).log_softmax(-1)
-        for row, text in zip(logits, texts, strict=True)
+        wide(own[most - len(text.answer) - 1 :]).log_softmax(-1)
+        for own, text in zip(logits, texts, strict=True)
     ]
 
 
 def end_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, object]
 ) -> list[int]:
-    """The tokens that end an answer."""
+    """Find the tokens that end an answer."""
     ends = model.generation_config.eos_token_id
     if ends is None:
         ends = tokenizer.eos_token_id
@@ -194,7 +195,10 @@ def end_tokens(
 
 
 def _padded(texts: Sequence[Tensor], seen: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Texts ``[1, q]`` as one batch, padded on the left, and its mask over all text columns."""
+    """Batch texts ``[1, q]``, padded on the left, with a mask over all text columns.
+
+    The mask covers what the cache has ``seen`` as well, evicted tokens included.
+    """
     longest = max(ids.shape[1] for ids in texts)
     ids = torch.full((len(texts), longest), pad)
     mask = torch.ones(len(texts), seen + longest, dtype=torch.long)

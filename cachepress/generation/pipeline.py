@@ -1,4 +1,4 @@
-"""One context, many questions: prefill once, compress, answer all from the compressed cache."""
+"""The transformers pipeline: prefill a context once, compress, answer many questions from that."""
 
 import logging
 import time
@@ -34,18 +34,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers from one compressed cache, and what they cost.
+    """Answers from one compressed cache, with their times and the cache's size.
 
     Attributes:
-        texts: one answer a question.
+        texts: one answer for each question.
         context_tokens: tokens of the context, the chat template's part included.
-        cut_tokens: tokens of it that were cut, as it was too long.
-        cache: what the cache saw and holds after compression, before the first question; under a
-            press that looks at the question, what the last one's cache does.
+        cut_tokens: tokens of a context that was too long which were cut.
+        cache: size of the cache after compression, before the first question; under a press that
+            observes the question, of the last question's cache.
         prefill_seconds: time of the context's forward, compression included; 0 if it was reused.
-            Under a press that looks at the question, of all forwards, one for each question.
+            Under a press that observes the question, of all forwards, one for each question.
         decode_seconds: time of all questions and answers.
-        tokens: the answers as token ids, without what ended them.
+        tokens: the answers as token ids, without end tokens.
     """
 
     texts: list[str]
@@ -58,18 +58,19 @@ class Answers:
 
     @property
     def decode_tokens(self) -> int:
-        """Tokens of all answers."""
+        """Number of tokens of all answers."""
         return sum(map(len, self.tokens))
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """A prompt that is read at once, and what is asked on it.
+class _Prefill:
+    """A prompt that is prefilled, and the questions that follow it.
 
     Attributes:
-        ids: ``[1, T]``.
-        question: tokens at its end that are the question; None where the press does not ask.
-        question_ids: what follows, for each answer.
+        ids: ``[1, T]`` token ids of the prompt.
+        question: number of tokens at its end that are the question; None where the press does not
+            need it.
+        question_ids: the token ids that follow, for each answer.
         limits: most new tokens of each answer.
     """
 
@@ -80,7 +81,7 @@ class _Reading:
 
 
 class KVPressTextGenerationPipeline(Pipeline):
-    """``pipeline("kv-press-text-generation", model=..., tokenizer=...)``.
+    """The pipeline ``pipeline("kv-press-text-generation", model=..., tokenizer=...)``.
 
     ``pipe(context, questions=[...], press=press)`` gives ``{"answers": [...]}``, and with
     ``question="..."`` ``{"answer": "..."}``; a list of contexts gives a list of these. Options of
@@ -135,7 +136,7 @@ class KVPressTextGenerationPipeline(Pipeline):
     def preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_: str, options: PromptOptions | None = None
     ) -> dict:
-        """Token ids of the context apart from its questions."""
+        """Tokenise the context apart from its questions."""
         options = options or PromptOptions()
         prompt = make_prompt(self._tokenizer, self.model, input_, options)
         if prompt.cut:
@@ -165,24 +166,24 @@ class KVPressTextGenerationPipeline(Pipeline):
         sizes: list[CacheSize] = []
         prefill_seconds = decode_seconds = 0.0
         decoding = press is not None and press.schedule.decodes
-        for reading in _readings(prompt, options, press, cache):
+        for part in _prefills(prompt, options, press, cache):
             held, seconds = read_context(
                 self.model,
-                reading.ids,
+                part.ids,
                 press,
                 cache,
                 chunk_size=prefill_chunk_size,
                 mode=prefill_mode,
                 storage=storage,
-                question=reading.question,
+                question=part.question,
                 tokenizer=self.tokenizer,
             )
             sizes.append(size_of(held))
             start = time.perf_counter()
-            # The press acts on answers only if it is made for that, and never on questions.
+            # Only a press that compresses while decoding acts on answers, and none on questions.
             with press(self.model, turns="first") if press and decoding else nullcontext():
                 tokens += self.generate_answer(
-                    held, reading.question_ids, reading.limits, generation or {}
+                    held, part.question_ids, part.limits, generation or {}
                 )
             prefill_seconds += seconds
             decode_seconds += time.perf_counter() - start
@@ -204,7 +205,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         limits: list[int],
         generation: Mapping[str, object],
     ) -> list[list[int]]:
-        """Answer all questions as one batch on a fork of the cache, which stays as it is.
+        """Answer all questions as one batch from a fork of the cache, which itself is not changed.
 
         Questions of different lengths are padded on the left. Sliding windows and recurrent
         states would count that padding, so in models that have them only questions of the same
@@ -225,13 +226,13 @@ class KVPressTextGenerationPipeline(Pipeline):
             most = max(limits[i] for i in batch)
             batch_cache = fork(cache, len(ids))
             tokens = generate(self.model, self._tokenizer, batch_cache, ids, most, generation)
-            answers |= {i: row[: limits[i]] for i, row in zip(batch, tokens, strict=True)}
+            answers |= {i: ids[: limits[i]] for i, ids in zip(batch, tokens, strict=True)}
         return [answers[i] for i in range(len(question_ids))]
 
     def postprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, model_outputs: dict, return_stats: bool = False
     ) -> dict:
-        """``{"answer": ...}`` or ``{"answers": [...]}``, with "stats" when asked for."""
+        """Return ``{"answer": ...}`` or ``{"answers": [...]}``, with "stats" when asked for."""
         answers: Answers = model_outputs["answers"]
         if model_outputs["one"]:
             result: dict[str, object] = {"answer": answers.texts[0]}
@@ -240,12 +241,12 @@ class KVPressTextGenerationPipeline(Pipeline):
         return {**result, "stats": answers} if return_stats else result
 
 
-def _readings(
+def _prefills(
     prompt: Prompt, options: PromptOptions, press: BasePress | None, cache: Cache | None
-) -> list[_Reading]:
-    """The context once for all questions, or with each of them if the press looks at questions."""
+) -> list[_Prefill]:
+    """Prefill the context once for all questions, or with each of them if the press needs it."""
     if press is None or not press.needs.question:
-        return [_Reading(prompt.context_ids, None, prompt.question_ids, options.limits)]
+        return [_Prefill(prompt.context_ids, None, prompt.question_ids, options.limits)]
     if not all(asked.strip() for asked in options.asked):
         raise CachepressError(
             f"{press!r} chooses by the question, and there is none: give question or questions, "
@@ -256,7 +257,7 @@ def _readings(
             f"{press!r} needs a cache for each question: ask one, or pass no cache"
         )
     return [
-        _Reading(
+        _Prefill(
             torch.cat([prompt.context_ids, ids[:, :-1]], dim=1),
             max(1, ids.shape[1] - 1),
             [ids[:, -1:]],

@@ -1,4 +1,4 @@
-"""Reading a prompt into a cache, in one go or in chunks."""
+"""Reads a prompt into a cache, in one forward or in chunks, and compresses it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,18 +40,19 @@ def prefill(
     Args:
         model: a transformers decoder model.
         input_ids: ``[B, T]``.
-        press: the press; None leaves the cache whole.
-        cache: a cache to read into, after what it holds; None for a new one.
+        press: the press; None keeps every pair.
+        cache: a cache that is continued; None for a new one.
         attention_mask: ``[B, T]``, 0 for padding, or ``[B, seen + T]`` after what the cache holds.
-        chunk_size: tokens that are computed at once; None for all. Bounds activations.
-        mode: "exact" compresses when the last chunk is read, with the outcome of one go. "online"
-            compresses after each chunk, down to the budget of what was read so far, which bounds
-            keys and values as well; later tokens then never see the dropped rows.
-        storage: how kept rows are stored: "full" for as they are, or as the press says; "int8",
-            "int4", "int2", or a ``Codec``.
-        question: tokens at the end of the prompt that are the question, one number or one for each
-            sequence; for presses that ask for it.
-        tokenizer: for presses that replay; None for the one that lies where the model came from.
+        chunk_size: tokens of one forward; None for all. Bounds the memory of activations.
+        mode: "exact" compresses after the last chunk, with the same result as one forward. "online"
+            compresses after each chunk, to the budget of what was read so far, which bounds the
+            memory of keys and values as well; later tokens then never attend to evicted pairs.
+        storage: how kept pairs are stored: "full" in the model's type, or as the press declares;
+            "int8", "int4", "int2", or a ``Codec``.
+        question: number of tokens at the end of the prompt that are the question, one number or one
+            for each sequence; for presses that need it.
+        tokenizer: for presses that reconstruct the context; None to load the one that was saved
+            with the model.
         progress: show a bar over the chunks.
         stopwatch: adds up the seconds in which layers are observed and compressed.
 
@@ -72,15 +73,17 @@ def prefill(
     ids = input_ids.to(model.device)
     seen, n = cache.get_seq_length(), ids.shape[1]
     mask = None if attention_mask is None else attention_mask.to(model.device)
+    # A mask of the prompt alone means that all text before it is visible.
     if mask is not None and mask.shape[1] == n < seen + n:
         mask = torch.cat([mask.new_ones(mask.shape[0], seen), mask], dim=1)
+    # Padding has no positions of its own: the first token of each text is at 0.
     positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     chunk_size = n if chunk_size is None else chunk_size
     starts = range(0, n, chunk_size)
     bar = logging.tqdm(starts, unit="chunk", disable=not progress)
-    observation = None
+    session = None
     if press is not None:
-        observation = PressSession(
+        session = PressSession(
             press,
             model,
             storage=storage,
@@ -95,12 +98,12 @@ def prefill(
             if mask is not None and positions is not None:
                 inputs["attention_mask"] = mask[:, : seen + stop]
                 inputs["position_ids"] = positions[:, seen + start : seen + stop]
-            if observation is None:
+            if session is None:
                 decoder(**inputs)
                 trim(cache)
                 continue
-            observation.chunk = "last" if stop == n else "hold" if mode == "exact" else "compress"
-            with observation:
+            session.chunk = "last" if stop == n else "hold" if mode == "exact" else "compress"
+            with session:
                 decoder(**inputs)
     note_text(cache, input_ids, seen)
     return cache
@@ -118,21 +121,21 @@ def read_context(
     question: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Cache, float]:
-    """Read a context ``[1, T]`` under a press, unless the cache holds it already.
+    """Prefill a context ``[1, T]`` and compress it, unless the cache holds it already.
 
     Args:
         model: the model.
         context_ids: the context.
-        press: the press; None leaves the cache whole.
+        press: the press; None keeps every pair.
         cache: an empty cache to fill, or one that holds this context already.
-        chunk_size: tokens that are computed at once; None for all.
+        chunk_size: tokens of one forward; None for all.
         mode: "exact" or "online", see ``cachepress.prefill``.
         storage: "full", "int8", "int4", "int2", or a Codec.
-        question: tokens at the end that are the question, for presses that look at it.
-        tokenizer: the model's tokenizer, for presses that replay.
+        question: number of tokens at the end that are the question, for presses that need it.
+        tokenizer: the model's tokenizer, for presses that reconstruct the context.
 
     Returns:
-        The cache, and the seconds that reading took.
+        The cache, and the seconds of the prefill.
 
     Raises:
         CachepressError: if the cache holds something else.
@@ -144,16 +147,14 @@ def read_context(
                 f"the cache holds {seen} tokens but the context has {n}: pass an empty cache, or "
                 "the one that this very context was compressed into"
             )
-        known = text_of(cache)
-        if known is not None and not torch.equal(
-            known.cpu(), context_ids[:, : known.shape[1]].cpu()
-        ):
+        text = text_of(cache)
+        if text is not None and not torch.equal(text.cpu(), context_ids[:, : text.shape[1]].cpu()):
             raise CachepressError(
                 "the cache holds another text of the same length: pass an empty cache, or the one "
                 "that this very context was compressed into"
             )
         return cache, 0.0
-    with Stopwatch(model.device) as reading:
+    with Stopwatch(model.device) as stopwatch:
         cache = prefill(
             model,
             context_ids,
@@ -165,7 +166,7 @@ def read_context(
             question=question,
             tokenizer=tokenizer,
         )
-    return cache, reading.seconds
+    return cache, stopwatch.seconds
 
 
 @contextmanager
@@ -181,11 +182,11 @@ def _memory_explained() -> Iterator[None]:
 def check_prefill(
     press: BasePress | None, chunk_size: int | None, mode: str, storage: str | Codec
 ) -> None:
-    """Raise unless a press and the options of ``prefill`` fit each other."""
+    """Raise CachepressError unless a press and the options of ``prefill`` fit each other."""
     if mode not in MODES:
         raise CachepressError(f"prefill mode: got {shown(mode)}, wanted one of {', '.join(MODES)}")
     if Codec.of(storage) is not None and press is None:
-        raise CachepressError(f"storage={storage!r} needs a press: KnormPress(0.0) keeps all rows")
+        raise CachepressError(f"storage={storage!r} needs a press: KnormPress(0.0) keeps all pairs")
     if press is not None:
         codec_of(press, storage)
     if chunk_size is None:

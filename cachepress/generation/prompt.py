@@ -1,4 +1,4 @@
-"""A context and its questions as token ids: chat template, room, and what is cut."""
+"""Tokenises a context and its questions: chat template, limits, and truncation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from cachepress.limits import MOST_TOKENS, check_whole
 from cachepress.models.chat import encode, template
 
 MIDDLE, END = "middle", "end"
-"""Where a context that is too long is cut."""
+"""The values of ``truncation``: where a context that is too long is cut."""
 
 
 @dataclass(frozen=True)
@@ -22,22 +22,22 @@ class PromptOptions:
     Attributes:
         question: one question; exclusive with ``questions``.
         questions: several questions on the same context.
-        answer_prefix: how answers begin, one text or one for each question; it is not part of
-            the answer.
+        answer_prefix: the beginning of answers, one text or one for each question; it is not part
+            of the answer.
         max_new_tokens: most tokens of an answer, one number or one for each question.
         max_context_length: most tokens of a context; None for what the model has room for.
         truncation: where a longer context is cut instead of being refused: "middle" keeps as many
-            tokens of the beginning as of the end of the whole prompt, which the shortest question
-            belongs to, "end" (or True) those of the context's beginning.
-        separator: text that stands where the context was cut.
-        suffix: what the context ends with, such as a question that a press is to see; it is
-            tokenised apart, as questions are, and a cut spares it.
+            tokens of the beginning as of the end of the whole prompt, with the shortest question
+            counted in; "end" (or True) keeps those of the context's beginning.
+        separator: text that is put where the context was cut.
+        suffix: the end of the context that is never cut, such as a question that a press observes;
+            it is tokenised apart, as questions are.
         enable_thinking: passed to the chat template.
         chat: whether context and questions are put into the model's chat template, if it has one.
-        beyond_trained_length: allow contexts that are longer than the model was trained for; what
-            it answers there is not to be trusted.
-        forced: a text for each question that the model is to be made to say in place of an answer,
-            for which there has to be room as well; it is not part of the prompt.
+        beyond_trained_length: allow contexts that are longer than the model was trained for, where
+            its answers cannot be trusted.
+        forced: a given answer for each question, for teacher forcing: there has to be room for it
+            as well; it is not part of the prompt.
     """
 
     question: str | None = None
@@ -78,7 +78,7 @@ class PromptOptions:
 
     @property
     def limits(self) -> list[int]:
-        """Most new tokens of each answer."""
+        """The most new tokens of each answer."""
         if isinstance(self.max_new_tokens, int):
             return [self.max_new_tokens] * len(self.asked)
         return list(self.max_new_tokens)
@@ -98,7 +98,7 @@ class Prompt:
     Attributes:
         context_ids: ``[1, T]``.
         question_ids: ``[1, q]`` for each question: all that follows the context.
-        cut: tokens of the context that were cut.
+        cut: number of tokens of the context that were cut.
     """
 
     context_ids: Tensor
@@ -112,7 +112,7 @@ def make_prompt(
     context: str,
     options: PromptOptions,
 ) -> Prompt:
-    """``prompt_within``, for a model that is loaded."""
+    """Tokenise a context and its questions for a model that is loaded."""
     positions = getattr(model.get_decoder().config, "max_position_embeddings", None)
     return prompt_within(tokenizer, positions, context, options)
 
@@ -123,13 +123,15 @@ def prompt_within(
     context: str,
     options: PromptOptions,
 ) -> Prompt:
-    """Tokenise a context and its questions apart, so that the one never sees the others.
+    """Tokenise a context and its questions apart, for a number of positions.
+
+    Apart, so that the tokens of the context, and with them its cache, do not depend on a question.
 
     Args:
-        tokenizer: the model's.
-        positions: most tokens that the model was trained for; None for any number.
+        tokenizer: the model's tokenizer.
+        positions: the most tokens that the model was trained for; None for any number.
         context: the text.
-        options: how it is asked about.
+        options: the questions, and how they are tokenised.
 
     Raises:
         CachepressError: if the context is empty, or longer than allowed and not to be cut.
@@ -179,10 +181,10 @@ def _cut(
     room: int,
     asked: int,
 ) -> tuple[Tensor, int]:
-    """Cut a context that is too long, and say how many of its tokens are gone.
+    """Cut a context that is too long; return its token ids and how many were cut.
 
-    The chat template's part before it and the suffix stay. Benchmarks cut the middle of the whole
-    prompt, so the suffix and the tokens that are asked behind it are part of the second half.
+    The chat template's part before it and the suffix are kept. Benchmarks cut the middle of the
+    whole prompt, so the suffix and the question behind it count as part of the second half.
     """
     separator = encode(tokenizer, options.separator, special=False)
     fixed = encode(tokenizer, before, special=False).shape[1] if before else 0
@@ -201,7 +203,7 @@ def _cut(
 
 
 def _room(positions: int | None, beside: int, options: PromptOptions) -> int:
-    """Most tokens that a context may have beside so many of a question and its answer."""
+    """Compute the most tokens of a context that go with ``beside`` of question and answer."""
     if options.beyond_trained_length:
         positions = None
     room = None if positions is None else positions - beside

@@ -1,4 +1,4 @@
-"""Models: where they come from, and what a tokenizer makes of a prompt."""
+"""Loads models and tokenizers, built-in ones among them, and applies chat templates."""
 
 from cachepress.models.builtin import BUILTIN_MODELS, ModelError, describe
 from cachepress.models.loading import load, load_tokenizer, resolve

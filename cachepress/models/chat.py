@@ -1,4 +1,4 @@
-"""What a tokenizer makes of a prompt: its chat template, and token ids."""
+"""Applies a tokenizer's chat template, and encodes text as token ids."""
 
 from typing import cast
 
@@ -12,7 +12,7 @@ _MARKER = "<<the context goes here>>"
 
 
 def template(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool) -> tuple[str, str]:
-    """What the chat template puts before a context and after a question."""
+    """Return what the chat template puts before a context and after a question."""
     if not tokenizer.chat_template:
         return "", ""
     text = tokenizer.apply_chat_template(
@@ -28,6 +28,6 @@ def template(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool) -> tuple
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> Tensor:
-    """Token ids ``[1, n]``, with the tokenizer's own special tokens or without."""
+    """Encode a text as token ids ``[1, n]``, with or without the tokenizer's special tokens."""
     ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
     return torch.tensor([ids], dtype=torch.long)

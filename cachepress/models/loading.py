@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer: a built-in one, a folder, or a name on the hub."""
+"""Loads a model and its tokenizer: a built-in one, from a folder, or from the hub."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -45,7 +45,7 @@ _UNLOADABLE = (
     TypeError,
     ValueError,
 )
-"""What from_pretrained raises at a folder that is damaged, foreign or too large."""
+"""What from_pretrained raises for a model that is damaged, of another kind or too large."""
 
 
 def load(
@@ -61,14 +61,14 @@ def load(
         name: a built-in name, a folder, or a name on the Hugging Face hub.
         dtype: float16, bfloat16, float32, float64 or "auto"; by default float32 on the CPU and
             "auto" elsewhere.
-        device: where the model goes; by default CUDA if there is any, else the CPU. A
-            ``device_map`` in ``model_kwargs`` overrules it.
+        device: the device of the model; by default CUDA if there is any, else the CPU. A
+            ``device_map`` in ``model_kwargs`` takes precedence.
         model_kwargs: further arguments of ``AutoModelForCausalLM.from_pretrained``; those that
-            say where files come from, such as ``revision``, hold for the tokenizer too.
+            say where files come from, such as ``revision``, apply to the tokenizer too.
 
     Raises:
         ModelError: if there is no such model or dtype, the folder holds no model, or the built-in
-            model cannot be fetched or converted.
+            model cannot be downloaded or converted.
     """
     place = _device(device)
     options = {"dtype": _dtype(dtype, place), "trust_remote_code": False, **(model_kwargs or {})}
@@ -130,13 +130,13 @@ def _unloadable(what: str, error: Exception) -> CachepressError:
 
 
 def be_quiet() -> None:
-    """Let transformers say nothing but errors, and show no bars of its own."""
+    """Have transformers log errors only, and show no progress bars."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
 def groups_of(name: str) -> int | None:
-    """Query heads of each KV head of a model, without loading it; None where it is not known."""
+    """Return the query heads per KV head of a model from its config; None if it is not known."""
     with suppress(OSError, ValueError, AttributeError, TypeError, CachepressError):
         config = AutoConfig.from_pretrained(
             resolve(name), local_files_only=True, trust_remote_code=False
@@ -147,12 +147,12 @@ def groups_of(name: str) -> int | None:
 
 
 def positions_of(name: str, model_kwargs: Mapping[str, object] | None = None) -> int | None:
-    """Most positions of a model, without loading its weights.
+    """Return the most positions of a model from its config, without loading its weights.
 
-    None where it has no such limit, or cannot be had; loading it says why.
+    None where it has no such limit, or no config can be read; loading the model then says why.
     """
     source = resolve(name)
-    # Whoever loads the model can say it anew.
+    # Arguments of from_pretrained may override the config.
     named = (*_SHARED, "max_position_embeddings")
     shared = {key: value for key, value in (model_kwargs or {}).items() if key in named}
     if not Path(source).is_dir() and "local_files_only" not in shared:
@@ -166,10 +166,12 @@ def positions_of(name: str, model_kwargs: Mapping[str, object] | None = None) ->
 
 
 def resolve(name: str) -> str:
-    """Folder of a built-in model, fetched and converted on first use; other names but for a ``~``.
+    """Return the folder of a built-in model, or another name with its ``~`` expanded.
+
+    A built-in model is downloaded and converted on first use.
 
     Raises:
-        ModelError: if the built-in model cannot be fetched or converted.
+        ModelError: if the built-in model cannot be downloaded or converted.
     """
     spec = BUILTIN_MODELS.get(name)
     if spec is None:
@@ -208,7 +210,10 @@ def _dtype(dtype: str | torch.dtype | None, place: torch.device) -> str | torch.
 
 
 def hub_answers(name: str) -> bool:
-    """Ask once and briefly: when offline, from_pretrained itself retries for half a minute."""
+    """Tell whether the hub answers, by one short request.
+
+    When it does not, from_pretrained is told so: it would retry for half a minute.
+    """
     try:
         HfApi().model_info(name, timeout=5)
     except (HfHubHTTPError, HFValidationError):

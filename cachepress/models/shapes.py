@@ -1,4 +1,7 @@
-"""Models with random weights, in the shapes of large ones: for seconds and bytes, not answers."""
+"""Makes models with random weights in the shapes of known ones, to measure seconds and bytes.
+
+Their answers mean nothing.
+"""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -44,19 +47,19 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
         },
     ),
 }
-"""Shapes of known models, for ``--config``; weights are random."""
+"""Shapes of known models, for ``--config``."""
 
 
 def random_model(
     name: str, layers: int | None, dtype: str | None, device: str | None
 ) -> PreTrainedModel:
-    """A model with random weights.
+    """Make a model with random weights.
 
     Args:
         name: one of ``SHAPES``, or a folder with a config.json.
-        layers: how many layers of it; None for all.
-        dtype: of its weights; None for float32 on a CPU, bfloat16 elsewhere.
-        device: where it is; None for a GPU if there is one.
+        layers: number of layers; None for all of the shape.
+        dtype: type of the weights; None for float32 on a CPU, bfloat16 elsewhere.
+        device: device of the weights; None for a GPU if there is one.
 
     Raises:
         CachepressError: if there is no such shape.
