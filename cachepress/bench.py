@@ -28,6 +28,7 @@ from cachepress.limits import check_whole
 from cachepress.measure import Stopwatch, peak_memory
 from cachepress.models.loading import load
 from cachepress.models.shapes import random_model
+from cachepress.options import BenchFields
 from cachepress.presses import BasePress
 from cachepress.spec import NO_PRESS, parse
 
@@ -37,50 +38,8 @@ _QUESTION = 32
 
 
 @dataclass(frozen=True)
-class BenchOptions:
-    """What is timed.
-
-    Attributes:
-        presses: spellings.
-        ratios: ratios for each press; none for those in the spellings.
-        lengths: tokens of context.
-        batch_sizes: contexts that are read at once.
-        forks: continuations of each context that are decoded at once.
-        baseline: whether transformers' own cache without a press is timed as well.
-        steps: tokens to decode in each repeat.
-        repeats: of everything.
-        model: a built-in name, a local folder or a hub name.
-        config: instead of a model, a shape with random weights: a known name, or a folder or file
-            with a config.json.
-        layers: layers of that shape; None for all.
-        dtype: torch dtype by name.
-        device: torch device.
-        prefill_chunk_size: tokens that are computed at once.
-        prefill_mode: "exact" or "online".
-        storage: "full", "int8", "int4" or "int2".
-        beyond_trained_length: allow lengths that the model was not trained for; times and bytes
-            mean what they say, answers would not.
-        trust_remote_code: run the code that a model's repository brings.
-    """
-
-    presses: Sequence[str] = ("snapkv",)
-    ratios: Sequence[float] = ()
-    lengths: Sequence[int] = (4096,)
-    batch_sizes: Sequence[int] = (1,)
-    forks: Sequence[int] = (1,)
-    baseline: bool = True
-    steps: int = 32
-    repeats: int = 3
-    model: str = "smollm2-135m"
-    config: str | None = None
-    layers: int | None = None
-    dtype: str | None = None
-    device: str | None = None
-    prefill_chunk_size: int | None = None
-    prefill_mode: str = "exact"
-    storage: str = "full"
-    beyond_trained_length: bool = False
-    trust_remote_code: bool = False
+class BenchOptions(BenchFields):
+    """What is timed: the fields of ``cachepress.options.BenchFields``, of which each is checked."""
 
     def __post_init__(self) -> None:
         for name in ("lengths", "batch_sizes", "forks"):

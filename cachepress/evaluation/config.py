@@ -4,11 +4,11 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from decimal import Decimal
 from pathlib import Path
 from types import UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import Union, get_args, get_origin, get_type_hints
 
 from cachepress.budgets import check_ratio
 from cachepress.errors import CachepressError
@@ -16,8 +16,9 @@ from cachepress.evaluation.prompts import read_prompts
 from cachepress.files import expanded, real_path
 from cachepress.generation.prefill import check_prefill
 from cachepress.generation.prompt import END, MIDDLE
-from cachepress.limits import MOST, MOST_SEED, MOST_TOKENS, check_whole, shown
+from cachepress.limits import MOST, check_whole, shown
 from cachepress.models.builtin import BUILTIN_MODELS
+from cachepress.options import EvaluationFields, bounds_of
 from cachepress.press import with_real_paths
 from cachepress.presses import BasePress
 from cachepress.spec import NO_PRESS, brief, parse
@@ -45,77 +46,19 @@ results, the token least of all. What is left chooses files, types or code.
 """
 ADDED_FIELDS = ("trust_remote_code", "chat", "prompts")
 """Fields that came later: results from before them have their defaults."""
-BOUNDS = {
-    "seed": (-MOST_SEED, MOST_SEED),
-    "max_new_tokens": (1, MOST),
-    "max_context_length": (1, MOST_TOKENS),
-    "prefill_chunk_size": (1, MOST_TOKENS),
-}
+BOUNDS = bounds_of(EvaluationFields)
 """The least and the most that fields may be which are whole numbers."""
 TRUNCATIONS = (MIDDLE, END)
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(EvaluationFields):
     """One evaluation: a press at a ratio, on a data set, with a model.
 
-    Attributes:
-        dataset: a registered name, or a local .csv, .jsonl or .parquet file.
-        data_dir: part of the data set; for "builtin" a length, a task, or task-length.
-        data_path: folder with the benchmark's original files, instead of the hub.
-        model: a built-in name, a local folder, or a hub name.
-        device: torch device; None for a GPU if there is one.
-        dtype: torch dtype by name; None for float32 on CPU and the model's own elsewhere.
-        press: an alias or a spelling; "no_press" for none.
-        compression_ratio: fraction of pairs removed; None for what the press's spelling says.
-        fraction: fraction of the contexts to evaluate.
-        seed: seed of the data and of the sampling.
-        metric: what judges all answers, instead of each sample's own.
-        trust_remote_code: run the code that a model's repository brings.
-        query_aware: put the question into the context, so that the press sees it.
-        max_new_tokens: instead of the data's own column.
-        max_context_length: most tokens of a context; None for what the model has room for.
-        chat: whether prompts are put into the model's chat template; None for the data's own rule.
-        prompts: file with prompts instead of those here; see ``read_prompts``.
-        truncation: cut a longer context instead of refusing it: "middle" or "end"; True for where
-            the benchmark itself cuts.
-        beyond_trained_length: allow contexts longer than the model was trained for.
-        prefill_chunk_size: tokens of a context that are computed at once; None for all.
-        prefill_mode: "exact" compresses after the last chunk, "online" after each.
-        storage: how kept rows are stored: "full", "int8", "int4" or "int2".
-        output_dir: where results go.
-        model_kwargs: passed to the model's from_pretrained.
-        log_level: DEBUG, INFO, WARNING or ERROR.
-        overwrite: do a finished or different run in the same place again.
+    Its fields are those of ``cachepress.options.EvaluationFields``, of which each is checked; names
+    of files and folders may begin with ``~``. ``dataclasses.replace`` makes a changed one.
     """
-
-    dataset: str = "builtin"
-    data_dir: str | None = None
-    data_path: str | None = None
-    model: str = "smollm2-135m"
-    device: str | None = None
-    dtype: str | None = None
-    press: str = NO_PRESS
-    compression_ratio: float | None = None
-    fraction: float = 1.0
-    seed: int = 0
-    metric: str | None = None
-    trust_remote_code: bool = False
-    query_aware: bool = False
-    max_new_tokens: int | None = None
-    max_context_length: int | None = None
-    chat: bool | None = None
-    prompts: str | None = None
-    truncation: bool | str = False
-    beyond_trained_length: bool = False
-    prefill_chunk_size: int | None = None
-    prefill_mode: str = "exact"
-    storage: str = "full"
-    output_dir: str = "./results"
-    model_kwargs: dict[str, object] = field(default_factory=dict)
-    log_level: str = "INFO"
-    overwrite: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -309,8 +252,8 @@ def _check_json(name: str, values: Mapping[str, object]) -> None:
 
 
 def _check_type(name: str, value: object, kind: type | UnionType) -> None:
-    several = get_args(kind) if isinstance(kind, UnionType) else [kind]
-    kinds: list[type] = [get_origin(one) or one for one in several]
+    several = get_args(kind) if get_origin(kind) in (Union, UnionType) else [kind]
+    kinds = [k for one in several if isinstance(k := get_origin(one) or one, type)]
     fits = any(
         isinstance(value, k) and (k is bool or not isinstance(value, bool)) for k in kinds
     ) or (float in kinds and isinstance(value, int) and not isinstance(value, bool))

@@ -15,6 +15,7 @@ from cachepress.evaluation.run import Run, allow_open_files
 from cachepress.evaluation.runner import Group, Result, drive
 from cachepress.files import expanded
 from cachepress.limits import check_whole, shown
+from cachepress.options import SweepFields
 from cachepress.presses import BasePress
 from cachepress.spec import parse
 from cachepress.structured import read_mapping
@@ -26,32 +27,13 @@ _OWN = ("press", "compression_ratio", "dataset", "data_dir", "model", "query_awa
 
 
 @dataclass(frozen=True)
-class SweepConfig:
-    """What a sweep is made of.
+class SweepConfig(SweepFields):
+    """A sweep: the fields of ``cachepress.options.SweepFields``, of which each is checked.
 
     Attributes:
-        presses: aliases or spellings; "all" for every press, in the form in which its authors
-            recommend it. No press is always there.
-        ratios: for each press that has one.
-        datasets: names, with a part after a colon, such as "builtin:multi_key-1000".
-        models: built-in names, local folders or hub names.
-        query_aware: "no", "yes" or "both": whether presses see the question.
-        executor: "serial", "process" or "ray".
-        workers: of the executors that have some.
-        batch_size: most sequences that are decoded at once, at least those of one press.
-        kl: whether the divergence from the uncompressed model is measured.
         options: of each evaluation, see ``EvaluationConfig``.
     """
 
-    presses: Sequence[str] = ("snapkv", "knorm")
-    ratios: Sequence[float] = (0.25, 0.5, 0.75, 0.9)
-    datasets: Sequence[str] = ("builtin",)
-    models: Sequence[str] = (EvaluationConfig.model,)
-    query_aware: str = "no"
-    executor: str = "serial"
-    workers: int = 1
-    batch_size: int = 128
-    kl: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,89 @@
+"""What commands have in common: how they speak to a terminal, and how they load a model."""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cachepress.cli.arguments import Command
+from cachepress.errors import CachepressError
+from cachepress.limits import visible
+from cachepress.options import BUILTIN
+
+if TYPE_CHECKING:
+    from cachepress.hf.types import PreTrainedModel, PreTrainedTokenizerBase
+    from cachepress.presses import BasePress
+
+logger = logging.getLogger(__name__)
+
+
+class _Visible(logging.Formatter):
+    """Log lines that a terminal does not obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def say(text: str = "") -> None:
+    """Print a text whose control characters are shown."""
+    print(visible(text))
+
+
+def log(level: str = "INFO") -> None:
+    """Write what is logged to stderr, and keep transformers quiet."""
+    from cachepress.models.loading import be_quiet
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    be_quiet()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Visible("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("cachepress").setLevel(level.upper())
+
+
+def warn_of_nothing_dropped(press: "BasePress | None") -> None:
+    """A press named without a ratio keeps all, which is seldom what was meant."""
+    try:
+        nothing = press is not None and press.with_ratio(0.0) == press
+    except CachepressError:
+        return  # It has no ratio.
+    if nothing:
+        logger.warning("%r drops nothing: give --compression-ratio, such as 0.5", press)
+
+
+def read_text(path: str) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        CachepressError: if it is not in UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CachepressError(f"{path} is not a text in UTF-8: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnModel(Command):
+    """A command that works on a model.
+
+    Attributes:
+        model: a built-in name, a local folder, or a hub name (default: smollm2-135m).
+        dtype: torch dtype by name.
+        device: torch device.
+        trust_remote_code: run the code that a model's repository brings, having read it.
+    """
+
+    model: str = BUILTIN
+    dtype: str | None = None
+    device: str | None = None
+    trust_remote_code: bool = False
+
+    def loaded(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """The model and its tokenizer."""
+        from cachepress.models.loading import load
+
+        trust = {"trust_remote_code": self.trust_remote_code}
+        return load(self.model, dtype=self.dtype, device=self.device, model_kwargs=trust)
