@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, TextIteratorStreamer, pipeline
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tokenizer, tokens, words
 from tests.tiny_cache import kept
@@ -29,13 +29,13 @@ def read(name="llama", press=PRESS, chat=True):
 @pytest.mark.parametrize("press", [PRESS, None])
 def test_answers_are_those_of_the_pipeline_as_often_as_asked(name, press):
     model, made, cache, pipe = read(name, press)
-    before = [[layer._seen for layer in stores(cache)], cache.get_seq_length()]
+    before = [[layer._seen for layer in compressed_layers(cache)], cache.get_seq_length()]
     for question, prefix in (("w8 w9", ""), ("w20", "w4"), ("w8 w9", "")):
         how = {"answer_prefix": prefix, "max_new_tokens": 6}
         wanted = pipe(TEXT, question=question, press=press, cache=cp.fork(cache), **how)["answer"]
         assert len(wanted.split()) == 6
         assert cp.ask(model, made, cache, question, **how) == wanted
-    assert [[layer._seen for layer in stores(cache)], cache.get_seq_length()] == before
+    assert [[layer._seen for layer in compressed_layers(cache)], cache.get_seq_length()] == before
 
 
 def test_a_loaded_cache_is_asked_without_its_text(tmp_path):

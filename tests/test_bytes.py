@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import ordinary, stores
+from cachepress.cache.batch import compressed_layers, ordinary
 from cachepress.press import BasePress
 from tests.laws.presses import every_scorer, name_of
 from tests.tiny import tiny, tokens
@@ -63,7 +63,7 @@ def test_before_is_an_uncompressed_cache_and_after_what_is_allocated(press, stor
     )
     size = cp.size_of(cache)
     assert size.bytes_before == before(batch, n, dtype)
-    assert size.bytes_after == allocated(stores(cache))
+    assert size.bytes_after == allocated(compressed_layers(cache))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -159,7 +159,7 @@ def test_a_pyramid_stays_below_max_bytes_and_uses_most_of_it(n, limit):
     page = LAYERS * HEADS * 32 * (ROW * 4 + 4)
     # A layer that keeps all of its text has no positions and no free slots.
     assert used > min(limit, before(1, n, torch.float32)) - 1.5 * page
-    rows = [int(store.lengths.sum()) for store in stores(cache)]
+    rows = [int(store.lengths.sum()) for store in compressed_layers(cache)]
     assert rows == sorted(rows, reverse=True)
 
 
@@ -211,7 +211,7 @@ def test_max_bytes_holds_at_every_token_of_a_generation(kind, storage, interval)
 def test_the_smaller_of_target_size_and_max_bytes_is_kept():
     press = cp.DecodingPress(cp.KnormPress(max_bytes="1MB"), 8, target_size=20)
     cache = cp.prefill(tiny(), tokens(90), press)
-    assert all(bool((store.lengths == 20).all()) for store in stores(cache))
+    assert all(bool((store.lengths == 20).all()) for store in compressed_layers(cache))
 
 
 def questioned(press: BasePress, storage: str, dtype: torch.dtype, batch: int, lengths) -> list:
@@ -284,7 +284,7 @@ def test_max_bytes_of_a_press_for_decoding_bounds_prompts_questions_and_answers(
 def test_a_prompt_that_fits_is_left_whole_until_its_interval():
     press = cp.DecodingPress(cp.KnormPress(max_bytes="1MB"), 8, target_size=20)
     cache = cp.prefill(tiny(), tokens(90), cp.PrefillDecodingPress(None, press))
-    assert [store.lengths.tolist() for store in stores(cache)] == [[[90, 90]]] * LAYERS
+    assert [store.lengths.tolist() for store in compressed_layers(cache)] == [[[90, 90]]] * LAYERS
     with pytest.raises(cp.CachepressError, match="beside max_bytes in decoding_press"):
         cp.PrefillDecodingPress(cp.DMSPress(cp.KnormPress(), threshold=0.0), press)
 
@@ -297,5 +297,5 @@ def test_questions_count_only_where_bytes_are_bounded():
         with press(model, turns="first"):
             for n in (5, 1, 1, 1):
                 forward(model, cache, input_ids=tokens(n))
-        held.append(int(stores(cache)[0].lengths[0, 0]))
+        held.append(int(compressed_layers(cache)[0].lengths[0, 0]))
     assert held == [20, 28]

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from tests.bounds import no_near_ties
 from tests.laws.presses import SMALL, every_press, name_of
 from tests.tiny import exact_tiny as tiny
@@ -23,7 +23,9 @@ class Watch(LogitsProcessor):
         self.cache, self.snapshot = cache, []
 
     def __call__(self, input_ids, scores):
-        self.snapshot.append([float(s.lengths.sum(-1).max()) for s in stores(self.cache)])
+        self.snapshot.append(
+            [float(s.lengths.sum(-1).max()) for s in compressed_layers(self.cache)]
+        )
         return scores
 
 
@@ -64,7 +66,7 @@ def test_a_short_prompt_grows_to_the_bound_and_stays_below_it():
         held = []
         for step in range(150):
             forward(model, cache, input_ids=tokens(1, seed=step))
-            held.append(int(stores(cache)[0].lengths.max()))
+            held.append(int(compressed_layers(cache)[0].lengths.max()))
     assert held[:20] == list(range(11, 31))
     assert max(held) < TARGET + INTERVAL
     assert held[-1] >= TARGET
@@ -171,7 +173,7 @@ def test_prefill_and_decoding_have_presses_of_their_own():
         assert kept(cache) == kept(cp.prefill(model, tokens(40), cp.KnormPress(0.5)))
         for step in range(8):
             forward(model, cache, input_ids=tokens(1, seed=step))
-    assert stores(cache)[0].lengths.tolist() == [[12, 12]]
+    assert compressed_layers(cache)[0].lengths.tolist() == [[12, 12]]
 
 
 def test_a_ratio_of_what_was_seen():
@@ -179,10 +181,10 @@ def test_a_ratio_of_what_was_seen():
     cache = DynamicCache()
     with press(model):
         forward(model, cache, input_ids=tokens(40))
-        assert stores(cache)[0].lengths.tolist() == [[10, 10]]
+        assert compressed_layers(cache)[0].lengths.tolist() == [[10, 10]]
         for step in range(20):
             forward(model, cache, input_ids=tokens(1, seed=step))
-    assert stores(cache)[0].lengths.tolist() == [[15, 15]]
+    assert compressed_layers(cache)[0].lengths.tolist() == [[15, 15]]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_an_interval_counts_decoded_tokens_only(chunk):
     def decode(n):
         for step in range(n):
             forward(model, cache, input_ids=tokens(1, seed=step))
-        return stores(cache)[0].lengths[0, 0].item()
+        return compressed_layers(cache)[0].lengths[0, 0].item()
 
     with whole(model):
         assert [decode(n) for n in (1, 9, 5, 1, 1, 14, 1)] == [101, 110, 115, 20, 21, 35, 20]
@@ -255,5 +257,5 @@ def test_several_tokens_that_are_left_alone_do_not_bring_the_next_compression_cl
         held = []
         for step in range(16):
             forward(model, cache, input_ids=tokens(1, seed=step))
-            held.append(stores(cache)[0].lengths[0, 0].item())
+            held.append(compressed_layers(cache)[0].lengths[0, 0].item())
     assert held == [*range(51, 66), 20]

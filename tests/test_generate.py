@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from tests.bounds import close
 from tests.tiny import ARCHITECTURES, exact_tiny, tokenizer, tokens, words
 from tests.tiny_cache import forward, kept, pressed
@@ -53,7 +53,7 @@ def test_the_prompt_is_compressed_once():
     with torch.no_grad(), PRESS(model):
         out = model.generate(ids, return_dict_in_generate=True, **OPTIONS)
     cache = out["cache"] if "cache" in out else out["past_key_values"]
-    assert stores(cache)[0].lengths.tolist() == [[15 + 7, 15 + 7]]
+    assert compressed_layers(cache)[0].lengths.tolist() == [[15 + 7, 15 + 7]]
     assert kept(cache)[0][0][0][-7:] == list(range(30, 37))
     assert out.sequences[0, 30:].tolist()[1:] == by_hand(
         model, pressed(model, PRESS, ids), out.sequences[:, 30:31], 7
@@ -97,7 +97,7 @@ def test_a_padded_batch_generates_like_each_row_alone():
 def test_appending_does_not_copy_the_cache():
     model = exact_tiny()
     cache = pressed(model, PRESS, tokens(30))
-    store = stores(cache)[0]
+    store = compressed_layers(cache)[0]
     forward(model, cache, input_ids=tokens(1))
     before = [x.data_ptr() for x in store.tensors()]
     for step in range(60):
@@ -285,8 +285,10 @@ def test_eight_questions_hold_the_context_once():
     forward(model, forked, input_ids=tokens(5, batch=8))
     row = 2 * 8 * 8
     assert cp.size_of(forked).bytes_after == one + 4 * 2 * 8 * 5 * row
-    storages = {x.data_ptr() for store in stores(cache) for x in store.tensors()}
-    shared = {x.data_ptr() for store in stores(forked) for x in store.tensors()} & storages
+    storages = {x.data_ptr() for store in compressed_layers(cache) for x in store.tensors()}
+    shared = {
+        x.data_ptr() for store in compressed_layers(forked) for x in store.tensors()
+    } & storages
     assert shared == storages
 
 

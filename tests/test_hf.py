@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.hf import attach
 from tests.bounds import close
 from tests.presses.test_snapkv import noting, plainly
@@ -57,7 +57,7 @@ def test_leaving_by_an_exception_leaves_an_ordinary_model():
     assert hooks(model) == n_hooks
     cache = DynamicCache()
     assert torch.equal(forward(model, cache, input_ids=ids).logits, plain)
-    assert not stores(cache)
+    assert not compressed_layers(cache)
     assert cache.layers[0].keys.shape[2] == 20
 
 
@@ -68,7 +68,7 @@ def test_an_exception_inside_the_forward_is_survived():
             forward(model, input_ids=torch.tensor([[10**6, 1, 2]]))
         cache = DynamicCache()
         forward(model, cache, input_ids=tokens(20))
-    assert stores(cache)[0].lengths.tolist() == [[10, 10]]
+    assert compressed_layers(cache)[0].lengths.tolist() == [[10, 10]]
 
 
 def test_detach_restores_exactly_and_the_store_refuses():
@@ -131,7 +131,7 @@ def test_two_models_that_share_a_config_do_not_disturb_each_other():
     with PRESS(first):
         cache = DynamicCache()
         assert torch.equal(forward(second, cache, input_ids=ids).logits, plain)
-        assert not stores(cache)
+        assert not compressed_layers(cache)
     compressed = pressed(first, PRESS, ids)
     assert torch.equal(forward(second, input_ids=ids).logits, plain)
     assert forward(first, compressed, input_ids=tokens(1)).logits.isfinite().all()
@@ -163,7 +163,7 @@ def test_two_caches_and_sequential_contexts_do_not_disturb_each_other():
         forward(model, first, input_ids=tokens(1))
     with cp.KnormPress(0.9)(model):
         pass
-    assert stores(first)[0].lengths.tolist() == [[11, 11]]
+    assert compressed_layers(first)[0].lengths.tolist() == [[11, 11]]
     assert kept(second) == kept(pressed(model, PRESS, two))
 
 
@@ -218,7 +218,7 @@ def test_only_full_attention_layers_are_compressed(name):
         True,
         False,
     ] * 2
-    assert len(stores(cache)) == 2
+    assert len(compressed_layers(cache)) == 2
 
 
 def test_inference_mode_and_no_grad_mix():
@@ -230,8 +230,8 @@ def test_inference_mode_and_no_grad_mix():
     assert first.requires_grad
     with torch.inference_mode():
         model(tokens(70, seed=2), past_key_values=cache)
-    assert not stores(cache)[0].keys.requires_grad
-    assert stores(cache)[0].lengths.tolist() == [[81, 81]]
+    assert not compressed_layers(cache)[0].keys.requires_grad
+    assert compressed_layers(cache)[0].lengths.tolist() == [[81, 81]]
 
 
 def test_a_graph_can_be_taken_through_the_prefill():
@@ -316,4 +316,4 @@ def test_importing_and_attaching_change_no_other_model():
 def test_gpt2_position_table_is_the_identity_rotation():
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=97)).eval()
     cache = pressed(model, cp.ExpectedAttentionPress(0.5), tokens(30))
-    assert stores(cache)[0].lengths.tolist() == [[15, 15]]
+    assert compressed_layers(cache)[0].lengths.tolist() == [[15, 15]]

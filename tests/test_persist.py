@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import cachepress as cp
 from cachepress.artefacts import fingerprint as fingerprint_of
 from cachepress.artefacts.fingerprint import fingerprint, other_model, weights_digest
-from cachepress.cache.batch import stores, text_of
+from cachepress.cache.batch import compressed_layers, text_of
 from tests.bounds import near, no_close_answers, no_near_ties, rounding
 from tests.exact import doubled
 from tests.forging import forge, made, rewritten, use
@@ -91,7 +91,7 @@ def test_every_kind_of_layer_comes_back(tmp_path, name):
         assert torch.equal(ours, forward(model, cache, input_ids=token).logits)
     with PRESS(fresh):
         forward(fresh, loaded, input_ids=tokens(14))
-    assert stores(loaded)[0].lengths.float().mean() == 40
+    assert compressed_layers(loaded)[0].lengths.float().mean() == 40
 
 
 def test_a_padded_batch_comes_back(tmp_path):
@@ -322,7 +322,7 @@ def test_token_ids_follow_the_text():
         model(ids, past_key_values=watched)
     assert torch.equal(text_of(watched), ids)
     forward(model, watched, input_ids=ids[:, :8])
-    watched.crop(-10 if cp.cache.batch.stores(watched)[0]._compressed_at < 48 else -8)
+    watched.crop(-10 if cp.cache.batch.compressed_layers(watched)[0]._compressed_at < 48 else -8)
     assert torch.equal(text_of(watched), ids)
 
 
@@ -350,7 +350,7 @@ def test_caches_of_0_1_0_still_load(name, caplog):
             forward(exact, cache, input_ids=step).logits,
             **FLOAT32,
         )
-    for store, wanted in zip(stores(loaded), stores(cache), strict=True):
+    for store, wanted in zip(compressed_layers(loaded), compressed_layers(cache), strict=True):
         assert_rows_are_alike(store, wanted)
 
 
@@ -681,7 +681,7 @@ def test_types_are_those_that_the_model_makes_where_it_is_loaded(tmp_path):
     model = tiny()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cache = cp.prefill(model, tokens(40), PRESS)
-        assert stores(cache)[0].values.dtype == torch.bfloat16
+        assert compressed_layers(cache)[0].values.dtype == torch.bfloat16
         cp.save_cache(cache, tmp_path / "c", model)
         assert kept(cp.load_cache(tmp_path / "c", model)) == kept(cache)
     with pytest.raises(cp.CachepressError, match="pages of torch.float32, as the model makes"):
@@ -694,7 +694,7 @@ def test_a_cache_loads_while_a_press_watches(tmp_path):
         loaded = cp.load_cache(path, model)
         assert kept(loaded) == kept(cp.load_cache(path, model))
         forward(model, loaded, input_ids=tokens(20, seed=1))
-    assert stores(loaded)[0].lengths.tolist() == [[30, 30]]
+    assert compressed_layers(loaded)[0].lengths.tolist() == [[30, 30]]
 
 
 @pytest.mark.parametrize("name", ["", ".", "/", "a\0b", "x" * 300, "nothing/x"])

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, pipeline
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.generation.pipeline import TASK
 from cachepress.generation.prefill import read_context
 from cachepress.generation.prompt import PromptOptions, make_prompt
@@ -114,7 +114,7 @@ def test_the_given_cache_keeps_the_compressed_context_and_answers_again(pipe):
     options = {"press": PRESS, "max_new_tokens": 5, "cache": cache, "return_stats": True}
     first = pipe(CONTEXT, question=QUESTIONS[0], **options)
     assert cache.get_seq_length() == 42
-    assert stores(cache)[0].lengths.tolist() == [[21, 21]]
+    assert compressed_layers(cache)[0].lengths.tolist() == [[21, 21]]
     again = pipe(CONTEXT, question=QUESTIONS[0], **options)
     assert again["answer"] == first["answer"]
     assert again["stats"].prefill_seconds == 0

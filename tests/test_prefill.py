@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, pipeline
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.cache.layer import CompressedLayer
 from tests.bounds import close
 from tests.tiny import ARCHITECTURES, tokenizer, tokens, words
@@ -48,7 +48,7 @@ def test_online_rows_never_exceed_budget_plus_chunk(adaptive, monkeypatch):
     press = cp.AdaKVPress(press) if adaptive else press
     cache = cp.prefill(model, tokens(400), press, chunk_size=16, mode="online")
     assert max(held) == 2 * (20 + 16)
-    assert stores(cache)[0].lengths.sum() == 40
+    assert compressed_layers(cache)[0].lengths.sum() == 40
     assert cache.get_seq_length() == 400
 
 
@@ -59,7 +59,7 @@ def test_an_exact_prefill_after_an_earlier_turn():
         cp.prefill(model, ids[:, :25], PRESS, cache, chunk_size=size)
         cp.prefill(model, ids[:, 25:], PRESS, cache, chunk_size=size)
     assert kept(once) == kept(chunked)
-    assert stores(once)[0].lengths.tolist() == [[30, 30]]
+    assert compressed_layers(once)[0].lengths.tolist() == [[30, 30]]
 
 
 def test_a_padded_batch_is_read_in_chunks():
@@ -70,7 +70,7 @@ def test_a_padded_batch_is_read_in_chunks():
         cp.prefill(model, ids, PRESS, attention_mask=mask, chunk_size=n) for n in (None, 8)
     )
     assert kept(chunked) == kept(once)
-    assert stores(chunked)[0].lengths.tolist() == [[6, 6], [20, 20]]
+    assert compressed_layers(chunked)[0].lengths.tolist() == [[6, 6], [20, 20]]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.hf import cache_argument
 from cachepress.presses import BasePress
 
@@ -30,7 +30,7 @@ def kept(cache: Cache) -> list[list[list[list[int]]]]:
     """Positions held, by layer, sequence and head; empty slots left out."""
     return [
         [[[p for p in head if p >= 0] for head in row] for row in store.positions.tolist()]
-        for store in stores(cache)
+        for store in compressed_layers(cache)
     ]
 
 

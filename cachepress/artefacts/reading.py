@@ -20,7 +20,7 @@ from torch import Tensor
 from cachepress.artefacts.digests import checksum_of
 from cachepress.artefacts.published import converted, n_layers, of_layers
 from cachepress.errors import CachepressError
-from cachepress.hf import compressed_layers
+from cachepress.hf import n_compressed_layers
 from cachepress.hf.types import PreTrainedModel
 from cachepress.hf.wiring import full_attention
 
@@ -97,7 +97,7 @@ def sizes(model: PreTrainedModel) -> tuple[int, int, int, int, int]:
     queries = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or queries
     head = getattr(config, "head_dim", None) or config.hidden_size // queries
-    return compressed_layers(model), keys, queries // keys, head, config.hidden_size
+    return n_compressed_layers(model), keys, queries // keys, head, config.hidden_size
 
 
 @lru_cache(maxsize=16)

@@ -45,7 +45,7 @@ class CacheSize:
         return 1 - self.pairs_held / self.pairs_seen
 
 
-def stores(cache: Cache) -> list[CompressedLayer]:
+def compressed_layers(cache: Cache) -> list[CompressedLayer]:
     """The layers of a cache that cachepress holds."""
     return [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
 
@@ -123,7 +123,7 @@ def _text(cache: Cache) -> np.ndarray | None:
 
 def _of_text(cache: Cache) -> object:
     """The layer that knows the text."""
-    return next(iter(stores(cache)), cache.layers[0])
+    return next(iter(compressed_layers(cache)), cache.layers[0])
 
 
 def trim(cache: Cache) -> None:

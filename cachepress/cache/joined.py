@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.cache.layer import CompressedLayer
 from cachepress.cache.masks import MaskReader, TextMask
 from cachepress.cache.pairs import Pairs
@@ -115,7 +115,7 @@ def form_of(cache: Cache) -> tuple[object, ...] | None:
 
     Only caches of one sequence without padding can, whose layers are all compressed.
     """
-    layers = stores(cache)
+    layers = compressed_layers(cache)
     if not layers or len(layers) != len(cache.layers) or layers[0].batch_size != 1:
         return None
     return None if layers[0].text_valid is not None else tuple(layer.form() for layer in layers)
@@ -144,7 +144,7 @@ def join(groups: Sequence[Sequence[Cache]], n: int = 1) -> Cache:
             "quantized pairs and pages in one group only"
         )
     joined, masks = copy.copy(groups[0][0]), MaskReader()
-    columns = [zip(*(stores(cache) for cache in group), strict=True) for group in groups]
+    columns = [zip(*(compressed_layers(cache) for cache in group), strict=True) for group in groups]
     joined.layers = []
     for layers in zip(*columns, strict=True):
         stacked = [CompressedLayer.stack(group, n) for group in layers]
@@ -169,10 +169,12 @@ def grouped(caches: Sequence[Cache]) -> list[list[int]]:
 
 def is_plain(cache: Cache) -> bool:
     """Whether pairs are stored and read as they came, neither quantized nor by page."""
-    return all(layer.codec is None and layer.page_budget is None for layer in stores(cache))
+    return all(
+        layer.codec is None and layer.page_budget is None for layer in compressed_layers(cache)
+    )
 
 
 def _even(cache: Cache) -> tuple[int, ...] | None:
     """Pairs of every head in each segment, where all heads have as many; else None."""
-    lengths = [s.layout.even for layer in stores(cache) for s in layer.snapshot.segments]
+    lengths = [s.layout.even for layer in compressed_layers(cache) for s in layer.snapshot.segments]
     return None if None in lengths else tuple(n for n in lengths if n is not None)

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from cachepress.cache.batch import fork, stores
+from cachepress.cache.batch import compressed_layers, fork
 from cachepress.errors import CachepressError
 from cachepress.generation.decode import check_generation, generate
 from cachepress.limits import check_whole, shown
@@ -83,7 +83,7 @@ def ask(
 
 def _sequences(cache: Cache) -> int:
     """Count the sequences that a cache holds."""
-    if held := stores(cache):
+    if held := compressed_layers(cache):
         return held[0].batch_size
     found = (getattr(layer, "keys", None) for layer in cache.layers)
     return next((len(keys) for keys in found if isinstance(keys, torch.Tensor)), 0)

@@ -10,9 +10,9 @@ from cachepress.hf.session import PressSession, codec_of
 from cachepress.hf.wiring import (
     cache_argument,
     check_model,
-    compressed_layers,
     has_only_full_attention,
     learned_positions,
+    n_compressed_layers,
     sample_cache,
 )
 
@@ -22,9 +22,9 @@ __all__ = [
     "cache_argument",
     "check_model",
     "codec_of",
-    "compressed_layers",
     "detach",
     "has_only_full_attention",
     "learned_positions",
+    "n_compressed_layers",
     "sample_cache",
 ]

@@ -34,8 +34,8 @@ from cachepress.hf.wiring import (
     CACHE_NAMES,
     cache_argument,
     check_model,
-    compressed_layers,
     install_layers,
+    n_compressed_layers,
 )
 from cachepress.measure import Stopwatch
 from cachepress.press import BasePress
@@ -322,7 +322,7 @@ def prepared(press: "BasePress", model: PreTrainedModel) -> "BasePress":
     """
     check_model(model)
     press = press.for_model(model)
-    press.check_layers(compressed_layers(model))
+    press.check_layers(n_compressed_layers(model))
     return press
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
-from cachepress.cache.batch import fork, size_of, stores, trim
+from cachepress.cache.batch import compressed_layers, fork, size_of, trim
 from cachepress.cache.codec import Codec
 from cachepress.call import AttentionCall, Place
 from cachepress.engine import Pending, compress, compress_together
@@ -139,7 +139,7 @@ class SharedPrefill:
                 trim(self.cache)
                 self.capture.clear()
         self.seconds = prefill.seconds - sum(x.seconds for x in self.observing.values())
-        for layer in stores(self.cache):
+        for layer in compressed_layers(self.cache):
             layer.reads_whole = False
         self.whole_bytes = size_of(self.cache).bytes_before
 
@@ -156,9 +156,9 @@ class SharedPrefill:
         ready = next(ready for given, ready in self._ready if given == press)
         step, branch = _step(self._ids.shape[1]), fork(self.cache)
         acting = ready.acting(step)
-        instruct(stores(branch), ready, codec_of(ready, storage))
+        instruct(compressed_layers(branch), ready, codec_of(ready, storage))
         if not ready.schedule.due(step):
-            for layer in stores(branch):
+            for layer in compressed_layers(branch):
                 layer.mark_skipped(step.new)
             return branch, 0.0
         layers, seconds = self._observed(acting)
@@ -182,7 +182,7 @@ class SharedPrefill:
     def _observed(self, press: BasePress) -> tuple[list[Waiting], float]:
         """Return the layers with what a press needs, and the seconds of its reconstruction."""
         layers = []
-        for layer, hook in zip(stores(self.cache), self._hooks, strict=True):
+        for layer, hook in zip(compressed_layers(self.cache), self._hooks, strict=True):
             assert hook.call is not None
             call = replace(hook.call, read=layer.snapshot.rows())
             layers.append(Waiting(press, layer, call, hook.query_stats[press.needs.observed]))
@@ -217,7 +217,7 @@ class SharedPrefill:
     def _compress(self, press: BasePress, branch: Cache, layers: list[Waiting]) -> None:
         pending: list[Pending] = []
         with torch.no_grad():
-            for layer, waiting in zip(stores(branch), layers, strict=True):
+            for layer, waiting in zip(compressed_layers(branch), layers, strict=True):
                 scored = compress(press, layer, waiting.call, copy.copy(waiting.query_stats))
                 layer.mark_scored()
                 pending += [] if scored is None else [scored]

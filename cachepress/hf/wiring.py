@@ -108,7 +108,7 @@ def learned_positions(model: PreTrainedModel) -> int | None:
     return most if learned else None
 
 
-def compressed_layers(model: PreTrainedModel) -> int:
+def n_compressed_layers(model: PreTrainedModel) -> int:
     """Count the layers of a model that are compressed: those with full attention."""
     return sum(full_attention(model.get_decoder().config))
 

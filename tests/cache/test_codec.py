@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.cache.codec import Codec, Quantized
 from tests.bounds import close, half_a_step, near, rounding
 from tests.tiny import exact_tiny, tiny, tokens
@@ -113,7 +113,7 @@ def test_pages_with_scales_of_both_types_are_joined():
     """Decoded rows that are beyond float16 come behind settled ones that are not."""
     model = tiny()
     cache = cp.prefill(model, tokens(100), PRESS, storage=cp.Codec(8, residual=5))
-    store = stores(cache)[0]
+    store = compressed_layers(cache)[0]
     assert store.snapshot.rows().keys.isfinite().all()
     large = torch.full((1, 2, 40, 8), 1e6) + torch.randn(1, 2, 40, 8)
     for part in large.split(1, dim=2):
@@ -137,7 +137,7 @@ def test_a_number_of_bytes_holds_whatever_the_scales(storage):
     model.model.layers[2].self_attn.v_proj.weight.data *= 1e6
     limit = 110_000
     cache = cp.prefill(model, tokens(500), cp.KnormPress(max_bytes=limit), storage=storage)
-    assert stores(cache)[2].snapshot.segments[0].values.scale.dtype == torch.float32
+    assert compressed_layers(cache)[2].snapshot.segments[0].values.scale.dtype == torch.float32
     assert 0.4 * limit < cp.size_of(cache).bytes_after <= limit
 
 
@@ -161,17 +161,17 @@ def test_bytes_are_measured_and_small(storage, most):
     full = cp.prefill(model, ids, cp.KnormPress(0.0))
     small = cp.prefill(model, ids, cp.KnormPress(0.0), storage=storage)
     held = [cp.size_of(cache).bytes_after for cache in (small, full)]
-    assert held == [allocated(stores(cache)) for cache in (small, full)]
+    assert held == [allocated(compressed_layers(cache)) for cache in (small, full)]
     # Small heads (8 channels) make the positions weigh more than they do in a real model.
     positions = 4 * 4 * 2 * 512
     assert (held[0] - positions) / (held[1] - positions) < most + 64 / 500
-    assert stores(small)[0].lengths.tolist() == [[500, 500]]
+    assert compressed_layers(small)[0].lengths.tolist() == [[500, 500]]
 
 
 def plain(cache, seen):
     """A cache of the first ``seen`` text columns, with the same numbers, not in few bits."""
     copied = cp.fork(cache)
-    for store in stores(copied):
+    for store in compressed_layers(copied):
         rows = store.snapshot.rows()
         where = rows.text_positions()
         store.codec, store._seen = None, seen
@@ -194,7 +194,7 @@ def test_a_token_reads_the_numbers_that_are_held(storage):
         if not step % 6:
             wanted = forward(model, plain(small, 300 + step), input_ids=token).logits
             close(ours, wanted)
-    assert stores(small)[0].lengths.sum() == 2 * 300
+    assert compressed_layers(small)[0].lengths.sum() == 2 * 300
 
 
 def test_decoded_rows_are_quantized_once_the_residual_is_full():
@@ -202,13 +202,13 @@ def test_decoded_rows_are_quantized_once_the_residual_is_full():
     cache = cp.prefill(model, tokens(100), PRESS, storage=Codec(4, residual=16))
     for step in range(150):
         forward(model, cache, input_ids=tokens(1, seed=step))
-    store = stores(cache)[0]
+    store = compressed_layers(cache)[0]
     assert store._tail.n < 16 + 32 + 1
     assert store.lengths.sum() == 2 * 200
     whole = cp.prefill(model, tokens(100), PRESS)
     for step in range(150):
         forward(model, whole, input_ids=tokens(1, seed=step))
-    assert allocated(store) < 0.75 * allocated(stores(whole)[0])
+    assert allocated(store) < 0.75 * allocated(compressed_layers(whole)[0])
 
 
 def test_forks_share_quantized_rows_and_a_second_turn_is_compressed():
@@ -222,8 +222,8 @@ def test_forks_share_quantized_rows_and_a_second_turn_is_compressed():
     close(batch, wanted.expand(3, -1, -1))
     with PRESS(model):
         forward(model, one, input_ids=tokens(97))
-    assert stores(one)[0].lengths.sum() == 2 * 150
-    assert stores(one)[0].codec == Codec(4)
+    assert compressed_layers(one)[0].lengths.sum() == 2 * 150
+    assert compressed_layers(one)[0].codec == Codec(4)
 
 
 @pytest.mark.parametrize("bad", ["int3", "", 4])
@@ -266,7 +266,7 @@ def test_a_padded_batch_decodes_past_forks_and_encoded_tails(storage):
         one = forward(model, alone, input_ids=token).logits
         # The same rows in pages of the same rows have the same codes.
         close(both[0], one[0])
-    assert len(stores(cache)[0]._segments) > 1
+    assert len(compressed_layers(cache)[0]._segments) > 1
 
 
 def test_scales_beyond_float16_are_saved_and_read(tmp_path):
@@ -275,11 +275,11 @@ def test_scales_beyond_float16_are_saved_and_read(tmp_path):
     cache = cp.prefill(model, tokens(150), cp.KnormPress(0.0), storage="int4")
     cp.save_cache(cache, tmp_path / "cache.safetensors", model)
     loaded = cp.load_cache(tmp_path / "cache.safetensors", model)
-    for store, again in zip(stores(cache), stores(loaded), strict=True):
+    for store, again in zip(compressed_layers(cache), compressed_layers(loaded), strict=True):
         assert torch.equal(store.values, again.values) and store.values.isfinite().all()
         assert store.nbytes == again.nbytes
-    assert stores(loaded)[1].snapshot.segments[0].values.scale.dtype == torch.float32
-    assert stores(loaded)[1].values.abs().max() > 65504
+    assert compressed_layers(loaded)[1].snapshot.segments[0].values.scale.dtype == torch.float32
+    assert compressed_layers(loaded)[1].values.abs().max() > 65504
 
 
 def test_pages_of_another_storage_follow_those_that_are_there():
@@ -287,13 +287,15 @@ def test_pages_of_another_storage_follow_those_that_are_there():
     cache = cp.prefill(model, tokens(100), PRESS, storage="int8")
     for step in range(260):
         if step == 130:
-            for store in stores(cache):
+            for store in compressed_layers(cache):
                 store.codec = Codec.of("int4")
         forward(model, cache, input_ids=tokens(1, seed=step))
     bits = [
-        x.keys.bits for x in stores(cache)[0].snapshot.segments if isinstance(x.keys, Quantized)
+        x.keys.bits
+        for x in compressed_layers(cache)[0].snapshot.segments
+        if isinstance(x.keys, Quantized)
     ]
-    assert bits == [8, 4] and int(stores(cache)[0].lengths.sum()) == 2 * 310
+    assert bits == [8, 4] and int(compressed_layers(cache)[0].lengths.sum()) == 2 * 310
 
 
 def test_a_group_wider_than_a_value_costs_no_memory():

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from tests.laws.presses import RATIO, SOURCES, WRAPPERS, every_scorer, name_of
 from tests.learned import learned
 from tests.tiny import exact_tiny, tokens
@@ -41,7 +41,7 @@ def test_what_was_learned_of_a_model_is_used_on(kind, architecture):
 @pytest.mark.parametrize("name", PRESSES)
 def test_works_on(name, architecture):
     model, ids, press = exact_tiny(architecture), tokens(41), PRESSES[name]
-    n_layers = len(stores(cp.prefill(model, ids[:, :2], cp.KnormPress(0.0))))
+    n_layers = len(compressed_layers(cp.prefill(model, ids[:, :2], cp.KnormPress(0.0))))
     if name == "LUKVPress":
         press = cp.LUKVPress(cp.KeyDiffPress(RATIO), curve=learned(architecture))
     if name in ("DuoAttentionPress", "HeadKVPress"):
@@ -60,6 +60,6 @@ def test_works_on(name, architecture):
             assert head[-1] == 41
     promised = WRAPPERS.get(name)
     if promised is None or promised.counts is not None:
-        rows = sum(int(store.lengths.sum()) for store in stores(cache))
+        rows = sum(int(store.lengths.sum()) for store in compressed_layers(cache))
         each = 20 if promised is None else promised.counts(41)[1]
         assert rows == n_layers * 2 * (each + 1)

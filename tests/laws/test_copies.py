@@ -6,7 +6,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.cache.joined import form_of, join
 from tests.bounds import close
 from tests.tiny import exact_tiny, tokens
@@ -105,7 +105,7 @@ def test_a_saved_cache_goes_on_as_the_cache_does(press, tmp_path):
     cp.save_cache(cache, tmp_path / "c", MODEL)
     loaded = cp.load_cache(tmp_path / "c", MODEL)
     assert kept(loaded) == kept(cache)
-    for ours, wanted in zip(stores(loaded), stores(cache), strict=True):
+    for ours, wanted in zip(compressed_layers(loaded), compressed_layers(cache), strict=True):
         assert torch.equal(ours.keys, wanted.keys) and torch.equal(ours.values, wanted.values)
     ids = tokens(3, seed=5)
     for ours, wanted in zip(go_on(loaded, ids), go_on(cache, ids), strict=True):
@@ -140,8 +140,8 @@ def test_what_was_noted_of_decoded_tokens_stays_with_their_text(scorer):
         go_on(copied, said[:, 5:7].flip(0))
         both.reorder_cache(torch.tensor([1, 0]))
         go_on(both, said[:, 5:].flip(0))
-    assert stores(both)[0].lengths.tolist() == [[20, 20]] * 2
-    assert stores(copied)[0].lengths.tolist() == [[27, 27]] * 2
+    assert compressed_layers(both)[0].lengths.tolist() == [[20, 20]] * 2
+    assert compressed_layers(copied)[0].lengths.tolist() == [[27, 27]] * 2
     for layer, *own in zip(kept(both), *map(kept, alone), strict=True):
         assert layer == [own[1][0], own[0][0]]
 
@@ -180,7 +180,7 @@ def test_compacted_keys_stand_one_after_the_other_up_to_the_last_token(padding, 
     for b, first in enumerate((0, padding)):
         text = texts[b : b + 1, first:]
         n = text.shape[1]
-        for store, bare in zip(stores(cache), bare_keys(text), strict=True):
+        for store, bare in zip(compressed_layers(cache), bare_keys(text), strict=True):
             for h in range(2):
                 held = store.positions[b, h]
                 rows = held[held >= 0].long() - first
@@ -193,7 +193,7 @@ def test_merged_values_are_means_by_weight():
     """A row that is like one that goes becomes the mean of the two, by what each weighs."""
     plain = cp.prefill(MODEL, tokens(40), cp.KnormPress(0.0))
     cache = cp.prefill(MODEL, tokens(40), cp.MergingPress(KNORM))
-    store, whole = stores(cache)[0], stores(plain)[0]
+    store, whole = compressed_layers(cache)[0], compressed_layers(plain)[0]
     for h in range(2):
         keys, values = whole.keys[0, h], whole.values[0, h].clone()
         stays = store.positions[0, h].long()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from tests.laws.presses import RATIO, WRAPPERS, every_scorer, name_of
 from tests.tiny import tiny, tokens
 from tests.tiny_cache import kept
@@ -65,7 +65,7 @@ def damaged(press, where, change, n=40):
 def test_every_scorer_keeps_its_count(what, where):
     for press in SCORERS:
         cache = damaged(press, where, DAMAGE[what])
-        lengths = [store.lengths.sum().item() for store in stores(cache)]
+        lengths = [store.lengths.sum().item() for store in compressed_layers(cache)]
         if press.budget.scope == "model":
             assert sum(lengths) == 4 * 40, press
         else:
@@ -78,7 +78,7 @@ def test_every_wrapper_works(what, where):
     for name, wrapper in WRAPPERS.items():
         inner = cp.KeyDiffPress(RATIO) if name == "BlockPress" else SCORERS[-3]
         cache = damaged(wrapper.build(inner, RATIO), where, DAMAGE[what])
-        assert min(store.lengths.amin().item() for store in stores(cache)) >= 1, name
+        assert min(store.lengths.amin().item() for store in compressed_layers(cache)) >= 1, name
 
 
 @pytest.mark.parametrize("what", ["NaN", "infinity"])
@@ -95,6 +95,6 @@ def test_texts_of_one_and_two_tokens(press):
     for n in (1, 2):
         question = 1 if press.needs.question else None
         cache = cp.prefill(model(), tokens(n), press, question=question)
-        lengths = [store.lengths.sum().item() for store in stores(cache)]
+        lengths = [store.lengths.sum().item() for store in compressed_layers(cache)]
         # At least one row stays for each group that competes: a head, or a layer.
         assert lengths == [2 if press.budget.scope == "head" or n == 2 else 1] * 4

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from tests.bounds import near
 from tests.exact import doubled
 from tests.tiny_cache import pressed
@@ -55,7 +55,7 @@ def test_keeps_the_rows_of_the_reference(model, name):
     ids = torch.from_numpy(np.load(GOLDEN / "ids.npy")).view(1, -1)
     golden = np.load(next(GOLDEN.glob(f"{name}*.npz")))
     cache = pressed(model, PRESSES[name], ids)
-    for layer, store in enumerate(stores(cache)):
+    for layer, store in enumerate(compressed_layers(cache)):
         mask = np.zeros((1, 2, 256))
         for head, row in zip(mask[0], store.positions[0].tolist(), strict=True):
             head[[p for p in row if p >= 0]] = 1
@@ -67,4 +67,4 @@ def test_keeps_the_rows_of_the_reference(model, name):
                 ours, wanted = getattr(rows, column).numpy(), golden[f"{column}_{layer}"]
                 near(ours, wanted, torch.float32, TERMS, depth=4)
                 np.testing.assert_array_equal(ours == 0, wanted == 0)
-    assert len(stores(cache)) == 4
+    assert len(compressed_layers(cache)) == 4

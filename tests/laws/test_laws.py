@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import size_of, stores
+from cachepress.cache.batch import compressed_layers, size_of
 from tests.bounds import close
 from tests.laws.presses import every_press, name_of
 from tests.tiny import ARCHITECTURES, FULL_ONLY, exact_tiny, tokens
@@ -71,7 +71,7 @@ def test_keeps_the_exact_count_in_order(name, press):
 def test_counts_are_exact_decimals(press, n, percent):
     cache = pressed(MODEL, press.with_ratio(percent / 100), tokens(n))
     wanted = max(1, floor(n * (1 - Fraction(percent, 100))))
-    assert stores(cache)[0].lengths.tolist() == [[wanted, wanted]]
+    assert compressed_layers(cache)[0].lengths.tolist() == [[wanted, wanted]]
 
 
 MODEL = exact_tiny()
@@ -131,9 +131,9 @@ def test_a_second_turn_is_settled_to_the_same_count(press):
     cache = DynamicCache()
     with press(model):
         forward(model, cache, input_ids=ids[:, :23])
-        assert stores(cache)[0].lengths.tolist() == [[11, 11]]
+        assert compressed_layers(cache)[0].lengths.tolist() == [[11, 11]]
         forward(model, cache, input_ids=ids[:, 23:])
-    for store in stores(cache):
+    for store in compressed_layers(cache):
         assert store.lengths.tolist() == [[20, 20]]
         assert store.get_seq_length() == 40
     for layer in kept(cache):
@@ -146,7 +146,7 @@ def test_the_first_turn_only_when_asked():
     with cp.KnormPress(0.5)(MODEL, turns="first"):
         forward(MODEL, cache, input_ids=tokens(20))
         forward(MODEL, cache, input_ids=tokens(10))
-    assert stores(cache)[0].lengths.tolist() == [[20, 20]]
+    assert compressed_layers(cache)[0].lengths.tolist() == [[20, 20]]
 
 
 @by_name
@@ -156,7 +156,7 @@ def test_seen_never_shrinks_and_decoding_is_not_scored(press):
         for step in range(5):
             forward(MODEL, cache, input_ids=tokens(1, seed=step))
             assert cache.get_seq_length() == 31 + step
-    assert stores(cache)[0].lengths.tolist() == [[20, 20]]
+    assert compressed_layers(cache)[0].lengths.tolist() == [[20, 20]]
     assert kept(cache)[0][0][0][-5:] == [30, 31, 32, 33, 34]
 
 
@@ -180,7 +180,7 @@ def test_decoding_attends_like_a_masked_full_cache(name):
             position_ids=torch.arange(40, 43)[None],
         ).logits
         close(logits, masked)
-    assert stores(pressed(model, press, ids))[0].positions[0, 0].tolist() == [
+    assert compressed_layers(pressed(model, press, ids))[0].positions[0, 0].tolist() == [
         *range(3),
         *range(23, 40),
     ]
@@ -197,7 +197,7 @@ def test_bytes_reported_are_bytes_allocated(press):
     cache = pressed(MODEL, press, tokens(90))
     storage = sum(
         tensor.untyped_storage().nbytes()
-        for store in stores(cache)
+        for store in compressed_layers(cache)
         for tensor in store.tensors()
         if isinstance(tensor, torch.Tensor)
     )

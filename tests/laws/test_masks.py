@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.cache.masks import TextMask
 from cachepress.hf.attention import _mask_of_pairs
 from cachepress.ops import AttentionRule
@@ -28,7 +28,7 @@ def store_of(press, decoded, padded=False):
     """A layer's rows, of two texts, with tails of every kind; and which columns are tokens."""
     ids, valid = tokens(LONG, batch=2), torch.ones(2, LONG, dtype=torch.bool)
     valid[1, :PADDED] = not padded
-    store = stores(
+    store = compressed_layers(
         cp.prefill(exact_tiny(), ids, press, attention_mask=valid.long() if padded else None)
     )[1]
     for n in decoded:

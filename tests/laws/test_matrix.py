@@ -14,7 +14,7 @@ from allpairspy import AllPairs
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.cache.masks import TextMask
 from cachepress.cache.tail import SLACK
 from cachepress.ops import AttentionRule
@@ -131,7 +131,7 @@ def _counts_are_exact(cache, scorer, wrapper, texts):
     if promised.counts is None:
         return
     scope = promised.scope or SCORERS[scorer].budget.scope
-    lengths = torch.stack([store.lengths for store in stores(cache)])  # [layers, B, H]
+    lengths = torch.stack([store.lengths for store in compressed_layers(cache)])  # [layers, B, H]
     for b, text in enumerate(texts):
         counts = torch.tensor(promised.counts(text.shape[1]))
         if scope == "head":
@@ -159,10 +159,10 @@ def _positions_rise(cache, ids):
 
 
 def _bytes_are_those_allocated(cache, ids, storage, wrapper):
-    store_bytes = [allocated(store) for store in stores(cache)]
-    assert cp.size_of(cache).bytes_after == allocated(stores(cache))
+    store_bytes = [allocated(store) for store in compressed_layers(cache)]
+    assert cp.size_of(cache).bytes_after == allocated(compressed_layers(cache))
     if storage == "full" and not wrapper.stores:
-        for store, nbytes in zip(stores(cache), store_bytes, strict=True):
+        for store, nbytes in zip(compressed_layers(cache), store_bytes, strict=True):
             rows, spans = int(store.lengths.sum()), store.lengths.numel()
             held = store.snapshot.rows()
             row = (
@@ -176,7 +176,7 @@ def _bytes_are_those_allocated(cache, ids, storage, wrapper):
 
 
 def _attends_like_the_reference(cache, ids):
-    for store in stores(cache):
+    for store in compressed_layers(cache):
         rows, b = store.snapshot.rows(), ids.shape[0]
         valid = rows.text_positions() >= 0
         query = torch.randn(b, 2 * HEADS, 3, 8, dtype=torch.float64)
@@ -192,7 +192,7 @@ def _attends_like_the_reference(cache, ids):
 
 def _rows_are_those_of_the_text(cache, ids, mask, press, storage, wrapper):
     whole = compress(None, ids, mask, "one shot")
-    for store, layer in zip(stores(cache), whole.layers, strict=True):
+    for store, layer in zip(compressed_layers(cache), whole.layers, strict=True):
         rows = store.snapshot.rows()
         where = rows.text_positions()
         column = where.clamp(min=0).long()[..., None].expand_as(rows.keys)
@@ -226,7 +226,7 @@ def test_ratio_0_equals_no_press(scorer, wrapper):
             ours = forward(model(), cache, input_ids=tokens(1, seed=step)).logits
             plainly = forward(model(), plain, input_ids=tokens(1, seed=step)).logits
             close(ours, plainly)
-    assert stores(cache)[0].lengths.tolist() == [[52, 52]]
+    assert compressed_layers(cache)[0].lengths.tolist() == [[52, 52]]
 
 
 @pytest.mark.counts
@@ -258,7 +258,9 @@ def test_unsupported_pairs_are_refused_when_they_are_built():
 
 def test_the_matrix_has_every_wrapper():
     assert every_wrapper() <= set(WRAPPERS)
-    assert len(stores(compress(cp.KnormPress(0.5), tokens(8), None, "one shot"))) == LAYERS
+    assert (
+        len(compressed_layers(compress(cp.KnormPress(0.5), tokens(8), None, "one shot"))) == LAYERS
+    )
 
 
 def test_slack_is_what_the_docs_say():

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.hf.shared_prefill import SharedPrefill, shares
 from tests.bounds import close
 from tests.laws.presses import RATIO, UNSUPPORTED, WRAPPERS, every_scorer, name_of
@@ -51,7 +51,7 @@ def test_a_shared_reading_is_as_one_alone(wrapper, chunk):
         alone = cp.prefill(model(), IDS, press, chunk_size=chunk, tokenizer=tokenizer())
         assert kept(ours) == kept(alone), press
         assert seconds >= 0
-        for store, wanted in zip(stores(ours), stores(alone), strict=True):
+        for store, wanted in zip(compressed_layers(ours), compressed_layers(alone), strict=True):
             assert (store.codec, store.page_budget) == (wanted.codec, wanted.page_budget)
             assert store.scored_at == wanted.scored_at
             rows, alike = store.snapshot.rows(), wanted.snapshot.rows()
@@ -77,4 +77,4 @@ def test_a_press_that_looks_at_the_question_cannot_share():
 
 def test_storage_is_that_of_the_call():
     ours, _ = survey(None).compressed(presses("none")[0], "int8")
-    assert {store.codec.bits for store in stores(ours)} == {8}
+    assert {store.codec.bits for store in compressed_layers(ours)} == {8}

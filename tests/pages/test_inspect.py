@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, pipeline
 from transformers.cache_utils import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.generation.pipeline import TASK
 from cachepress.pages.inspect import kept_of, write_inspection
 from cachepress.pages.pieces import Part, Piece, pieces_of
@@ -65,7 +65,7 @@ def test_the_bits_are_what_the_stores_hold(tmp_path, press):
     cache, _ = read(press)
     masks = masks_of(data)
     assert len(masks) == 4
-    for mask, store in zip(masks, stores(cache), strict=True):
+    for mask, store in zip(masks, compressed_layers(cache), strict=True):
         assert mask.shape == (2, cache.get_seq_length())
         for row, positions in zip(mask, store.positions[0], strict=True):
             assert np.flatnonzero(row).tolist() == sorted(positions[positions >= 0].tolist())
@@ -153,8 +153,8 @@ def test_a_cut_context_ends_where_reading_ended(tmp_path):
 
 def test_an_empty_row_is_not_a_token():
     cache, _ = read(ADA)
-    assert any((store.positions < 0).any() for store in stores(cache))
-    for mask, store in zip(kept_of(cache).values(), stores(cache), strict=True):
+    assert any((store.positions < 0).any() for store in compressed_layers(cache))
+    for mask, store in zip(kept_of(cache).values(), compressed_layers(cache), strict=True):
         assert torch.equal(mask.sum(-1), store.lengths[0])
 
 

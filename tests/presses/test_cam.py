@@ -7,7 +7,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.presses.cam import _STREAM, CAMPress
 from cachepress.presses.h2o import H2OPress
 from tests.bounds import close
@@ -99,7 +99,7 @@ def test_decoding_is_the_algorithm_of_the_paper(size, budget, interval, seed):
             ours = forward(model, cache, input_ids=ids).logits
             wanted = forward(plain, whole, input_ids=ids).logits
             close(ours, wanted)
-            for layer, store in enumerate(stores(cache)):
+            for layer, store in enumerate(compressed_layers(cache)):
                 rows = store.snapshot.rows()
                 for j, positions in enumerate(rows.text_positions()[0].tolist()):
                     values = simulation.values[layer][j]
@@ -158,7 +158,9 @@ def test_a_row_of_a_padded_batch_draws_as_if_alone(inner):
         row[31 - text.shape[1] :] = text[0]
     batch = decoded(press, ids, (ids > 0).long())
     for b, text in enumerate(texts):
-        for ours, wanted in zip(stores(batch), stores(decoded(press, text)), strict=True):
+        for ours, wanted in zip(
+            compressed_layers(batch), compressed_layers(decoded(press, text)), strict=True
+        ):
             ours, wanted = ours.snapshot.rows(), wanted.snapshot.rows()
             for h in range(2):
                 some, all_ = ours.text_positions()[b, h] >= 0, wanted.text_positions()[0, h] >= 0
@@ -172,7 +174,10 @@ def test_draws_repeat_and_belong_to_a_seed():
         decoded(CAMPress(cp.KnormPress(), 4, 9, seed=seed), tokens(30)) for seed in (0, 0, 1)
     )
     assert kept(once)[0] == kept(other)[0]
-    values = [torch.cat([store.values for store in stores(one)]) for one in (once, again, other)]
+    values = [
+        torch.cat([store.values for store in compressed_layers(one)])
+        for one in (once, again, other)
+    ]
     assert torch.equal(values[0], values[1])
     assert not torch.equal(values[0], values[2])
     inside = cp.RandomPress(seed=0)
@@ -190,7 +195,7 @@ def test_the_attention_received_goes_on_unless_the_inner_press_leaves_a_number()
     view, mask, _ = found[4]
     row = int(mask[0, 0].nonzero()[0])
     received = view.token_state[0, 0, row] + view.attention_sums[0, 0, :, row].mean()
-    close(stores(cache)[0].snapshot.rows().token_state[0, 0, 0], received)
+    close(compressed_layers(cache)[0].snapshot.rows().token_state[0, 0, 0], received)
     whole, found = folding(CAMPress(H2OPress(), 4, 9))
     decoded(whole, tokens(20), steps=4)
     view = found[4][0]

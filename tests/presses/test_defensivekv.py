@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.presses.defensivekv import DefensiveKVPress
 from cachepress.ranks import pinned
 from tests.bounds import close
@@ -127,7 +127,7 @@ def test_model_wide_competition_is_over_shares_of_each_layer():
     cache = pressed(model, around, ids)
     scores = torch.stack([seen[depth][0][1] for depth in range(4)])
     least = scores.flatten().sort(descending=True).values[4 * 2 * 20 - 1]
-    lengths = torch.stack([store.lengths for store in stores(cache)])
+    lengths = torch.stack([store.lengths for store in compressed_layers(cache)])
     assert torch.equal(lengths, (scores >= least).sum(-1))
     assert len(set(lengths.sum(-1).flatten().tolist())) > 1
 

@@ -3,7 +3,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.presses.dms import DMSPress
 from tests.learned import learned
 from tests.tiny import exact_tiny as tiny
@@ -59,7 +59,7 @@ def test_while_decoding_rows_go_when_they_leave_the_window(interval):
     with press(model):
         forward(model, cache, input_ids=ids)
         for step in range(12):
-            before = [store.snapshot.rows() for store in stores(cache)]
+            before = [store.snapshot.rows() for store in compressed_layers(cache)]
             forward(model, cache, input_ids=tokens(1, seed=step))
             if (step + 1) % interval:
                 continue
@@ -82,7 +82,7 @@ def test_a_surrogate_decides_for_decoded_rows_too():
         forward(model, cache, input_ids=tokens(20))
         for step in range(4):
             forward(model, cache, input_ids=tokens(1, seed=step))
-    for store in stores(cache):
+    for store in compressed_layers(cache):
         token_state = store.snapshot.rows().token_state
         assert store.lengths.tolist() == [[24, 24]]
         assert torch.isfinite(token_state).all()
@@ -95,7 +95,9 @@ def test_kvzip_scores_are_held_against_the_threshold():
     everything = cp.prefill(
         tiny(), ids, cp.KVzipPress(0.01, layerwise=True, n_sink=0), tokenizer=tokenizer()
     )
-    for store, whole_store in zip(stores(cache), stores(everything), strict=True):
+    for store, whole_store in zip(
+        compressed_layers(cache), compressed_layers(everything), strict=True
+    ):
         rows = whole_store.snapshot.rows()
         for head in range(2):
             scores = zip(
@@ -104,7 +106,7 @@ def test_kvzip_scores_are_held_against_the_threshold():
                 strict=True,
             )
             wanted = {p for p, score in scores if p >= 0 and score >= 0.05} | {0, 1, 2, 3}
-            assert set(kept(cache)[stores(cache).index(store)][0][head]) == wanted
+            assert set(kept(cache)[compressed_layers(cache).index(store)][0][head]) == wanted
 
 
 @pytest.mark.parametrize(

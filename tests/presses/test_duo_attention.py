@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.presses._heads import far_scores
 from cachepress.presses.composed import ComposedPress
 from cachepress.presses.duo_attention import DuoAttentionPress
@@ -113,7 +113,7 @@ def test_a_wrong_pattern_is_refused_before_any_work(tmp_path):
 
 def test_a_head_that_streams_holds_its_own_rows_only():
     cache = pressed(tiny(), DuoAttentionPress(0.5, PATTERN, **SIZES), tokens(400))
-    assert [store.lengths.tolist() for store in stores(cache)] == [
+    assert [store.lengths.tolist() for store in compressed_layers(cache)] == [
         [[400, 9]],
         [[9, 400]],
         [[9, 400]],

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import cachepress as cp
 from cachepress.artefacts.kept import save_artefact
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.presses.fastkvzip import FastKVzipPress
 from cachepress.ranks import pinned
 from tests.bounds import close
@@ -106,7 +106,7 @@ def test_the_best_rows_of_the_model_or_of_each_layer_stay(gates, layerwise):
         best = sorted(rows, key=lambda row: -scores[row])[: 12 * len(group)]
         for h in group:
             assert held[h] == sorted(t for head, t in best if head == h)
-    assert sum(int(store.lengths.sum()) for store in stores(cache)) == 8 * 12
+    assert sum(int(store.lengths.sum()) for store in compressed_layers(cache)) == 8 * 12
 
 
 @pytest.mark.parametrize("mode", ["exact", "online"])

@@ -5,7 +5,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.presses.h2o import H2OPress
 from tests.bounds import close
 from tests.presses.test_snapkv import (
@@ -69,7 +69,7 @@ def test_compression_at_each_token_is_the_algorithm_of_the_paper(size, ratio, re
             close(ours, wanted)
             for layer, heads in enumerate(kept(cache)):
                 assert heads[0] == [sorted(rows) for rows in simulation.alive[layer]]
-    for layer, store in enumerate(stores(cache)):
+    for layer, store in enumerate(compressed_layers(cache)):
         rows = store.snapshot.rows()
         for j, positions in enumerate(rows.text_positions()[0].tolist()):
             sums = [simulation.sums[layer][j][p] / 2 for p in positions]
@@ -111,7 +111,7 @@ def test_what_is_carried_belongs_to_its_row_in_a_padded_batch():
     own = mask.cumsum(-1) - 1
     for i in range(2):
         alone, _ = two_turns(tiny(), H2OPress(0.5), texts[i : i + 1], later[i : i + 1])
-        for ours, wanted in zip(stores(batch), stores(alone), strict=True):
+        for ours, wanted in zip(compressed_layers(batch), compressed_layers(alone), strict=True):
             rows, wanted = ours.snapshot.rows(), wanted.snapshot.rows()
             for j in range(2):
                 held = rows.positions[i, j] >= 0
@@ -126,7 +126,7 @@ def test_online_chunks_add_up():
     exact = cp.prefill(tiny(), tokens(40), H2OPress(0.5), chunk_size=10)
     once = cp.prefill(tiny(), tokens(40), H2OPress(0.5))
     assert kept(exact) == kept(once)
-    for store in stores(online):
+    for store in compressed_layers(online):
         assert store.lengths.tolist() == [[20, 20]]
         received = store.snapshot.rows().token_state
         assert received[..., 0].min() > received[..., -1].max()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.presses._heads import copying_scores
 from cachepress.presses.composed import ComposedPress
 from cachepress.presses.headkv import HeadKVPress, shares
@@ -22,7 +22,7 @@ SNAP = cp.SnapKVPress(0.75, window_size=4)
 
 
 def counts(cache, row=0):
-    return [store.lengths[row].tolist() for store in stores(cache)]
+    return [store.lengths[row].tolist() for store in compressed_layers(cache)]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_around_and_inside_other_presses():
     alone = kept(pressed(model, HeadKVPress(SNAP, SCORES), ids))
     thin = pressed(model, HeadKVPress(ComposedPress([ThinKPress(0.5, 4), SNAP]), SCORES), ids)
     assert kept(thin) == alone
-    assert all(store.snapshot.segments[0].keys.shape[-1] == 4 for store in stores(thin))
+    assert all(store.snapshot.segments[0].keys.shape[-1] == 4 for store in compressed_layers(thin))
     assert kept(pressed(model, HeadKVPress(cp.AdaKVPress(SNAP), SCORES), ids)) == alone
     weighed = HeadKVPress(cp.CriticalKVPress(SNAP), SCORES)
     assert kept(pressed(model, weighed, ids)) == kept(pressed(model, weighed.press, ids))

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.presses.kivi import KIVIPress
 from tests.bounds import close
 from tests.tiny import exact_tiny as tiny
@@ -30,7 +30,7 @@ def test_keys_are_rounded_by_channel_and_values_by_row(bits):
     model, ids = tiny(), tokens(150)
     cache = cp.prefill(model, ids, KIVIPress(cp.KnormPress(0.0), bits, residual=20))
     whole = cp.prefill(model, ids)
-    for store, layer in zip(stores(cache), whole.layers, strict=True):
+    for store, layer in zip(compressed_layers(cache), whole.layers, strict=True):
         rows, n = store.snapshot.rows(), 150 - 20
         assert rows.text_positions()[0, 0].tolist() == list(range(150))
         keys = layer.keys[:, :, :n].split(32, dim=2)
@@ -57,11 +57,13 @@ def test_any_eviction_keeps_its_rows(inner):
     wanted = kept(pressed(tiny(), inner, ids))
     cache = pressed(tiny(), KIVIPress(inner, 4, residual=16), ids)
     assert kept(cache) == wanted
-    assert stores(cache)[0].codec == cp.Codec(4, 16, value_group=32)
+    assert compressed_layers(cache)[0].codec == cp.Codec(4, 16, value_group=32)
     outside = pressed(tiny(), cp.AdaKVPress(KIVIPress(cp.KnormPress(0.5), 4, 16)), ids)
-    assert stores(outside)[0].codec == cp.Codec(4, 16, value_group=32)
+    assert compressed_layers(outside)[0].codec == cp.Codec(4, 16, value_group=32)
     composed = cp.ComposedPress([KIVIPress(cp.KnormPress(0.5), 4, 16), cp.KnormPress(0.5)])
-    assert stores(pressed(tiny(), composed, ids))[0].codec == cp.Codec(4, 16, value_group=32)
+    assert compressed_layers(pressed(tiny(), composed, ids))[0].codec == cp.Codec(
+        4, 16, value_group=32
+    )
 
 
 def test_bytes_are_measured_and_small():
@@ -69,7 +71,7 @@ def test_bytes_are_measured_and_small():
     full = cp.prefill(single(), ids, cp.KnormPress(0.0))
     small = cp.prefill(single(), ids, KIVIPress(cp.KnormPress(0.0), residual=32))
     size = cp.size_of(small)
-    assert size.bytes_after == allocated(stores(small)) < size.bytes_before
+    assert size.bytes_after == allocated(compressed_layers(small)) < size.bytes_before
     assert (size.pairs_held, size.pairs_seen) == (4 * 2 * 500, 4 * 2 * 500)
     pages, spans = 15, 4 * 2  # 468 rows of 8 + 8 channels at 2 bits, and a page as it was.
     quantized = pages * (32 * (4 + 4 + 4) + 8 * 4)
@@ -83,7 +85,7 @@ def test_as_many_rows_as_fit_into_a_number_of_bytes(limit, adaptive):
     inner = cp.KnormPress(max_bytes=limit)
     inner = cp.AdaKVPress(inner) if adaptive else inner
     cache = cp.prefill(single(), tokens(450), KIVIPress(inner, residual=8))
-    held = allocated(stores(cache))
+    held = allocated(compressed_layers(cache))
     # An even number of rows is a number of pages, and room is left for one page of the residual.
     assert 0.55 * limit < held <= limit
     wider = cp.prefill(single(), tokens(450), inner)
@@ -99,8 +101,12 @@ def test_decoded_rows_are_quantized_and_decoding_goes_on_after_the_context():
         ours = forward(model, cache, input_ids=token).logits
         assert torch.equal(ours, forward(model, told, input_ids=token).logits)
         forward(model, plain, input_ids=token)
-    assert stores(cache)[0]._tail.n <= 8 + 32
-    assert allocated(stores(cache)) == allocated(stores(told)) < allocated(stores(plain))
+    assert compressed_layers(cache)[0]._tail.n <= 8 + 32
+    assert (
+        allocated(compressed_layers(cache))
+        == allocated(compressed_layers(told))
+        < allocated(compressed_layers(plain))
+    )
 
 
 def test_a_row_of_a_padded_batch_is_stored_as_if_alone():
@@ -111,7 +117,7 @@ def test_a_row_of_a_padded_batch_is_stored_as_if_alone():
     cache = cp.prefill(tiny(), ids, press, attention_mask=(ids > 0).long())
     for b, text in enumerate(texts):
         alone = cp.prefill(tiny(), text, press)
-        for ours, wanted in zip(stores(cache), stores(alone), strict=True):
+        for ours, wanted in zip(compressed_layers(cache), compressed_layers(alone), strict=True):
             ours, wanted = ours.snapshot.rows(), wanted.snapshot.rows()
             some = ours.text_positions()[b] >= 0
             close(ours.values[b][some], wanted.values.flatten(0, 2))
@@ -126,8 +132,8 @@ def test_a_decoding_press_inside_and_outside():
             forward(model, cache, input_ids=tokens(60))
             for step in range(9):
                 forward(model, cache, input_ids=tokens(1, seed=step))
-        assert stores(cache)[0].lengths.tolist() == [[41, 41]]
-        assert stores(cache)[0].codec == cp.Codec(4, 8, value_group=32)
+        assert compressed_layers(cache)[0].lengths.tolist() == [[41, 41]]
+        assert compressed_layers(cache)[0].codec == cp.Codec(4, 8, value_group=32)
 
 
 def test_two_answers_to_one_question_are_refused():

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.presses.kvcompose import KVComposePress
 from tests.bounds import close
 from tests.presses.test_snapkv import (
@@ -102,7 +102,7 @@ def test_keeps_what_the_paper_keeps(name, least, choice):
 
 def test_every_head_of_a_layer_keeps_the_same_number():
     cache = pressed(tiny(), KVComposePress(0.7), tokens(41, batch=2))
-    lengths = torch.stack([store.lengths for store in stores(cache)])  # [layers, B, H]
+    lengths = torch.stack([store.lengths for store in compressed_layers(cache)])  # [layers, B, H]
     assert torch.equal(lengths[..., 0], lengths[..., 1])
     assert lengths.sum((0, 2)).tolist() == [4 * 2 * 12] * 2
     assert len(set(lengths[:, 0, 0].tolist())) > 1
@@ -115,7 +115,7 @@ def test_equal_composites_are_not_split():
 
     for ratio in (0.5, 0.35, 0.9):
         cache = pressed(tiny(), Flat(ratio), tokens(20))
-        lengths = torch.stack([store.lengths[0] for store in stores(cache)])
+        lengths = torch.stack([store.lengths[0] for store in compressed_layers(cache)])
         assert torch.equal(lengths[:, 0], lengths[:, 1])
         assert int(lengths.sum()) == 8 * round(20 * (1 - ratio))
     assert kept(cache) == [[[[18, 19]] * 2]] * 4
@@ -126,7 +126,7 @@ def test_ratio_0_equals_no_press():
     with KVComposePress()(model):
         ours = forward(model, cache, input_ids=ids).logits
     assert torch.equal(ours, forward(model, plain, input_ids=ids).logits)
-    assert [store.lengths.tolist() for store in stores(cache)] == [[[40, 40]]] * 4
+    assert [store.lengths.tolist() for store in compressed_layers(cache)] == [[[40, 40]]] * 4
 
 
 @pytest.mark.parametrize("structured", [True, False])
@@ -145,7 +145,7 @@ def test_turns_of_different_lengths_change_nothing():
     own = mask.cumsum(-1) - 1
     for i, n in enumerate((34, 32)):
         alone, _ = two_turns(model, press, first[i : i + 1], second[i : i + 1])
-        lengths = torch.stack([store.lengths[i] for store in stores(batch)])
+        lengths = torch.stack([store.lengths[i] for store in compressed_layers(batch)])
         assert int(lengths.sum()) == 4 * 2 * (n // 2)
         assert torch.equal(lengths[:, 0], lengths[:, 1])
         for layer, layer_alone in zip(kept(batch), kept(alone), strict=True):
@@ -217,11 +217,11 @@ def test_other_budgets_and_a_running_generation():
     around = cp.PrefillDecodingPress(KVComposePress(0.5), cp.DecodingPress(cp.KnormPress(), 4, 10))
     with around(model):
         forward(model, cache, input_ids=tokens(30))
-        lengths = torch.stack([store.lengths[0] for store in stores(cache)])
+        lengths = torch.stack([store.lengths[0] for store in compressed_layers(cache)])
         assert int(lengths.sum()) == 4 * 2 * 15 and torch.equal(lengths[:, 0], lengths[:, 1])
         for step in range(8):
             forward(model, cache, input_ids=tokens(1, seed=step))
-    assert [store.lengths.tolist() for store in stores(cache)] == [[[10, 10]]] * 4
+    assert [store.lengths.tolist() for store in compressed_layers(cache)] == [[[10, 10]]] * 4
     for ratio in (0.0, 0.5):
         with pytest.raises(cp.CachepressError, match="use PrefillDecodingPress"):
             cp.DecodingPress(KVComposePress(ratio))

@@ -3,7 +3,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.presses.kvgrad import KVgradPress
 from tests.bounds import close
 from tests.presses.test_kvzip import asked
@@ -48,7 +48,7 @@ def reference(ids):
 def test_scores_are_those_of_plain_autograd():
     ids = tokens(30)
     cache, wanted = cp.prefill(tiny(), ids, KVgradPress(0.01, layerwise=True)), reference(ids)
-    for layer, store in enumerate(stores(cache)):
+    for layer, store in enumerate(compressed_layers(cache)):
         for head in range(2):
             held = [p for p in store.positions[0, head].tolist() if p >= 0]
             assert len(held) >= 28
@@ -66,12 +66,12 @@ def test_weights_keep_their_gradients_and_inference_mode_works():
         forward(model, cache, input_ids=tokens(30))
     assert [p.requires_grad for p in model.parameters()] == before
     assert all(p.grad is None for p in model.parameters())
-    for ours, wanted in zip(stores(cache), stores(plain), strict=True):
+    for ours, wanted in zip(compressed_layers(cache), compressed_layers(plain), strict=True):
         assert torch.equal(ours.positions, wanted.positions)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_oss", "phi3"])
 def test_other_architectures(name):
     cache = cp.prefill(tiny(name), tokens(30), KVgradPress(0.5, chunk_size=12))
-    rows = sum(int(store.lengths.sum()) for store in stores(cache))
-    assert rows == 15 * 2 * len(stores(cache))
+    rows = sum(int(store.lengths.sum()) for store in compressed_layers(cache))
+    assert rows == 15 * 2 * len(compressed_layers(cache))

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, pipeline
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.hf.chunks import opening_of
 from cachepress.presses._reconstructing import FIRST, LATER
 from cachepress.presses.kvzip import KVzipPress
@@ -119,7 +119,7 @@ def test_the_template_before_the_context_is_never_dropped(kind):
     for layer in kept(cache):
         assert all(head[:2] == [0, 1] for head in layer[0])
         assert all(head[:2] == [10, 11] for head in layer[1])
-    lengths = torch.stack([store.lengths for store in stores(cache)])
+    lengths = torch.stack([store.lengths for store in compressed_layers(cache)])
     assert lengths.sum((0, 2)).tolist() == [4 * 2 * 4, 4 * 2 * 3]
     cache = DynamicCache()
     with press(model):
@@ -195,7 +195,7 @@ def test_generate_compresses_and_continues_from_what_is_left():
             eos_token_id=None,
             pad_token_id=0,
         )
-    rows = sum(int(store.lengths.sum()) for store in stores(cache))
+    rows = sum(int(store.lengths.sum()) for store in compressed_layers(cache))
     assert rows == 40 * 2 * 4 // 2 + 3 * 2 * 4
     assert cache.get_seq_length() == 43
 
@@ -220,7 +220,7 @@ def test_a_second_turn_keeps_the_scores_of_the_first():
     again = SEEN[2][0, 0]
     again = again[-16 - len(rows) : -16]
     close(again, first[0, 0][rows])
-    assert all(int(store.lengths.sum()) == 40 for store in stores(cache))
+    assert all(int(store.lengths.sum()) == 40 for store in compressed_layers(cache))
 
 
 def test_decoded_rows_count_as_average_in_a_further_turn():

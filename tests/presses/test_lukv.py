@@ -11,7 +11,7 @@ from transformers import DynamicCache
 import cachepress as cp
 from cachepress.artefacts.kept import save_artefact
 from cachepress.budgets import Ratio
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.presses.lukv import LUKVPress
 from cachepress.ranks import pinned
 from cachepress.train import budget_curve
@@ -41,7 +41,7 @@ def curve(tmp_path_factory):
 
 
 def counts(cache, row=0):
-    return [store.lengths[row].tolist() for store in stores(cache)]
+    return [store.lengths[row].tolist() for store in compressed_layers(cache)]
 
 
 def plain_counts(curve, n, seen):

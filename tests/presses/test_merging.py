@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.presses import merging
 from cachepress.presses.merging import MergingPress
 from tests.bounds import close, near
@@ -69,7 +69,7 @@ def test_values_are_those_of_the_rule(threshold, fraction, adaptive, monkeypatch
     press, found = folding(MergingPress(inner, threshold, fraction))
     cache = pressed(tiny(), press, tokens(40))
     changed = 0
-    for (view, mask, (keys, values)), store in zip(found, stores(cache), strict=True):
+    for (view, mask, (keys, values)), store in zip(found, compressed_layers(cache), strict=True):
         wanted = by_hand(view, mask, threshold, fraction)
         close(values[mask], wanted[mask])
         assert keys is view.keys
@@ -99,7 +99,7 @@ def test_a_row_of_a_padded_batch_is_merged_as_if_alone(press):
     cache = cp.prefill(tiny(), ids, press, attention_mask=(ids > 0).long())
     for b, text in enumerate(texts):
         alone = cp.prefill(tiny(), text, press)
-        for ours, wanted in zip(stores(cache), stores(alone), strict=True):
+        for ours, wanted in zip(compressed_layers(cache), compressed_layers(alone), strict=True):
             ours, wanted = ours.snapshot.rows(), wanted.snapshot.rows()
             for h in range(2):
                 some, all_ = ours.text_positions()[b, h] >= 0, wanted.text_positions()[0, h] >= 0
@@ -110,7 +110,7 @@ def test_a_row_of_a_padded_batch_is_merged_as_if_alone(press):
 def test_the_order_of_adakv_and_merging_makes_no_difference():
     inside = pressed(tiny(), MergingPress(cp.AdaKVPress(SNAPKV)), tokens(40))
     outside = pressed(tiny(), cp.AdaKVPress(MergingPress(SNAPKV)), tokens(40))
-    for one, other in zip(stores(inside), stores(outside), strict=True):
+    for one, other in zip(compressed_layers(inside), compressed_layers(outside), strict=True):
         assert torch.equal(one.snapshot.rows().values, other.snapshot.rows().values)
 
 
@@ -127,7 +127,7 @@ def test_a_head_that_keeps_nothing_and_one_that_keeps_all():
     mask[0, :4] = 0  # Padding is dropped, and leaves nothing.
     padded = cp.prefill(tiny(), ids, MergingPress(cp.KnormPress(0.0)), attention_mask=mask)
     plain = cp.prefill(tiny(), ids[:, 4:], cp.KnormPress(0.0))
-    for ours, wanted in zip(stores(padded), stores(plain), strict=True):
+    for ours, wanted in zip(compressed_layers(padded), compressed_layers(plain), strict=True):
         close(ours.values, wanted.values)
 
 
@@ -183,7 +183,7 @@ def test_merged_values_stay_in_a_second_turn():
         forward(model, cache, input_ids=ids[:, :20])
         forward(model, cache, input_ids=ids[:, 20:26])
     assert kept(cache)[0][0][0] == list(range(13, 26))
-    before, now = stores(first)[0].values, stores(cache)[0].values
+    before, now = compressed_layers(first)[0].values, compressed_layers(cache)[0].values
     rows, found = folding(press)
     with rows(model):
         forward(model, first, input_ids=ids[:, 20:26])

@@ -62,7 +62,7 @@ def test_keys_that_reach_farthest_along_the_filter_stay(tmp_path):
     path, ids = learn("q_filters", tmp_path), tokens(30, seed=9)
     cache = cp.prefill(tiny(), ids, cp.QFilterPress(0.5, filters=path))
     whole, filters = cp.prefill(tiny(), ids), load_file(path)["filters"].double()
-    for layer, store in enumerate(cp.cache.batch.stores(cache)):
+    for layer, store in enumerate(cp.cache.batch.compressed_layers(cache)):
         for head in range(2):
             score = [float(k @ filters[layer, head]) for k in whole.layers[layer].keys[0, head]]
             wanted = sorted(sorted(range(30), key=lambda t: score[t])[15:])

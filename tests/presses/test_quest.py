@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.cache.masks import TextMask
 from cachepress.ops import AttentionRule
 from cachepress.ops.paged_attention import PAGE
@@ -72,7 +72,7 @@ def test_one_query_reads_the_pages_that_promise_most(press, page_budget):
     for step in range(3):
         if step:
             forward(model, cache, input_ids=tokens(1))
-        for store in stores(cache):
+        for store in compressed_layers(cache):
             some = assert_reads_the_best_pages(store, page_budget, seed=step)
             torch.manual_seed(step)
             query = randn(1, 2, 2, 1, 8).view(1, 4, 1, 8)
@@ -85,7 +85,7 @@ def test_the_bound_is_one():
     for codec in (None, cp.Codec(4, residual=0)):
         inner = cp.KnormPress(0.0) if codec is None else cp.KIVIPress(cp.KnormPress(0.0), 4, 0)
         cache = pressed(tiny(), QuestPress(inner, 1, skip_layers=0), tokens(200))
-        block = stores(cache)[0]._segments[0]
+        block = compressed_layers(cache)[0]._segments[0]
         query = randn(2, 3, 8)
         products = (block.rows().keys[0].unsqueeze(1) * query.unsqueeze(2)).sum(-1)  # [H, 3, T]
         pages = [part.amax((1, 2)) for part in products.split(PAGE, dim=-1)]
@@ -114,13 +114,13 @@ def test_as_many_pages_as_there_are_equal_full_attention(press):
         wanted = forward(model, plain, input_ids=token).logits
         close(ours, wanted)
     assert kept(quest) == kept(plain)
-    assert len(stores(quest)[3]._segments) == (3 if press.needs.storage else 2)
+    assert len(compressed_layers(quest)[3]._segments) == (3 if press.needs.storage else 2)
 
 
 def test_pages_of_uneven_heads_differ_in_number():
     """Where the longest head reads some of its pages, short ones read all of theirs."""
     cache = pressed(tiny(), QuestPress(ADAPTIVE, 6, skip_layers=0), tokens(300))
-    store = stores(cache)[3]
+    store = compressed_layers(cache)[3]
     assert store._segments[0].layout.pages_of == (5, 7)
     for page_budget in (6, 5, 3):
         store.page_budget = page_budget
@@ -131,8 +131,13 @@ def test_first_layers_and_forwards_of_several_tokens_read_all():
     model, ids = tiny(), tokens(200)
     quest = pressed(model, QuestPress(cp.KeyDiffPress(0.5), 1), ids)
     plain = pressed(model, cp.KeyDiffPress(0.5), ids)
-    assert [store.page_budget for store in stores(quest)] == [None, None, 1, 1]
-    assert [store._segments[0].bounded for store in stores(quest)] == [False, False, True, True]
+    assert [store.page_budget for store in compressed_layers(quest)] == [None, None, 1, 1]
+    assert [store._segments[0].bounded for store in compressed_layers(quest)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
     several = [forward(model, cp.fork(c), input_ids=ids[:, :3]).logits for c in (quest, plain)]
     close(*several)
     one = [forward(model, cp.fork(c), input_ids=ids[:, :1]).logits for c in (quest, plain)]
@@ -148,7 +153,7 @@ def test_chunks_of_one_token_are_no_decoding(mode):
         cache = cp.prefill(model, ids[:, :100], press, chunk_size=33, mode=mode)
         cache = cp.prefill(model, ids[:, 100:], press, cache, chunk_size=1, mode=mode)
         caches.append(cache)
-    for ours, wanted in zip(*map(stores, caches), strict=True):
+    for ours, wanted in zip(*map(compressed_layers, caches), strict=True):
         close(ours.values, wanted.values)
 
 
@@ -160,7 +165,7 @@ def test_forks_share_pages_and_beams_are_reordered():
     steps = [tokens(1, batch=3, seed=i) for i in range(40)]
     for step in steps[:5]:
         forward(model, forked, input_ids=step)
-    assert_reads_the_best_pages(stores(forked)[2], 2)
+    assert_reads_the_best_pages(compressed_layers(forked)[2], 2)
     own = [cp.fork(cache) for _ in range(3)]
     for b, one in enumerate(own):
         for step in steps[:5]:
@@ -177,7 +182,7 @@ def test_a_batch_of_sequences_is_selected_from():
     model, ids = tiny(), tokens(150, batch=3)
     cache = pressed(model, QuestPress(ADAPTIVE, 2, skip_layers=0), ids)
     cache.reorder_cache(torch.tensor([2, 0]))
-    for store in stores(cache):
+    for store in compressed_layers(cache):
         assert_reads_the_best_pages(store, 2)
     for b, row in enumerate((2, 0)):
         alone = pressed(model, QuestPress(ADAPTIVE, 2, skip_layers=0), ids[row : row + 1])
@@ -205,7 +210,7 @@ def test_a_fork_after_many_tokens_and_a_crop_have_bounds_too():
         cache = cp.fork(cache)  # The tail is frozen into a block.
         for step in range(100):
             forward(model, cache, input_ids=tokens(1, seed=step))
-    for store in stores(cache):
+    for store in compressed_layers(cache):
         assert [block.bounded for block in store._segments] == [True] * 3
         assert store._tail.n < 64 + PAGE
         for page_budget in (1, 2, 4):
@@ -221,7 +226,7 @@ def test_a_saved_cache_reads_the_same_pages(tmp_path):
     cache = pressed(model, QuestPress(ADAPTIVE, 2, skip_layers=1), tokens(200, seed=1))
     cp.save_cache(cache, tmp_path / "cache", model)
     loaded = cp.load_cache(tmp_path / "cache", model)
-    assert [store.page_budget for store in stores(loaded)] == [None, 2, 2, 2]
+    assert [store.page_budget for store in compressed_layers(loaded)] == [None, 2, 2, 2]
     for step in range(3):
         token = tokens(1, seed=step)
         ours, wanted = (forward(model, c, input_ids=token).logits for c in (loaded, cache))
@@ -254,14 +259,14 @@ def test_a_row_of_a_padded_batch_reads_what_it_reads_alone():
 def test_pages_that_a_mask_hides_are_not_read():
     model, ids = tiny(), tokens(160)
     cache = pressed(model, QuestPress(cp.KnormPress(0.0), 2, 0), ids)
-    held = stores(cache)[0].snapshot
+    held = compressed_layers(cache)[0].snapshot
     mask = torch.ones(1, 161, dtype=torch.long)
     mask[0, 40:128] = 0  # All of the third and fourth page, most of the second.
     forward(model, cache, input_ids=tokens(1), attention_mask=mask)
     hidden = torch.cat([mask[:, :160], mask[:, 160:]], dim=1)
     query = randn(1, 4, 1, 8)
     read = TextMask(hidden, 1)
-    held = stores(cache)[0].snapshot
+    held = compressed_layers(cache)[0].snapshot
     spans = query.view(2, 2, 8)
     worth = held.segments[0].worth(spans, read.of_rows(held.start, held.text_valid))
     lowest = torch.finfo(torch.float32).min
@@ -283,11 +288,11 @@ def test_bytes_are_measured():
     quest, plain = (
         cp.prefill(single(), ids, p) for p in (QuestPress(ADAPTIVE, 4, skip_layers=1), ADAPTIVE)
     )
-    for store, same in zip(stores(quest), stores(plain), strict=True):
+    for store, same in zip(compressed_layers(quest), compressed_layers(plain), strict=True):
         pages = store._segments[0].layout.n_pages
         bounds = 0 if store.page_budget is None else pages * 2 * 8 * 4
         assert allocated(store) == store.nbytes == allocated(same) + bounds
-    assert cp.size_of(quest).bytes_after == allocated(stores(quest))
+    assert cp.size_of(quest).bytes_after == allocated(compressed_layers(quest))
 
 
 @pytest.mark.parametrize("wrap", [lambda p: p, cp.AdaKVPress, lambda p: cp.KIVIPress(p, 4, 8)])
@@ -295,7 +300,7 @@ def test_max_bytes_count_the_bounds(wrap):
     limit = 60_000
     press = QuestPress(wrap(cp.KnormPress(max_bytes=limit)), 4, skip_layers=0)
     cache = cp.prefill(single(), tokens(490), press)
-    assert 0.55 * limit < allocated(stores(cache)) <= limit
+    assert 0.55 * limit < allocated(compressed_layers(cache)) <= limit
 
 
 def test_it_goes_with_presses_for_decoding():
@@ -309,9 +314,9 @@ def test_it_goes_with_presses_for_decoding():
             forward(model, cache, input_ids=tokens(60))
             for step in range(30):
                 forward(model, cache, input_ids=tokens(1, seed=step))
-        assert stores(cache)[0].page_budget == 1
-        assert stores(cache)[0].lengths[0, 0] <= 78
-        assert_reads_the_best_pages(stores(cache)[0], 1)
+        assert compressed_layers(cache)[0].page_budget == 1
+        assert compressed_layers(cache)[0].lengths[0, 0] <= 78
+        assert_reads_the_best_pages(compressed_layers(cache)[0], 1)
 
 
 def test_the_spelling_and_bad_options():

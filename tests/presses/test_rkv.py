@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.presses import rkv
 from cachepress.presses.rkv import RKVPress
 from cachepress.ranks import pinned
@@ -124,7 +124,7 @@ def test_decoding_is_scored_by_the_last_decoded_queries():
             check(inner, view, score)
     assert [view.keys.shape[2] for view, _ in seen[0]] == [16, 20, 20, 20]
     assert [layer[0][0][-4:] for layer in kept(cache)] == [[36, 37, 38, 39]] * 4
-    assert stores(cache)[0].lengths.tolist() == [[12, 12]]
+    assert compressed_layers(cache)[0].lengths.tolist() == [[12, 12]]
 
 
 def test_padding_and_short_texts_change_nothing():

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.presses.simlayerkv import SimLayerKVPress
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
@@ -51,7 +51,7 @@ def test_threshold_0_drops_in_every_layer_and_1_in_none():
     with SimLayerKVPress()(model):
         ours = forward(model, cache, input_ids=ids).logits
     assert torch.equal(ours, forward(model, plain, input_ids=ids).logits)
-    assert [store.snapshot.segments for store in stores(cache)] == [()] * 4
+    assert [store.snapshot.segments for store in compressed_layers(cache)] == [()] * 4
 
 
 def middle_threshold(n, **options):
@@ -71,7 +71,7 @@ def test_each_sequence_is_judged_by_itself():
     options = {"n_recent": 6, "n_initial": 2}
     press = SimLayerKVPress(middle_threshold((31, 20, 25), **options), **options)
     ids = [tokens(n, seed=n) for n in (31, 20, 25)]
-    lengths = [stores(pressed(tiny(), press, text)) for text in ids]
+    lengths = [compressed_layers(pressed(tiny(), press, text)) for text in ids]
     found = {int(store.lengths[0, 0]) for text in lengths for store in text}
     assert 8 in found and found & {31, 20, 25}
     assert_each_text_is_as_if_alone(press, lengths=(31, 20, 25, 5, 1))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.ranks import pinned
 from tests.bounds import EXACT, close
 from tests.learned import learned
@@ -125,7 +125,7 @@ def test_the_window_of_a_short_text_is_an_exact_part_of_it(n, ratio, rows):
 def test_heads_and_layers_compete_unless_layers_are_alone():
     for layerwise in (False, True):
         cache = pressed(tiny(), cp.FastKVzipPress(0.5, layerwise, gates=learned()), tokens(40))
-        rows = torch.stack([store.lengths.sum() for store in stores(cache)])
+        rows = torch.stack([store.lengths.sum() for store in compressed_layers(cache)])
         assert rows.sum() == 160
         assert ((rows == 40).all()) == layerwise
 

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.generation.cache_files import load_cache, save_cache
 from cachepress.presses.composed import ComposedPress
 from cachepress.presses.think import ThinKPress
@@ -27,7 +27,7 @@ SNAP = cp.SnapKVPress(0.5, window_size=6)
 def stored(cache):
     """The channels of each sequence and head, by layer, ``[B, H, D]``, of the settled rows."""
     found = []
-    for store in stores(cache):
+    for store in compressed_layers(cache):
         block = store.snapshot.segments[0]
         chosen = torch.zeros(len(block.key_channels), block.width, dtype=torch.bool)
         found.append(chosen.scatter(1, block.key_channels, True).unflatten(0, block.shape))
@@ -81,7 +81,7 @@ def test_channels_are_those_of_the_paper(name):
 @pytest.mark.parametrize(("ratio", "left"), [(0.0, 8), (0.1, 8), (0.3, 6), (0.7, 3), (0.99, 1)])
 def test_removes_the_floor_and_bytes_shrink(ratio, left):
     cache = pressed(single(), ThinKPress(ratio, 6), tokens(200))
-    for store in stores(cache):
+    for store in compressed_layers(cache):
         block = None if not store.snapshot.segments else store.snapshot.segments[0]
         assert (left == 8) == (block is None or block.key_channels is None)
         if block is None:
@@ -90,7 +90,7 @@ def test_removes_the_floor_and_bytes_shrink(ratio, left):
         # 224 slots: a key of `left` numbers, a value of 8, a position; and the list of channels.
         index = 0 if block.key_channels is None else 2 * left * 8
         assert allocated(store) == 2 * 224 * (left * 4 + 8 * 4 + 4) + index == store.nbytes
-    assert cp.size_of(cache).bytes_after == allocated(stores(cache))
+    assert cp.size_of(cache).bytes_after == allocated(compressed_layers(cache))
     assert cp.size_of(cache).pairs_held == 4 * 2 * 200
 
 
@@ -99,7 +99,7 @@ def test_ratio_0_equals_no_press():
     with ThinKPress(0.0)(model):
         ours = forward(model, cache, input_ids=tokens(30)).logits
     assert torch.equal(ours, forward(model, plain, input_ids=tokens(30)).logits)
-    assert [store.snapshot.segments for store in stores(cache)] == [()] * 4
+    assert [store.snapshot.segments for store in compressed_layers(cache)] == [()] * 4
 
 
 @pytest.mark.parametrize("name", FULL_ONLY)
@@ -162,8 +162,10 @@ def test_heads_with_rows_of_their_own_are_thinned_each():
     for presses in ([ada, THINK], [THINK, ada]):
         cache = pressed(model, ComposedPress(presses), ids)
         assert kept(cache) == kept(before)
-        assert any(len(set(store.lengths[0].tolist())) > 1 for store in stores(cache))
-        for store, whole, chosen in zip(stores(cache), stores(before), stored(cache), strict=True):
+        assert any(len(set(store.lengths[0].tolist())) > 1 for store in compressed_layers(cache))
+        for store, whole, chosen in zip(
+            compressed_layers(cache), compressed_layers(before), stored(cache), strict=True
+        ):
             assert torch.equal(chosen.sum(-1), torch.full((1, 2), 4))
             ours, wanted = store.snapshot.rows(), whole.snapshot.rows()
             real = (wanted.positions >= 0)[..., None]
@@ -178,7 +180,7 @@ def test_quantized_rows_are_thin_too(bits):
     cache = DynamicCache()
     with THINK(model, storage=cp.Codec(bits, residual)):
         forward(model, cache, input_ids=ids)
-    for store, layer in zip(stores(cache), whole.layers, strict=True):
+    for store, layer in zip(compressed_layers(cache), whole.layers, strict=True):
         old, new = store.snapshot.segments
         assert old.keys.codes.shape[-1] * 8 // bits == new.keys.shape[-1] == 4
         assert allocated(store) == store.nbytes
@@ -212,14 +214,14 @@ def test_forks_share_what_is_left():
     for press in (THINK, ComposedPress([cp.AdaKVPress(SNAP), THINK])):
         cache = pressed(model, press, ids)
         one, many = cp.fork(cache), cp.fork(cache, 3)
-        block = stores(cache)[0].snapshot.segments[0]
-        assert stores(many)[0].snapshot.segments[0] is block
+        block = compressed_layers(cache)[0].snapshot.segments[0]
+        assert compressed_layers(many)[0].snapshot.segments[0] is block
         batched = forward(model, many, input_ids=steps).logits
         for i in range(3):
             branch = cp.fork(one)
             ours = forward(model, branch, input_ids=steps[i : i + 1]).logits
             close(batched[i], ours[0])
-        for store in stores(many):
+        for store in compressed_layers(many):
             store.batch_select_indices(torch.tensor([2, 0]))
         pair = pressed(model, press, torch.cat([ids, tokens(60, seed=1)]))
         chosen = stored(pair)[0]
@@ -251,7 +253,7 @@ def test_a_second_turn_chooses_for_all_rows():
         first = stored(cache)[0][0, 0]
         forward(model, cache, input_ids=ids[:, 30:])
     second = stored(cache)[0][0, 0]
-    assert [store.lengths.tolist() for store in stores(cache)] == [[[25, 25]]] * 4
+    assert [store.lengths.tolist() for store in compressed_layers(cache)] == [[[25, 25]]] * 4
     for position, key in zip(*first_head(cache), strict=True):
         if position < 30:
             assert torch.equal(key, before[position] * second)
@@ -261,7 +263,7 @@ def test_a_second_turn_chooses_for_all_rows():
 
 
 def first_head(cache):
-    rows = stores(cache)[0].snapshot.rows()
+    rows = compressed_layers(cache)[0].snapshot.rows()
     return rows.text_positions()[0, 0].tolist(), rows.keys[0, 0]
 
 
@@ -322,7 +324,7 @@ def test_a_bound_on_bytes_holds():
 def test_bf16_is_scored_in_float32():
     model = tiny().bfloat16()
     cache = pressed(model, THINK, tokens(30))
-    assert stores(cache)[0].keys.dtype == torch.bfloat16
+    assert compressed_layers(cache)[0].keys.dtype == torch.bfloat16
     assert int(stored(cache)[0].sum()) == 8
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import cachepress as cp
-from cachepress.cache.batch import stores
+from cachepress.cache.batch import compressed_layers
 from cachepress.hf.rotary import PairRotary
 from tests.bounds import close, near
 from tests.exact import doubled
@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def lengths(cache):
-    return torch.stack([store.lengths for store in stores(cache)])  # [layers, B, H]
+    return torch.stack([store.lengths for store in compressed_layers(cache)])  # [layers, B, H]
 
 
 def test_adakv_gives_heads_their_own_numbers_and_a_floor():
@@ -140,7 +140,7 @@ def test_key_rotation_agrees_with_the_reference_after_one_common_rotation():
     golden = np.load(GOLDEN / "key_rerotation_knorm_0.5.npz")
     cache = pressed(model, cp.KeyRerotationPress(cp.KnormPress(0.5)), ids)
     rotary = PairRotary(lambda x, p: tuple(t[..., :4] for t in model.model.rotary_emb(x, p)), False)
-    for layer, store in enumerate(stores(cache)):
+    for layer, store in enumerate(compressed_layers(cache)):
         keys = torch.from_numpy(golden[f"keys_{layer}"]).double()
         shifted = rotary(keys, torch.full((1, keys.shape[2]), 256 - 128))
         near(store.keys, shifted, torch.float32, terms=TERMS, depth=4)
@@ -158,7 +158,7 @@ def test_rotated_keys_are_those_of_a_text_without_gaps():
     with cp.StreamingLLMPress(0.5, n_sink=0)(model):
         forward(model, plain, input_ids=ids[:, 20:])
     # The newest rows have no gaps, so rotating them changes nothing.
-    for ours, wanted in zip(stores(cache), stores(plain), strict=True):
+    for ours, wanted in zip(compressed_layers(cache), compressed_layers(plain), strict=True):
         close(ours.keys, wanted.keys)
 
 
@@ -217,7 +217,7 @@ def test_bytes_never_exceed_the_limit_and_come_close(wrap, storage, limit):
     press = wrap(cp.KnormPress(max_bytes=limit))
     cache = cp.prefill(single(), tokens(500), press, storage=storage)
     most = 150_000 if limit == "150KB" else limit
-    held = allocated(stores(cache))
+    held = allocated(compressed_layers(cache))
     assert held <= most
     assert held == cp.size_of(cache).bytes_after
     page = 4 * 2 * 32 * (2 * 8 * 4 + 4)
