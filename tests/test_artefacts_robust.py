@@ -15,6 +15,7 @@ from cachepress import train as training
 from cachepress.artefacts.kept import default_path, find_artefact
 from cachepress.artefacts.reading import load_artefact
 from cachepress.cli import main
+from cachepress.fits import descend
 from cachepress.train import KINDS, Lesson, train, windows_of
 from tests.tiny import tiny, tokenizer, tokens, words
 
@@ -160,7 +161,7 @@ def test_descent_takes_what_fits_the_rows_that_it_did_not_see_best():
     def loss(learned, batch):
         return (learned["x"] - targets[batch]).square().mean()
 
-    found = training.descend({"x": torch.zeros(1)}, loss, 100, 600, seed=0)
+    found = descend({"x": torch.zeros(1)}, loss, 100, 600, seed=0)
     assert float(found["x"]) == pytest.approx(0.5, abs=0.03)
 
 

@@ -1,6 +1,7 @@
 """What is learned of a model, against plain forwards and numpy."""
 
 from itertools import product
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,23 +12,12 @@ from transformers import AutoTokenizer, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import cachepress as cp
-from cachepress import cli
 from cachepress import train as training
 from cachepress.cli import main
+from cachepress.cli.measure import Kind
+from cachepress.fits import _falling, budget_curve, descend, fit_gate, fit_linear, fit_mlp
 from cachepress.presses import fastkvzip
-from cachepress.train import (
-    KINDS,
-    Lesson,
-    _falling,
-    _labelled,
-    budget_curve,
-    descend,
-    fit_gate,
-    fit_linear,
-    fit_mlp,
-    train,
-    windows_of,
-)
+from cachepress.train import KINDS, Lesson, _labelled, train, windows_of
 from tests.bounds import EXACT, near, rounding
 from tests.presses.test_kvzip import reference as kvzip_scores
 from tests.tiny import tiny, tokenizer, tokens, words
@@ -393,7 +383,7 @@ def test_what_is_learned_is_written_with_what_it_was_made_from(tmp_path, monkeyp
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_offered_and_fits_its_press(kind, tmp_path):
-    assert kind in cli._TRAINABLE and len(KINDS) == len(cli._TRAINABLE)
+    assert kind in get_args(Kind) and len(KINDS) == len(get_args(Kind))
     snap = cp.SnapKVPress(0.5, window_size=4)
     path = str(train(kind, lesson(press=snap, steps=2), f"{tmp_path}/{kind}.safetensors"))
     press = {
