@@ -91,8 +91,17 @@ class Metrics(Scores):
     machine: str = ""
 
     @property
-    def sizes(self) -> Estimate | None:
-        """What says of how many samples and contexts this is; None where nothing was measured."""
+    def samples(self) -> int | None:
+        """How many samples were measured; None where none was."""
+        return None if (found := self._measured) is None else found.samples
+
+    @property
+    def contexts(self) -> int | None:
+        """How many contexts they are of."""
+        return None if (found := self._measured) is None else found.contexts
+
+    @property
+    def _measured(self) -> Estimate | None:
         return self.score or self.kl or self.perplexity
 
     @property

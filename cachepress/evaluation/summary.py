@@ -11,11 +11,9 @@ from cachepress.evaluation.runner import Result
 from cachepress.evaluation.speed import SpeedLine
 from cachepress.evaluation.statistics import Estimate, Paired
 from cachepress.evaluation.tables import (
+    ESTIMATE,
     Column,
     interval_text,
-    of_estimate,
-    of_number,
-    of_text,
     sheet_line,
     spreadsheet,
     table,
@@ -51,17 +49,17 @@ class Line:
 
 
 PRESS: Column[Line] = Column("press", lambda line: _cut(line.name))
-RATIO: Column[Line] = Column("ratio", lambda line: f"{line.metrics.compression_ratio:.3f}")
+RATIO: Column[Line] = Column("ratio", lambda line: line.metrics.compression_ratio, ".3f")
 SCORE: Column[Line] = Column("score", lambda line: _scored(line.metrics)[0])
 INTERVAL: Column[Line] = Column("95 % interval", lambda line: _scored(line.metrics)[1])
 BEFORE: Column[Line] = Column("cache before", lambda line: _mib(line.metrics.cache_bytes_before))
 AFTER: Column[Line] = Column("cache after", lambda line: _mib(line.metrics.cache_bytes_after))
-PREFILL: Column[Line] = Column("prefill s", lambda line: f"{line.metrics.prefill_seconds:.2f}")
-SPEED: Column[Line] = Column("tokens/s", lambda line: _speed(line.metrics))
+PREFILL: Column[Line] = Column("prefill s", lambda line: line.metrics.prefill_seconds, ".2f")
+SPEED: Column[Line] = Column("tokens/s", lambda line: line.metrics.speeds[0], ".1f")
 DIFFERENCE: Column[Line] = Column("difference to no press", lambda line: _difference(line.paired))
-FLIPS: Column[Line] = Column("flips", lambda line: _known(line.paired and line.paired.flips, ".2f"))
-KL: Column[Line] = Column("KL", lambda x: _known(x.metrics.kl and x.metrics.kl.mean, ".4f"))
-ADDED: Column[Line] = Column("press s", lambda line: _known(line.metrics.press_seconds, ".2f"))
+FLIPS: Column[Line] = Column("flips", lambda line: line.paired and line.paired.flips, ".2f")
+KL: Column[Line] = Column("KL", lambda line: line.metrics.kl and line.metrics.kl.mean, ".4f")
+ADDED: Column[Line] = Column("press s", lambda line: line.metrics.press_seconds, ".2f")
 QUESTION: Column[Line] = Column("question", lambda line: line.question)
 DROPPED, CACHE = replace(RATIO, title="dropped"), replace(AFTER, title="cache")
 RESULTS = (PRESS, RATIO, SCORE, INTERVAL, BEFORE, AFTER, PREFILL, SPEED)
@@ -69,46 +67,46 @@ SWEEP = (PRESS, RATIO, SCORE, INTERVAL, DIFFERENCE, FLIPS, KL, CACHE, PREFILL, A
 QUALITY = (PRESS, QUESTION, DROPPED, SCORE, INTERVAL, DIFFERENCE, CACHE)
 TASKS: tuple[Column[tuple[str, Estimate]], ...] = (
     Column("task", lambda line: line[0]),
-    Column("score", lambda line: f"{line[1].mean:.3f}"),
+    Column("score", lambda line: line[1].mean, ".3f"),
     Column("95 % interval", lambda line: interval_text(line[1])),
-    Column("samples", lambda line: str(line[1].samples)),
-    Column("contexts", lambda line: str(line[1].contexts)),
+    Column("samples", lambda line: line[1].samples),
+    Column("contexts", lambda line: line[1].contexts),
 )
 DECODING: tuple[Column[SpeedLine], ...] = (
     Column("press", lambda x: NO_PRESS if x.press is None else _cut(brief(x.press, x.ratio))),
-    Column("dropped", lambda line: f"{line.ratio:.3f}"),
+    Column("dropped", lambda line: line.ratio, ".3f"),
     Column("cache", lambda line: _mib(line.cache_bytes)),
-    Column("ms a token", lambda line: f"{1000 * line.seconds.median:.1f}"),
+    Column("ms a token", lambda line: 1000 * line.seconds.median, ".1f"),
     Column("middle half", lambda x: f"{1000 * x.seconds.low:.1f} to {1000 * x.seconds.high:.1f}"),
 )
 RANKED: Column[Ranked] = Column("press", lambda line: _cut(line.press))
 MEANS: tuple[Column[Ranked], ...] = (
-    Column("mean score", lambda line: _known(line.score, ".3f")),
-    Column("mean KL", lambda line: _known(line.kl, ".4f")),
-    Column("mean bytes kept", lambda line: _known(line.kept, ".2f")),
+    Column("mean score", lambda line: line.score, ".3f"),
+    Column("mean KL", lambda line: line.kl, ".4f"),
+    Column("mean bytes kept", lambda line: line.kept, ".2f"),
 )
 SHEET: tuple[Column[Result], ...] = (
-    of_text("model", lambda result: result.run.config.model),
-    of_text("dataset", lambda result: result.run.config.dataset),
-    of_text("part", lambda result: result.run.config.data_dir),
-    of_text("press sees", lambda x: "question" if x.run.config.query_aware else "context"),
-    of_text("press", lambda result: result.run.config.press_name),
-    of_number("nominal ratio", lambda result: result.run.config.compression_ratio),
-    of_number("ratio", lambda result: result.metrics.compression_ratio),
-    of_estimate("score", lambda result: result.metrics.score),
-    of_estimate("difference to no press", lambda x: x.paired and x.paired.difference),
-    of_number("flips", lambda result: result.paired and result.paired.flips),
-    of_estimate("KL", lambda result: result.metrics.kl),
-    of_estimate("perplexity", lambda result: result.metrics.perplexity),
-    of_number("bytes before", lambda result: result.metrics.cache_bytes_before),
-    of_number("bytes after", lambda result: result.metrics.cache_bytes_after),
-    of_number("prefill s", lambda result: result.metrics.prefill_seconds),
-    of_number("press s", lambda result: result.metrics.press_seconds),
-    of_number("tokens/s", lambda result: result.metrics.decode_tokens_per_second),
-    of_number("samples", lambda x: x.metrics.sizes and x.metrics.sizes.samples),
-    of_number("contexts", lambda x: x.metrics.sizes and x.metrics.sizes.contexts),
-    of_text("notes", lambda result: "; ".join(notes_of(result.run.config, result.metrics))),
-    of_text("machine", lambda result: result.metrics.machine),
+    Column("model", lambda result: result.run.config.model),
+    Column("dataset", lambda result: result.run.config.dataset),
+    Column("part", lambda result: result.run.config.data_dir),
+    Column("press sees", lambda x: "question" if x.run.config.query_aware else "context"),
+    Column("press", lambda result: result.run.config.press_name),
+    Column("nominal ratio", lambda result: result.run.config.compression_ratio),
+    Column("ratio", lambda result: result.metrics.compression_ratio),
+    Column("score", lambda result: result.metrics.score, kind=ESTIMATE),
+    Column("difference to no press", lambda x: x.paired and x.paired.difference, kind=ESTIMATE),
+    Column("flips", lambda result: result.paired and result.paired.flips),
+    Column("KL", lambda result: result.metrics.kl, kind=ESTIMATE),
+    Column("perplexity", lambda result: result.metrics.perplexity, kind=ESTIMATE),
+    Column("bytes before", lambda result: result.metrics.cache_bytes_before),
+    Column("bytes after", lambda result: result.metrics.cache_bytes_after),
+    Column("prefill s", lambda result: result.metrics.prefill_seconds),
+    Column("press s", lambda result: result.metrics.press_seconds),
+    Column("tokens/s", lambda result: result.metrics.decode_tokens_per_second),
+    Column("samples", lambda result: result.metrics.samples),
+    Column("contexts", lambda result: result.metrics.contexts),
+    Column("notes", lambda result: "; ".join(notes_of(result.run.config, result.metrics))),
+    Column("machine", lambda result: result.metrics.machine),
 )
 
 
@@ -147,7 +145,7 @@ def quality_table(groups: Sequence[Sequence[Result]], style: str = "simple") -> 
 def speed_table(lines: Sequence[SpeedLine], style: str = "simple") -> str:
     """A line for each cache that was decoded from, against the first one."""
     first = lines[0].seconds.median
-    times: Column[SpeedLine] = Column("times as fast", lambda x: f"{first / x.seconds.median:.2f}")
+    times: Column[SpeedLine] = Column("times as fast", lambda x: first / x.seconds.median, ".2f")
     return table((*DECODING, times), lines, style)
 
 
@@ -251,15 +249,6 @@ def _difference(paired: Paired | None) -> str:
         return ""
     found = paired.difference
     return f"{found.mean:+.3f} ({found.low:+.2f} to {found.high:+.2f})"
-
-
-def _speed(metrics: Metrics) -> str:
-    return _known(metrics.decode_tokens_per_second, ".1f")
-
-
-def _known(number: float | None, form: str) -> str:
-    """A number in a format; nothing where there is none."""
-    return "" if number is None else format(number, form)
 
 
 def _mib(nbytes: float) -> str:

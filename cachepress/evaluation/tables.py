@@ -18,6 +18,8 @@ from cachepress.evaluation.statistics import Estimate, finite
 
 T = TypeVar("T")
 SheetCell = float | str | None
+Value = Estimate | float | str | None
+TEXT, NUMBER, ESTIMATE = "text", "number", "estimate"
 NOTHING = "\u2013"
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 """What a text begins with that a spreadsheet computes, or in front of which it looks past it."""
@@ -39,87 +41,49 @@ class Column(Generic[T]):
 
     Attributes:
         title: its header.
-        text: what stands in it of a line.
-        sort: what it is sorted by, a number in full; None comes last.
-        sheet: what it is in a table for spreadsheets; None for its text.
+        of: the value of a line: a text, a number, a mean with its interval, or nothing.
+        form: format of numbers; of means, "+" where they have a sign.
         hint: what it means, in a sentence.
         printed: whether it has a place in narrow tables.
-        numeric: whether it holds numbers.
+        kind: what its values are: ``TEXT``, ``NUMBER`` or ``ESTIMATE``.
+        in_sheet: the value in a table for spreadsheets, if that is another.
     """
 
     title: str
-    text: Callable[[T], str]
-    sort: Callable[[T], float | str | None] | None = None
-    sheet: Callable[[T], Mapping[str, SheetCell]] | None = None
+    of: Callable[[T], Value]
+    form: str = ""
     hint: str = ""
     printed: bool = False
-    numeric: bool = True
+    kind: str = NUMBER
+    in_sheet: Callable[[T], Value] | None = None
 
-    def sorted_by(self, line: T) -> float | str | None:
-        """What a line is sorted by."""
-        return (self.sort or self.text)(line)
+    @property
+    def numeric(self) -> bool:
+        """Whether it holds numbers."""
+        return self.kind != TEXT
 
-    def cells(self, line: T) -> Mapping[str, SheetCell]:
-        """What stands in a table for spreadsheets, by header."""
-        if self.sheet is not None:
-            return self.sheet(line)
-        text = self.text(line)
-        return {self.title: None if text == NOTHING else text}
+    def text(self, line: T) -> str:
+        """What stands in it of a line."""
+        value = self.of(line)
+        if isinstance(value, Estimate):
+            return estimate_text(value, self.form)
+        if isinstance(value, str):
+            return value
+        return NOTHING if finite(value) is None else format(value, self.form)
 
+    def sort(self, line: T) -> float | str | None:
+        """What it is sorted by, a number in full; None comes last."""
+        value = self.of(line)
+        value = value.mean if isinstance(value, Estimate) else value
+        return self.text(line) if self.kind == TEXT or isinstance(value, str) else finite(value)
 
-def of_text(
-    title: str, of: Callable[[T], str | None], hint: str = "", printed: bool = False
-) -> Column[T]:
-    """A column of texts."""
-
-    def text(line: T) -> str:
-        found = of(line)
-        return NOTHING if found is None else found
-
-    return Column(title, text, hint=hint, printed=printed, numeric=False)
-
-
-def of_number(
-    title: str,
-    of: Callable[[T], float | None],
-    form: str = "",
-    hint: str = "",
-    printed: bool = False,
-) -> Column[T]:
-    """A column of numbers, each in a format; what is unknown or not finite is none."""
-
-    def number(line: T) -> float | None:
-        return finite(of(line))
-
-    def text(line: T) -> str:
-        found = number(line)
-        return NOTHING if found is None else format(found, form)
-
-    return Column(title, text, number, lambda line: {title: number(line)}, hint, printed)
-
-
-def of_estimate(
-    title: str,
-    of: Callable[[T], Estimate | None],
-    sign: str = "",
-    hint: str = "",
-    printed: bool = False,
-) -> Column[T]:
-    """A column of means with their intervals; three columns in a table for spreadsheets."""
-
-    def mean(line: T) -> float | None:
-        found = of(line)
-        return None if found is None else finite(found.mean)
-
-    def text(line: T) -> str:
-        return estimate_text(of(line), sign)
-
-    def sheet(line: T) -> dict[str, SheetCell]:
-        found = of(line)
-        low, high = (None, None) if found is None else (found.low, found.high)
-        return {title: mean(line), f"{title} low": low, f"{title} high": high}
-
-    return Column(title, text, mean, sheet, hint, printed)
+    def cells(self, line: T) -> dict[str, SheetCell]:
+        """What stands in a table for spreadsheets, by header; of an estimate three numbers."""
+        value = (self.in_sheet or self.of)(line)
+        if self.kind != ESTIMATE or not isinstance(value, Estimate | None):
+            return {self.title: value.mean if isinstance(value, Estimate) else value}
+        ends = (None, None, None) if value is None else (value.mean, value.low, value.high)
+        return {f"{self.title}{end}": x for end, x in zip(("", " low", " high"), ends, strict=True)}
 
 
 def estimate_text(estimate: Estimate | None, sign: str = "") -> str:
@@ -140,8 +104,12 @@ def interval_text(estimate: Estimate) -> str:
 def table(
     columns: Sequence[Column[T]], lines: Sequence[T], style: str = "simple", align: str = "right"
 ) -> str:
-    """A table for a terminal, or in another format of tabulate; the first column is a name."""
+    """A table for a terminal, or in another format of tabulate; the first column is a name.
+
+    What is unknown is empty.
+    """
     titles, *texts = _texts(columns, lines)
+    texts = [["" if text == NOTHING else text for text in line] for line in texts]
     sides = ("left", *[align] * (len(columns) - 1))
     return tabulate(texts, titles, tablefmt=style, colalign=sides, disable_numparse=True)
 

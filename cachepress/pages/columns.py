@@ -5,14 +5,13 @@ from dataclasses import replace
 
 from cachepress.evaluation.statistics import Estimate
 from cachepress.evaluation.tables import (
+    ESTIMATE,
+    TEXT,
     Column,
     SheetCell,
     latex,
     markdown,
     markdown_text,
-    of_estimate,
-    of_number,
-    of_text,
     printed,
     sheet_line,
     spreadsheet,
@@ -24,15 +23,8 @@ MIB = 2**20
 
 def columns(panel: Panel) -> list[Column[Entry]]:
     """Every column of a panel: what was measured, and the settings that differ."""
-    return [
-        of_text("press", lambda e: e.name, "Name of the press.", printed=True),
-        *_MEASURED,
-        *_tasks(panel),
-        *_reported(panel),
-        *_settings(panel),
-        of_text("spelling", lambda e: e.run.spelling, "The press as it is written."),
-        of_text("folder", lambda e: e.run.folder, "Name of the result folder."),
-    ]
+    named = (_PRESS, *_MEASURED, *_tasks(panel), *_reported(panel), *_settings(panel), *_NAMES)
+    return [replace(one, hint=_HINTS.get(one.title, one.hint)) for one in named]
 
 
 def markdown_page(panels: Sequence[Panel]) -> str:
@@ -66,78 +58,59 @@ def _latex_panel(panel: Panel) -> str:
     return latex(printed(columns(panel), panel.entries), panel.entries, caption) + "\n"
 
 
+_PRESS: Column[Entry] = Column("press", lambda e: e.name, printed=True, kind=TEXT)
 _MEASURED: tuple[Column[Entry], ...] = (
-    of_number("nominal ratio", lambda e: e.run.ratio, ".2f", "Ratio that was asked for.", True),
-    of_number(
-        "ratio",
-        lambda e: e.metrics.compression_ratio,
-        ".3f",
-        "Share of pairs dropped, measured.",
-        True,
-    ),
-    of_number(
-        "kept bytes", lambda e: e.kept, ".3f", "Bytes after, of those without a press.", True
-    ),
-    of_estimate("score", lambda e: e.metrics.score, "", "Mean score, 95 % interval.", True),
-    of_estimate(
-        "vs no_press",
-        lambda e: e.versus and e.versus.difference,
-        "+",
-        "Difference on the same samples, 95 % interval.",
-        True,
-    ),
-    of_number(
-        "flips",
-        lambda e: e.versus and e.versus.flips,
-        ".3f",
-        "Share of samples right in one, wrong in the other.",
-    ),
-    of_number(
-        "same answers", lambda e: e.same, ".3f", "Share of samples with the very same answer."
-    ),
-    of_estimate("KL", lambda e: e.metrics.kl, "", "Divergence from no press, 95 % interval.", True),
-    of_estimate(
-        "perplexity", lambda e: e.metrics.perplexity, "", "Perplexity of the wanted, 95 % interval."
-    ),
-    of_number(
-        "MiB before",
-        lambda e: e.metrics.cache_bytes_before / MIB,
-        ".1f",
-        "Of an uncompressed cache.",
-    ),
-    of_number(
-        "MiB after", lambda e: e.metrics.cache_bytes_after / MIB, ".1f", "What is allocated.", True
-    ),
-    of_number(
-        "prefill s",
-        lambda e: e.metrics.prefill_seconds,
-        ".2f",
-        "Median, compression included.",
-        True,
-    ),
-    of_number("press s", lambda e: e.metrics.press_seconds, ".3f", "What the press added, median."),
-    of_number("tokens/s", lambda e: e.metrics.speeds[0], ".1f", "Decoding speed, median.", True),
-    of_number(
-        "peak MiB", lambda e: _mib(e.metrics.peak_memory_bytes), ",.0f", "Most memory in use."
-    ),
-    of_number("tokens", lambda e: e.metrics.context_tokens, ",.0f", "Tokens of a context, mean."),
-    of_number(
-        "cut tokens", lambda e: e.metrics.cut_tokens, ",.0f", "Tokens of contexts that were cut."
-    ),
-    of_number(
-        "samples",
-        lambda e: e.metrics.sizes and e.metrics.sizes.samples,
-        ".0f",
-        "Number of samples.",
-    ),
-    of_number(
-        "contexts",
-        lambda e: e.metrics.sizes and e.metrics.sizes.contexts,
-        ".0f",
-        "Number of contexts.",
-    ),
-    of_text("Pareto front", lambda e: _fronts(e), "By score, among those that can be told apart."),
+    Column("nominal ratio", lambda e: e.run.ratio, ".2f", printed=True),
+    Column("ratio", lambda e: e.metrics.compression_ratio, ".3f", printed=True),
+    Column("kept bytes", lambda e: e.kept, ".3f", printed=True),
+    Column("score", lambda e: e.metrics.score, printed=True, kind=ESTIMATE),
+    Column("vs no_press", lambda e: e.difference, "+", printed=True, kind=ESTIMATE),
+    Column("flips", lambda e: e.versus and e.versus.flips, ".3f"),
+    Column("same answers", lambda e: e.same, ".3f"),
+    Column("KL", lambda e: e.metrics.kl, printed=True, kind=ESTIMATE),
+    Column("perplexity", lambda e: e.metrics.perplexity, kind=ESTIMATE),
+    Column("MiB before", lambda e: e.metrics.cache_bytes_before / MIB, ".1f"),
+    Column("MiB after", lambda e: e.metrics.cache_bytes_after / MIB, ".1f", printed=True),
+    Column("prefill s", lambda e: e.metrics.prefill_seconds, ".2f", printed=True),
+    Column("press s", lambda e: e.metrics.press_seconds, ".3f"),
+    Column("tokens/s", lambda e: e.metrics.speeds[0], ".1f", printed=True),
+    Column("peak MiB", lambda e: _mib(e.metrics.peak_memory_bytes), ",.0f"),
+    Column("tokens", lambda e: e.metrics.context_tokens, ",.0f"),
+    Column("cut tokens", lambda e: e.metrics.cut_tokens, ",.0f"),
+    Column("samples", lambda e: e.metrics.samples, ".0f"),
+    Column("contexts", lambda e: e.metrics.contexts, ".0f"),
+    Column("Pareto front", lambda e: _fronts(e), kind=TEXT),
 )
+_NAMES: tuple[Column[Entry], ...] = (
+    Column("spelling", lambda e: e.run.spelling, kind=TEXT),
+    Column("folder", lambda e: e.run.folder, kind=TEXT),
+)
+_HINTS = {
+    "press": "Name of the press.",
+    "nominal ratio": "Ratio that was asked for.",
+    "ratio": "Share of pairs dropped, measured.",
+    "kept bytes": "Bytes after, of those without a press.",
+    "score": "Mean score, 95 % interval.",
+    "vs no_press": "Difference on the same samples, 95 % interval.",
+    "flips": "Share of samples right in one, wrong in the other.",
+    "same answers": "Share of samples with the very same answer.",
+    "KL": "Divergence from no press, 95 % interval.",
+    "perplexity": "Perplexity of the wanted, 95 % interval.",
+    "MiB before": "Of an uncompressed cache.",
+    "MiB after": "What is allocated.",
+    "prefill s": "Median, compression included.",
+    "press s": "What the press added, median.",
+    "tokens/s": "Decoding speed, median.",
+    "peak MiB": "Most memory in use.",
+    "tokens": "Tokens of a context, mean.",
+    "cut tokens": "Tokens of contexts that were cut.",
+    "samples": "Number of samples.",
+    "contexts": "Number of contexts.",
+    "Pareto front": "By score, among those that can be told apart.",
+    "spelling": "The press as it is written.",
+    "folder": "Name of the result folder.",
+}
+"""What columns mean, in a sentence."""
 
 
 def _mib(nbytes: float | None) -> float | None:
@@ -150,16 +123,14 @@ def _fronts(entry: Entry) -> str | None:
 
 
 def _tasks(panel: Panel) -> list[Column[Entry]]:
+    """The score of each task, if there are several."""
     names = dict.fromkeys(name for entry in panel.entries for name in entry.metrics.tasks)
-    if len(names) < 2:
-        return []
-    return [_task(name) for name in names]
+    return [_task(name) for name in names] if len(names) > 1 else []
 
 
 def _task(name: str) -> Column[Entry]:
-    return of_estimate(
-        f"task {name}", lambda e: e.metrics.tasks.get(name), "", "Score of this task."
-    )
+    hint = "Score of this task."
+    return Column(f"task {name}", lambda e: e.metrics.tasks.get(name), "", hint, kind=ESTIMATE)
 
 
 def _reported(panel: Panel) -> list[Column[Entry]]:
@@ -170,25 +141,28 @@ def _reported(panel: Panel) -> list[Column[Entry]]:
 
 
 def _report(task: str, name: str) -> Column[Entry]:
-    hint = "What the benchmark reports of this task beside the score, 95 % interval."
-
     def reported(entry: Entry) -> Estimate | None:
         return entry.metrics.reported.get(task, {}).get(name)
 
-    return of_estimate(f"{task}: {name}", reported, "", hint)
+    hint = "What the benchmark reports of this task beside the score, 95 % interval."
+    return Column(f"{task}: {name}", reported, "", hint, kind=ESTIMATE)
 
 
 def _settings(panel: Panel) -> list[Column[Entry]]:
+    """The settings that differ."""
     shown_already = {*panel.shared, "press", "press_name", "compression_ratio"}
     names = dict.fromkeys(name for entry in panel.entries for name in settings_of(entry.run))
     return [_setting(name) for name in names if name not in shown_already]
 
 
 def _setting(name: str) -> Column[Entry]:
-    def sheet(entry: Entry) -> dict[str, SheetCell]:
+    def told(entry: Entry) -> str | None:
+        return settings_of(entry.run).get(name)
+
+    def number(entry: Entry) -> float | str | None:
         value = entry.run.config.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return {name: value}
-        return {name: settings_of(entry.run).get(name)}
+            return value
+        return told(entry)
 
-    return replace(of_text(name, lambda e: settings_of(e.run).get(name), "A setting."), sheet=sheet)
+    return Column(name, told, hint="A setting.", kind=TEXT, in_sheet=number)

@@ -64,6 +64,11 @@ class Entry:
         """What was measured of the run."""
         return self.run.metrics
 
+    @property
+    def difference(self) -> Estimate | None:
+        """The difference of scores to ``base``."""
+        return None if self.versus is None else self.versus.difference
+
 
 @dataclass(frozen=True, eq=False)
 class Panel:

@@ -149,7 +149,7 @@ def _entry_data(entry: Entry) -> dict[str, object]:
         "prefill": metrics.prefill_seconds,
         "added": metrics.press_seconds,
         "qualities": {name: quality_of(run, name) for name in QUALITIES},
-        "difference": None if entry.versus is None else entry.versus.difference,
+        "difference": entry.difference,
         "fronts": {
             cost: [name for name in QUALITIES if entry.fronts[name, cost]] for cost in COSTS
         },

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from cachepress.evaluation.statistics import Estimate
-from cachepress.evaluation.tables import of_estimate, sheet_line, spreadsheet
+from cachepress.evaluation.tables import ESTIMATE, Column, sheet_line, spreadsheet
 
 
 def read(text: str) -> list[dict[str, object]]:
@@ -38,7 +38,7 @@ def test_numbers_are_numbers_in_full_and_what_is_unknown_is_empty():
 
 
 def test_an_estimate_has_three_columns():
-    column = of_estimate("x", lambda found: found)
+    column = Column("x", lambda found: found, kind=ESTIMATE)
     line = sheet_line([column], Estimate(-0.5, math.nan, math.inf, 3, 2))
     assert read(spreadsheet([line])) == [{"x": -0.5, "x low": "", "x high": ""}]
     assert sheet_line([column], None) == {"x": None, "x low": None, "x high": None}
