@@ -7,6 +7,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 import cachepress as cp
 from cachepress.cache.batch import compressed_layers
 from cachepress.hf import attach
+from cachepress.hf.rotary import PairRotary, find_rotary
 from tests.bounds import close
 from tests.presses.test_snapkv import noting, plainly
 from tests.tiny import ARCHITECTURES, exact_tiny, tiny, tokens
@@ -317,3 +318,19 @@ def test_gpt2_position_table_is_the_identity_rotation():
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=97)).eval()
     cache = pressed(model, cp.ExpectedAttentionPress(0.5), tokens(30))
     assert compressed_layers(cache)[0].lengths.tolist() == [[15, 15]]
+
+
+def test_a_rotary_module_that_takes_other_positions_is_passed_over():
+    def refusing(x, positions):
+        raise IndexError("too many indices")
+
+    def angles(x, positions):
+        table = positions[..., None].double() * torch.tensor([1.0, 0.1, 1.0, 0.1])
+        return table.cos(), table.sin()
+
+    torch.manual_seed(0)
+    raw, rope = torch.randn(1, 2, 5, 4, dtype=torch.float64), torch.arange(5)[None]
+    key = PairRotary(lambda x, p: tuple(t[..., :2] for t in angles(x, p)), False)(raw, rope)
+    assert find_rotary([refusing], [raw], 2, key, rope) is None
+    found = find_rotary([refusing, angles], [raw], 2, key, rope)
+    assert torch.equal(found(raw, rope), key)

@@ -114,7 +114,10 @@ def _alike(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
 def _candidates(modules: list[CosSin], x: Tensor, rope: Tensor) -> Iterator[NoRotary | PairRotary]:
     yield NoRotary()
     for module in modules:
-        width = module(x, rope)[0].shape[-1]
+        try:
+            width = module(x, rope)[0].shape[-1]
+        except (IndexError, RuntimeError, ValueError):
+            continue  # It takes other positions than those of a text.
         for pick in (slice(None, width // 2), slice(None, None, 2), slice(None)):
             pairs = len(range(width)[pick])
             if 2 * pairs <= x.shape[-1]:
