@@ -1,7 +1,6 @@
 """The transformers pipeline: prefill a context once, compress, answer many questions from that."""
 
 import logging
-import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -25,6 +24,7 @@ from cachepress.generation.decode import check_generation, generate
 from cachepress.generation.prefill import read_context
 from cachepress.generation.prompt import MIDDLE, Prompt, PromptOptions, make_prompt
 from cachepress.hf import has_only_full_attention
+from cachepress.measure import Stopwatch
 from cachepress.models.chat import encode
 from cachepress.press import BasePress
 
@@ -164,7 +164,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         prompt, options = input_tensors["prompt"], input_tensors["options"]
         tokens: list[list[int]] = []
         sizes: list[CacheSize] = []
-        prefill_seconds = decode_seconds = 0.0
+        prefill_seconds, answering = 0.0, Stopwatch(self.model.device)
         decoding = press is not None and press.schedule.decodes
         for part in _prefills(prompt, options, press, cache):
             held, seconds = read_context(
@@ -179,20 +179,19 @@ class KVPressTextGenerationPipeline(Pipeline):
                 tokenizer=self.tokenizer,
             )
             sizes.append(size_of(held))
-            start = time.perf_counter()
+            prefill_seconds += seconds
             # Only a press that compresses while decoding acts on answers, and none on questions.
-            with press(self.model, turns="first") if press and decoding else nullcontext():
+            acting = press(self.model, turns="first") if press and decoding else nullcontext()
+            with answering, acting:
                 tokens += self.generate_answer(
                     held, part.question_ids, part.limits, generation or {}
                 )
-            prefill_seconds += seconds
-            decode_seconds += time.perf_counter() - start
         answers = Answers(
             texts=[str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in tokens],
             context_tokens=prompt.context_ids.shape[1],
             cache=sizes[-1],
             prefill_seconds=prefill_seconds,
-            decode_seconds=decode_seconds,
+            decode_seconds=answering.seconds,
             tokens=tokens,
             cut_tokens=prompt.cut,
         )
