@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +43,6 @@ from cachepress.query_stats import QueryStats
 from cachepress.schedules import Step
 from cachepress.view import Needs
 
-if TYPE_CHECKING:
-    from cachepress.press import BasePress
-
 _ACTIVE: list["PressSession"] = []
 
 
@@ -56,6 +53,8 @@ class _Hook:
     Attributes:
         session: the session that the forward belongs to.
         press: the press that acts in it.
+        needs: what that press needs, found once for all layers.
+        observed: the part of it that is observed.
         place: where in the model and in the text the layer is.
         step: the forward, as a schedule sees it.
         due: whether the layer is compressed after it.
@@ -63,6 +62,8 @@ class _Hook:
 
     session: "PressSession"
     press: BasePress
+    needs: Needs
+    observed: Needs
     place: Place
     step: Step
     due: bool
@@ -81,21 +82,21 @@ class _Hook:
 
     def _observe(self, call: AttentionCall) -> None:
         assert call.key is not None
-        layer, needs = call.key.layer, self.press.needs
-        query_stats = self._query_stats(layer, needs.observed)
+        layer = call.key.layer
+        query_stats = self._query_stats(layer)
         if self.step.prompt:
-            if needs.observes:
+            if self.needs.observes:
                 query_stats.add(call)
-        elif needs.observes or not self.due:
-            query_stats.add_decoded(call, needs.most_decoded)
+        elif self.needs.observes or not self.due:
+            query_stats.add_decoded(call, self.needs.most_decoded)
         if self.due:
             self.session.compress(Waiting(self.press, layer, call, query_stats), self.step)
 
-    def _query_stats(self, layer: CompressedLayer, needs: Needs) -> QueryStats:
+    def _query_stats(self, layer: CompressedLayer) -> QueryStats:
         """Return the layer's statistics so far, or new ones where a forward was not observed."""
         stats, step = layer.query_stats, self.step
-        if stats is None or stats.needs != needs or stats.end != step.seen:
-            stats = QueryStats(needs, step.seen)
+        if stats is None or stats.needs != self.observed or stats.end != step.seen:
+            stats = QueryStats(self.observed, step.seen)
         layer.query_stats, stats.end = stats, step.seen + step.new
         return stats
 
@@ -126,7 +127,7 @@ class PressSession:
 
     def __init__(
         self,
-        press: "BasePress",
+        press: BasePress,
         model: PreTrainedModel,
         turns: str = "all",
         storage: str | Codec = "full",
@@ -236,32 +237,34 @@ class PressSession:
         if not isinstance(tokens, Tensor):
             raise CachepressError("the forward got neither input_ids nor inputs_embeds")
         b, n = tokens.shape[:2]
-        self.question_of(tokens)
+        n_question = self.question_of(tokens)
         seen = cache.get_seq_length()
         since = seen + n - next(iter(layers.values())).scored_at
         prompt = n > 1 or self.chunk is not None
         later = prompt and self.chunk is None and seen > 0 and self._turns == "first"
         step = Step(seen, n, since, prompt, later)
         press = self._press.acting(step)
+        needs = press.needs
         due = self.chunk != "hold" and self._press.schedule.due(step)
         self._skipped = n if step.prompt and not due else 0
         self._read = cache if step.prompt else None
-        if press.needs.reconstruction is not None and step.prompt:
+        if needs.reconstruction is not None and step.prompt:
             self._reconstructor.read(cache, given.get("input_ids"))
         self._prepare(layers)
         ids = given.get("input_ids")
         if step.prompt and self.chunk is None and isinstance(ids, Tensor):
             note_text(cache, ids, seen)
-        if not due and not (press.needs.observes and self._observes(step)):
+        if not due and not (needs.observes and self._observes(step)):
             return
         rope = given.get("position_ids")
         if not isinstance(rope, Tensor):
             rope = torch.arange(seen, seen + n, device=tokens.device).unsqueeze(0)
         # In image-text models a token has several positions; the first one rises with the text.
         rope = rope.reshape(-1, *rope.shape[-2:])[0].expand(b, n)
+        observed = needs.observed
         for depth, (index, layer) in enumerate(layers.items()):
-            place = Place(index, depth, len(layers), rope, self.question_of(tokens))
-            layer.hook = _Hook(self, press, place, step, due)
+            place = Place(index, depth, len(layers), rope, n_question)
+            layer.hook = _Hook(self, press, needs, observed, place, step, due)
 
     def _prepare(self, layers: Mapping[int, CompressedLayer]) -> None:
         """Tell the layers of a forward how pairs are stored and read."""
@@ -314,7 +317,7 @@ class PressSession:
         self._read = None
 
 
-def prepared(press: "BasePress", model: PreTrainedModel) -> "BasePress":
+def prepared(press: BasePress, model: PreTrainedModel) -> BasePress:
     """Make a press ready for a model.
 
     Raises:
@@ -326,15 +329,16 @@ def prepared(press: "BasePress", model: PreTrainedModel) -> "BasePress":
     return press
 
 
-def instruct(layers: Sequence[CompressedLayer], press: "BasePress", codec: Codec | None) -> None:
+def instruct(layers: Sequence[CompressedLayer], press: BasePress, codec: Codec | None) -> None:
     """Set the codec and the page budget that a press declares on the layers of a cache."""
+    needs = press.needs
     for depth, layer in enumerate(layers):
-        pages = press.needs.pages_read(depth)
+        pages = needs.pages_read(depth)
         layer.codec = layer.codec if codec is None else codec
         layer.page_budget = layer.page_budget if pages is None else pages
 
 
-def codec_of(press: "BasePress", storage: str | Codec) -> Codec | None:
+def codec_of(press: BasePress, storage: str | Codec) -> Codec | None:
     """Return the codec of kept pairs, which either the press declares or the call gives.
 
     Raises:
@@ -348,7 +352,7 @@ def codec_of(press: "BasePress", storage: str | Codec) -> Codec | None:
     return own if given is None else given
 
 
-def _question(press: "BasePress", question: int | Sequence[int] | None) -> list[int] | None:
+def _question(press: BasePress, question: int | Sequence[int] | None) -> list[int] | None:
     """Check the number of question tokens, one for each sequence or one for all."""
     if question is None:
         if press.needs.question:

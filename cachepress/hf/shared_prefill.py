@@ -7,7 +7,6 @@ result is the same as when each press had a prefill of its own.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,9 +29,6 @@ from cachepress.press import BasePress
 from cachepress.query_stats import QueryStats
 from cachepress.schedules import Step
 from cachepress.view import Needs
-
-if TYPE_CHECKING:
-    from cachepress.press import BasePress
 
 
 @dataclass
@@ -99,7 +95,7 @@ class SharedPrefill:
     """
 
     model: PreTrainedModel
-    presses: Sequence["BasePress"]
+    presses: Sequence[BasePress]
     tokenizer: PreTrainedTokenizerBase | None = None
     cache: Cache = field(init=False)
     whole_bytes: int = field(init=False, default=0)
@@ -143,7 +139,7 @@ class SharedPrefill:
             layer.reads_whole = False
         self.whole_bytes = size_of(self.cache).bytes_before
 
-    def compressed(self, press: "BasePress", storage: str | Codec = "full") -> tuple[Cache, float]:
+    def compressed(self, press: BasePress, storage: str | Codec = "full") -> tuple[Cache, float]:
         """Compress a fork of the cache by a press.
 
         Args:
@@ -225,7 +221,7 @@ class SharedPrefill:
                 compress_together(press, pending)
 
 
-def shares(press: "BasePress") -> bool:
+def shares(press: BasePress) -> bool:
     """Tell whether a press can share a prefill: whether it needs no question."""
     return not press.needs.question
 
