@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from cachepress.cache.handle import RowsHandle
@@ -35,6 +36,11 @@ class Place(NamedTuple):
     n_layers: int
     rope: Tensor
     n_question: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Place":
+        """The same place, its tensors on a device, as a layer of a model on several needs them."""
+        n_question = None if self.n_question is None else self.n_question.to(device)
+        return self._replace(rope=self.rope.to(device), n_question=n_question)
 
 
 class Features(Protocol):

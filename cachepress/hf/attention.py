@@ -104,7 +104,7 @@ def _attention(
             bias = _mask_of_pairs(mask, key.snapshot, pairs, query)
         output = function(module, query, pairs.keys, pairs.values, bias, **kwargs)
     if hook is not None:
-        place = hook.place._replace(rope=hook.place.rope.to(query.device))
+        place = hook.place.to(query.device)
         call = AttentionCall(module, key, query, output[0], mask, rule, place, hook.features, pairs)
         with torch.no_grad():
             hook.observe(call)
