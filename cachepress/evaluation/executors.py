@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import pickle
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -11,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 import torch
 
@@ -36,8 +37,15 @@ MOST_LOSSES = 3
 """Times that work is given out anew without any result in between."""
 
 
+class Job(NamedTuple):
+    """Evaluations of one model and data set, and all contexts that they are to answer."""
+
+    configs: Sequence[EvaluationConfig]
+    contexts: Sequence[Context]
+
+
 class Unit(NamedTuple):
-    """A context, and the evaluations that have not answered it; of one model and data set."""
+    """A context of a job, and the evaluations that have not answered it."""
 
     context: Context
     configs: tuple[EvaluationConfig, ...]
@@ -90,11 +98,10 @@ class Worker:
         if threads is not None:
             torch.set_num_threads(threads)
 
-    def check(
-        self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]
-    ) -> dict[Path, str]:
+    def check(self, job: Job) -> dict[Path, str]:
         """Refuse contexts that are too long; what does not fit the model, by folder, and why."""
-        return self._answerer(configs[0]).check([Run(config) for config in configs], contexts)
+        runs = [Run(config) for config in job.configs]
+        return self._answerer(job.configs[0]).check(runs, job.contexts)
 
     def answer(self, unit: Unit) -> Answered:
         """Answer a unit."""
@@ -135,41 +142,33 @@ class Worker:
         return self._held[1]
 
 
-class Executor(Protocol):
-    """Gives units to workers."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def check(
-        self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]
-    ) -> dict[Path, str]:
-        """What ``Worker.check`` says, before any work is done."""
-        ...
-
-    def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
-        """Units with their answers as they come; a unit can come in parts."""
-        ...
-
-
-class Serial:
-    """Works in this process, where need be with a model that is loaded already."""
-
-    def __init__(self, options: WorkerOptions, loaded: Loaded | None = None) -> None:
-        self._worker = Worker(options, loaded=loaded)
+class Executor(ABC):
+    """Gives units to workers, which are there while it is entered."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        pass
+        return None
 
-    def check(
-        self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]
-    ) -> dict[Path, str]:
+    @abstractmethod
+    def check(self, job: Job) -> dict[Path, str]:
+        """What ``Worker.check`` says, before any work is done."""
+
+    @abstractmethod
+    def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
+        """Units with their answers as they come; a unit can come in parts."""
+
+
+class Serial(Executor):
+    """Works in this process, where need be with a model that is loaded already."""
+
+    def __init__(self, options: WorkerOptions, loaded: Loaded | None = None) -> None:
+        self._worker = Worker(options, loaded=loaded)
+
+    def check(self, job: Job) -> dict[Path, str]:
         """What the worker says."""
-        return self._worker.check(configs, contexts)
+        return self._worker.check(job)
 
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
         """One unit after the other, and each in parts, so that little is lost with the process."""
@@ -196,12 +195,12 @@ def _answer(unit: Unit) -> Answered:
     return _WORKER.answer(unit)
 
 
-def _check(configs: Sequence[EvaluationConfig], contexts: Sequence[Context]) -> dict[Path, str]:
+def _check(job: Job) -> dict[Path, str]:
     assert _WORKER is not None
-    return _WORKER.check(configs, contexts)
+    return _WORKER.check(job)
 
 
-class Processes:
+class Processes(Executor):
     """Works in several processes of this machine, each with a model, and a GPU if there is one.
 
     A process that dies takes the others with it; what they were at is given out anew.
@@ -222,12 +221,10 @@ class Processes:
                 child.terminate()
         self._pool.shutdown(cancel_futures=True)
 
-    def check(
-        self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]
-    ) -> dict[Path, str]:
+    def check(self, job: Job) -> dict[Path, str]:
         """What a worker says."""
         try:
-            return self._submit(_check, configs, contexts).result()
+            return self._submit(_check, job).result()
         except BrokenProcessPool as error:
             raise _lost(1) from error
 
@@ -247,7 +244,8 @@ class Processes:
                     losses = 0
             except BrokenProcessPool:
                 losses += 1
-                _give_up_after(losses)
+                if losses > MOST_LOSSES:
+                    raise _lost(losses) from None
                 left.extendleft(at.values())
                 at.clear()
                 self._open()
@@ -267,7 +265,7 @@ class Processes:
         )
 
 
-class Ray:
+class Ray(Executor):
     """Works on a Ray cluster: the one that ``RAY_ADDRESS`` names, or one on this machine.
 
     Each actor holds a model. An actor that is lost is started again, and its unit is done again.
@@ -308,12 +306,10 @@ class Ray:
         if self._owned:
             self._ray.shutdown()
 
-    def check(
-        self, configs: Sequence[EvaluationConfig], contexts: Sequence[Context]
-    ) -> dict[Path, str]:
+    def check(self, job: Job) -> dict[Path, str]:
         """What an actor says."""
         try:
-            return self._get(self.actors[0].check.remote(configs, contexts))
+            return self._get(self.actors[0].check.remote(job))
         except self._ray.exceptions.RayActorError as error:
             raise _lost(1) from error
 
@@ -333,7 +329,8 @@ class Ray:
                 answered = self._get(ready)
             except self._ray.exceptions.RayActorError:
                 losses += 1
-                _give_up_after(losses)
+                if losses > MOST_LOSSES:
+                    raise _lost(losses) from None
                 left.appendleft(unit)
                 continue
             losses = 0
@@ -357,11 +354,6 @@ EXECUTORS: dict[str, Callable[[WorkerOptions], Executor]] = {
 
 def _threads(workers: int) -> int:
     return max(1, (os.cpu_count() or 1) // workers)
-
-
-def _give_up_after(losses: int) -> None:
-    if losses > MOST_LOSSES:
-        raise _lost(losses)
 
 
 def _lost(times: int) -> CachepressError:

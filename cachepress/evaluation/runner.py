@@ -21,7 +21,7 @@ from cachepress.artefacts.kept import model_name
 from cachepress.deprecated import Renamed
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
-from cachepress.evaluation.executors import Executor, Loaded, Serial, Unit, WorkerOptions
+from cachepress.evaluation.executors import Executor, Job, Loaded, Serial, Unit, WorkerOptions
 from cachepress.evaluation.registry import find_dataset, find_metric
 from cachepress.evaluation.results import Metrics
 from cachepress.evaluation.run import Run, say_versions
@@ -160,7 +160,7 @@ def drive(
 
 def _check(group: Group, executor: Executor) -> None:
     """Refuse what cannot work; what may be left out is, where its press does not fit the model."""
-    unfit = executor.check([run.config for run in group.runs], group.contexts)
+    unfit = executor.check(Job([run.config for run in group.runs], group.contexts))
     for run in group.runs:
         reason = unfit.get(run.folder)
         if reason is not None and not run.optional:

@@ -80,6 +80,8 @@ def _value(kind: object, value: object, name: str, got: str) -> object:
     if value is None and one is not kind:
         return None
     outer = get_origin(one) or one
+    if outer is object:
+        return value
     if outer is Mapping and isinstance(value, Mapping):
         part = get_args(one)[1]
         return {str(key): _value(part, x, str(key), shown(x)) for key, x in value.items()}
@@ -89,7 +91,7 @@ def _value(kind: object, value: object, name: str, got: str) -> object:
     if not isinstance(value, accepted) or isinstance(value, bool) != (outer is bool):
         raise Mistyped(name, got, wanted)
     if isinstance(value, list):
-        return [str(item) for item in value]
+        return [_value(get_args(one)[0], x, name, shown(x)) for x in value]
     return float(value) if outer is float and isinstance(value, int) else value
 
 

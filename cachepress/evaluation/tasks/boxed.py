@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.prompts import read_prompts
-from cachepress.evaluation.tasks.sources import Hub, read_rows
+from cachepress.evaluation.tasks.sources import Hub, in_format, read_rows
 
 
 def read_problems(
@@ -38,13 +37,11 @@ def read_problems(
             else "".join(template.around(problem, {}))
         )
 
-    try:
+    with in_format(names[0], f"{title}'s"):
         asked = {
             "context": [asked_of(row["problem"].strip()) for row in rows],
             "answer": [[str(row["answer"])] for row in rows],
         }
-    except (KeyError, AttributeError) as error:
-        raise CachepressError(f"{names[0]} is not in {title}'s format: {error!r}") from error
     return pd.DataFrame({**asked, "question": "", "row": rows})
 
 

@@ -6,13 +6,12 @@ from itertools import takewhile
 
 import pandas as pd
 
-from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import CHINESE_PUNCTUATION, qa_f1, token_f1
 from cachepress.evaluation.prompts import Template, read_prompts
 from cachepress.evaluation.tasks import fits
 from cachepress.evaluation.tasks.base import Part, Task, normalise
-from cachepress.evaluation.tasks.sources import Hub, read_rows
+from cachepress.evaluation.tasks.sources import Hub, in_format, read_rows
 from cachepress.generation.prompt import MIDDLE
 from cachepress.hf.types import PreTrainedTokenizerBase
 
@@ -143,22 +142,10 @@ def load_infinitebench(
     if config.prompts is not None:
         template = read_prompts(config.prompts).template((task,), needs=NEEDS.get(task, ()))
     rows = read_rows(config.data_path, [name], Hub(REPOSITORY, name))
-    try:
-        asked = [_asked(task, row, template) for row in rows]
-        table = pd.DataFrame(
-            {
-                "context": [context for context, _, _ in asked],
-                "question": [question for _, question, _ in asked],
-                "answer": [_answers(task, row) for row in rows],
-                "answer_prefix": [prefix for _, _, prefix in asked],
-                "max_new_tokens": part.max_new_tokens,
-                "metric": part.metric,
-            }
-        )
-    except CachepressError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CachepressError(f"{name} is not in InfiniteBench's format: {error!r}") from error
+    with in_format(name, "InfiniteBench's"):
+        asked = [(*_asked(task, row, template), _answers(task, row)) for row in rows]
+    table = pd.DataFrame(asked, columns=["context", "question", "answer_prefix", "answer"])
+    table = table.assign(max_new_tokens=part.max_new_tokens, metric=part.metric)
     return normalise(table, task=task, origin=name)
 
 

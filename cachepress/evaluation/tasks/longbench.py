@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
-from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import CHINESE_PUNCTUATION, qa_f1, token_f1
 from cachepress.evaluation.prompts import Template, read_prompts
@@ -15,7 +14,7 @@ from cachepress.evaluation.rouge import rouge_l
 from cachepress.evaluation.tasks.base import Metric, Task, normalise
 from cachepress.evaluation.tasks.fits import matching, some_choices
 from cachepress.evaluation.tasks.longbench_prompts import PROMPTS, Prompt
-from cachepress.evaluation.tasks.sources import Hub, read_rows
+from cachepress.evaluation.tasks.sources import Hub, in_format, read_rows
 from cachepress.generation.prompt import MIDDLE
 from cachepress.hf.types import PreTrainedTokenizerBase
 
@@ -165,15 +164,11 @@ def load_longbench(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase)
     if config.prompts is not None:
         needs = [("input",)] if "{input}" in prompt.ask else []
         template = read_prompts(config.prompts).template((task, name_e), needs=needs)
-    try:
+    with in_format(name, "LongBench's"):
         made = [_row(row, prompt, template) for row in rows]
         table = pd.DataFrame(made).assign(chat=uses_chat(task))
         if task.endswith(SUFFIX_E):
             table["task"] = [f"{task} {bucket(length)}" for length in table["length"]]
-    except CachepressError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise CachepressError(f"{name} is not in LongBench's format: {error!r}") from error
     return normalise(table, task=task, origin=name)
 
 

@@ -10,7 +10,7 @@ from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.prompts import Template, read_prompts
 from cachepress.evaluation.tasks.base import Task, normalise
 from cachepress.evaluation.tasks.fits import matching
-from cachepress.evaluation.tasks.sources import Hub, read_rows
+from cachepress.evaluation.tasks.sources import Hub, in_format, read_rows
 from cachepress.generation.prompt import MIDDLE
 from cachepress.hf.types import PreTrainedTokenizerBase
 
@@ -66,14 +66,10 @@ def load_longbench_v2(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBa
         needs = [("Q", "question", "input"), *((f"C_{c}", f"choice_{c}", c) for c in LETTERS)]
         read = read_prompts(config.prompts)
         template = read.template(("longbench-v2",), ("DOC", "context"), needs)
-    try:
+    with in_format(FILE, "LongBench v2's"):
         made = [
             _row(row, template) for row in rows if part in (None, row["difficulty"], row["length"])
         ]
-    except CachepressError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CachepressError(f"{FILE} is not in LongBench v2's format: {error!r}") from error
     if not made:
         raise CachepressError(f"{FILE} has no rows of the part {part}")
     return normalise(pd.DataFrame(made), task="longbench-v2", origin=FILE)

@@ -21,7 +21,7 @@ from cachepress.evaluation.prompts import Template, read_prompts
 from cachepress.evaluation.rouge import rouge_l
 from cachepress.evaluation.tasks.base import Metric, Part, Report, Task, normalise
 from cachepress.evaluation.tasks.fits import mapping
-from cachepress.evaluation.tasks.sources import Hub, read_rows
+from cachepress.evaluation.tasks.sources import Hub, in_format, read_rows
 from cachepress.generation.prompt import MIDDLE
 from cachepress.hf.types import PreTrainedTokenizerBase
 
@@ -74,24 +74,13 @@ def load_loogle(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
         names.append(f"longdep_{name}")
     zipped = [Hub(REPOSITORY, "data.zip", name) for name in names]
     rows = read_rows(config.data_path, names, Hub(REPOSITORY, f"data/{name}"), *zipped)
-    try:
+    with in_format(name, "LooGLE's"):
         asked = [one for row in rows for one in _questions(row)]
-        texts = [_asked(part, template, *one[:2]) for one in asked]
-        table = pd.DataFrame(
-            {
-                "context": [context for context, _ in texts],
-                "question": [question for _, question in texts],
-                "answer": [_answers(task, answer) for _, _, answer in asked],
-                "answer_prefix": part.prefix if template is None else "",
-                "max_new_tokens": part.max_new_tokens,
-                "metric": part.metric,
-            }
-        )
-    except CachepressError:
-        raise
-    except (KeyError, TypeError, ValueError, SyntaxError) as error:
-        raise CachepressError(f"{name} is not in LooGLE's format: {error!r}") from error
-    return normalise(table, task=task, origin=name)
+        texts = [(*_asked(part, template, *one[:2]), _answers(task, one[2])) for one in asked]
+    table = pd.DataFrame(texts, columns=["context", "question", "answer"])
+    prefix = part.prefix if template is None else ""
+    how = {"answer_prefix": prefix, "max_new_tokens": part.max_new_tokens, "metric": part.metric}
+    return normalise(table.assign(**how), task=task, origin=name)
 
 
 def _asked(part: Part, template: Template | None, document: str, question: str) -> tuple[str, str]:

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.tasks.base import Task, normalise
 from cachepress.evaluation.tasks.boxed import last_boxed, read_problems
-from cachepress.evaluation.tasks.sources import Hub
+from cachepress.evaluation.tasks.sources import Hub, in_format
 from cachepress.hf.types import PreTrainedTokenizerBase
 
 HUB = Hub("HuggingFaceH4/MATH-500", "test.jsonl")
@@ -32,10 +31,8 @@ def load_math500(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -
         CachepressError: if the file is not to be had, or is in another format.
     """
     table = read_problems(config, NAMES, HUB, PROMPT, "MATH-500")
-    try:
+    with in_format(NAMES[0], "MATH-500's"):
         subjects = [row["subject"] for row in table["row"]]
-    except KeyError as error:
-        raise CachepressError(f"{NAMES[0]} is not in MATH-500's format: {error!r}") from error
     table = table.assign(max_new_tokens=MAX_NEW_TOKENS, task=subjects, metric="math_verify")
     return normalise(table, task="math500", origin=NAMES[0])
 

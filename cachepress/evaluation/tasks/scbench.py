@@ -21,7 +21,7 @@ from cachepress.evaluation.tasks.infinitebench import (
     first_number,
     rouge_lsum,
 )
-from cachepress.evaluation.tasks.sources import Hub, read_rows
+from cachepress.evaluation.tasks.sources import Hub, in_format, read_rows
 from cachepress.generation.prompt import MIDDLE
 from cachepress.hf.types import PreTrainedTokenizerBase
 
@@ -134,15 +134,11 @@ def load_scbench(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -
             )
         template = read.template((part,), needs=[("input", "question"), *choices])
     seams = _seams(tokenizer, config.chat is not False)
-    try:
+    with in_format(name, "SCBench's"):
         functions = _functions(part, sessions)
         rows = [
             row for session in sessions for row in _turns(part, session, functions, seams, template)
         ]
-    except CachepressError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CachepressError(f"{name} is not in SCBench's format: {error!r}") from error
     return normalise(pd.DataFrame(rows), task=part, origin=name)
 
 

@@ -1,7 +1,8 @@
 """The original files of a benchmark: in a local folder, or on the hub."""
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,21 @@ def read_rows(folder: str | None, names: Sequence[str], *hubs: Hub) -> list[dict
     if not rows:
         raise CachepressError(f"{path} has no rows")
     return rows
+
+
+@contextmanager
+def in_format(name: str, whose: str) -> Iterator[None]:
+    """Say of what goes wrong in the block that a file is not in "a benchmark's" format.
+
+    Raises:
+        CachepressError: if anything goes wrong; one that is raised in the block is left as it is.
+    """
+    try:
+        yield
+    except CachepressError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, SyntaxError) as error:
+        raise CachepressError(f"{name} is not in {whose} format: {error!r}") from error
 
 
 def _local(folder: Path, names: Sequence[str]) -> Path:

@@ -14,7 +14,7 @@ from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.records import write_atomically
 from cachepress.evaluation.tasks.base import UNSCORED, Task, normalise
-from cachepress.evaluation.tasks.sources import Hub, read_rows
+from cachepress.evaluation.tasks.sources import Hub, in_format, read_rows
 from cachepress.hf.types import PreTrainedTokenizerBase
 
 REPOSITORY = "tau/zero_scrolls"
@@ -47,12 +47,10 @@ def load_zero_scrolls(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBa
     name = f"{task}/test.jsonl"
     rows = read_rows(config.data_path, [name], Hub(REPOSITORY, f"{task}.zip", name))
     samples: dict[str, tuple[str, str, str, str]] = {}
-    try:
+    with in_format(name, "ZeroSCROLLS'"):
         for row in rows:
             # A sample with several references stands there once for each.
             samples.setdefault(row["id"], _parts(row))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CachepressError(f"{name} is not in ZeroSCROLLS' format: {error!r}") from error
     table = pd.DataFrame(
         [(*parts, [key]) for key, parts in samples.items()],
         columns=["context", "question", "answer_prefix", "separator", "answer"],
