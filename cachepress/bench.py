@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pydoc_data import topics
@@ -33,6 +33,10 @@ from cachepress.presses import BasePress
 from cachepress.spec import NO_PRESS, parse
 
 MIB = 2**20
+HEADERS = (
+    *("press", "tokens", "batch", "forks", "prefill s", "press %", "ms a step", "middle half"),
+    *("ratio", "held MiB", "peak MiB"),
+)
 _QUESTION = 32
 """Tokens at the end of a context that stand for a question, for presses that look at one."""
 
@@ -62,8 +66,8 @@ class BenchOptions(BenchFields):
 
 
 @dataclass
-class Cell:
-    """The timings of one press on one kind of context.
+class Timing:
+    """What one press took on one kind of context.
 
     Attributes:
         press: its spelling.
@@ -87,12 +91,35 @@ class Cell:
     held: int = 0
     peak: int = 0
 
+    @property
+    def share(self) -> float:
+        """Scoring over the rest of a prefill, the median."""
+        pairs = zip(self.prefill, self.scoring, strict=True)
+        return statistics.median(scoring / (whole - scoring) for whole, scoring in pairs)
 
-def run_bench(options: BenchOptions, quiet: bool = False) -> dict[str, object]:
+    @property
+    def step(self) -> float:
+        """Seconds of a decoded step, the median."""
+        return statistics.median(self.decode)
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What a benchmark found.
+
+    Attributes:
+        machine: the model, and what it ran on.
+        options: what was asked for.
+        cells: a timing for each press and kind of context.
+    """
+
+    machine: str
+    options: Mapping[str, object]
+    cells: list[Timing]
+
+
+def run_bench(options: BenchOptions, quiet: bool = False) -> BenchResult:
     """Time every press at every length and batch size.
-
-    Returns:
-        The machine, the options and the cells, ready for JSON.
 
     Raises:
         CachepressError: if an option is wrong, or a length is more than the model has room for.
@@ -100,67 +127,37 @@ def run_bench(options: BenchOptions, quiet: bool = False) -> dict[str, object]:
     presses: list[BasePress | None] = [*([None] if options.baseline else []), *options.made()]
     model, ids = _model_and_text(options)
     _check_lengths(model, options)
-    cells = []
+    found = []
     kinds = list(itertools.product(options.lengths, options.batch_sizes, options.forks))
     total = len(kinds) * options.repeats * len(presses)
     with tqdm(total=total, unit="run", disable=quiet) as bar:
         for length, batch, forks in kinds:
-            group = [Cell(repr(p) if p else NO_PRESS, length, batch, forks) for p in presses]
+            group = [Timing(repr(p) if p else NO_PRESS, length, batch, forks) for p in presses]
             for _ in range(options.repeats):
                 _repeat(model, ids, presses, group, options, bar)
-            cells += group
-    return {
-        "machine": machine_of(model),
-        "options": asdict(options),
-        "cells": [asdict(cell) for cell in cells],
-    }
+            found += group
+    return BenchResult(machine_of(model), asdict(options), found)
 
 
-def bench_table(result: dict) -> str:
+def bench_table(result: BenchResult) -> str:
     """The result as a table, each line against the line without a press."""
-    rows, base = [], None
-    for cell in result["cells"]:
-        decode = statistics.median(cell["decode"])
-        if cell["press"] == NO_PRESS:
-            base = decode
-        rows.append(
-            (
-                cell["press"],
-                cell["length"],
-                cell["batch_size"],
-                cell["forks"],
-                statistics.median(cell["prefill"]),
-                100 * statistics.median(_shares(cell)),
-                1000 * decode,
-                _spread(cell["decode"]),
-                "" if base is None else f"{decode / base:.2f}",
-                cell["held"] / MIB,
-                cell["peak"] / MIB,
-            )
-        )
-    headers = (
-        "press",
-        "tokens",
-        "batch",
-        "forks",
-        "prefill s",
-        "press %",
-        "ms a step",
-        "middle half",
-        "ratio",
-        "held MiB",
-        "peak MiB",
-    )
-    widths = [48, *[None] * (len(headers) - 1)]
+    lines, base = [], None
+    for one in result.cells:
+        base = one.step if one.press == NO_PRESS else base
+        ratio = "" if base is None else f"{one.step / base:.2f}"
+        spread, sizes = _spread(one.decode), (one.held / MIB, one.peak / MIB)
+        seconds = (statistics.median(one.prefill), 100 * one.share, 1000 * one.step)
+        what = (one.press, one.length, one.batch_size, one.forks)
+        lines.append((*what, *seconds, spread, ratio, *sizes))
+    widths = [48, *[None] * (len(HEADERS) - 1)]
     formats = ("", "", "", "", ".2f", ".2f", ".1f", "", "", ".1f", ".0f")
-    return f"{result['machine']}\n\n" + tabulate(
-        rows, headers=headers, floatfmt=formats, maxcolwidths=widths
-    )
+    table = tabulate(lines, headers=HEADERS, floatfmt=formats, maxcolwidths=widths)
+    return f"{result.machine}\n\n{table}"
 
 
-def write_json(result: dict, path: str) -> None:
+def write_json(result: BenchResult, path: str) -> None:
     """Write the result to a file."""
-    Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    Path(path).write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
 
 
 def _check_lengths(model: PreTrainedModel, options: BenchOptions) -> None:
@@ -177,26 +174,26 @@ def _repeat(
     model: PreTrainedModel,
     ids: Tensor,
     presses: Sequence[BasePress | None],
-    cells: Sequence[Cell],
+    timings: Sequence[Timing],
     options: BenchOptions,
     bar: tqdm,
 ) -> None:
     """Read a context under each press, then decode, a token of each in turn."""
-    length, batch, forks = cells[0].length, cells[0].batch_size, cells[0].forks
+    length, batch, forks = timings[0].length, timings[0].batch_size, timings[0].forks
     context = _contexts(ids, length, batch).to(model.device)
     caches = []
-    for press, cell in zip(presses, cells, strict=True):
-        bar.set_postfix_str(f"{length} tokens, {cell.press[:40]}", refresh=True)
-        caches.append(_prefill(model, context, press, cell, options))
+    for press, timing in zip(presses, timings, strict=True):
+        bar.set_postfix_str(f"{length} tokens, {timing.press[:40]}", refresh=True)
+        caches.append(_prefill(model, context, press, timing, options))
         bar.update()
     caches = [fork(cache, forks) if forks > 1 else cache for cache in caches]
     token = context[:, :1].repeat_interleave(forks, dim=0)
     with torch.no_grad():
         for step in range(options.steps + 1):
-            for cache, cell in zip(caches, cells, strict=True):
+            for cache, timing in zip(caches, timings, strict=True):
                 seconds = timed_step(model, token, cache)
                 if step:  # The first one allocates.
-                    cell.decode.append(seconds)
+                    timing.decode.append(seconds)
 
 
 def _read(
@@ -224,16 +221,16 @@ def _prefill(
     model: PreTrainedModel,
     context: Tensor,
     press: BasePress | None,
-    cell: Cell,
+    timing: Timing,
     options: BenchOptions,
 ) -> Cache:
     reading, scoring = Stopwatch(model.device), Stopwatch(model.device)
     with peak_memory(model.device) as peak, reading:
         cache = _read(model, context, press, options, scoring)
-    cell.prefill.append(reading.seconds)
-    cell.scoring.append(scoring.seconds)
-    cell.held = size_of(cache).bytes_after
-    cell.peak = max(cell.peak, peak[0])
+    timing.prefill.append(reading.seconds)
+    timing.scoring.append(scoring.seconds)
+    timing.held = size_of(cache).bytes_after
+    timing.peak = max(timing.peak, peak[0])
     return cache
 
 
@@ -274,12 +271,6 @@ def machine_of(model: PreTrainedModel) -> str:
         f"torch {torch.__version__}, transformers {TRANSFORMERS_VERSION}, cachepress "
         f"{cachepress.__version__}"
     )
-
-
-def _shares(cell: dict) -> list[float]:
-    """Scoring over the rest of each prefill."""
-    pairs = zip(cell["prefill"], cell["scoring"], strict=True)
-    return [scoring / (whole - scoring) for whole, scoring in pairs]
 
 
 def _spread(seconds: list[float]) -> str:

@@ -3,18 +3,18 @@
 import inspect
 import json
 import re
-import statistics
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
 
 from tabulate import tabulate
 
-from cachepress.bench import BenchOptions, run_bench
+from cachepress.bench import MIB, BenchOptions, BenchResult, run_bench
 from cachepress.budgets import Threshold
 from cachepress.errors import CachepressError
+from cachepress.evaluation.typed import read_as
 from cachepress.presses import BasePress, ScorerPress, SnapKVPress
 from cachepress.spec import NO_PRESS, aliases, parse
 from cachepress.view import EVERY
@@ -49,6 +49,19 @@ Mostly heads of a layer, or of the model, compete for its scores.
 """
 COLUMNS = ("press", "what it does", "paper", "looks at", "frees", "best for")
 MEASURED = ("press", "spelling", "prefill +%", "bytes", "step")
+
+
+@dataclass(frozen=True)
+class Measured(BenchResult):
+    """What presses took, each at a ratio.
+
+    Attributes:
+        aliases: of the presses that were measured, after no press.
+        left_out: why others were not.
+    """
+
+    aliases: list[str]
+    left_out: Mapping[str, str]
 
 
 def example(kind: type[BasePress], ratio: float) -> BasePress:
@@ -127,7 +140,7 @@ def page(measured: Mapping[str, object] | None) -> str:
         *(f"- `{alias}`: `{text.format(ratio=0.5)}`" for alias, text in RECOMMENDED.items()),
     ]
     if measured is not None:
-        parts.append(_measured_part(measured))
+        parts.append(_measured_part(read_as(Measured, measured)))
     return "\n".join(parts) + "\n"
 
 
@@ -149,8 +162,8 @@ def measure(options: BenchOptions, ratio: float) -> dict[str, object]:
             left_out[alias] = str(error)
         else:
             spellings[alias] = repr(press)
-    result = run_bench(BenchOptions(**{**vars(options), "presses": list(spellings.values())}))
-    return {**result, "aliases": list(spellings), "left_out": left_out}
+    result = run_bench(replace(options, presses=list(spellings.values())))
+    return asdict(Measured(**vars(result), aliases=list(spellings), left_out=left_out))
 
 
 def write_page(path: str, measured: Mapping[str, object] | None) -> None:
@@ -166,39 +179,33 @@ def write_page(path: str, measured: Mapping[str, object] | None) -> None:
         draft.replace(target)
 
 
-def _measured_part(measured: Mapping[str, object]) -> str:
-    cells: list[dict] = measured["cells"]  # type: ignore
-    base = next(cell for cell in cells if cell["press"] == NO_PRESS)
-    options: dict = measured["options"]  # type: ignore
-    rows = []
-    for alias, cell in zip(measured["aliases"], cells[1:], strict=True):  # type: ignore
-        shares = [s / (p - s) for p, s in zip(cell["prefill"], cell["scoring"], strict=True)]
-        rows.append(
-            (
-                f"`{alias}`",
-                f"`{_short(alias)}`",
-                f"{100 * statistics.median(shares):.1f}",
-                f"{cell['held'] / base['held']:.2f}",
-                f"{statistics.median(cell['decode']) / statistics.median(base['decode']):.2f}",
-            )
-        )
+def _measured_part(found: Measured) -> str:
+    base = next(one for one in found.cells if one.press == NO_PRESS)
     lines = [
-        "\n## Measured\n",
-        f"{measured['machine']}; {options['lengths'][0]} tokens of English, "
-        f"{options['steps']} decoded tokens in turns with the others, "
-        f"{options['repeats']} repeats, medians. Prefill: what the press adds to the forward. "
-        "Bytes and the time of a decoded token: of those without a press, which hold "
-        f"{base['held'] / 2**20:.0f} MiB and take "
-        f"{1000 * statistics.median(base['decode']):.0f} ms.\n",
-        tabulate(rows, MEASURED, tablefmt="github", disable_numparse=True),
+        (
+            f"`{alias}`",
+            f"`{_short(alias)}`",
+            f"{100 * one.share:.1f}",
+            f"{one.held / base.held:.2f}",
+            f"{one.step / base.step:.2f}",
+        )
+        for alias, one in zip(found.aliases, found.cells[1:], strict=True)
     ]
-    left_out: dict[str, str] = dict(measured["left_out"])  # type: ignore
-    later = [alias for alias in own_presses() if alias not in (*measured["aliases"], *left_out)]  # type: ignore
-    left_out |= dict.fromkeys(later, "not measured yet")
+    parts = [
+        "\n## Measured\n",
+        f"{found.machine}; {base.length} tokens of English, "
+        f"{found.options['steps']} decoded tokens in turns with the others, "
+        f"{found.options['repeats']} repeats, medians. Prefill: what the press adds to the "
+        "forward. Bytes and the time of a decoded token: of those without a press, which hold "
+        f"{base.held / MIB:.0f} MiB and take {1000 * base.step:.0f} ms.\n",
+        tabulate(lines, MEASURED, tablefmt="github", disable_numparse=True),
+    ]
+    later = [alias for alias in own_presses() if alias not in (*found.aliases, *found.left_out)]
+    left_out = {**found.left_out, **dict.fromkeys(later, "not measured yet")}
     if left_out:
-        lines.append("\nNot measured:\n")
-        lines += [f"- `{alias}`: {reason}" for alias, reason in left_out.items()]
-    return "\n".join(lines)
+        parts.append("\nNot measured:\n")
+        parts += [f"- `{alias}`: {reason}" for alias, reason in left_out.items()]
+    return "\n".join(parts)
 
 
 def _short(alias: str) -> str:

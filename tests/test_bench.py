@@ -18,23 +18,23 @@ def test_every_cell_is_timed_and_weighed(model_dir):
     result = run_bench(
         options(model_dir, presses=("knorm", "AdaKVPress(KnormPress())")), quiet=True
     )
-    cells = result["cells"]
-    assert [c["press"].split("(")[0] for c in cells] == ["no_press", "KnormPress", "AdaKVPress"]
+    cells = result.cells
+    assert [c.press.split("(")[0] for c in cells] == ["no_press", "KnormPress", "AdaKVPress"]
     for cell in cells:
-        assert [len(cell[k]) for k in ("prefill", "scoring", "decode")] == [2, 2, 6]
-        assert min(cell["prefill"]) > 0 and min(cell["decode"]) > 0
-    assert cells[0]["scoring"] == [0, 0]
-    assert 0 < cells[1]["scoring"][0] < cells[1]["prefill"][0]
+        assert [len(getattr(cell, k)) for k in ("prefill", "scoring", "decode")] == [2, 2, 6]
+        assert min(cell.prefill) > 0 and min(cell.decode) > 0
+    assert cells[0].scoring == [0, 0]
+    assert 0 < cells[1].scoring[0] < cells[1].prefill[0]
     row = 2 * 8 * 4
-    assert cells[0]["held"] == 4 * 2 * 60 * row
-    assert cells[1]["held"] == 4 * 2 * 32 * (row + 4)
-    assert result["options"]["lengths"] == (60,)
+    assert cells[0].held == 4 * 2 * 60 * row
+    assert cells[1].held == 4 * 2 * 32 * (row + 4)
+    assert result.options["lengths"] == (60,)
     assert "LlamaForCausalLM" in bench_table(result)
 
 
 def test_forks_batches_chunks_and_storage(model_dir):
-    forks = run_bench(options(model_dir, presses=("knorm",), forks=(1, 4)), quiet=True)["cells"]
-    assert [c["forks"] for c in forks] == [1, 1, 4, 4]
+    forks = run_bench(options(model_dir, presses=("knorm",), forks=(1, 4)), quiet=True).cells
+    assert [c.forks for c in forks] == [1, 1, 4, 4]
     both = run_bench(
         options(
             model_dir,
@@ -46,9 +46,9 @@ def test_forks_batches_chunks_and_storage(model_dir):
             baseline=False,
         ),
         quiet=True,
-    )["cells"]
+    ).cells
     assert len(both) == 1
-    assert both[0]["held"] < 2 * 4 * 2 * 100 * 68
+    assert both[0].held < 2 * 4 * 2 * 100 * 68
 
 
 def test_a_shape_with_random_weights():
@@ -58,8 +58,8 @@ def test_a_shape_with_random_weights():
         ),
         quiet=True,
     )
-    assert result["machine"].startswith("LlamaForCausalLM of 60M")
-    assert result["cells"][0]["held"] == 1 * 3 * 32 * 2 * 64 * 4
+    assert result.machine.startswith("LlamaForCausalLM of 60M")
+    assert result.cells[0].held == 1 * 3 * 32 * 2 * 64 * 4
 
 
 def test_the_command_prints_a_table_and_writes_json(model_dir, tmp_path, capsys):
@@ -95,7 +95,7 @@ def test_a_length_beyond_the_trained_one_must_be_asked_for(model_dir):
         run_bench(options(model_dir, **longer), quiet=True)
     asked = options(model_dir, **longer, baseline=False, beyond_trained_length=True)
     result = run_bench(asked, quiet=True)
-    assert result["cells"][0]["length"] == 600
+    assert result.cells[0].length == 600
     assert "nan" not in bench_table(result)
 
 
