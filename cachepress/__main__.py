@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from io import TextIOWrapper
 from typing import NoReturn
 
 
@@ -12,7 +13,8 @@ def run() -> NoReturn:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     # A name may hold what the terminal cannot show.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     from cachepress.cli import main
 
     sys.exit(main())

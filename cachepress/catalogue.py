@@ -73,12 +73,16 @@ def example(kind: type[BasePress], ratio: float) -> BasePress:
         return press
     if issubclass(kind, ScorerPress):
         return kind(ratio)
-    needed = [f.name for f in fields(kind) if f.default is MISSING]  # type: ignore
-    press = kind(**dict.fromkeys(needed, SnapKVPress(ratio)))
+    press = kind(**dict.fromkeys(_needed(kind), SnapKVPress(ratio)))
     try:
         return press.with_ratio(ratio)
     except CachepressError:
         return press
+
+
+def _needed(kind: type) -> list[str]:
+    """The options of a class that have no default."""
+    return [f.name for f in fields(kind) if f.default is MISSING]
 
 
 def recommended(kind: type[BasePress], ratio: float) -> BasePress:

@@ -1,7 +1,7 @@
 """``cachepress inspect``: a context as a press left it, token by token."""
 
 import base64
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ class Inspection:
         kept: ``[H, T]`` which tokens each head holds, for each compressed layer.
         plain: the answer without the press.
         pressed: the answer with it.
+        options: how it was asked.
     """
 
     pieces: list[Piece]
@@ -39,6 +40,7 @@ class Inspection:
     kept: dict[int, Tensor]
     plain: Answers
     pressed: Answers
+    options: PromptOptions
 
 
 def write_inspection(
@@ -79,34 +81,34 @@ def write_inspection(
         CachepressError: if the context is empty or too long, if the press looks at the question
             and it is moved, or if the press cannot work on the model.
     """
-    if query_aware and press.needs.question:
+    options = PromptOptions(
+        answer_prefix=answer_prefix, max_new_tokens=max_new_tokens, truncation=truncation, chat=chat
+    )
+    text, options = _asked(press, context, question, query_aware, options)
+    seen = inspect(model, tokenizer, press, text, options, storage)
+    about = {"press": repr(press), "storage": storage, "model": _name(model)}
+    sees = query_aware or press.needs.question
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, _page(seen, {**about, "question": question, "query_aware": sees}))
+    return output
+
+
+def _asked(
+    press: BasePress, context: str, question: str, query_aware: bool, options: PromptOptions
+) -> tuple[str, PromptOptions]:
+    """The text that is read, and how it is asked about; the question is in it if presses see it."""
+    if not query_aware:
+        return context, replace(options, question=question)
+    if press.needs.question:
         raise CachepressError(
             f"query_aware moves the question into the context, and {press!r} looks for it where "
             "it is: leave query_aware out"
         )
-    text = context + question if query_aware else context
-    options = PromptOptions(
-        question="" if query_aware else question,
-        answer_prefix=answer_prefix,
-        max_new_tokens=max_new_tokens,
-        truncation=truncation,
-        suffix=question if query_aware else "",
-        chat=chat,
-    )
-    seen = inspect(model, tokenizer, press, text, options, storage)
-    about = {
-        "press": repr(press),
-        "model": Path(model.config.name_or_path or "").name or type(model).__name__,
-        "question": question,
-        "answer_prefix": answer_prefix,
-        "storage": storage,
-        "query_aware": query_aware or press.needs.question,
-        "chat": chat,
-        "cut": seen.pressed.cut_tokens,
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, _page(seen, about))
-    return output
+    return context + question, replace(options, question="", suffix=question)
+
+
+def _name(model: PreTrainedModel) -> str:
+    return Path(model.config.name_or_path or "").name or type(model).__name__
 
 
 def inspect(
@@ -127,7 +129,7 @@ def inspect(
         raise CachepressError(f"{press!r} leaves this model's cache as it is: nothing to see")
     prompt = make_prompt(tokenizer, model, context, options)
     pieces, rest = _pieces(tokenizer, context, options, prompt, press.needs.question)
-    return Inspection(pieces, rest, kept, plain, pressed)
+    return Inspection(pieces, rest, kept, plain, pressed, options)
 
 
 def kept_of(cache: Cache) -> dict[int, Tensor]:
@@ -195,6 +197,9 @@ def _page(seen: Inspection, about: dict[str, object]) -> str:
         "dropped": int(dropped.sum()),
         "plain": seen.plain,
         "pressed": seen.pressed,
+        "cut": seen.pressed.cut_tokens,
+        "chat": seen.options.chat,
+        "answer_prefix": seen.options.answer_prefix,
         "shares": {layer: float(mask.float().mean()) for layer, mask in seen.kept.items()},
         "most_heads": max(len(mask) for mask in seen.kept.values()),
         "data": page_data(seen),
