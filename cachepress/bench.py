@@ -58,7 +58,7 @@ class BenchOptions(BenchFields):
             check_prefill(press, self.prefill_chunk_size, self.prefill_mode, self.storage)
 
     def made(self) -> list[BasePress]:
-        """The presses, at each ratio."""
+        """Make the presses, each at every ratio."""
         parsed = [press for text in self.presses if (press := parse(text)) is not None]
         if not self.ratios:
             return parsed
@@ -67,7 +67,7 @@ class BenchOptions(BenchFields):
 
 @dataclass
 class Timing:
-    """What one press took on one kind of context.
+    """Seconds and bytes of one press on contexts of one length and batch size.
 
     Attributes:
         press: its spelling.
@@ -93,19 +93,19 @@ class Timing:
 
     @property
     def share(self) -> float:
-        """Scoring over the rest of a prefill, the median."""
+        """Median share of scoring and evicting in a prefill, relative to the rest of it."""
         pairs = zip(self.prefill, self.scoring, strict=True)
         return statistics.median(scoring / (whole - scoring) for whole, scoring in pairs)
 
     @property
     def step(self) -> float:
-        """Seconds of a decoded step, the median."""
+        """Median seconds of a decoded step."""
         return statistics.median(self.decode)
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What a benchmark found.
+    """The result of a benchmark, as its JSON holds it.
 
     Attributes:
         machine: the model, and what it ran on.
@@ -140,7 +140,7 @@ def run_bench(options: BenchOptions, quiet: bool = False) -> BenchResult:
 
 
 def bench_table(result: BenchResult) -> str:
-    """The result as a table, each line against the line without a press."""
+    """Format a result as a table, each press compared with the cache without one."""
     lines, base = [], None
     for one in result.cells:
         base = one.step if one.press == NO_PRESS else base
@@ -242,7 +242,7 @@ def timed_step(model: PreTrainedModel, token: Tensor, cache: Cache) -> float:
 
 
 def _model_and_text(options: BenchOptions) -> tuple[PreTrainedModel, Tensor]:
-    """The model, and a long row of token ids: English prose, or random ones for random weights."""
+    """The model, and many token ids: of English prose, or random ones for random weights."""
     if options.config is None:
         trust = {"trust_remote_code": options.trust_remote_code}
         model, tokenizer = load(
@@ -261,7 +261,7 @@ def _contexts(ids: Tensor, length: int, batch: int) -> Tensor:
 
 
 def machine_of(model: PreTrainedModel) -> str:
-    """What a model is, what it runs on, and the versions of all that computes."""
+    """Name a model, the machine and the versions of the libraries, for tables and files."""
     device = model.device.type
     if device == "cuda":
         device = torch.cuda.get_device_name(model.device)

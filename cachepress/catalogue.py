@@ -53,7 +53,7 @@ MEASURED = ("press", "spelling", "prefill +%", "bytes", "step")
 
 @dataclass(frozen=True)
 class Measured(BenchResult):
-    """What presses took, each at a ratio.
+    """A benchmark of one press of each class, and why other classes are left out.
 
     Attributes:
         aliases: of the presses that were measured, after no press.
@@ -65,7 +65,7 @@ class Measured(BenchResult):
 
 
 def example(kind: type[BasePress], ratio: float) -> BasePress:
-    """A press of a class, at a ratio where it has one."""
+    """Make a press of a class with the fewest options, at a ratio where it has one."""
     text = EXAMPLES.get(str(kind.alias))
     if text is not None:
         press = parse(text.format(ratio=ratio))
@@ -86,7 +86,7 @@ def _needed(kind: type) -> list[str]:
 
 
 def recommended(kind: type[BasePress], ratio: float) -> BasePress:
-    """A press of a class, in the form in which its authors recommend it."""
+    """Make a press of a class in the form in which its authors recommend it."""
     text = RECOMMENDED.get(str(kind.alias))
     press = example(kind, ratio) if text is None else parse(text.format(ratio=ratio))
     assert press is not None
@@ -94,12 +94,12 @@ def recommended(kind: type[BasePress], ratio: float) -> BasePress:
 
 
 def own_presses() -> dict[str, type[BasePress]]:
-    """The presses of this package by alias, without those that others registered."""
+    """List the press classes of this package by alias, without those that users registered."""
     return {k: v for k, v in aliases().items() if v.__module__.startswith("cachepress.")}
 
 
 def facts(kind: type[BasePress]) -> tuple[str, ...]:
-    """A line of the page about a class, as its docstring and its answers say."""
+    """Describe a press class in a line of the page, read off its docstring and its ``Needs``."""
     press, text = example(kind, 0.5), inspect.getdoc(kind) or ""
     first, _, rest = text.partition("\n\n")
     body = " ".join(rest.partition("Attributes:\n")[0].split())
@@ -116,7 +116,7 @@ def facts(kind: type[BasePress]) -> tuple[str, ...]:
 
 
 def grows(kind: type[BasePress]) -> str | None:
-    """What the time that a press adds grows with, where that is more than the text and its log."""
+    """Say what a press's time grows with, where it grows faster than n log n in the prompt."""
     words = " ".join((inspect.getdoc(kind) or "").split())
     said = re.search(r"[Tt]ime that grows with ([^.;]*)", words)
     if said is not None:
@@ -128,7 +128,7 @@ def grows(kind: type[BasePress]) -> str | None:
 
 
 def page(measured: Mapping[str, object] | None) -> str:
-    """The page as Markdown.
+    """Write the page as Markdown.
 
     Args:
         measured: what ``measure`` gave; None to leave the measurement out.

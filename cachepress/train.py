@@ -42,7 +42,7 @@ _MOST_ROWS = 1 << 15
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is learned from.
+    """A model, texts and settings to learn from.
 
     Attributes:
         model: the model.
@@ -71,7 +71,7 @@ class Lesson:
 
 
 def train(kind: str, lesson: Lesson, output: str | None = None) -> Path:
-    """Learn something of a model, and write it.
+    """Learn an artefact for a model, such as query statistics, and write it.
 
     Args:
         kind: one of ``KINDS``.
@@ -181,7 +181,7 @@ def _q_filters(lesson: Lesson) -> Tensors:
 
 @dataclass(frozen=True, repr=False)
 class _LabelPress(KVzipPress):
-    """KVzip, with the hidden states of the rows beside their scores.
+    """KVzip that collects the hidden states of the tokens beside their scores.
 
     Attributes:
         hidden: hidden states ``[n, M]`` of the window, by depth.
@@ -197,18 +197,18 @@ class _LabelPress(KVzipPress):
         return super().needs | Needs(hidden=self._note)
 
     def score(self, view: LayerView) -> Tensor:
-        """What the replay showed, ``[B, H, T]``."""
+        """What the context reconstruction attended to, ``[B, H, T]``."""
         self.scores[view.depth] = self.token_state(view)[0].mT.float().cpu()
         return super().score(view)
 
     def _note(self, hidden: Tensor, depth: int) -> Tensor:
         self.hidden[depth] = hidden[0].float().cpu()
-        # What the replay notes takes the place of this.
+        # What the reconstruction collects takes the place of this.
         return hidden.new_zeros(1, 1, hidden.shape[1])
 
 
 def _labelled(lesson: Lesson, plus: bool) -> list[tuple[Tensor, Tensor]]:
-    """Hidden states ``[N, M]`` and KVzip scores ``[N, H]`` of each layer, rows drawn from all."""
+    """Hidden states ``[N, M]`` and KVzip scores ``[N, H]`` of each layer, of some of all tokens."""
     length = lesson.windows[0].shape[1]
     most = max(1, _MOST_ROWS // len(lesson.windows))
     generator = torch.Generator().manual_seed(lesson.seed)
@@ -248,7 +248,7 @@ def _fastkvzip(lesson: Lesson) -> Tensors:
 
 @dataclass(frozen=True, repr=False)
 class _ScoredPress(WrapperPress):
-    """Keeps every row, and notes what the inner press thinks of them.
+    """Keeps every pair, and collects the scores of the inner press.
 
     Attributes:
         scores: scores ``[H, T]``, by depth.
@@ -258,7 +258,7 @@ class _ScoredPress(WrapperPress):
 
     @property
     def budget(self) -> TopK:
-        """All rows."""
+        """Everything is kept."""
         return TopK(Ratio(0.0))
 
     @property
@@ -276,15 +276,15 @@ class _ScoredPress(WrapperPress):
 def _lukv(lesson: Lesson) -> Tensors:
     """How much each head should keep at each ratio, for the scores of a press.
 
-    Each window is read in two parts. What a row is worth is the attention that it receives from
-    the second part; what the press thinks of the rows of the first one says in which order they
-    would go. The best shares of the rows are given to the heads that gain most by them.
+    Each window is read in two parts. What a token is worth is the attention that it receives from
+    the second part; the scores of the press for the tokens of the first one say in which order they
+    would go. The best shares of the tokens are given to the heads that gain most by them.
     """
     if lesson.press is None:
         raise CachepressError("lukv learns for the scores of a press: give --press")
     press = lesson.press
     with suppress(CachepressError):
-        # Presses that let the model repeat its text do so only where rows are to be dropped.
+        # Presses that reconstruct the context do so only where pairs are to be evicted.
         press = press.with_ratio(0.01)
     press = press.for_model(lesson.model)
     layers, h = sizes(lesson.model)[:2]

@@ -40,7 +40,7 @@ Found = dict[int, Answer]
 
 
 class Answerer:
-    """Answers for runs of one model.
+    """Generates the answers of evaluations of one model.
 
     Args:
         model: the model.
@@ -62,7 +62,7 @@ class Answerer:
         self._padding = has_only_full_attention(model)
 
     def check(self, runs: Sequence[Run], contexts: Sequence[Context]) -> dict[Path, str]:
-        """Look for what cannot work before anything is computed.
+        """Find presses that do not fit the model and contexts that are too long, before any work.
 
         Returns:
             The reason for each run, by its folder, whose press does not fit the model.
@@ -105,7 +105,7 @@ class Answerer:
         return None
 
     def alone(self, run: Run, context: Context, reference: Reference | None = None) -> Found:
-        """Answers of a run with a reading of its own, through the pipeline."""
+        """Answer a context's questions under one press, with a prefill of its own."""
         press = run.press
         asks = press is not None and press.needs.question
         if asks and len(context.samples) > 1:
@@ -128,7 +128,7 @@ class Answerer:
         return self._found(forked, context, size, answers.tokens, kls, nlls)
 
     def together(self, runs: Sequence[Run], context: Context) -> Iterator[tuple[Run, Found]]:
-        """Answers of runs that share what can be shared.
+        """Answer a context's questions under several presses, with one prefill where that works.
 
         One reading serves all presses that can share it; each compresses a fork of the whole
         cache, and forks that are stored alike are decoded as one batch. Others read for
@@ -284,7 +284,7 @@ class Answerer:
 def pipeline_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> KVPressTextGenerationPipeline:
-    """The text-generation pipeline of a model that is loaded."""
+    """Make the text-generation pipeline of a model that is loaded."""
     # What transformers says of its parameter leaves out the fast tokenizers, which it takes.
     named = cast(PreTrainedTokenizer, tokenizer)
     return KVPressTextGenerationPipeline(model, named, task=TASK, device=model.device)
@@ -293,14 +293,14 @@ def pipeline_of(
 def answers_of(
     pipe: KVPressTextGenerationPipeline, context: str, options: Mapping[str, object]
 ) -> Answers:
-    """Answers to questions on one context, and what they cost."""
+    """Answer questions on one context through the pipeline."""
     found = pipe(context, **options, return_stats=True)
     assert isinstance(found, dict)
     return found["stats"]
 
 
 def shares_reading(run: Run) -> bool:
-    """Whether a run can look at a reading that it shares with others."""
+    """Whether a run's press can compress a fork of a prefill that it shares with other presses."""
     if run.press is None:
         return True
     return shares(run.press) and run.config.prefill_mode == "exact"

@@ -62,7 +62,7 @@ class Reference:
     expected: list[Tensor]
 
     def parts(self) -> "list[Reference]":
-        """That of each question alone."""
+        """Split it by question."""
         pairs = zip(self.answers, self.expected, strict=True)
         return [Reference([answer], [expected]) for answer, expected in pairs]
 
@@ -94,7 +94,7 @@ class Batch:
         self._acting = forks[0].acting
 
     def answers(self, most: int) -> list[list[list[int]]]:
-        """Token ids of the answer of each fork to each question, so many at most."""
+        """Generate the token ids of the answer of each fork to each question, ``most`` at most."""
         with self._acting(self._model, turns="first") if self._acting else nullcontext():
             return self._decoded(
                 self._questions,
@@ -102,7 +102,7 @@ class Batch:
             )
 
     def reference(self, limits: Sequence[int]) -> Reference:
-        """What the first fork, whose cache is not compressed, says in so many tokens at most."""
+        """Answer from the first fork, whose cache is not compressed, to compare others with it."""
         answers = [
             tokens[: min(limit, MOST_TOKENS)]
             for tokens, limit in zip(self.answers(max(limits))[0], limits, strict=True)

@@ -1,4 +1,4 @@
-"""What an evaluation is made of, where it comes from, and where its results go."""
+"""The options of an evaluation, checked, and the folder of its results."""
 
 import hashlib
 import json
@@ -94,7 +94,7 @@ class EvaluationConfig(EvaluationFields):
 
     @property
     def sees_question(self) -> bool:
-        """Whether the press looks at the question whether or not it is moved."""
+        """Whether the press scores by the question, wherever that stands."""
         press = self.make_press()
         return press is not None and press.needs.question
 
@@ -112,7 +112,7 @@ class EvaluationConfig(EvaluationFields):
 
     @property
     def loading(self) -> dict[str, object]:
-        """What a model and its tokenizer are loaded with."""
+        """The arguments of from_pretrained."""
         return {"trust_remote_code": self.trust_remote_code, **self.model_kwargs}
 
     @property
@@ -219,7 +219,7 @@ _DEFAULTS = {f.name: f.default for f in fields(EvaluationConfig)}
 
 
 def load_config(path: str | None, options: Mapping[str, object]) -> EvaluationConfig:
-    """A config from a YAML file and options that come before it; ``press_name`` means ``press``.
+    """Read a config from a YAML file, which given options override; ``press_name`` is ``press``.
 
     Raises:
         CachepressError: if the file is missing, is not YAML, or has an unknown or wrong field.

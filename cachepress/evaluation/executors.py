@@ -77,7 +77,7 @@ class WorkerOptions:
 
 
 class Worker:
-    """Holds a model, and answers units.
+    """Holds a model, and generates the answers to units.
 
     Args:
         options: how.
@@ -99,7 +99,7 @@ class Worker:
             torch.set_num_threads(threads)
 
     def check(self, job: Job) -> dict[Path, str]:
-        """Refuse contexts that are too long; what does not fit the model, by folder, and why."""
+        """Refuse contexts that are too long; say why presses do not fit the model, by folder."""
         runs = [Run(config) for config in job.configs]
         return self._answerer(job.configs[0]).check(runs, job.contexts)
 
@@ -153,7 +153,7 @@ class Executor(ABC):
 
     @abstractmethod
     def check(self, job: Job) -> dict[Path, str]:
-        """What ``Worker.check`` says, before any work is done."""
+        """Find what cannot work before any work is done; see ``Worker.check``."""
 
     @abstractmethod
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
@@ -167,7 +167,7 @@ class Serial(Executor):
         self._worker = Worker(options, loaded=loaded)
 
     def check(self, job: Job) -> dict[Path, str]:
-        """What the worker says."""
+        """Check a job with this process's model."""
         return self._worker.check(job)
 
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
@@ -222,7 +222,7 @@ class Processes(Executor):
         self._pool.shutdown(cancel_futures=True)
 
     def check(self, job: Job) -> dict[Path, str]:
-        """What a worker says."""
+        """Check a job in one of the processes."""
         try:
             return self._submit(_check, job).result()
         except BrokenProcessPool as error:
@@ -307,7 +307,7 @@ class Ray(Executor):
             self._ray.shutdown()
 
     def check(self, job: Job) -> dict[Path, str]:
-        """What an actor says."""
+        """Check a job in one of the actors."""
         try:
             return self._get(self.actors[0].check.remote(job))
         except self._ray.exceptions.RayActorError as error:

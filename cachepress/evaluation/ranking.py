@@ -12,7 +12,7 @@ EQUAL = 1.15
 
 @dataclass(frozen=True)
 class Ranked:
-    """A press in a ranking.
+    """A press in a ranking, with the result that counts at each ratio.
 
     Attributes:
         press: its name.
@@ -46,7 +46,7 @@ class Ranked:
 
     @property
     def place(self) -> tuple[int, float, float]:
-        """What it is ordered by: what it lacks, its mean score, its divergence."""
+        """Sort key: how many ratios it lacks, its mean score, its mean divergence."""
         # One that was not measured comes last of equals.
         kl = float("inf") if self.kl is None else self.kl
         return len(self.results) - len(self._found), -(self.score or 0.0), kl

@@ -38,8 +38,8 @@ class Answer:
             where it was not measured.
         bytes_before: bytes that an uncompressed cache of the context holds.
         bytes_after: bytes that the compressed one has allocated.
-        rows_seen: rows that an uncompressed cache holds.
-        rows_held: rows that are held.
+        rows_seen: key-value pairs that an uncompressed cache holds, of all heads and layers.
+        rows_held: key-value pairs that are kept.
         peak_memory_bytes: the most memory that the process had needed by then; None where others
             shared its reading.
         machine: what it ran on.
@@ -162,7 +162,7 @@ def _parsed(line: str) -> tuple[str, Record]:
 
 
 def check_schema(values: Mapping[str, object]) -> None:
-    """Raise a ValueError for what a later version wrote, whose fields may mean something else."""
+    """Raise a ValueError if a later version wrote this, whose fields may mean something else."""
     schema = values.get("schema", SCHEMA)
     if schema != SCHEMA:
         raise ValueError(f"schema: got {shown(schema)}, wanted {SCHEMA}, which this version knows")

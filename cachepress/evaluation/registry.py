@@ -1,4 +1,4 @@
-"""Names that an evaluation knows: presses, data sets and metrics."""
+"""The registries of an evaluation: presses, data sets and metrics by name."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -137,7 +137,7 @@ class Metrics(Scores):
 def predictions_of(
     table: pd.DataFrame, answers: Mapping[int, Answer], ratio: float
 ) -> pd.DataFrame:
-    """The table without its contexts, with the answer to each sample, its costs and its score.
+    """Join a data set, without its contexts, with answers, costs and scores.
 
     Args:
         table: the data set, by sample id.
@@ -166,7 +166,7 @@ def score(prediction: str, answer: Sequence[str], choices: Sequence[str], metric
 
 
 def metrics_of(predictions: pd.DataFrame, query_aware: bool) -> Metrics:
-    """Quality with intervals, bytes and seconds of an evaluation.
+    """Compute quality with intervals, bytes and seconds of an evaluation.
 
     Costs are of all contexts; medians where they are seconds, since a machine is never quiet.
 
@@ -202,7 +202,7 @@ def metrics_of(predictions: pd.DataFrame, query_aware: bool) -> Metrics:
 
 
 def scores_of(predictions: pd.DataFrame) -> Scores:
-    """What judged, and mean scores with intervals: of everything, and of each task."""
+    """Compute mean scores with intervals, of all samples and of each task."""
     by_task = {str(task): rows for task, rows in predictions.groupby("task", sort=False)}
     tasks = {task: _estimate(estimate, rows, "score") for task, rows in by_task.items()}
     reported = {task: found for task, rows in by_task.items() if (found := _reported(rows))}

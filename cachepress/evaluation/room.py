@@ -1,4 +1,4 @@
-"""Whether a data set that is not generated yet can fit."""
+"""Whether a data set that is yet to be generated fits the model's positions."""
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
@@ -7,7 +7,7 @@ from cachepress.models.loading import positions_of
 
 
 def check_size(task: Task, config: EvaluationConfig) -> None:
-    """Refuse a data set that would be generated in vain.
+    """Refuse a data set whose contexts cannot fit, before it is generated.
 
     Raises:
         CachepressError: if a context is longer than there is room for, and is not to be cut, or

@@ -1,4 +1,7 @@
-"""One press at one ratio on one data set with one model: its folder, and what is done of it."""
+"""One evaluation and its folder: what is answered there, under which keys, and what is written.
+
+Nothing is computed here, see ``cachepress.evaluation.answering``.
+"""
 
 import hashlib
 import json
@@ -39,7 +42,7 @@ OTHER_FILES = 256
 
 
 class Run:
-    """One press at one ratio on one data set with one model.
+    """One evaluation, of a press at a ratio on a data set with a model, and its folder.
 
     Args:
         config: what is evaluated.
@@ -69,7 +72,7 @@ class Run:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder of results, so that two runs do not write into each other.
+        """Lock the folder of results, so that two processes do not write into it.
 
         A folder that is not there yet is made when there is something to write, and is gone again
         where a run ends before its first answer.
@@ -120,7 +123,7 @@ class Run:
             )
 
     def identify(self, model: Mapping[str, str], name: str) -> None:
-        """Say what answers depend on besides options and prompts, before any key is asked for.
+        """Set the digests of model, tokenizer and learned files, which keys of answers are made of.
 
         Args:
             model: digests of the model, by part.
@@ -132,7 +135,7 @@ class Run:
         self._keys.clear()
 
     def begin(self) -> None:
-        """Say what this run is; with ``overwrite``, forget what was there before."""
+        """Open the records and write the options; with ``overwrite``, remove earlier results."""
         if not self._is_held:
             self._hold()
         if self._records is None:
@@ -146,7 +149,7 @@ class Run:
         self.save_config()
 
     def peek(self) -> None:
-        """Look at what is done, without holding the folder."""
+        """Read the records without locking the folder."""
         if (self.folder / RECORDS).exists() and not self.config.overwrite:
             self._records = Records(self.folder / RECORDS)
 
@@ -174,7 +177,7 @@ class Run:
         self._done.update(found)
 
     def computed_by(self, contexts: Sequence[Context]) -> list[str]:
-        """In words, which other versions computed some of the answers that are there."""
+        """Name the library versions, other than today's, that computed answers which are kept."""
         own, found = versions(), {}
         for context in contexts:
             for sample in context.samples:
@@ -235,7 +238,7 @@ class Run:
         )
 
     def predictions(self, table: pd.DataFrame, contexts: list[Context]) -> pd.DataFrame:
-        """What was predicted, by sample id, with scores."""
+        """Join the data set, its answers and their scores, by sample id."""
         answers = {
             sample.sample_id: self._done[self.key(context, sample)]
             for context in contexts
@@ -244,7 +247,7 @@ class Run:
         return predictions_of(table, answers, self.config.ratio)
 
     def write_views(self, predictions: pd.DataFrame) -> Metrics:
-        """Write predictions.csv, metrics.json and config.yaml; the metrics."""
+        """Compute the metrics, and write predictions.csv, metrics.json and config.yaml."""
         sees = self.config.query_aware or self.config.sees_question
         metrics = metrics_of(predictions, sees)
         self.save_config()
@@ -259,7 +262,7 @@ class Run:
         return metrics
 
     def save_config(self) -> None:
-        """Write what this run is, with the versions that computed it."""
+        """Write the options, digests and library versions to config.yaml."""
         place = {name: getattr(self.config, name) for name in ("device", "data_path", "metric")}
         said = {"press_name": self.config.press_name, "schema": SCHEMA, "digests": self.digests}
         values = {**self.config.identity(), **said, **place, **versions()}
@@ -284,7 +287,7 @@ _COSTS = {f.name for f in fields(Answer)} - {"predicted_answer", "kl"}
 
 @contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Hold a folder of results.
+    """Lock a folder of results.
 
     Raises:
         CachepressError: if another process holds it.
@@ -321,7 +324,7 @@ def allow_open_files(n: int) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions of all that computes."""
+    """Versions of cachepress, torch, transformers and Python."""
     return {
         "cachepress_version": cachepress.__version__,
         "torch_version": str(torch.__version__),

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one run.
+    """The result of one run, and how it differs from the run without a press.
 
     Attributes:
         run: which one.
@@ -88,14 +88,14 @@ class Group:
             run.adopt(self.contexts)
 
     def units(self, kl: bool) -> Iterator[Unit]:
-        """What is left to do: contexts, with the runs that have not answered them."""
+        """List the contexts that are not answered, each with the runs that lack its answers."""
         for context in self.contexts:
             left = [run for run in self.runs if not run.has(context, kl and _measures(run))]
             if left:
                 yield Unit(context, tuple(run.config for run in left))
 
     def results(self) -> list[Result]:
-        """Write what follows from the answers, which are all there."""
+        """Compute and write metrics and predictions of every run, whose answers are all there."""
         results: list[Result] = []
         base: pd.DataFrame | None = None
         for run in self.runs:
@@ -121,7 +121,7 @@ def drive(
     quiet: bool = False,
     loaded: Loaded | None = None,
 ) -> list[list[Result]]:
-    """Do what is not done yet.
+    """Answer what is not answered yet, write the results, and return them.
 
     Args:
         groups: what is evaluated; a run that may be left out is where its press does not fit.

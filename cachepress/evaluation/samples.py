@@ -1,4 +1,4 @@
-"""What is asked: contexts, and the samples about each of them."""
+"""Contexts and the questions about them, loaded and put into the form in which they are asked."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class Sample:
     """A question about a context.
 
     Attributes:
-        sample_id: its row in the data set.
+        sample_id: its number in the data set.
         question: what is asked.
         answer_prefix: how the answer begins.
         max_new_tokens: most tokens of the answer.

@@ -79,10 +79,10 @@ def speed_lines(
         ids: the text, ``[1, T]``; it is read once for all.
         presses: presses that act on prompts, and do not look for a question.
     """
-    survey = SharedPrefill(model, presses)
-    survey.read(ids)
-    caches: list[Cache] = [ordinary(survey.cache)]
-    caches += [survey.compressed(press)[0] for press in presses]
+    prefill = SharedPrefill(model, presses)
+    prefill.read(ids)
+    caches: list[Cache] = [ordinary(prefill.cache)]
+    caches += [prefill.compressed(press)[0] for press in presses]
     sizes = [size_of(cache) for cache in caches]
     found = step_seconds(model, [(cache, None) for cache in caches])
     return [

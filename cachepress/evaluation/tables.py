@@ -115,7 +115,7 @@ def table(
 
 
 def printed(columns: Sequence[Column[T]], lines: Sequence[T]) -> list[Column[T]]:
-    """The columns of narrow tables in which anything stands."""
+    """Choose the columns for narrow tables, without those that are empty."""
     kinds = [column for column in columns if column.printed]
     return [kind for kind in kinds if any(kind.text(line) != NOTHING for line in lines)]
 

@@ -42,7 +42,7 @@ class Mistyped(ValueError):
 
 
 def read_as(kind: type[T], values: Mapping[str, object]) -> T:
-    """An instance of a dataclass with the values of a file; names that it does not have are left.
+    """Make a dataclass of the values of a file, each checked; other names are ignored.
 
     Fields may lack that have a default or can be None.
 
@@ -61,7 +61,7 @@ def read_as(kind: type[T], values: Mapping[str, object]) -> T:
 
 
 def read_fields(kind: type[T], path: Path, values: Mapping[str, object]) -> T:
-    """``read_as``, of the values of a file that a user may have.
+    """Do what ``read_as`` does, with errors that name the file.
 
     Raises:
         CachepressError: if a field lacks, or is not of its type, naming the file.
@@ -96,7 +96,7 @@ def _value(kind: object, value: object, name: str, got: str) -> object:
 
 
 def plain(value: object) -> object:
-    """A value for JSON: dataclasses as mappings, numbers that are not finite as null."""
+    """Make a value ready for JSON: dataclasses as mappings, numbers that are not finite as null."""
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, float):

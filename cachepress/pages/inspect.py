@@ -24,7 +24,7 @@ from cachepress.presses import BasePress
 
 @dataclass(frozen=True)
 class Inspection:
-    """What became of a context under a press.
+    """Which tokens of a context a press kept, and the answers with it and without it.
 
     Attributes:
         pieces: what the press read, token by token.
@@ -70,7 +70,7 @@ def write_inspection(
         max_new_tokens: most tokens of an answer.
         answer_prefix: how answers begin.
         query_aware: put the question into the context, so that any press sees it.
-        storage: how kept rows are stored: "full", "int8", "int4" or "int2".
+        storage: how kept pairs are stored: "full", "int8", "int4" or "int2".
         truncation: cut the end of a context that is too long instead of refusing it.
         chat: put context and question into the model's chat template, if it has one.
 
@@ -133,13 +133,13 @@ def inspect(
 
 
 def kept_of(cache: Cache) -> dict[int, Tensor]:
-    """Which text columns each head of each compressed layer holds, ``[H, T]``, by layer."""
+    """Find which tokens of the text each head of each compressed layer holds, ``[H, T]``."""
     kept: dict[int, Tensor] = {}
     for number, layer in enumerate(cache.layers):
         if not isinstance(layer, CompressedLayer):
             continue
         positions = layer.positions[0].cpu().long()
-        # Empty rows go to a column of their own, which is then left out.
+        # Empty slots go to a column of their own, which is then left out.
         mask = torch.zeros(len(positions), layer.get_seq_length() + 1, dtype=torch.bool)
         kept[number] = mask.scatter_(1, positions % mask.shape[1], True)[:, :-1]
     return kept

@@ -253,7 +253,7 @@ def _same(run: pd.DataFrame, base: pd.DataFrame) -> float | None:
 
 
 def quality_of(run: SavedRun, quality: str) -> Estimate | None:
-    """The score, the divergence or the perplexity of a run."""
+    """Look up the score, the divergence or the perplexity of a run."""
     metrics = run.metrics
     return {"score": metrics.score, "kl": metrics.kl, "perplexity": metrics.perplexity}[quality]
 

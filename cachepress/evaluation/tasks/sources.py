@@ -57,7 +57,7 @@ def read_rows(folder: str | None, names: Sequence[str], *hubs: Hub) -> list[dict
 
 @contextmanager
 def in_format(name: str, whose: str) -> Iterator[None]:
-    """Say of what goes wrong in the block that a file is not in "a benchmark's" format.
+    """Turn errors inside the block into one that says in whose format the file is not.
 
     Raises:
         CachepressError: if anything goes wrong; one that is raised in the block is left as it is.
