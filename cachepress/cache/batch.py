@@ -1,4 +1,4 @@
-"""What can be done with a cache: fork it for a batch, measure it, remember its text."""
+"""Operations on a whole cache: fork it for a batch, measure its bytes, record its token ids."""
 
 import copy
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ TEXT = "text_ids"
 
 @dataclass(frozen=True)
 class CacheSize:
-    """What a cache saw and holds, over its compressed layers, measured from storage.
+    """Pairs and bytes of a cache: those held now, and those that an uncompressed cache would hold.
 
     Attributes:
         bytes_before: bytes of the keys and values that an uncompressed cache of the same text
@@ -46,7 +46,7 @@ class CacheSize:
 
 
 def compressed_layers(cache: Cache) -> list[CompressedLayer]:
-    """The layers of a cache that cachepress holds."""
+    """List the compressed layers of a cache."""
     return [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
 
 
@@ -74,7 +74,7 @@ def size_of(cache: Cache) -> CacheSize:
 
 
 def _tensors(layer: object) -> list[torch.Tensor]:
-    """Keys and values of a layer; those of sliding windows, too."""
+    """List the tensors of a layer, also of one with a sliding window."""
     if isinstance(layer, CompressedLayer):
         return layer.tensors()
     found = (getattr(layer, name, None) for name in ("keys", "values"))
@@ -82,7 +82,7 @@ def _tensors(layer: object) -> list[torch.Tensor]:
 
 
 def _pairs(layer: object) -> tuple[int, int]:
-    """Pairs seen and held by a layer that keeps the whole text."""
+    """Count the pairs seen and held by a layer with full attention."""
     if isinstance(layer, CompressedLayer):
         if not layer.is_initialized:
             return 0, 0
@@ -94,7 +94,7 @@ def _pairs(layer: object) -> tuple[int, int]:
 
 
 def note_text(cache: Cache, ids: Tensor, seen: int) -> None:
-    """Note which tokens a forward of one sequence wrote.
+    """Record the token ids that a forward of one sequence wrote to the cache.
 
     Args:
         cache: the cache.
@@ -111,7 +111,7 @@ def note_text(cache: Cache, ids: Tensor, seen: int) -> None:
 
 
 def text_of(cache: Cache) -> Tensor | None:
-    """Token ids ``[1, n]`` of the text in a cache, or of its beginning; None if none are known."""
+    """Return the token ids ``[1, n]`` of a cache's text or its beginning; None if not recorded."""
     known = _text(cache)
     return None if known is None else torch.from_numpy(known.copy())
 
@@ -122,12 +122,12 @@ def _text(cache: Cache) -> np.ndarray | None:
 
 
 def _of_text(cache: Cache) -> object:
-    """The layer that knows the text."""
+    """Find the layer that records the token ids of the cache's text."""
     return next(iter(compressed_layers(cache)), cache.layers[0])
 
 
 def trim(cache: Cache) -> None:
-    """Let layers with sliding windows hold their own tokens alone.
+    """Free the memory of tokens that sliding-window layers have evicted.
 
     After a prompt these are a view of all of its tokens, which would stay in memory, and be copied
     with the layer, until the next token comes.
@@ -142,7 +142,7 @@ def trim(cache: Cache) -> None:
 
 
 def fork(cache: Cache, n: int = 1) -> Cache:
-    """A continuation of a cache that leaves the original untouched, ``n`` times as a batch.
+    """Fork a cache into a batch of ``n`` copies, to continue it without changing the original.
 
     Compressed layers share their pairs with the original: a fork costs what it appends. Layers with
     sliding windows or recurrent states are copied.
@@ -158,7 +158,7 @@ def fork(cache: Cache, n: int = 1) -> Cache:
 
 
 def ordinary(cache: Cache) -> Cache:
-    """A copy of an uncompressed cache as transformers itself keeps it."""
+    """Copy an uncompressed cache into cache layers of transformers itself."""
     copied = copy.copy(cache)
     copied.layers = []
     for layer in cache.layers:

@@ -1,4 +1,4 @@
-"""Bytes of a compressed layer: what is allocated, and what pairs will need."""
+"""Bytes of a compressed layer: those allocated now, and those that kept pairs will need."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ _POSITION = 4
 
 
 def allocated_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storage behind some tensors, each counted once."""
+    """Add up the bytes of the storages behind some tensors, each counted once."""
     storages = (x.untyped_storage() for x in tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -22,7 +22,7 @@ def allocated_bytes(tensors: Iterable[Tensor]) -> int:
 def bytes_of_pairs(
     pairs: Pairs, codec: Codec | None, bounded: bool, compacts: bool, has_state: bool
 ) -> PairBytes:
-    """Bytes that kept pairs of a head need.
+    """Compute the bytes that the kept pairs of a head need.
 
     Args:
         pairs: the pairs, of which some are kept.
@@ -43,7 +43,7 @@ def bytes_of_pairs(
         each = codec.pair_bytes(pairs.keys, pairs.values) + beside
 
     def decoded(n: int) -> float:
-        """The most bytes that a head needs for ``n`` tokens that are decoded."""
+        """Compute the most bytes that a head needs for ``n`` decoded tokens."""
         if codec is None and not bounded:
             return (n + SLACK) * whole
         residual = SLACK if codec is None else codec.residual

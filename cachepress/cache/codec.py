@@ -1,4 +1,4 @@
-"""Quantized pages: keys by channel, values by token."""
+"""Quantized storage of keys and values, in pages: keys by channel, values by token."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ VALUE_GROUP = 32
 
 @dataclass(frozen=True)
 class Codec:
-    """How kept pairs are stored.
+    """Quantizes kept pairs: how many bits a number has, and which numbers share a scale.
 
     Attributes:
         bits: of a number, 8, 4 or 2.
@@ -46,7 +46,7 @@ class Codec:
 
     @classmethod
     def of(cls, storage: "str | Codec") -> "Codec | None":
-        """The codec of "int8", "int4" or "int2"; None for "full".
+        """Return the codec of "int8", "int4" or "int2"; None for "full".
 
         Raises:
             CachepressError: for another name.
@@ -63,7 +63,7 @@ class Codec:
         return cls(bits, value_group=VALUE_GROUP if bits == 2 else None)
 
     def encode_keys(self, pages: Tensor, used: Tensor) -> "Quantized":
-        """Pages ``[P, C, D]`` with a scale for each channel of a page.
+        """Quantize pages of keys ``[P, C, D]`` with a scale for each channel of a page.
 
         ``used [P, C]`` says which slots count.
         """
@@ -73,7 +73,7 @@ class Codec:
         return self._encode(pages, low.amin(1, keepdim=True), high.amax(1, keepdim=True))
 
     def encode_values(self, pages: Tensor) -> "Quantized":
-        """Pages ``[P, C, E]`` with a scale for each group of channels of a row."""
+        """Quantize pages of values ``[P, C, E]``, each with a scale for each group of channels."""
         self.check(pages.shape[-1])
         size = self.value_group or pages.shape[-1]
         low, high = _range(pages, torch.zeros_like(pages, dtype=torch.bool))
@@ -82,7 +82,7 @@ class Codec:
         return self._encode(pages, low, high, self.value_group)
 
     def pair_bytes(self, keys: Tensor, values: Tensor) -> float:
-        """Bytes of a pair of a head, its share of the scales included.
+        """Compute the bytes of a pair of a head, its share of the scales included.
 
         ``keys [B, H, T, D]`` and ``values [B, H, T, E]`` hold the pairs, among others.
         """
@@ -93,7 +93,7 @@ class Codec:
         return numbers + of_keys * key_size / PAGE + of_values * groups
 
     def check(self, size: int) -> None:
-        """Raise unless vectors of this size can be packed."""
+        """Raise CachepressError unless vectors of this size can be packed into bytes."""
         packed = 8 // self.bits
         if size % packed:
             raise CachepressError(
@@ -119,7 +119,7 @@ class Codec:
         return Quantized(codes, scale, zero, self.bits, pages.dtype, group)
 
     def _scale_dtype(self, x: Tensor) -> torch.dtype:
-        """The type of scales for numbers like those of ``x``."""
+        """Choose the type of the scales: float16 unless numbers like those of ``x`` overflow it."""
         sizes = x.abs()
         peak = float(sizes.masked_fill_(~sizes.isfinite(), 0).amax()) if x.numel() else 0.0
         least = _FINE * (2**self.bits - 1) / 2
@@ -128,7 +128,7 @@ class Codec:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Pages of numbers in few bits.
+    """Quantized pages of keys or values.
 
     Attributes:
         codes: ``[P, C, D * bits / 8]`` uint8, with as many numbers in each as it has room for.
@@ -149,17 +149,17 @@ class Quantized:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What pages have in common that can be put into one tensor."""
+        """Type and shapes: pages of equal form can be concatenated."""
         shapes = tuple(x.shape[1:] for x in self.tensors())
         return (self.bits, self.dtype, self.group, *shapes)
 
     @property
     def width(self) -> int:
-        """Numbers of a row."""
+        """Channels of a key or value."""
         return self.codes.shape[-1] * 8 // self.bits
 
     def decode(self) -> Tensor:
-        """The pages ``[P, C, D]``."""
+        """Dequantize the pages, ``[P, C, D]``."""
         codes = _unpacked(self.codes, self.bits)
         zero, scale = (
             _each(x.float(), self.group, codes.shape[-1]) for x in (self.zero, self.scale)
@@ -167,23 +167,23 @@ class Quantized:
         return torch.addcmul(zero, codes.float(), scale).to(self.dtype)
 
     def bounds(self) -> Tensor:
-        """The lowest and the highest number that keys of each page can be, ``[P, 2, D]``."""
+        """Compute the lowest and highest number that keys of each page can be, ``[P, 2, D]``."""
         low = self.zero.float()
         return torch.cat([low, low + self.scale.float() * (2**self.bits - 1)], dim=1)
 
     def pages(self, change: Callable[[Tensor], Tensor]) -> "Quantized":
-        """The same with other pages: ``change`` is applied to everything ``[P, ...]``."""
+        """Apply ``change`` to every tensor ``[P, ...]``, as to pick or reorder pages."""
         return replace(
             self, codes=change(self.codes), scale=change(self.scale), zero=change(self.zero)
         )
 
     def tensors(self) -> list[Tensor]:
-        """Everything that is allocated."""
+        """List all tensors that are allocated."""
         return [self.codes, self.scale, self.zero]
 
 
 def _range(pages: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers of pages that are finite and in sight: to take the lowest from, the highest."""
+    """Mask what no scale is computed from: ``pages`` to take the minimum of, and the maximum."""
     exact = wide(pages)
     hidden = hidden | ~exact.isfinite()
     exact = exact.clamp(-_LIMIT, _LIMIT)
@@ -191,7 +191,7 @@ def _range(pages: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _packed(codes: Tensor, bits: int) -> Tensor:
-    """Numbers ``[P, C, D]`` of a few bits, as many in a byte as it has room for, lowest first."""
+    """Pack numbers ``[P, C, D]`` of a few bits into bytes, the first in the lowest bits."""
     step = 8 // bits
     packed = codes[..., 0::step]
     for i in range(1, step):
@@ -200,7 +200,7 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpacked(codes: Tensor, bits: int) -> Tensor:
-    """The numbers ``[P, C, D]`` of packed bytes."""
+    """Unpack bytes into numbers ``[P, C, D]``."""
     if bits == 8:
         return codes
     most = 2**bits - 1
@@ -208,5 +208,5 @@ def _unpacked(codes: Tensor, bits: int) -> Tensor:
 
 
 def _each(x: Tensor, group: int | None, size: int) -> Tensor:
-    """A number for each of ``size`` channels, from one for each group of them."""
+    """Repeat the number of each group of channels for all of ``size`` channels."""
     return x if group is None else x.repeat_interleave(min(group, size), dim=-1)[..., :size]

@@ -1,4 +1,4 @@
-"""What a compressed layer hands to a model in place of its keys and values."""
+"""The handle that a compressed layer gives to a model in place of its keys and values."""
 
 from functools import lru_cache
 from typing import TYPE_CHECKING, NoReturn
@@ -24,7 +24,7 @@ _READABLE = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()} | {
 
 
 class RowsHandle(Tensor):
-    """Stands for a layer's keys or values over the whole text, and refuses to be computed with.
+    """Tensor without data in place of a layer's keys or values; computing with it raises an error.
 
     Only our attention function can read it. Any other function would take the pairs that are held
     for the text itself and compute a wrong token; it gets an error instead. It has the shape that
@@ -50,7 +50,7 @@ class RowsHandle(Tensor):
         added: tuple[Tensor, Tensor],
         like: Tensor,
     ) -> "RowsHandle":
-        """A handle for what ``layer`` holds that looks like ``like`` over the whole text."""
+        """Make a handle of ``layer`` with the type of ``like``, in the shape of the whole text."""
         b, h, _, d = like.shape
         handle = _blank(like.dtype, like.device).expand(b, h, snapshot.seen, d).as_subclass(cls)
         handle.layer, handle.snapshot, handle.added = layer, snapshot, added
@@ -61,7 +61,7 @@ class RowsHandle(Tensor):
     def __torch_function__(
         cls, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None
     ) -> object:
-        """Answer questions about the shape; refuse every computation."""
+        """Answer questions about shape, type and device; raise ForeignAttentionError otherwise."""
         if func in _READABLE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))  # type: ignore
@@ -70,7 +70,7 @@ class RowsHandle(Tensor):
 
 @lru_cache
 def _blank(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The one number that all handles of a kind expand."""
+    """Make the one number that all handles of a type and device expand."""
     with torch.inference_mode(False):
         return torch.full((1,), float("nan"), dtype=dtype, device=device)
 

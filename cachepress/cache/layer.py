@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class CompressedLayer(CacheLayerMixin):
-    """A transformers cache layer from which key-value pairs can be evicted, head by head.
+    """Cache layer of transformers from which key-value pairs can be evicted, head by head.
 
     ``get_seq_length()`` is what was *seen*, so positions and masks of the next forward come out
     right; ``lengths`` is what is *held*. What was compressed is in segments that never change, with
@@ -71,7 +71,7 @@ class CompressedLayer(CacheLayerMixin):
 
     @classmethod
     def adopt(cls, keys: Tensor | None, values: Tensor | None) -> "CompressedLayer":
-        """A layer that holds what an ordinary cache layer held, ``[B, H, T, D]`` each."""
+        """Make a compressed layer of an ordinary layer's keys and values, ``[B, H, T, D]`` each."""
         layer = cls()
         if keys is not None and values is not None and keys.numel():
             layer._append(keys, values)
@@ -110,7 +110,7 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def snapshot(self) -> Snapshot:
-        """What is held now, as attention reads it."""
+        """Snapshot of what the layer holds now, which attention reads."""
         if not self.is_initialized:
             raise CachepressError("the cache is empty: run a forward with it first")
         tail = None if self._tail is None else self._tail.read()
@@ -119,7 +119,7 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, slack and bookkeeping included."""
+        """Bytes allocated, free slots and bookkeeping included."""
         return allocated_bytes(self.tensors())
 
     @property
@@ -134,7 +134,7 @@ class CompressedLayer(CacheLayerMixin):
         return self._seen * self._batch * self.snapshot.heads * row
 
     def tensors(self) -> list[Tensor]:
-        """Everything that is allocated; layers of one cache can share what they know of padding."""
+        """List all tensors that are allocated; layers of one cache can share the padding mask."""
         found = [x for segment in self._segments for x in segment.tensors()]
         found += [] if self._tail is None else self._tail.tensors()
         return found if self.text_valid is None else [*found, self.text_valid]
@@ -158,7 +158,7 @@ class CompressedLayer(CacheLayerMixin):
         text_valid: Tensor | None = None,
         key_channels: Tensor | None = None,
     ) -> None:
-        """Hold exactly the pairs of ``mask [B, H, T]``, in their order, in new storage.
+        """Evict all pairs but those of ``mask [B, H, T]``, and copy these to new storage in order.
 
         Args:
             pairs: everything that is held.
@@ -173,15 +173,15 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def recodes(self) -> bool:
-        """Whether pairs that are kept are stored in another form than they came in."""
+        """Whether kept pairs are stored in another form: quantized, or in pages with bounds."""
         return self.codec is not None or self.page_budget is not None
 
     def pair_bytes(self, pairs: Pairs, compacts: bool, has_state: bool = False) -> PairBytes:
-        """Bytes that kept pairs of a head need: keys, values, positions, token states."""
+        """Compute the bytes that kept pairs of a head need, with their positions and states."""
         return bytes_of_pairs(pairs, self.codec, self.page_budget is not None, compacts, has_state)
 
     def restore(self) -> None:
-        """Hold pairs as they came, without a free slot, if none was ever evicted.
+        """Store pairs as the model computed them, without a free slot, if none was ever evicted.
 
         What forks share is in pages, which have positions and end with free slots.
         """
@@ -197,11 +197,11 @@ class CompressedLayer(CacheLayerMixin):
             self._tail = self._tail.exact()
 
     def mark_scored(self) -> None:
-        """Remember that the layer was compressed now, whether or not a pair was evicted."""
+        """Record that the layer was compressed now, whether or not a pair was evicted."""
         self.scored_at, self.query_stats = self._seen, None
 
     def mark_skipped(self, n: int, bounded: bool = False) -> None:
-        """Remember that ``n`` tokens of a prompt were not compressed.
+        """Record that the last ``n`` tokens of a prompt were not compressed.
 
         Where the bytes are ``bounded`` they count as if they had been decoded, and are put into
         pages at once, as decoded ones are.
@@ -212,7 +212,7 @@ class CompressedLayer(CacheLayerMixin):
             self._page_tail()
 
     def fork(self) -> "CompressedLayer":
-        """A layer with the same pairs, which it shares; what is appended to one stays with it."""
+        """Fork the layer: the fork shares its pairs, and appends its own."""
         if self._tail is not None and self._tail.n > SLACK:
             self._freeze()
         forked = copy.copy(self)
@@ -223,14 +223,14 @@ class CompressedLayer(CacheLayerMixin):
         return forked
 
     def form(self) -> tuple[object, ...]:
-        """What layers have in common that can be stacked; the tail becomes a segment."""
+        """Return what must be equal for layers to be stacked, after the tail became a segment."""
         if self._tail is not None:
             self._freeze()
         return (self._seen, self.codec, self.page_budget, *(x.form for x in self._segments))
 
     @classmethod
     def stack(cls, layers: Sequence["CompressedLayer"], n: int) -> "CompressedLayer":
-        """A layer of the sequences of layers of the same ``form``, all of them ``n`` times.
+        """Stack layers of the same ``form`` into one of all their sequences, ``n`` times each.
 
         Pairs are copied once; the repeats share them.
         """
@@ -242,15 +242,15 @@ class CompressedLayer(CacheLayerMixin):
         return stacked
 
     def get_seq_length(self) -> int:
-        """Text columns seen, which is where the next token stands."""
+        """Count the text columns seen, which is the column of the next token."""
         return self._seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the attention mask: the whole text and the new tokens."""
+        """Return length and offset of the attention mask: the whole text and the new tokens."""
         return self._seen + int(query_length), 0
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """Return -1: there is no maximum."""
         return -1
 
     get_max_cache_shape = get_max_length
@@ -285,13 +285,13 @@ class CompressedLayer(CacheLayerMixin):
         self.scored_at, self.query_stats = min(self.scored_at, target), None
 
     def reset(self) -> None:
-        """Forget everything but how pairs are stored."""
+        """Remove all pairs; codec and page budget stay."""
         stored = self.codec, self.page_budget
         self.__init__()
         self.codec, self.page_budget = stored
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: buffers are made when the first pairs arrive."""
+        """Do nothing: buffers are made when the first pairs arrive."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the sequences by those of ``beam_idx [B']``, which may repeat.
@@ -323,13 +323,13 @@ class CompressedLayer(CacheLayerMixin):
         self.reorder_cache(batch[indices] if self.is_initialized else batch)
 
     def offload(self) -> None:
-        """Refused: the attention function reads pairs where they are."""
+        """Raise UnsupportedError: the attention function reads pairs where they are."""
         raise UnsupportedError("a compressed cache cannot be offloaded: use DynamicCache()")
 
     prefetch = offload
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
-        """A fork: segments never change, so they need no copy."""
+        """Fork the layer: segments never change, so they need no copy."""
         forked = self.fork()
         forked.masks = copy.deepcopy(self.masks, memo)  # One for all layers of the copy.
         return forked  # pyright: ignore[reportReturnType]
@@ -364,7 +364,7 @@ class CompressedLayer(CacheLayerMixin):
     def _segments_of(
         self, rows: Pairs, mask: Tensor, key_channels: Tensor | None = None
     ) -> tuple[Segment, ...]:
-        """The pairs of ``mask [B, H, T]`` as they are stored."""
+        """Build segments of the pairs of ``mask [B, H, T]``, the newest in full precision."""
         if self.codec is None:
             return (self._segment(rows, mask, None, key_channels),)
         rank = mask.flip(-1).cumsum(-1).flip(-1)  # 1 for the last pair that stays
@@ -376,16 +376,16 @@ class CompressedLayer(CacheLayerMixin):
     def _segment(
         self, rows: Pairs, mask: Tensor, codec: Codec | None = None, channels: Tensor | None = None
     ) -> Segment:
-        """The pairs of ``mask [B, H, T]`` as one segment."""
+        """Build one segment of the pairs of ``mask [B, H, T]``."""
         return Segment.of(rows, mask, codec, channels, self.page_budget is not None)
 
     @property
     def _pages_tail(self) -> bool:
-        """Whether the oldest pairs of a long tail are put into pages."""
+        """Whether the oldest pairs of a long tail are moved into pages."""
         return self.recodes and bool(self._compressed_at)
 
     def _page_tail(self) -> None:
-        """Put the oldest pairs of a tail that is longer than the residual into full pages."""
+        """Move the oldest pairs of a tail that is longer than the residual into full pages."""
         residual = SLACK if self.codec is None else self.codec.residual
         n = 0 if self._tail is None else (self._tail.n - residual) // PAGE * PAGE
         if n <= 0 or self._tail is None:

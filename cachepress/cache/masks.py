@@ -1,4 +1,4 @@
-"""The attention mask of one forward, read as a table of queries and text columns."""
+"""Reads the attention mask of a forward, over queries and text columns."""
 
 import weakref
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _LOWEST = torch.finfo(torch.float32).min
 
 
 class TextMask:
-    """What the queries of a forward may attend to; all layers of a forward share one.
+    """Attention mask of a forward: what each query may attend to; all its layers share one.
 
     Args:
         mask: None for causal attention, ``[B, S]`` which columns are tokens, or ``[B, heads, n,
@@ -37,26 +37,26 @@ class TextMask:
         self._memo = {} if memo is None else memo
 
     def of_sequences(self, first: int, last: int) -> "TextMask":
-        """The mask of some of the sequences."""
+        """Restrict the mask to some of the sequences."""
         if self._mask is None or self._mask.shape[0] == 1:
             return self
         memo = self._once(("sequences", first, last), dict)
         return TextMask(self._mask[first:last], self._n, memo)
 
     def _once(self, name: object, make: Callable[[], T]) -> T:
-        """What ``make`` gives, made once for all layers of a forward."""
+        """Compute ``make()`` once for all layers of a forward."""
         if name not in self._memo:
             self._memo[name] = make()
         return cast(T, self._memo[name])
 
     @property
     def per_head(self) -> bool:
-        """Whether heads have masks of their own."""
+        """Whether each head has a mask of its own."""
         return self._mask is not None and self._mask.ndim == 4 and self._mask.shape[1] > 1
 
     @property
     def given(self) -> Tensor | None:
-        """The mask as it came, none of it lower than float32 goes.
+        """The mask as the model made it, clamped to the lowest float32.
 
         Functions of transformers take the softmax of a float64 model in float32, where the lowest
         float64 is -inf, and a query that may attend to nothing, as one of padding, becomes NaN.
@@ -80,7 +80,7 @@ class TextMask:
 
     @property
     def by_head(self) -> Tensor:
-        """Added to logits, ``[B, 1 or heads, n, S]`` where there is a mask."""
+        """Bias to add to logits, ``[B, 1 or heads, n, S]``, where there is a mask."""
         mask = self._mask
         assert mask is not None
         return self._once("by head", lambda: self._by_head(mask))
@@ -93,7 +93,7 @@ class TextMask:
         return _bias(mask.bool()[:, None, None] & causal)
 
     def of_rows(self, end: int, text_valid: Tensor | None) -> Tensor | None:
-        """The bias ``[B, n, S]``, if it hides any token before ``end`` from any query; else None.
+        """Return the bias ``[B, n, S]`` if it hides a token before ``end`` from a query, else None.
 
         Args:
             end: a text column before those of this forward.
@@ -107,7 +107,7 @@ class TextMask:
         return self.by_head[:, 0] if hidden else None
 
     def of_columns(self, start: int, end: int, device: torch.device) -> Tensor | None:
-        """The bias of text columns from ``start`` to the last, ``[B or 1, n, end - start]``."""
+        """Return the bias of columns from ``start`` to ``end``, ``[B or 1, n, end - start]``."""
         if self._mask is not None:
             if self._mask.ndim == 4:
                 return _bias(self._mask[:, 0, :, start:end])
@@ -133,11 +133,11 @@ class MaskReader:
         self._memo: dict[object, object] = {}
 
     def __reduce__(self) -> tuple[type["MaskReader"], tuple[()]]:
-        """A copy has read nothing."""
+        """Pickle and copy as a reader that has read no mask yet."""
         return MaskReader, ()
 
     def read(self, mask: object, n: int, module: object) -> TextMask:
-        """The mask of ``n`` queries, for the attention of a module."""
+        """Read the mask of ``n`` queries, for the attention of a module."""
         if not isinstance(mask, Tensor):
             return TextMask(mask, n)
         # Torch counts no writes to tensors of inference mode.
@@ -152,11 +152,11 @@ class MaskReader:
 
 
 def _nothing() -> None:
-    """Stands for what is gone."""
+    """Return None, as a weak reference to a deleted object does."""
 
 
 def _hides_any(mask: Tensor, end: int, text_valid: Tensor | None) -> bool:
-    """Whether a mask hides any of the first columns that are tokens from any query."""
+    """Tell whether a mask hides any token among the first columns from any query."""
     hidden = _hidden(mask, end)
     if text_valid is not None:
         hidden = hidden & F.pad(text_valid, (0, end - text_valid.shape[1]), value=True)[:, None]
@@ -164,7 +164,7 @@ def _hides_any(mask: Tensor, end: int, text_valid: Tensor | None) -> bool:
 
 
 def _hidden(mask: Tensor, end: int) -> Tensor:
-    """Which of the first columns are hidden from which query, ``[B, n or 1, end]``."""
+    """Tell which of the first columns are hidden from which query, ``[B, n or 1, end]``."""
     if mask.ndim == 2:
         return ~mask[:, None, :end].bool()
     first = mask[:, 0, :, :end]
@@ -172,7 +172,7 @@ def _hidden(mask: Tensor, end: int) -> Tensor:
 
 
 def _bias(mask: Tensor) -> Tensor:
-    """A mask, bool or added to logits, as one that is added, at least float32."""
+    """Turn a mask, bool or added to logits, into a bias to add, at least float32."""
     if mask.dtype != torch.bool:
         return wide(mask).clamp(min=_LOWEST)
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, _LOWEST)

@@ -31,7 +31,7 @@ class Pairs:
     token_state: Tensor | None = None
 
     def text_positions(self) -> Tensor:
-        """Positions ``[B, H, T]``, written out."""
+        """Return positions ``[B, H, T]``: the text columns 0, 1, 2, ... where none are stored."""
         if self.positions is not None:
             return self.positions
         b, h, t, _ = self.keys.shape
@@ -39,7 +39,7 @@ class Pairs:
 
 
 class PairBytes(NamedTuple):
-    """What the kept pairs of a head cost.
+    """Bytes that the kept pairs of a head need.
 
     Attributes:
         each: bytes of a pair.

@@ -1,4 +1,4 @@
-"""The segment: pairs that no longer change, in pages, as many in each head as its budget kept."""
+"""Immutable storage of compressed pairs in pages, each head with its own number of pairs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -60,7 +60,7 @@ class Segment:
         key_channels: Tensor | None = None,
         bounded: bool = False,
     ) -> "Segment":
-        """The pairs of ``mask [B, H, T]``, in their order, with some ``key_channels [B, H, D]``.
+        """Store the pairs of ``mask [B, H, T]`` in order, with some ``key_channels [B, H, D]``.
 
         ``bounded`` says that the keys of each page get bounds.
         """
@@ -95,7 +95,7 @@ class Segment:
         )
 
     def rows(self) -> Pairs:
-        """All pairs as a table ``[B, H, longest, ...]``; a view where all heads hold the same."""
+        """Return all pairs as a table ``[B, H, longest, ...]``; a view if heads have one length."""
         columns = (
             _decoded(self.keys),
             _decoded(self.values),
@@ -119,7 +119,7 @@ class Segment:
         return Pairs(keys, values, positions, full=False, rope=rope, token_state=token_state)  # pyright: ignore[reportArgumentType]
 
     def part(self, mask: Tensor | None) -> Part:
-        """The pairs as attention reads them.
+        """Lay out the pairs for the attention function.
 
         Args:
             mask: added to the logits, ``[B', n, S]`` over text columns; None if all are visible.
@@ -135,18 +135,18 @@ class Segment:
 
     @property
     def whole_row(self) -> int:
-        """Bytes of a pair of a head as it came: all channels, not quantized."""
+        """Bytes of a pair of a head before compression: all channels, not quantized."""
         value = self.values
         width = value.width if isinstance(value, Quantized) else value.shape[-1]
         return self.width * self.keys.dtype.itemsize + width * value.dtype.itemsize
 
     @property
     def bounded(self) -> bool:
-        """Whether bounds of the keys of each page are known."""
+        """Whether the keys of each page have bounds, which a page budget needs."""
         return self.bounds is not None or isinstance(self.keys, Quantized)
 
     def worth(self, query: Tensor, mask: Tensor | None) -> Tensor:
-        """The most that a pair of each page can be worth to a query, ``[X, pages]``.
+        """Compute an upper bound of each page's logits, over all queries of a span, ``[X, pages]``.
 
         The highest product of a query with keys within the page's bounds, over all queries of the
         span; lowest where a span has no page, or ``mask`` hides all of it.
@@ -174,7 +174,7 @@ class Segment:
         return worth.masked_fill(~visible, LOWEST)
 
     def part_of(self, chosen: Tensor, mask: Tensor | None) -> DensePart:
-        """The pairs of the ``chosen`` pages ``[X, pages]`` of each span, as attention reads them.
+        """Lay out the ``chosen`` pages ``[X, pages]`` of each span for the attention function.
 
         ``mask`` is that of ``worth``.
         """
@@ -200,7 +200,7 @@ class Segment:
         return DensePart(keys, values, bias, key_channels)
 
     def select(self, sequences: Tensor) -> "Segment":
-        """The segment of some of the sequences ``[B']``, which may repeat."""
+        """Return a segment of some of the sequences ``[B']``, which may repeat."""
         b, h = self.shape
         wanted = sequences.tolist()
         lengths = [self.layout.lengths[i * h : (i + 1) * h] for i in wanted]
@@ -226,7 +226,7 @@ class Segment:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What segments have in common whose sequences can be put one after the other."""
+        """What must be equal for segments to be stacked or joined."""
         stored = [
             (x.form if isinstance(x, Quantized) else x.dtype) for x in (self.keys, self.values)
         ]
@@ -235,7 +235,7 @@ class Segment:
 
     @classmethod
     def stack(cls, segments: Sequence["Segment"]) -> "Segment":
-        """The sequences of several segments of the same form, as attention reads them.
+        """Stack the sequences of several segments of the same form into one segment, for decoding.
 
         What only presses read is left out: positions that keys are rotated to, and token states.
         """
@@ -262,7 +262,7 @@ class Segment:
         )
 
     def join(self, other: "Segment") -> "Segment":
-        """The segment with the pairs of another one after its own; both have full pages only."""
+        """Append the pairs of another segment to those of this one; both have full pages only."""
         spans = len(self.layout.lengths)
 
         def joined(x: Tensor, y: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ class Segment:
         )
 
     def tensors(self) -> Sequence[Tensor]:
-        """Everything that is allocated."""
+        """List all tensors that are allocated."""
         others = (self.positions, self.rope, self.token_state, self.key_channels, self.bounds)
         columns = [x for x in others if x is not None]
         for x in (self.keys, self.values):
@@ -290,7 +290,7 @@ class Segment:
         return columns + self.layout.tensors()
 
     def _whole(self, keys: Tensor | None) -> Tensor | None:
-        """Keys ``[B, H, n, D]`` with zeros in the channels that are not stored."""
+        """Fill keys ``[B, H, n, D]`` with zeros in the channels that are not stored."""
         if self.key_channels is None or keys is None:
             return keys
         b, h, n, _ = keys.shape
@@ -303,12 +303,12 @@ class Segment:
         return self.key_channels.unflatten(0, self.shape)[sequences].flatten(0, 1)
 
     def _spans(self, x: Tensor) -> Tensor:
-        """Pages of even spans as a table ``[B, H, slots, ...]``."""
+        """View the pages of spans of one length as a table ``[B, H, slots, ...]``."""
         b, h = self.shape
         return x.reshape(b, h, -1, *x.shape[2:])
 
     def _bias(self, mask: Tensor) -> Tensor:
-        """A mask over text columns as one over the slots of the longest span."""
+        """Turn a mask over text columns into one over the slots of the longest span."""
         layout = self.layout
         table = self.positions.new_full((len(layout.lengths), layout.most_pages, PAGE), -1)
         table[layout.span, layout.page] = self.positions
@@ -316,7 +316,7 @@ class Segment:
 
 
 def _of_columns(mask: Tensor, positions: Tensor) -> Tensor:
-    """A mask ``[B, n, S]`` at ``positions [F, H, N]``, as a bias ``[B, H, 1, n, N]``.
+    """Gather a mask ``[B, n, S]`` at ``positions [F, H, N]``: a bias ``[B, H, 1, n, N]``.
 
     The ``F`` sequences stand for all, in turns.
     """
@@ -328,7 +328,7 @@ def _of_columns(mask: Tensor, positions: Tensor) -> Tensor:
 
 
 def _indices(key_channels: Tensor) -> Tensor:
-    """The chosen of ``key_channels [B, H, D]``, as many in every head, ``[B, H, D']``."""
+    """Turn the mask ``key_channels [B, H, D]``, as many in every head, into ``[B, H, D']``."""
     with torch.inference_mode(False):
         # A copy, because a view would hold the indices of the heads as well.
         chosen = key_channels.nonzero()[:, -1].clone()
@@ -336,14 +336,14 @@ def _indices(key_channels: Tensor) -> Tensor:
 
 
 def _picked(keys: Tensor, chosen: Tensor | None) -> Tensor:
-    """The chosen channels ``[B, H, D']`` of keys ``[B, H, T, D]``."""
+    """Gather the chosen channels ``[B, H, D']`` of keys ``[B, H, T, D]``."""
     if chosen is None:
         return keys
     return keys.gather(-1, chosen.unsqueeze(2).expand(-1, -1, keys.shape[2], -1))
 
 
 def _bounds(keys: Tensor | Quantized, used: Tensor) -> Tensor:
-    """Lowest and highest number of each channel of pages ``[P, C, D]``, in the slots in use."""
+    """Compute the bounds ``[P, 2, D]`` of pages ``[P, C, D]``, over the slots in use."""
     assert isinstance(keys, Tensor)
     hidden = ~used.unsqueeze(-1)
     with torch.inference_mode(False), torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a compressed layer holds at one moment, and attention over it."""
+"""Snapshot of a compressed layer: what it holds at one moment, and attention over that."""
 
 from dataclasses import dataclass, replace
 
@@ -37,16 +37,16 @@ class Snapshot:
 
     @property
     def start(self) -> int:
-        """The text column that the tail begins with."""
+        """The text column of the tail's first pair."""
         return self.seen - (0 if self.tail is None else self.tail.keys.shape[2])
 
     @property
     def shared(self) -> bool:
-        """Whether sequences share rows."""
+        """Whether sequences share pairs."""
         return any(segment.shape[0] != self.batch for segment in self.segments)
 
     def lengths(self) -> Tensor:
-        """Pairs of each head, ``[B, H]``."""
+        """Count the pairs of each head, ``[B, H]``."""
         own = self.seen - self.start
         total = torch.full((self.batch, self.heads), own)
         for segment in self.segments:
@@ -62,7 +62,7 @@ class Snapshot:
         return self.segments[0].shape[1]
 
     def rows(self) -> Pairs:
-        """Everything as one table ``[B, H, T, ...]``, the pairs of the tail last."""
+        """Return all pairs as one table ``[B, H, T, ...]``, those of the tail last."""
         if not self.segments and self.tail is not None:
             return Pairs(self.tail.keys, self.tail.values)
         parts = [segment.rows() for segment in self.segments]
@@ -94,7 +94,7 @@ class Snapshot:
         )
 
     def attend(self, query: Tensor, mask: TextMask, rule: AttentionRule) -> Tensor:
-        """Attention of ``query [B, H * G, n, D]`` over everything, ``[B, n, H * G, E]``.
+        """Compute attention of ``query [B, H * G, n, D]`` over all pairs, ``[B, n, H * G, E]``.
 
         The pairs of the tail end with those of the queries. Pairs that sequences share are read
         once for all of them. One query reads the pages that matter most to it, where a
@@ -114,11 +114,11 @@ class Snapshot:
         return out.view(b, hq, n, -1).transpose(1, 2).to(query.dtype).contiguous()
 
     def whole(self) -> "Snapshot":
-        """The same, with every page read."""
+        """Return the same snapshot without its page budget."""
         return replace(self, page_budget=None)
 
     def _chosen_parts(self, query: Tensor, mask: Tensor | None, page_budget: int) -> list[Part]:
-        """Parts with the pages of each span that promise most to ``query [X, G, D]``.
+        """Choose the pages of each span with the highest bounds of logits for ``query [X, G, D]``.
 
         Every span reads its last page, and all of segments whose keys have no bounds.
         """
@@ -141,7 +141,7 @@ class Snapshot:
         ]
 
     def _expanded(self, rows: Pairs) -> Pairs:
-        """A shared table as one of every sequence."""
+        """Repeat a table that sequences share for every sequence."""
         if rows.keys.shape[0] == self.batch:
             return rows
         columns = {"keys": rows.keys, "values": rows.values}

@@ -1,4 +1,4 @@
-"""The tail: pairs that were appended since a layer was last compressed."""
+"""Growing buffer of the pairs that were appended since a layer was last compressed."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class Tail:
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, room: int = SLACK) -> "Tail":
-        """A tail that holds a copy of these pairs, and has ``room`` for more."""
+        """Make a tail that holds a copy of these pairs, with ``room`` for more."""
         return cls(_with_room(keys, room), _with_room(values, room), keys.shape[2])
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -44,34 +44,34 @@ class Tail:
         self.n = n
 
     def read(self) -> "TailRows":
-        """The pairs as they are now; those that are appended later do not show."""
+        """Return the pairs of now; pairs that are appended later do not show."""
         return TailRows(self.keys[:, :, : self.n], self.values[:, :, : self.n])
 
     def copy(self) -> "Tail":
-        """A tail with pairs of its own."""
+        """Copy the tail with its pairs."""
         rows = self.read()
         return Tail.of(rows.keys, rows.values)
 
     def select(self, sequences: Tensor) -> "Tail":
-        """A tail of some of the sequences ``[B']``, which may repeat."""
+        """Return a tail of some of the sequences ``[B']``, which may repeat."""
         rows = self.read()
         keys, values = (x.index_select(0, sequences) for x in (rows.keys, rows.values))
         return Tail.of(keys, values)
 
     def exact(self) -> "Tail":
-        """The tail without a slot that is not in use."""
+        """Return a tail without free slots."""
         if self.keys.shape[2] == self.n:
             return self
         rows = self.read()
         return Tail.of(rows.keys, rows.values, room=0)
 
     def tensors(self) -> list[Tensor]:
-        """Everything that is allocated."""
+        """List all tensors that are allocated."""
         return [self.keys, self.values]
 
 
 def slack_after(keys: Tensor) -> int:
-    """Slots that a buffer gets beyond new ``keys``: a text has an end, decoding goes on."""
+    """Choose how many free slots follow new ``keys``: none after a prompt, some in decoding."""
     return SLACK if keys.shape[2] == 1 else 0
 
 
@@ -83,19 +83,19 @@ class TailRows:
     values: Tensor
 
     def rows(self, seen: int) -> Pairs:
-        """The pairs as a table, when ``seen`` text columns were seen."""
+        """Return the pairs as a table, when ``seen`` text columns were seen."""
         b, h, n = self.keys.shape[:3]
         positions = torch.arange(seen - n, seen, dtype=torch.int32, device=self.keys.device)
         return Pairs(self.keys, self.values, positions.expand(b, h, n))
 
     def part(self, mask: Tensor | None) -> DensePart:
-        """The pairs as attention reads them, with a mask ``[B or 1, n, pairs]`` or none."""
+        """Lay out the pairs for the attention function, with a mask ``[B or 1, n, pairs]``."""
         bias = None if mask is None else mask[:, None, None]
         return DensePart(self.keys.flatten(0, 1), self.values.flatten(0, 1), bias)
 
 
 def _with_room(x: Tensor, room: int) -> Tensor:
-    """A copy of ``x [B, H, N, ...]`` with ``room`` more slots, usable in every grad mode."""
+    """Copy ``x [B, H, N, ...]`` with ``room`` more slots, usable in every grad mode."""
     b, h, n = x.shape[:3]
     with torch.inference_mode(False), torch.no_grad():
         buffer = torch.empty(b, h, n + room, *x.shape[3:], dtype=x.dtype, device=x.device)

@@ -36,7 +36,7 @@ def attention_column_sums(
     rule: AttentionRule,
     block: int = 128,
 ) -> Tensor:
-    """Attention that each row receives, summed over the queries, one block of queries at a time.
+    """Sum the attention that each row receives over the queries, one block of queries at a time.
 
     Args:
         queries: ``[B, H, G, Q, D]`` of the last Q rows.
@@ -63,7 +63,7 @@ def attention_column_sums(
 def attention_weights(
     queries: Tensor, keys: Tensor, valid: Tensor, rule: AttentionRule, block: int = 128
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Attention weights of one block of queries after the other.
+    """Iterate over attention weights, one block of queries at a time.
 
     Args:
         queries: ``[B, H, G, Q, D]`` of the last Q rows.
@@ -87,7 +87,7 @@ def attention_weights(
 def _block_sums(
     queries: Tensor, keys: Tensor, valid: Tensor, counted: Tensor, rule: AttentionRule
 ) -> Tensor:
-    """Column sums of one block; softmax and sum in as few passes over the logits as can be."""
+    """Sum one block's attention over its queries, in as few passes over the logits as possible."""
     shares, total = _shares(queries, keys, valid, rule)
     return ((counted / total).mT @ shares).squeeze(-2)
 
@@ -95,7 +95,7 @@ def _block_sums(
 def _shares(
     queries: Tensor, keys: Tensor, valid: Tensor, rule: AttentionRule
 ) -> tuple[Tensor, Tensor]:
-    """Weights ``[B, H, G, Q, T]`` before they are divided by their total ``[B, H, G, Q, 1]``."""
+    """Compute the softmax's numerators ``[B, H, G, Q, T]`` and their sum ``[B, H, G, Q, 1]``."""
     logits = _logits(queries, keys, valid, rule)
     top = logits.amax(-1, keepdim=True)
     if rule.sinks is not None:
@@ -107,7 +107,7 @@ def _shares(
 
 
 def _logits(queries: Tensor, keys: Tensor, valid: Tensor, rule: AttentionRule) -> Tensor:
-    """Masked logits ``[B, H, G, Q, T]``, at least float32, fresh memory that may be written to."""
+    """Compute masked logits ``[B, H, G, Q, T]`` in new memory, at least float32."""
     b, h, g, q, d = queries.shape
     scaled = (queries * rule.scaling).reshape(b, h, g * q, d)
     logits = wide(scaled @ keys.mT).view(b, h, g, q, -1)
@@ -122,5 +122,5 @@ def _logits(queries: Tensor, keys: Tensor, valid: Tensor, rule: AttentionRule) -
 
 
 def _sinks(sinks: Tensor, queries: Tensor) -> Tensor:
-    """Sink logits ``[1, H, G, 1, 1]``."""
+    """Lay out the learned sink logits, ``[1, H, G, 1, 1]``."""
     return wide(sinks).view(1, *queries.shape[1:3], 1, 1)

@@ -1,9 +1,9 @@
-"""What a device is asked besides computing."""
+"""Synchronisation with a device."""
 
 import torch
 
 
 def wait(device: torch.device) -> None:
-    """Wait until a device has done what it was given, so that a clock tells the truth."""
+    """Wait until a device finished all queued work, so that times measured are true."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

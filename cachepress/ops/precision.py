@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """float64 where ``x`` has it, else float32: sums of half types would be rounded."""
+    """Return float64 for float64, else float32: sums of half types would be rounded."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def wide(x: Tensor) -> Tensor:
-    """``x`` in the precision that is computed in; the same tensor where it has that already."""
+    """Convert ``x`` to the precision of computation; the same tensor if it has that already."""
     return x.to(wide_dtype(x))

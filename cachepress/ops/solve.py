@@ -1,4 +1,4 @@
-"""Linear systems of sums of squares, which rounding can make singular."""
+"""Cholesky factors of Gram matrices, which rounding can make singular."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ _TRIES = 24
 
 
 def cholesky(gram: Tensor) -> Tensor:
-    """Cholesky factor of ``gram [..., k, k]``, a sum of squares and some ridge, in doubles.
+    """Factorise ``gram [..., k, k]``, a Gram matrix with a small ridge, by Cholesky, in doubles.
 
     Where a few rows are so much larger than others that rounding takes the ridge away, as little
     is added to the diagonal as lets it be factored.

@@ -1,4 +1,4 @@
-"""Attention over rows that lie in parts, with heads that hold different numbers of them.
+"""Attention over several tensors of pairs, where each head has its own number of them.
 
 Shape letters: B sequences, H KV heads, G query heads of each, n queries, X = B * H spans,
 M = G * n queries of a span, P pages, C slots of a page, N columns of a part, D key head size,
@@ -21,7 +21,7 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 def paged_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -> Tensor:
-    """Attention of ``query [B, H, G, n, D]`` over all parts, ``[B, H, G, n, E]``.
+    """Compute attention of ``query [B, H, G, n, D]`` over all parts, ``[B, H, G, n, E]``.
 
     The result is float32, or float64 of float64. The Triton kernel takes few queries on a GPU
     that see every row of whole keys; batched products take all else, and float64.

@@ -1,4 +1,4 @@
-"""Fast attention over parts: batched products, and one softmax over the logits of all parts."""
+"""Attention by batched matrix products, with one softmax over the logits of all parts."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ LOGITS = 1 << 24
 
 
 def batched_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -> Tensor:
-    """Attention of the queries over all parts.
+    """Compute attention of the queries over all parts.
 
     Args:
         query: ``[B, H, G, n, D]``.
@@ -58,7 +58,7 @@ def batched_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule)
 def _logits(
     part: Part, query: Tensor, rule: AttentionRule, shape: tuple[int, int, int, int]
 ) -> Tensor:
-    """Logits ``[X, M, N]`` of one part in fresh memory."""
+    """Compute the logits ``[X, M, N]`` of one part in new memory."""
     logits = part.logits(query, rule.softcap)
     if part.bias is not None:
         logits.view(*shape, -1).add_(part.bias)

@@ -1,4 +1,4 @@
-"""Where the rows of each span lie in the pages."""
+"""Page table: in which pages and slots the rows of each sequence and head are."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +12,7 @@ PAGE = 32
 
 @dataclass(frozen=True)
 class Layout:
-    """Spans of rows in pages: page p belongs to one span, and the pages of a span are in order.
+    """Page table of spans of rows: a page belongs to one span, whose pages are in order.
 
     Attributes:
         lengths: rows of each span, on the CPU's side, so that asking costs no synchronisation.
@@ -68,7 +68,7 @@ class Layout:
 
     @cached_property
     def last_bias(self) -> Tensor:
-        """Added to the logits of ``last_page``, ``[those, 1, C]``: lowest in unused slots."""
+        """Bias of the logits of ``last_page``, ``[those, 1, C]``, which hides unused slots."""
         used = torch.tensor([(n - 1) % PAGE + 1 for n in self.lengths if n])
         unused = torch.arange(PAGE) >= used[:, None, None]
         lowest = torch.finfo(torch.float32).min
@@ -81,14 +81,14 @@ class Layout:
         return table[real]
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """The slot of each row as a table ``[X, longest]``, and which of its entries are rows."""
+        """Return the slot of each row, ``[X, longest]``, and which of these entries are rows."""
         lengths = torch.tensor(self.lengths, device=self.device)[:, None]
         column = torch.arange(max(self.lengths, default=0), device=self.device)
         real = column < lengths
         return torch.where(real, self.first_page[:, None] * PAGE + column, 0), real
 
     def tensors(self) -> list[Tensor]:
-        """What attention over uneven spans reads, made now."""
+        """List the index tensors that attention over spans of different lengths reads."""
         if self.even is not None:
             return []
         return [self.span, self.page, self.last_page, self.last_bias]

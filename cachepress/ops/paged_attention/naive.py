@@ -1,4 +1,4 @@
-"""The specification: one query after the other, over the rows that it sees."""
+"""Specification of attention, in plain loops: one query at a time, over the rows that it sees."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from cachepress.ops.precision import wide, wide_dtype
 def naive_attention(
     query: Tensor, rows: list[list[tuple[Tensor, Tensor]]], rule: AttentionRule
 ) -> Tensor:
-    """Attention where every sequence and KV head has rows of its own.
+    """Compute attention where every sequence and KV head has its own number of rows.
 
     Args:
         query: ``[B, H, G, n, D]``.

@@ -1,4 +1,4 @@
-"""Parts of the rows that a layer attends to: how their logits and weighted sums are computed."""
+"""Parts of a layer's pairs, dense or paged: their logits and weighted sums of values."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, Self
@@ -30,14 +30,14 @@ class Spans(NamedTuple):
 
 
 class Part(Protocol):
-    """Rows of every span, as columns that a softmax can run over.
+    """Rows of every span that attention reads together; columns of its logits.
 
     ``bias`` is added to the logits, broadcast to ``[B, H, G, n, N]``; None if all are visible.
     """
 
     @property
     def bias(self) -> Tensor | None:
-        """Added to the logits."""
+        """Bias to add to the logits; None if all rows are visible."""
         ...
 
     @property
@@ -47,23 +47,23 @@ class Part(Protocol):
 
     @property
     def width(self) -> int:
-        """Columns."""
+        """Columns of the logits: rows of the longest span, or its slots."""
         ...
 
     def of_queries(self, some: slice) -> Self:
-        """The part as some of the queries see it."""
+        """Restrict the bias to some of the queries."""
         ...
 
     def spans(self) -> Spans:
-        """The rows for a kernel."""
+        """Describe where in memory the rows of each span are, for kernels."""
         ...
 
     def logits(self, query: Tensor, softcap: float | None) -> Tensor:
-        """Logits ``[X, M, N]`` of ``query [X, M, D]``, capped; lowest in empty columns."""
+        """Compute the logits ``[X, M, N]`` of ``query [X, M, D]``; lowest in empty columns."""
         ...
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """Sums ``[X, M, E]`` of the values by ``weights [X, M, N]``."""
+        """Sum the values by ``weights [X, M, N]``, ``[X, M, E]``."""
         ...
 
 
@@ -89,24 +89,24 @@ class DensePart:
         return self.keys.shape[1]
 
     def of_queries(self, some: slice) -> "DensePart":
-        """The part as some of the queries see it."""
+        """Restrict the bias to some of the queries."""
         return self if self.bias is None else replace(self, bias=self.bias[..., some, :])
 
     def spans(self) -> Spans:
-        """The rows for a kernel; both buffers have the same number of slots for each span."""
+        """Describe where the rows are; both buffers have the same number of slots for each span."""
         x, n, d = self.keys.shape
         room = self.keys.stride(0) // d
         starts = torch.arange(x, device=self.keys.device) * room
         return Spans(self.keys, self.values, starts, torch.full_like(starts, n), n)
 
     def logits(self, query: Tensor, softcap: float | None) -> Tensor:
-        """Logits ``[X, M, N]``; shared keys are read once for all sequences."""
+        """Compute the logits ``[X, M, N]``; shared keys are read once for all sequences."""
         queries = of_channels(together(query, self.keys.shape[0]), self.channels)
         products = torch.bmm(queries, self.keys.to(query.dtype).mT)
         return apart(_capped(products, softcap), query.shape[0])
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """Sums ``[X, M, E]``."""
+        """Sum the values by weights, ``[X, M, E]``."""
         queries = together(weights, self.values.shape[0])
         return apart(torch.bmm(queries, self.values.to(weights.dtype)), weights.shape[0])
 
@@ -135,18 +135,18 @@ class PagedPart:
         return self.layout.most_pages * PAGE
 
     def of_queries(self, some: slice) -> "PagedPart":
-        """The part as some of the queries see it."""
+        """Restrict the bias to some of the queries."""
         return self if self.bias is None else replace(self, bias=self.bias[..., some, :])
 
     def spans(self) -> Spans:
-        """The rows for a kernel."""
+        """Describe where in memory the rows of each span are, for kernels."""
         layout = self.layout
         lengths = torch.tensor(layout.lengths, device=layout.device)
         starts = layout.first_page * PAGE
         return Spans(self.keys, self.values, starts, lengths, max(layout.lengths))
 
     def logits(self, query: Tensor, softcap: float | None) -> Tensor:
-        """Logits ``[X, M, N]``, where N is the number of slots of the longest span."""
+        """Compute the logits ``[X, M, N]``, where N is the number of slots of the longest span."""
         layout, spans = self.layout, len(self.layout.lengths)
         queries = of_channels(together(query, spans), self.channels)
         pages = queries.index_select(0, layout.span)
@@ -159,7 +159,7 @@ class PagedPart:
         return apart(columns.flatten(2), query.shape[0])
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """Sums ``[X, M, E]``."""
+        """Sum the values by weights, ``[X, M, E]``."""
         layout, spans = self.layout, len(self.layout.lengths)
         pages = together(weights, spans).unflatten(2, (-1, PAGE))
         shares = pages[layout.span, :, layout.page]  # [P, M, C]
@@ -169,7 +169,7 @@ class PagedPart:
 
 
 def of_channels(queries: Tensor, channels: Tensor | None) -> Tensor:
-    """Queries ``[X, M, D]`` with the channels ``[X, D']`` only."""
+    """Restrict queries ``[X, M, D]`` to the channels ``[X, D']``."""
     if channels is None:
         return queries
     return queries.gather(-1, channels.unsqueeze(1).expand(-1, queries.shape[1], -1))
@@ -180,14 +180,14 @@ def _capped(products: Tensor, softcap: float | None) -> Tensor:
 
 
 def together(x: Tensor, spans: int) -> Tensor:
-    """Queries ``[X, M, ...]`` of all sequences as queries ``[H, B * M, ...]`` of one."""
+    """Lay out queries ``[X, M, ...]`` of all sequences as queries ``[H, B * M, ...]`` of one."""
     if x.shape[0] == spans:
         return x
     return x.unflatten(0, (-1, spans)).transpose(0, 1).flatten(1, 2)
 
 
 def apart(x: Tensor, spans: int) -> Tensor:
-    """Back from ``[H, B * M, ...]`` to ``[X, M, ...]``."""
+    """Undo ``together``: from ``[H, B * M, ...]`` to ``[X, M, ...]``."""
     if x.shape[0] == spans:
         return x
     b = spans // x.shape[0]

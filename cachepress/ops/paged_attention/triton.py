@@ -1,4 +1,4 @@
-"""Decoding on a GPU: a split-K kernel over spans of any length, merged by log-sum-exp.
+"""Attention for decoding on a GPU: a split-K kernel over spans of any length.
 
 Every program reads some rows of one span for all queries of that span, so keys and values are read
 once, and long spans keep as many programs busy as short ones.
@@ -19,7 +19,7 @@ _ROWS_OF_A_SPLIT = 1024
 
 
 class Partial(NamedTuple):
-    """Attention over some of the rows.
+    """Attention over some of the rows with its log-sum-exp, by which it is merged with others.
 
     Attributes:
         out: ``[X, M, E]`` weighted mean of the values, float32.
@@ -31,7 +31,7 @@ class Partial(NamedTuple):
 
 
 def triton_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -> Tensor:
-    """Attention of the queries over all parts, all of which are visible to them.
+    """Compute attention of the queries over all parts, all of which are visible to them.
 
     Args:
         query: ``[B, H, G, n, D]``.
@@ -51,7 +51,7 @@ def triton_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) 
 
 
 def merge(partials: Sequence[Partial]) -> Partial:
-    """Attention over the rows of all partials together."""
+    """Merge attention over some rows each into attention over all of them."""
     lse = torch.stack([partial.lse for partial in partials])
     total = lse.logsumexp(0)
     weights = (lse - total).exp().unsqueeze(-1)
