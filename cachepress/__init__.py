@@ -55,7 +55,7 @@ _HOMES = {
 
 
 def _load(name: str) -> object:
-    """A name of the package, which is looked up but once."""
+    """Import a public name when it is first used, and remember it."""
     if name == "__all__":
         value: object = [*_HOMES, *import_module("cachepress.presses").__all__]
     elif name in _HOMES:
@@ -69,7 +69,7 @@ def _load(name: str) -> object:
 
 
 def _module(name: str) -> object:
-    """A module of the package, which counts as an attribute without having been imported."""
+    """Import a module of the package when it is first used as an attribute."""
     missing = f"module {__name__!r} has no attribute {name!r}"
     if name.startswith("_"):
         raise AttributeError(missing)

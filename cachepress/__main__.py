@@ -1,4 +1,4 @@
-"""``python -m cachepress`` is the command line."""
+"""Runs the command line: ``python -m cachepress`` is ``cachepress``."""
 
 import signal
 import sys

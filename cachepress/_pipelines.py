@@ -1,4 +1,4 @@
-"""Makes ``pipeline("kv-press-text-generation")`` known, whichever library is imported first."""
+"""Registers ``pipeline("kv-press-text-generation")``, whichever library is imported first."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -25,12 +25,12 @@ def _register() -> None:
 
 
 class _Finder:
-    """Finds nothing by itself; it has the task registered after the pipelines are loaded."""
+    """Import hook that registers the task as soon as transformers' pipelines are imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The pipelines' own spec, whose loader registers the task as its last act."""
+        """Return the pipelines' import spec, with a loader that registers the task at its end."""
         if fullname != _PIPELINES:
             return None
         for finder in sys.meta_path:

@@ -1,4 +1,4 @@
-"""``cachepress bench``: what presses cost and save, in seconds and bytes, on one machine.
+"""Benchmarks presses on one machine: seconds and bytes (``cachepress bench``).
 
 Runs are interleaved and repeated, and medians are compared: a shared machine is never quiet.
 """
@@ -43,7 +43,7 @@ _QUESTION = 32
 
 @dataclass(frozen=True)
 class BenchOptions(BenchFields):
-    """What is timed: the fields of ``cachepress.options.BenchFields``, of which each is checked."""
+    """Checked options of a benchmark: the fields of ``cachepress.options.BenchFields``."""
 
     def __post_init__(self) -> None:
         for name in ("lengths", "batch_sizes", "forks"):
@@ -67,7 +67,7 @@ class BenchOptions(BenchFields):
 
 @dataclass
 class Timing:
-    """Seconds and bytes of one press on contexts of one length and batch size.
+    """Seconds and bytes of one press, for contexts of one length and batch size.
 
     Attributes:
         press: its spelling.
@@ -75,7 +75,7 @@ class Timing:
         batch_size: contexts read at once.
         forks: continuations of each.
         prefill: seconds of each prefill, compression included.
-        scoring: seconds of it that went into scoring and dropping.
+        scoring: seconds of it that went into scoring and evicting.
         decode: seconds of each decoded step.
         held: bytes of the cache after prefill.
         peak: most bytes that a prefill needed above what was there before.
@@ -178,7 +178,7 @@ def _repeat(
     options: BenchOptions,
     bar: tqdm,
 ) -> None:
-    """Read a context under each press, then decode, a token of each in turn."""
+    """Prefill a context under each press, then decode tokens, those of all presses interleaved."""
     length, batch, forks = timings[0].length, timings[0].batch_size, timings[0].forks
     context = _contexts(ids, length, batch).to(model.device)
     caches = []
@@ -242,7 +242,7 @@ def timed_step(model: PreTrainedModel, token: Tensor, cache: Cache) -> float:
 
 
 def _model_and_text(options: BenchOptions) -> tuple[PreTrainedModel, Tensor]:
-    """The model, and many token ids: of English prose, or random ones for random weights."""
+    """Load the model, with token ids of English prose; of a random model, random ones."""
     if options.config is None:
         trust = {"trust_remote_code": options.trust_remote_code}
         model, tokenizer = load(
@@ -255,7 +255,7 @@ def _model_and_text(options: BenchOptions) -> tuple[PreTrainedModel, Tensor]:
 
 
 def _contexts(ids: Tensor, length: int, batch: int) -> Tensor:
-    """``[batch, length]`` pieces of the text, which is repeated where it is too short."""
+    """Cut ``[batch, length]`` token ids from the text, repeated if it is too short."""
     needed = length * batch
     return ids.repeat(-(-needed // len(ids)))[:needed].view(batch, length)
 
@@ -274,7 +274,7 @@ def machine_of(model: PreTrainedModel) -> str:
 
 
 def _spread(seconds: list[float]) -> str:
-    """The middle half of the steps, in ms."""
+    """Format the interquartile range of step times, in ms."""
     if len(seconds) < 2:
         return ""
     low, _, high = statistics.quantiles(seconds, n=4)

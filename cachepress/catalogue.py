@@ -1,4 +1,4 @@
-"""The page of all presses, made from their classes and from a measurement."""
+"""Generates the page of all presses, from their classes and a benchmark."""
 
 import inspect
 import json
@@ -53,7 +53,7 @@ MEASURED = ("press", "spelling", "prefill +%", "bytes", "step")
 
 @dataclass(frozen=True)
 class Measured(BenchResult):
-    """A benchmark of one press of each class, and why other classes are left out.
+    """Benchmark of one press of each class, with the reasons why other classes are not in it.
 
     Attributes:
         aliases: of the presses that were measured, after no press.
@@ -81,7 +81,7 @@ def example(kind: type[BasePress], ratio: float) -> BasePress:
 
 
 def _needed(kind: type) -> list[str]:
-    """The options of a class that have no default."""
+    """List the options of a class that have no default."""
     return [f.name for f in fields(kind) if f.default is MISSING]
 
 
@@ -222,7 +222,7 @@ def _short(alias: str) -> str:
 
 
 def _looks_at(press: BasePress) -> str:
-    """What a press asks to see, in words."""
+    """Describe in words what a press observes."""
     needs, found = press.needs, []
     if needs.question:
         found.append("the question's queries")
@@ -250,7 +250,7 @@ def _queries(n: int) -> str:
 
 
 def _frees(press: BasePress) -> str:
-    """What becomes smaller, in words."""
+    """Describe in words what a press makes smaller."""
     if press.needs.storage is not None:
         return f"pairs, and bits: {press.needs.storage.bits} a number"
     if press.needs.pages_read(2) is not None:

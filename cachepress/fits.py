@@ -1,4 +1,4 @@
-"""Fits of what a press has to know of a model: regressions, gates and curves, of tensors alone."""
+"""Fits what presses learn of a model, from tensors: regressions, gates and budget curves."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ _LOOK = 10
 
 
 def fit_linear(hidden: Tensor, targets: Tensor) -> Tensors:
-    """Ridge regression of ``targets [N, H]`` on ``hidden [N, M]``: weight and bias."""
+    """Fit a ridge regression of ``targets [N, H]`` on ``hidden [N, M]``: weight and bias."""
     centre, middle = hidden.mean(0), targets.mean(0)
     x, y = (hidden - centre).double(), (targets - middle).double()
     scale = x.square().sum() / x.shape[1]
@@ -32,7 +32,7 @@ def descend(
     seed: int,
     decay: float = 0.0,
 ) -> Tensors:
-    """Fit parameters by AdamW on batches of rows, with a rate that falls to zero.
+    """Fit parameters by AdamW on batches of rows, with a learning rate that falls to zero.
 
     The last tenth of the rows, which are those of other windows, is held out: of the parameters
     along the way, those are taken that fit them best.
@@ -59,7 +59,7 @@ def descend(
 
 
 def fit_mlp(hidden: Tensor, targets: Tensor, steps: int, seed: int) -> Tensors:
-    """Two linear maps with a GELU between them: ``0.weight``, ``0.bias``, ``2.weight``, ``2.bias``.
+    """Fit an MLP of two layers with a GELU: ``0.weight``, ``0.bias``, ``2.weight``, ``2.bias``.
 
     Hidden states and targets are standardised for the descent; the result takes them as they are.
     """
@@ -90,7 +90,7 @@ def fit_mlp(hidden: Tensor, targets: Tensor, steps: int, seed: int) -> Tensors:
 
 
 def fit_gate(hidden: Tensor, targets: Tensor, groups: int, steps: int, seed: int) -> Tensors:
-    """A gate of Fast KVzip for ``targets [N, H]``, from 0 to 1, by cross-entropy."""
+    """Fit a gate of Fast KVzip for ``targets [N, H]``, from 0 to 1, by cross-entropy."""
     m, h, d, n_base = hidden.shape[1], targets.shape[1], 16, 16
     generator = torch.Generator().manual_seed(seed)
 
@@ -115,7 +115,7 @@ def fit_gate(hidden: Tensor, targets: Tensor, groups: int, steps: int, seed: int
 
 
 def budget_curve(gains: Tensor) -> Tensor:
-    """Fractions of the rows that heads keep at ratios 0.01 to 0.99, ``[99, L, H]``.
+    """Compute the fractions of pairs that heads keep at ratios 0.01 to 0.99, ``[99, L, H]``.
 
     Args:
         gains: ``[L, H, 100]`` what each further hundredth of its rows is worth to a head.
@@ -131,7 +131,7 @@ def budget_curve(gains: Tensor) -> Tensor:
 
 
 def _falling(gains: Tensor) -> Tensor:
-    """The slopes of the least concave curve above the sums of ``gains [..., n]``."""
+    """Compute the slopes of the concave majorant of the running sums of ``gains [..., n]``."""
     sums = F.pad(gains.double().cumsum(-1), (1, 0)).flatten(0, -2)
     slopes = torch.empty_like(sums[:, 1:])
     for row, total in zip(slopes, sums, strict=True):

@@ -1,4 +1,4 @@
-"""Limits on option values and on the length of error messages: one place for all of them."""
+"""Limits on option values and on the length of error messages."""
 
 import re
 

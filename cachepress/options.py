@@ -1,4 +1,4 @@
-"""What evaluations, sweeps and benchmarks may be told: names, types, defaults, and what they mean.
+"""Options of evaluations, sweeps and benchmarks: names, types, defaults and descriptions.
 
 The dataclasses here only hold fields: what checks and uses them derives from them, and the command
 line reads its options off them, the help from their docstrings. So nothing here loads torch.
@@ -15,14 +15,14 @@ BUILTIN = "smollm2-135m"
 
 
 class Whole(NamedTuple):
-    """Marks a whole number: the least and the most that it may be."""
+    """Type annotation of a whole number: the least and the most that it may be."""
 
     least: int = 1
     most: int = MOST
 
 
 class Place(NamedTuple):
-    """Marks a text that names a file or a folder."""
+    """Type annotation of a text that names a file or a folder."""
 
     metavar: str = "FILE"
 
@@ -35,14 +35,14 @@ FileName = Annotated[str, Place()]
 
 
 def bounds_of(kind: type) -> dict[str, Whole]:
-    """The least and the most that each whole number among the fields may be."""
+    """Return the bounds of each whole number among the fields of a dataclass."""
     hints = get_type_hints(kind, include_extras=True)
     marks = {name: _marks(hint) for name, hint in hints.items()}
     return {n: mark for n, found in marks.items() for mark in found if isinstance(mark, Whole)}
 
 
 def _marks(hint: object) -> list[object]:
-    """What marks a type, or the one that it has beside None or in a sequence."""
+    """Find the annotations of a type, or of the one that it has beside None or in a sequence."""
     parts = get_args(hint)
     if get_origin(hint) is Annotated:
         return list(parts[1:])
@@ -51,7 +51,7 @@ def _marks(hint: object) -> list[object]:
 
 @dataclass(frozen=True)
 class EvaluationFields:
-    """What is evaluated, and how.
+    """Options of an evaluation: what is evaluated, and how.
 
     Attributes:
         dataset: a benchmark's name, or a .csv, .jsonl or .parquet file.
@@ -114,7 +114,7 @@ class EvaluationFields:
 
 @dataclass(frozen=True)
 class SweepFields:
-    """What a sweep is made of, besides how each evaluation is done.
+    """Options of a sweep, besides those of each evaluation.
 
     Attributes:
         presses: aliases or spellings, or all for every press as its authors recommend it (default:
@@ -142,7 +142,7 @@ class SweepFields:
 
 @dataclass(frozen=True)
 class BenchFields:
-    """What is timed.
+    """Options of a benchmark of seconds and bytes.
 
     Attributes:
         presses: aliases or spellings (default: snapkv).

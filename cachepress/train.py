@@ -1,4 +1,4 @@
-"""Learning what a press has to know of a model: ``cachepress train``."""
+"""Trains what presses need to know of a model, such as query statistics (``cachepress train``)."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +42,7 @@ _MOST_ROWS = 1 << 15
 
 @dataclass(frozen=True)
 class Lesson:
-    """A model, texts and settings to learn from.
+    """Training data and settings: a model, texts, and options.
 
     Attributes:
         model: the model.
@@ -63,7 +63,7 @@ class Lesson:
     quiet: bool = False
 
     def read(self, press: BasePress) -> Iterator[None]:
-        """Read one window after the other under a press."""
+        """Prefill each window of text under a press."""
         with torch.no_grad():
             for ids in tqdm(self.windows, unit="window", disable=self.quiet):
                 prefill(self.model, ids, press, tokenizer=self.tokenizer)
@@ -71,7 +71,7 @@ class Lesson:
 
 
 def train(kind: str, lesson: Lesson, output: str | None = None) -> Path:
-    """Learn an artefact for a model, such as query statistics, and write it.
+    """Train an artefact for a model, such as query statistics, and write it.
 
     Args:
         kind: one of ``KINDS``.
@@ -101,7 +101,7 @@ def train(kind: str, lesson: Lesson, output: str | None = None) -> Path:
 
 
 def _target(kind: str, model: PreTrainedModel, output: str | None) -> Path:
-    """Where an artefact goes; checked before the work, which may be long."""
+    """Return the file of an artefact, and check first that it can be written."""
     path = default_path(kind, model) if output is None else Path(expanded(output))
     path = path / f"{kind}.safetensors" if path.is_dir() else path
     try:
@@ -116,7 +116,7 @@ def _target(kind: str, model: PreTrainedModel, output: str | None) -> Path:
 def windows_of(
     tokenizer: PreTrainedTokenizerBase, text: str | None, tokens: int, length: int, seed: int
 ) -> list[Tensor]:
-    """Pieces of a text as token ids ``[1, n]``, in an order drawn by the seed.
+    """Cut a text into windows of token ids ``[1, n]``, shuffled by the seed.
 
     Where the tokenizer begins a text with a special token, every piece begins with it.
 
@@ -145,7 +145,7 @@ def windows_of(
 
 
 def _query_stats(lesson: Lesson) -> Tensors:
-    """Mean and covariance of the queries before RoPE, without those of the sinks."""
+    """Compute mean and covariance of each head's queries before RoPE, sinks left out."""
     if (length := lesson.windows[0].shape[1]) <= _SINKS:
         raise CachepressError(f"window: got {length}, wanted more than the {_SINKS} sinks")
     layers, h, g, d, _ = sizes(lesson.model)
@@ -163,7 +163,7 @@ def _query_stats(lesson: Lesson) -> Tensors:
 
 
 def _q_filters(lesson: Lesson) -> Tensors:
-    """First right singular vector of each head's queries, positive on average, mean of a group."""
+    """Compute the first right singular vector of each head's queries, averaged by group."""
     layers, h, g, d, _ = sizes(lesson.model)
     mean, square = torch.zeros(layers, h, g, d), torch.zeros(layers, h, g, d, d)
 
@@ -181,7 +181,7 @@ def _q_filters(lesson: Lesson) -> Tensors:
 
 @dataclass(frozen=True, repr=False)
 class _LabelPress(KVzipPress):
-    """KVzip that collects the hidden states of the tokens beside their scores.
+    """KVzip press that collects hidden states and scores, to train surrogates on.
 
     Attributes:
         hidden: hidden states ``[n, M]`` of the window, by depth.
@@ -208,7 +208,7 @@ class _LabelPress(KVzipPress):
 
 
 def _labelled(lesson: Lesson, plus: bool) -> list[tuple[Tensor, Tensor]]:
-    """Hidden states ``[N, M]`` and KVzip scores ``[N, H]`` of each layer, of some of all tokens."""
+    """Collect hidden states ``[N, M]`` and KVzip scores ``[N, H]`` of sampled tokens, by layer."""
     length = lesson.windows[0].shape[1]
     most = max(1, _MOST_ROWS // len(lesson.windows))
     generator = torch.Generator().manual_seed(lesson.seed)
@@ -224,7 +224,7 @@ def _labelled(lesson: Lesson, plus: bool) -> list[tuple[Tensor, Tensor]]:
 
 
 def _kvzap(lesson: Lesson, model_type: str) -> Tensors:
-    """The surrogate of every layer for the logarithm of KVzip+ scores."""
+    """Train the KVzap surrogate of every layer on the logarithms of KVzip+ scores."""
     learned: Tensors = {}
     for i, (hidden, scores) in enumerate(_labelled(lesson, plus=True)):
         targets = scores.clamp(min=1e-12).log()
@@ -237,7 +237,7 @@ def _kvzap(lesson: Lesson, model_type: str) -> Tensors:
 
 
 def _fastkvzip(lesson: Lesson) -> Tensors:
-    """The gate of every layer for KVzip scores."""
+    """Train the Fast KVzip gate of every layer on KVzip scores."""
     groups = sizes(lesson.model)[2]
     gates = [
         fit_gate(hidden, scores.clamp(0, 1), groups, lesson.steps, lesson.seed)
@@ -248,7 +248,7 @@ def _fastkvzip(lesson: Lesson) -> Tensors:
 
 @dataclass(frozen=True, repr=False)
 class _ScoredPress(WrapperPress):
-    """Keeps every pair, and collects the scores of the inner press.
+    """Wrapper that keeps every pair, and collects the scores of the inner press.
 
     Attributes:
         scores: scores ``[H, T]``, by depth.
@@ -274,7 +274,7 @@ class _ScoredPress(WrapperPress):
 
 
 def _lukv(lesson: Lesson) -> Tensors:
-    """How much each head should keep at each ratio, for the scores of a press.
+    """Compute how much each head should keep at each ratio, for the scores of a press (LU-KV).
 
     Each window is read in two parts. What a token is worth is the attention that it receives from
     the second part; the scores of the press for the tokens of the first one say in which order they

@@ -147,7 +147,7 @@ def _recognised(found: object) -> tuple[str, Tensors] | None:
 
 
 def _by_name(tensors: Tensors) -> tuple[str, Tensors] | None:
-    """What tensors are by their names, and as ours are written."""
+    """Recognise an artefact by the names of its tensors, and name them as ours."""
     names = set(tensors)
     if names == {"q_filters"}:
         # Published filters point away from the queries.

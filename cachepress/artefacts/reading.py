@@ -166,7 +166,7 @@ def _contents(path: str) -> tuple[object, dict[str, str]]:
 
 
 class _Ignored:
-    """Stands for objects that published files hold beside tensors, such as a loss curve."""
+    """Placeholder for objects that published files hold beside tensors, such as a loss curve."""
 
     def __init__(self, *_: object) -> None: ...
 

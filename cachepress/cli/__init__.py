@@ -1,4 +1,4 @@
-"""The command line: ``cachepress --help`` lists the commands; each group of them has a module."""
+"""The command line (``cachepress --help``), with a module for each group of commands."""
 
 from cachepress.cli.program import main
 

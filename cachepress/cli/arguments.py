@@ -1,4 +1,4 @@
-"""Options of commands, read off dataclasses: field, type, default, and what the docstring says.
+"""Makes argparse options of dataclass fields: name, type, default, and help of the docstring.
 
 A command is a dataclass whose fields are its options and whose ``run`` does it. The first line of
 its docstring is listed by ``cachepress --help``; all of it, and what it says of each field, is
@@ -38,19 +38,19 @@ _REST = "rest"
 
 @dataclass(frozen=True)
 class Command:
-    """A command; its fields are its options."""
+    """Base class of a command, whose fields are its command-line options."""
 
     KEPT: ClassVar[str] = ""
     """What is left where it is interrupted; nothing is said of one that is over in a moment."""
 
     def run(self) -> None:
-        """Do it."""
+        """Run the command."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Rest:
-    """The options of other dataclasses that a command takes besides its own.
+    """Options of other dataclasses that a command takes besides its own.
 
     Attributes:
         kinds: the dataclasses; of fields of one name, the first one's is taken.
@@ -73,7 +73,7 @@ class Rest:
 
 
 def given(*kinds: type, without: Sequence[str] = (), **aliases: str) -> dict[str, Rest]:
-    """Metadata of a field for the options of other dataclasses that were given.
+    """Make the metadata of a field that collects the given options of other dataclasses.
 
     What was not given is not in it, so that it comes before a file, and that before the defaults.
     """
@@ -81,17 +81,17 @@ def given(*kinds: type, without: Sequence[str] = (), **aliases: str) -> dict[str
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """Argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and where help is."""
+        """Print an error in one line with where to find help, and exit."""
         self.exit(FAILED, f"{self.prog}: error: {visible(message)} (see {self.prog} --help)\n")
 
 
 def add_command(
     commands: "argparse._SubParsersAction[Parser]", name: str, kind: type[Command]
 ) -> None:
-    """Add a command; what it parses gets ``command``, which makes it of the other values."""
+    """Add a command to the parser; parsed values get ``command``, which makes the command."""
     told = cleandoc(kind.__doc__ or "").partition("\n\nAttributes:")[0]
     first = told.partition("\n")[0].rstrip(".")
     parser = commands.add_parser(
@@ -109,7 +109,7 @@ def add_command(
 
 
 def _made(kind: type[Command], values: dict[str, Any]) -> Command:
-    """A command of parsed values."""
+    """Make a command of parsed values."""
     for f in fields(kind):
         if (rest := f.metadata.get(_REST)) is not None:
             names = rest.options.keys() & values.keys()
@@ -120,7 +120,7 @@ def _made(kind: type[Command], values: dict[str, Any]) -> Command:
 def _add(
     parser: Parser, kind: type, f: "Field[Any]", *default: object, alias: str | None = None
 ) -> None:
-    """Add the option that a field is."""
+    """Add a field to the parser as an option."""
     how = _how(get_type_hints(kind, include_extras=True)[f.name])
     how["help"] = _explained(kind).get(f.name, "").replace("%", "%%")
     if "positional" in f.metadata:
@@ -138,7 +138,7 @@ def _add(
 
 
 def _explained(kind: type) -> dict[str, str]:
-    """What the docstring says of each field; nothing where Python was told to leave it out."""
+    """Read the description of each field from the docstring; none under ``python -OO``."""
     found: dict[str, str] = {}
     for one in reversed(kind.__mro__):
         listed = cleandoc(one.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
@@ -149,7 +149,7 @@ def _explained(kind: type) -> dict[str, str]:
 
 
 def _how(hint: object) -> dict[str, Any]:
-    """What argparse has to know of a type."""
+    """Translate a type hint to arguments of ``add_argument``."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         mark = parts[1]

@@ -1,4 +1,4 @@
-"""What commands have in common: how they speak to a terminal, and how they load a model."""
+"""Prints to the terminal, sets up logging, and loads the model of a command."""
 
 import logging
 import os
@@ -20,19 +20,19 @@ logger = logging.getLogger(__name__)
 
 
 class _Visible(logging.Formatter):
-    """Log lines that a terminal does not obey."""
+    """Log formatter that escapes control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
 
 
 def say(text: str = "") -> None:
-    """Print a text whose control characters are shown."""
+    """Print a text with its control characters escaped."""
     print(visible(text))
 
 
 def log(level: str = "INFO") -> None:
-    """Write what is logged to stderr, and keep transformers quiet."""
+    """Log to stderr, and let transformers log errors only."""
     from cachepress.models.loading import be_quiet
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -44,7 +44,7 @@ def log(level: str = "INFO") -> None:
 
 
 def warn_of_nothing_dropped(press: "BasePress | None") -> None:
-    """A press named without a ratio keeps all, which is seldom what was meant."""
+    """Warn if a press evicts nothing because it was named without a compression ratio."""
     try:
         nothing = press is not None and press.with_ratio(0.0) == press
     except CachepressError:
@@ -54,7 +54,7 @@ def warn_of_nothing_dropped(press: "BasePress | None") -> None:
 
 
 def read_text(path: str) -> str:
-    """The text of a file in UTF-8.
+    """Read a text file in UTF-8.
 
     Raises:
         CachepressError: if it is not in UTF-8.
@@ -67,7 +67,7 @@ def read_text(path: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class OnModel(Command):
-    """A command that works on a model.
+    """Command that loads a model.
 
     Attributes:
         model: a built-in name, a local folder, or a hub name (default: smollm2-135m).
@@ -82,7 +82,7 @@ class OnModel(Command):
     trust_remote_code: bool = False
 
     def loaded(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-        """The model and its tokenizer."""
+        """Load the model and its tokenizer."""
         from cachepress.models.loading import load
 
         trust = {"trust_remote_code": self.trust_remote_code}

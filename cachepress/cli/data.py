@@ -1,4 +1,4 @@
-"""Commands about benchmarks, and the models and presses that there are."""
+"""Commands that list benchmarks, models and presses, and convert benchmark files."""
 
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -135,7 +135,7 @@ class Presses(Command):
 
 
 def _say_press(alias: str, kind: type) -> None:
-    """Print a press as it would be written with its defaults, and what it is."""
+    """Print a press with its options and defaults, and its description."""
     summary = (kind.__doc__ or "").strip().splitlines()[0]
     options = ", ".join(
         f.name if f.default is MISSING else f"{f.name}={f.default!r}"

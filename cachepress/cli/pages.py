@@ -1,4 +1,4 @@
-"""Commands that make pages: of results, and of what a press keeps of a text."""
+"""Commands that make HTML pages: of results, and of the tokens that a press keeps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

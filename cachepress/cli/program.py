@@ -1,4 +1,4 @@
-"""The program: which command was asked for, and how it ends, whatever ends it.
+"""Entry point: parses the command line, runs the command, and ends it with an exit code.
 
 What the user can mend is one line on stderr and code 2; a signal is one line and 128 more than its
 number; a reader that is gone is 141, without a word.
@@ -41,7 +41,7 @@ GROUPS = {"data": "list benchmarks, or convert one to a file"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run the command that the arguments ask for.
 
     Returns:
         0; 2 after one line on stderr for anything that the user can mend; 130 or 143 after SIGINT
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command_of(arguments: Sequence[str] | None) -> Command:
-    """The command that was asked for."""
+    """Parse arguments to a command."""
     parser = Parser(prog="cachepress", description="KV-cache compression: press, answer, measure.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -117,7 +117,7 @@ def _fail(message: str) -> int:
 
 
 def _flushed() -> bool:
-    """Whether all that was printed got out; what did not is forgotten."""
+    """Flush stdout, and tell whether it was not closed by its reader; discard the rest if so."""
     out = sys.stdout
     if out is None:
         return True
@@ -131,7 +131,7 @@ def _flushed() -> bool:
 
 
 def _nobody_reads() -> bool:
-    """Whether the reader of what is printed is gone; a pipe to a worker can break as well."""
+    """Tell whether stdout or stderr is a broken pipe; a pipe to a worker can break as well."""
     gone = select.POLLERR | select.POLLHUP
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):

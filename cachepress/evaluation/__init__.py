@@ -1,4 +1,4 @@
-"""Evaluation: a press on a data set, with quality, bytes and seconds in files."""
+"""Evaluates presses on data sets: quality, cache bytes and seconds, written to files."""
 
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.registry import DATASET_REGISTRY, METRIC_REGISTRY, PRESS_REGISTRY

@@ -1,4 +1,4 @@
-"""Answers to all questions about a context: under one press, or under many that share its prefill.
+"""Answers all questions about a context, under one press or under many that share its prefill.
 
 Nothing is written here, see ``cachepress.evaluation.run``.
 """
@@ -90,7 +90,7 @@ class Answerer:
         return unfit
 
     def _misfit(self, run: Run, empty: bool) -> str | None:
-        """Why a press cannot be used here; None if it can."""
+        """Return why a press does not fit the model or the data set; None if it does."""
         if run.press is None:
             return None
         try:
@@ -177,7 +177,7 @@ class Answerer:
     def _forks(
         self, prefill: SharedPrefill, runs: Sequence[Run], context: Context
     ) -> Iterator[list[Fork]]:
-        """Forks that can be decoded together, as many as there is room for."""
+        """Compress forks of a prefill, and yield those that are decoded as one batch."""
         room, most = max(ROOM, 2 * prefill.whole_bytes), self._most_forks(context)
         some: list[Fork] = []
         for run in runs:
@@ -194,7 +194,7 @@ class Answerer:
             yield some
 
     def _most_forks(self, context: Context) -> int:
-        """How many forks can be decoded together."""
+        """Compute how many forks can be decoded as one batch."""
         samples = context.samples
         if not self._padding or any(sample.metric == PERPLEXITY for sample in samples):
             return 1
@@ -207,7 +207,7 @@ class Answerer:
         return max(1, most)
 
     def _time(self, forks: Sequence[Fork]) -> None:
-        """Time decoding after each fork; without a press, after transformers' own cache."""
+        """Time decoding from each fork; without a press, from transformers' own cache."""
         plain = [one.run is not None and one.run.press is None for one in forks]
         caches = [
             (ordinary(one.cache) if whole else one.cache, one.acting)
@@ -220,7 +220,7 @@ class Answerer:
         return Batch(self.model, self.tokenizer, forks, prompt.question_ids)
 
     def _texts(self, context: Context) -> list[list[int]] | None:
-        """Token ids of what the model is made to say to each question; None if it is not."""
+        """Tokenise the texts whose perplexity is measured; None if there are none."""
         samples = context.samples
         if not any(sample.metric == PERPLEXITY for sample in samples):
             return None
@@ -233,7 +233,7 @@ class Answerer:
         context: Context,
         reference: Reference | None,
     ) -> Iterator[tuple[Run, Found]]:
-        """Answers of forks that are one batch."""
+        """Decode a batch of forks, and yield the answers of each run."""
         batch, limits = self._batch(forks, prompt), [s.max_new_tokens for s in context.samples]
         answers = batch.answers(max(limits))
         kls, nlls = batch.divergences(reference), batch.likelihoods(self._texts(context))
@@ -252,7 +252,7 @@ class Answerer:
         kls: Sequence[float | None],
         nlls: Sequence[float | None],
     ) -> Found:
-        """Answers of a context of which so many tokens were read, and so many cut."""
+        """Make a fork's answers to a context, ``read`` being its tokens read and those cut off."""
         columns = zip(context.samples, tokens, kls, nlls, strict=True)
         step, step_low, step_high = forked.step or (None, None, None)
         peak = peak_memory(self.model.device) if forked.press_seconds is None else None
@@ -300,14 +300,14 @@ def answers_of(
 
 
 def shares_reading(run: Run) -> bool:
-    """Whether a run's press can compress a fork of a prefill that it shares with other presses."""
+    """Tell whether a run's press can compress a fork of a prefill shared with other presses."""
     if run.press is None:
         return True
     return shares(run.press) and run.config.prefill_mode == "exact"
 
 
 def _forked(prefill: SharedPrefill, run: Run) -> Fork:
-    """What a run's press leaves of a context that was read for several."""
+    """Compress a fork of a shared prefill by a run's press."""
     if run.press is None:
         size = size_of(ordinary(prefill.cache))
         return Fork(run, fork(prefill.cache), size, prefill.seconds, 0.0)

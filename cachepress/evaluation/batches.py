@@ -1,4 +1,4 @@
-"""Caches that several presses left of one context, decoded as one batch: answers and likelihoods.
+"""Decodes the caches of several presses on one context as one batch: answers and likelihoods.
 
 How the context is read, and which caches share a batch, is in ``cachepress.evaluation.answering``.
 """
@@ -29,7 +29,7 @@ MOST_TOKENS = 64
 
 @dataclass(eq=False)
 class Fork:
-    """The cache that a press left of a context, and what it cost.
+    """Compressed cache of a context under one press, with its bytes and seconds.
 
     Attributes:
         run: the evaluation that it belongs to; None for the uncompressed cache itself.
@@ -56,7 +56,7 @@ class Fork:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the uncompressed model says to each question, and what it expects meanwhile."""
+    """Answers of the uncompressed model to each question, with its log-probabilities."""
 
     answers: list[list[int]]
     expected: list[Tensor]
@@ -110,7 +110,7 @@ class Batch:
         return Reference(answers, self._expected(answers)[0])
 
     def divergences(self, reference: Reference | None) -> list[list[float | None]]:
-        """KL divergence of each fork and question from a reference, in nats a token.
+        """Compute the KL divergence of each fork and question from a reference, in nats a token.
 
         None without one, and under a press that acts while answers are decoded: it sees no given
         text.
@@ -123,7 +123,7 @@ class Batch:
         ]
 
     def likelihoods(self, texts: Sequence[list[int]] | None) -> list[list[float | None]]:
-        """Negative log-likelihood of a text after each fork and question, in nats a token.
+        """Compute the mean negative log-likelihood of a text after each fork and question, in nats.
 
         None without texts, and under a press that acts while answers are decoded, as above.
         """
@@ -135,14 +135,14 @@ class Batch:
         ]
 
     def _expected(self, texts: Sequence[list[int]]) -> list[list[Tensor]]:
-        """What is expected at each token of a text that answers each question, after each fork."""
+        """Compute log-probabilities along given answers, after each fork (teacher forcing)."""
         forced = [Forced(ids, text) for ids, text in zip(self._questions, texts, strict=True)]
         return self._decoded(forced, lambda cache, some: force(self._model, cache, some))
 
     def _decoded(
         self, of_questions: Sequence[T], decode: Callable[[Cache, list[T]], list[R]]
     ) -> list[list[R]]:
-        """What decoding gives for each fork and question."""
+        """Decode from each fork and question, as one batch, and sort the results by fork."""
         if not has_only_full_attention(self._model):
             # Sliding windows and recurrent states would count padding.
             (only,) = self.forks
@@ -157,13 +157,13 @@ class Batch:
 
     @cached_property
     def _whole(self) -> Cache:
-        """All forks for all questions as one cache."""
+        """All forks as one cache, each once for every question."""
         groups, n = [[one.cache for one in group] for group in self._groups], len(self._questions)
         return fork(groups[0][0], n) if len(self.forks) == 1 else join(groups, n)
 
 
 def _divergence(p: Tensor, q: Tensor) -> float:
-    """KL divergence of log-probabilities ``q [n, vocabulary]`` from ``p``, mean over tokens."""
+    """Compute the mean KL divergence of log-probabilities ``q [n, vocabulary]`` from ``p``."""
     return float((p.exp() * (p - q)).sum(-1).mean().clamp(min=0))
 
 

@@ -1,4 +1,4 @@
-"""The options of an evaluation, checked, and the folder of its results."""
+"""Checked options of an evaluation, and the folder of its results."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 @dataclass(frozen=True)
 class EvaluationConfig(EvaluationFields):
-    """One evaluation: a press at a ratio, on a data set, with a model.
+    """Options of one evaluation: a press at a ratio, on a data set, with a model.
 
     Its fields are those of ``cachepress.options.EvaluationFields``, of which each is checked; names
     of files and folders may begin with ``~``. ``dataclasses.replace`` makes a changed one.
@@ -99,7 +99,7 @@ class EvaluationConfig(EvaluationFields):
         return press is not None and press.needs.question
 
     def make_press(self) -> BasePress | None:
-        """The press at its ratio; None for no press."""
+        """Make the press at its ratio; None for no press."""
         press = self._spelled_press()
         return None if press is None else with_real_paths(press)
 
@@ -121,7 +121,7 @@ class EvaluationConfig(EvaluationFields):
         return getattr(self.make_press(), "compression_ratio", self.compression_ratio) or 0.0
 
     def get_results_dir(self) -> Path:
-        """Folder of the results: dataset__data_dir__model__press__ratio, and what else differs."""
+        """Name the folder of results: dataset__data_dir__model__press__ratio, and other options."""
         names = (same_data(self.dataset), same_model(self.model), self.press_name)
         folder = self._folder(*names, _safe, acting_kwargs(self.model_kwargs))
         earlier = self._earlier_results_dir()
@@ -130,7 +130,7 @@ class EvaluationConfig(EvaluationFields):
         return _of_its_own(folder)
 
     def _earlier_results_dir(self) -> Path:
-        """Where version 0.1.0 left results of these options: it did not look where paths lead."""
+        """Name the folder as version 0.1.0 did, which did not resolve paths."""
         press = self._spelled_press()
         name = NO_PRESS if press is None else brief(press, self.ratio)
         return self._folder(self.dataset, self.model, name, _clean, self.model_kwargs)
@@ -152,7 +152,7 @@ class EvaluationConfig(EvaluationFields):
         )
 
     def _is_here(self, folder: Path) -> bool:
-        """Whether a folder has results of these very options."""
+        """Tell whether a folder has results of the same options."""
         try:
             return self.difference(read_mapping(folder / CONFIG)) is None
         except CachepressError:
@@ -193,7 +193,7 @@ class EvaluationConfig(EvaluationFields):
         return None if self.prompts is None else read_prompts(self.prompts).label
 
     def identity(self) -> dict[str, object]:
-        """Every field that can change an answer, the press by its full spelling."""
+        """Return every field that can change an answer, the press by its full spelling."""
         values = {k: v for k, v in asdict(self).items() if k not in FREE_FIELDS}
         values["press"] = repr(press) if (press := self.make_press()) else NO_PRESS
         values["compression_ratio"] = self.ratio
@@ -206,7 +206,7 @@ class EvaluationConfig(EvaluationFields):
         return values
 
     def difference(self, there: Mapping[str, object]) -> str | None:
-        """The first field that differs from saved options; None if they mean the same run."""
+        """Return the first field that differs from saved options; None if they are equivalent."""
         own = {name: _DEFAULTS[name] for name in ADDED_FIELDS} | self.identity()
         for name, value in own.items():
             saved = there.get(name, _DEFAULTS.get(name))
@@ -236,12 +236,12 @@ def load_config(path: str | None, options: Mapping[str, object]) -> EvaluationCo
 
 
 def _named(values: Mapping[str, object]) -> dict[str, object]:
-    """Options by the names of their fields."""
+    """Rename options to the names of their fields."""
     return {"press" if name == "press_name" else name: value for name, value in values.items()}
 
 
 def _check_json(name: str, values: Mapping[str, object]) -> None:
-    """Raise unless a mapping has names, and values that a file of results can hold."""
+    """Raise CachepressError unless a mapping has texts as keys and values that JSON can hold."""
     try:
         json.dumps(values, sort_keys=True)
         fits = all(isinstance(key, str) for key in values)
@@ -267,29 +267,29 @@ def _check_type(name: str, value: object, kind: type | UnionType) -> None:
 
 
 def _decimals(ratio: float) -> str:
-    """At least two decimals, and as many as the ratio needs."""
+    """Format a ratio with two decimals, or as many as it needs."""
     exact = Decimal(str(ratio))
     digits = max(2, -int(exact.as_tuple().exponent))
     return f"{exact:.{digits}f}"
 
 
 def acting_kwargs(model_kwargs: Mapping[str, object]) -> dict[str, object]:
-    """The arguments of from_pretrained that can change an answer."""
+    """Select the arguments of from_pretrained that can change an answer."""
     return {name: value for name, value in model_kwargs.items() if name not in IDLE_KWARGS}
 
 
 def same_model(name: str) -> str:
-    """A model's name; for a folder its one path, however it was given."""
+    """Return a model's name; for a folder, its real path."""
     return name if name in BUILTIN_MODELS else real_path(name)
 
 
 def same_data(name: str) -> str:
-    """A data set's name; for a file its one path, however it was given."""
+    """Return a data set's name; for a file, its real path."""
     return real_path(name) if Path(name).suffix else name
 
 
 def _meant(name: str, saved: object) -> object:
-    """A saved field as it would be saved now."""
+    """Convert a saved field to the form in which this version saves it."""
     if name == "model_kwargs" and isinstance(saved, Mapping):
         return acting_kwargs(saved)
     if not isinstance(saved, str):
@@ -304,7 +304,7 @@ def _meant(name: str, saved: object) -> object:
 
 
 def _safe(part: str) -> str:
-    """A part of a folder name that every file system takes, another one for another part."""
+    """Make a text a part of a folder name on every file system, unique by a hash if changed."""
     clean = _clean(part)
     if part.isascii() or clean.endswith(_digest(part)):
         return clean
@@ -317,7 +317,7 @@ def _clean(part: str) -> str:
 
 
 def _of_its_own(folder: Path) -> Path:
-    """A folder that is not another one's, where a disk takes capitals for small letters."""
+    """Rename a folder if another one's name differs in case only, on disks that ignore case."""
     aside = folder.with_name(f"{folder.name}-{_digest(folder.name)}")
     if aside.exists():
         return aside

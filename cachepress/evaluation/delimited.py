@@ -1,4 +1,4 @@
-"""CSV read as what it is: rows of texts, none of them guessed at and none shifted."""
+"""Reads CSV as rows of texts, without type inference, and refuses rows of a wrong width."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ _REMEDY = "name every column, and put what holds the delimiter into quotes"
 
 @dataclass(frozen=True)
 class Delimited:
-    """A table of texts.
+    """Table of texts that was read from a CSV file.
 
     Attributes:
         header: names of the columns.
@@ -24,7 +24,7 @@ class Delimited:
     lines: list[int]
 
     def records(self) -> list[dict[str, str]]:
-        """The rows by the names of their columns."""
+        """Return each row as a mapping from column to text."""
         return [dict(zip(self.header, row, strict=True)) for row in self.rows]
 
 
@@ -62,7 +62,7 @@ def _distinct(header: list[str]) -> list[str]:
 
 
 def repeated(names: Iterable[str]) -> str | None:
-    """The first name that is there a second time."""
+    """Return the first name that occurs twice; None if none does."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -72,7 +72,7 @@ def repeated(names: Iterable[str]) -> str | None:
 
 
 def _check(fields: list[str], header: list[str], where: str) -> None:
-    """Refuse a row whose fields do not stand below names one to one."""
+    """Raise ValueError unless a row has one field for each named column."""
     counted = f"{where}: got {len(fields)} fields, wanted {len(header)} as the header names"
     if len(fields) < len(header):
         raise ValueError(f"{counted}, and the column {header[len(fields)]!r} is left without")

@@ -1,4 +1,4 @@
-"""The demonstration: answers, bytes and seconds of several presses on the built-in model."""
+"""Runs the demonstration: several presses on the built-in model, in answers, bytes and seconds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ LENGTH = 8000
 
 
 def run_demo(output_dir: str = "./results", data_dir: str = PART, length: int = LENGTH) -> str:
-    """Evaluate what is not done yet, and time decoding; ``demo.md`` gets the tables too.
+    """Evaluate what is not done yet, time decoding, and write the tables to ``demo.md``.
 
     Args:
         output_dir: where results go.

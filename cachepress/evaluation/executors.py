@@ -1,4 +1,4 @@
-"""Who does the work of a sweep: this process, other processes, or a Ray cluster."""
+"""Distributes the work of a sweep: to this process, to other processes, or to a Ray cluster."""
 
 import math
 import multiprocessing
@@ -38,21 +38,21 @@ MOST_LOSSES = 3
 
 
 class Job(NamedTuple):
-    """Evaluations of one model and data set, and all contexts that they are to answer."""
+    """Evaluations of one model and data set, with all contexts that they answer questions about."""
 
     configs: Sequence[EvaluationConfig]
     contexts: Sequence[Context]
 
 
 class Unit(NamedTuple):
-    """A context of a job, and the evaluations that have not answered it."""
+    """Unit of work: a context, and the evaluations whose answers to it are missing."""
 
     context: Context
     configs: tuple[EvaluationConfig, ...]
 
 
 class Answered(NamedTuple):
-    """Answers by the folder of their run, and what kept the others from being given."""
+    """Answers by the folder of their run, and the error that ended the unit, if any."""
 
     found: list[tuple[Path, Found]]
     error: CachepressError | None = None
@@ -60,7 +60,7 @@ class Answered(NamedTuple):
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """How work is done.
+    """Options of workers.
 
     Attributes:
         batch_size: most sequences that are decoded at once.
@@ -77,7 +77,7 @@ class WorkerOptions:
 
 
 class Worker:
-    """Holds a model, and generates the answers to units.
+    """Holds a model, and generates answers unit by unit.
 
     Args:
         options: how.
@@ -104,13 +104,13 @@ class Worker:
         return self._answerer(job.configs[0]).check(runs, job.contexts)
 
     def answer(self, unit: Unit) -> Answered:
-        """Answer a unit."""
+        """Answer a unit, all evaluations at once."""
         parts = list(self.answers(unit))
         error = next((part.error for part in parts if part.error is not None), None)
         return Answered([found for part in parts for found in part.found], error)
 
     def answers(self, unit: Unit) -> Iterator[Answered]:
-        """Answer a unit, evaluation by evaluation."""
+        """Answer a unit, and yield the answers of each evaluation."""
         runs = [Run(config) for config in unit.configs]
         try:
             answerer = self._answerer(unit.configs[0])
@@ -143,7 +143,7 @@ class Worker:
 
 
 class Executor(ABC):
-    """Gives units to workers, which are there while it is entered."""
+    """Context manager that starts workers, and distributes units to them."""
 
     def __enter__(self) -> Self:
         return self
@@ -153,15 +153,15 @@ class Executor(ABC):
 
     @abstractmethod
     def check(self, job: Job) -> dict[Path, str]:
-        """Find what cannot work before any work is done; see ``Worker.check``."""
+        """Check a job before any work is done; see ``Worker.check``."""
 
     @abstractmethod
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
-        """Units with their answers as they come; a unit can come in parts."""
+        """Yield units with their answers as they come; a unit can come in parts."""
 
 
 class Serial(Executor):
-    """Works in this process, where need be with a model that is loaded already."""
+    """Executor in this process, which can use a model that is loaded already."""
 
     def __init__(self, options: WorkerOptions, loaded: Loaded | None = None) -> None:
         self._worker = Worker(options, loaded=loaded)
@@ -171,7 +171,7 @@ class Serial(Executor):
         return self._worker.check(job)
 
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
-        """One unit after the other, and each in parts, so that little is lost with the process."""
+        """Answer units one by one, and yield each in parts, so that a crash loses little."""
         for unit in units:
             for part in self._worker.answers(unit):
                 yield unit, part
@@ -201,7 +201,7 @@ def _check(job: Job) -> dict[Path, str]:
 
 
 class Processes(Executor):
-    """Works in several processes of this machine, each with a model, and a GPU if there is one.
+    """Executor in several processes of this machine, each with a model, and a GPU if there is one.
 
     A process that dies takes the others with it; what they were at is given out anew.
     """
@@ -229,7 +229,7 @@ class Processes(Executor):
             raise _lost(1) from error
 
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
-        """Units as they are done, each exactly once."""
+        """Yield units as they are done, each exactly once."""
         left, losses = deque(units), 0
         at: dict[Future, Unit] = {}
         while left or at:
@@ -266,7 +266,7 @@ class Processes(Executor):
 
 
 class Ray(Executor):
-    """Works on a Ray cluster: the one that ``RAY_ADDRESS`` names, or one on this machine.
+    """Executor on a Ray cluster: the one that ``RAY_ADDRESS`` names, or one on this machine.
 
     Each actor holds a model. An actor that is lost is started again, and its unit is done again.
     """
@@ -314,7 +314,7 @@ class Ray(Executor):
             raise _lost(1) from error
 
     def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Answered]]:
-        """Units as they are done, each exactly once."""
+        """Yield units as they are done, each exactly once."""
         left, losses = deque(units), 0
         at = {}
         idle = deque(self.actors)

@@ -1,4 +1,4 @@
-"""95 % intervals of mean scores whose samples come in clusters, for many data sets at once.
+"""Confidence intervals (95 %) of mean scores of clustered samples, for many data sets at once.
 
 Every function takes data sets as the rows of an array ``[R, N]``, so that coverage can be tested by
 simulation; ``cachepress.evaluation.statistics`` is for one.
@@ -27,7 +27,7 @@ class Bounds(NamedTuple):
 
 
 class Trust(NamedTuple):
-    """How far the variance of a sample is believed, by the standard error relative to the mean.
+    """Thresholds of the relative standard error, up to which a sample's variance is trusted.
 
     Where it is large, the sample may lack the rare large values that the true mean is made of.
 
@@ -50,7 +50,7 @@ CHANGES = Trust(0.2, 0.4)
 
 @dataclass(frozen=True)
 class Clusters:
-    """Which samples belong together.
+    """Clusters of samples that are not independent, such as the questions about one context.
 
     Attributes:
         order: ``[N]`` samples, those of a cluster one after the other.
@@ -62,7 +62,7 @@ class Clusters:
 
     @classmethod
     def of(cls, names: Sequence[Hashable]) -> "Clusters":
-        """The clusters of samples by the ``names`` of what they belong to."""
+        """Group samples by the ``names`` of their clusters."""
         codes: dict[Hashable, int] = {}
         index = np.asarray([codes.setdefault(name, len(codes)) for name in names])
         return cls(np.argsort(index, kind="stable"), np.bincount(index).astype(float))
@@ -74,27 +74,27 @@ class Clusters:
 
     @cached_property
     def effective(self) -> float:
-        """Number of clusters; of different sizes, the number of equal ones that say as much."""
+        """Effective number of clusters (Kish): of different sizes, they count as fewer."""
         return float(self.samples**2 / (self.sizes**2).sum())
 
     @cached_property
     def even(self) -> bool:
-        """Whether all clusters have as many samples."""
+        """Whether all clusters have the same size."""
         return bool((self.sizes == self.sizes[0]).all())
 
     @cached_property
     def quantile(self) -> float:
-        """Student's quantile for a variance between as many clusters."""
+        """Student's t quantile for the effective number of clusters."""
         return float(t.ppf(1 - TAIL, max(self.effective - 1, 1.0)))
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """Sums ``[R, C]`` of values ``[R, N]``."""
+        """Sum values ``[R, N]`` over each cluster, ``[R, C]``."""
         starts = np.cumsum(self.sizes, dtype=int) - self.sizes.astype(int)
         return np.add.reduceat(values[:, self.order], starts, axis=1)
 
 
 class Moments(NamedTuple):
-    """What intervals are computed from, ``[R]`` each.
+    """Means and variances that intervals are computed from, ``[R]`` each.
 
     Attributes:
         mean: mean over the samples.
@@ -111,7 +111,7 @@ class Moments(NamedTuple):
 
 
 def moments(values: np.ndarray, clusters: Clusters) -> Moments:
-    """Moments of data sets ``[R, N]``."""
+    """Compute means and variances of data sets ``[R, N]``."""
     n, sizes = clusters.samples, clusters.sizes
     mean = values.mean(-1)
     spread = ((values - mean[:, None]) ** 2).mean(-1)
@@ -130,7 +130,7 @@ def moments(values: np.ndarray, clusters: Clusters) -> Moments:
 
 
 def _of_tied(residuals: np.ndarray, spread: np.ndarray, clusters: Clusters) -> np.ndarray:
-    """Variance of the mean ``[R]``, from how alike the samples of a cluster are.
+    """Compute the variance of the mean ``[R]`` from the intraclass correlation.
 
     Where the few large clusters happen to agree, the differences between clusters are those of the
     small ones, and say nothing of the large. What all clusters together say of the correlation
@@ -147,7 +147,7 @@ def _of_tied(residuals: np.ndarray, spread: np.ndarray, clusters: Clusters) -> n
 
 
 def student(values: np.ndarray, clusters: Clusters) -> Bounds:
-    """Student's interval over clusters; infinite where a single cluster says nothing of others."""
+    """Compute Student's t interval over clusters; infinite for a single cluster."""
     found = moments(values, clusters)
     half = clusters.quantile * np.sqrt(found.variance)
     if len(clusters.sizes) == 1:
@@ -156,7 +156,7 @@ def student(values: np.ndarray, clusters: Clusters) -> Bounds:
 
 
 def positive(values: np.ndarray, clusters: Clusters) -> Bounds:
-    """Interval of the mean of numbers from 0 to anywhere, whose variance grows with their mean.
+    """Compute the interval of a mean of non-negative numbers, whose variance grows with the mean.
 
     It has the true means from which the one found is ``quantile`` standard errors away, where the
     squared standard error is as many times the one found as the true mean is. That is Wilson's
@@ -174,7 +174,7 @@ def positive(values: np.ndarray, clusters: Clusters) -> Bounds:
 
 
 def scores(values: np.ndarray, clusters: Clusters) -> Bounds:
-    """Interval of a mean score from 0 to 1, be they zeros and ones or fractions.
+    """Compute the interval of a mean score from 0 to 1, of zeros and ones or of fractions.
 
     Wilson's interval with the number of samples that gives the variance between clusters, and with
     Student's quantile where that variance is estimated. Of fractions this number can be far above
@@ -182,7 +182,7 @@ def scores(values: np.ndarray, clusters: Clusters) -> Bounds:
     trusted (``Trust``), the ends move to those of ``exact_high``.
     """
     found = moments(values, clusters)
-    ones = _are(values, (0.0, 1.0))
+    ones = _has_only(values, (0.0, 1.0))
     near = np.minimum(found.mean, 1 - found.mean)
     doubt = _doubt(found, near, _by_kind(ones, ONES, FRACTIONS))
     none = found.independent
@@ -191,7 +191,7 @@ def scores(values: np.ndarray, clusters: Clusters) -> Bounds:
 
 
 def differences(values: np.ndarray, clusters: Clusters) -> Bounds:
-    """Interval of a mean difference of two scores, from -1 to 1, never of length 0.
+    """Compute the interval of a mean difference of two scores, from -1 to 1, never of length 0.
 
     Gains and losses are both means of numbers from 0 to 1, most of them 0. Each gets an interval as
     a score does, and the two are combined as those of correlated means are (Zou and Donner 2008).
@@ -204,7 +204,7 @@ def differences(values: np.ndarray, clusters: Clusters) -> Bounds:
         return Bounds(mean, np.full_like(mean, -1.0), np.full_like(mean, 1.0))
     whole, changed = moments(values, clusters), moments(np.abs(values), clusters)
     gains, losses = (moments(np.maximum(x, 0), clusters) for x in (values, -values))
-    ones = _are(values, (-1.0, 0.0, 1.0))
+    ones = _has_only(values, (-1.0, 0.0, 1.0))
     agree = (values == 0).mean(-1)
     far = _farthest(values, whole, changed, agree)
     unseen = far * np.where(ones, 1.0, agree)
@@ -223,7 +223,7 @@ def differences(values: np.ndarray, clusters: Clusters) -> Bounds:
 
 
 def exact_high(mean: np.ndarray, spread: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Upper end for the mean of any numbers from 0 to 1, whatever their distribution.
+    """Compute an upper bound for the mean of numbers from 0 to 1, whatever their distribution.
 
     Gaffke's bound: the samples and one more, at 1, get random weights that sum to 1, and the end is
     the quantile of their mean; here by a beta distribution with the same mean and variance. Of
@@ -248,7 +248,7 @@ def _end_points(
     doubt: np.ndarray,
     far: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ends for means from 0 to 1: Wilson's, and exact ones by as much as there is ``doubt``.
+    """Compute the bounds of means from 0 to 1: Wilson's, widened to exact ones with ``doubt``.
 
     Args:
         found: of the data sets.
@@ -280,7 +280,7 @@ def _end_points(
 def wilson(
     mean: np.ndarray, n: np.ndarray, quantile: np.ndarray | float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of Wilson's interval."""
+    """Compute the bounds of Wilson's interval."""
     factor = np.square(quantile) / n
     centre = (mean + factor / 2) / (1 + factor)
     half = quantile * np.sqrt(mean * (1 - mean) / n + factor / (4 * n)) / (1 + factor)
@@ -289,9 +289,9 @@ def wilson(
     )
 
 
-def _are(values: np.ndarray, known: tuple[float, ...]) -> np.ndarray:
-    """Which data sets have no other values than those ``known``."""
-    return np.asarray(np.isin(values, known).all(-1))
+def _has_only(values: np.ndarray, allowed: tuple[float, ...]) -> np.ndarray:
+    """Tell which data sets have no other values than ``allowed``."""
+    return np.asarray(np.isin(values, allowed).all(-1))
 
 
 def _by_kind(ones: np.ndarray, of_ones: Trust, others: Trust) -> tuple[np.ndarray, np.ndarray]:
@@ -302,7 +302,7 @@ def _by_kind(ones: np.ndarray, of_ones: Trust, others: Trust) -> tuple[np.ndarra
 
 
 def _doubt(found: Moments, near: np.ndarray, trust: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """How little the variance is trusted: 0 to 1, by the standard error relative to ``near``."""
+    """Compute from 0 to 1 how little the variance is trusted, by the relative standard error."""
     up_to, none_from = trust
     relative = np.sqrt(found.variance) / np.where(near > 0, near, 1.0)
     return np.where(near > 0, np.clip((relative - up_to) / (none_from - up_to), 0.0, 1.0), 0.0)
@@ -311,7 +311,7 @@ def _doubt(found: Moments, near: np.ndarray, trust: tuple[np.ndarray, np.ndarray
 def _farthest(
     values: np.ndarray, whole: Moments, changed: Moments, agree: np.ndarray
 ) -> np.ndarray:
-    """How large a change can be that was not seen.
+    """Bound how large a change can be that no sample shows.
 
     Of ``k`` changes the largest was found, and another is larger with probability
     ``1 / (k + 1)``: it moves that far on to 1, if most samples agree or all changes go one way,
@@ -331,12 +331,12 @@ def _farthest(
 
 
 def _correlation(whole: Moments, gains: Moments, losses: Moments) -> np.ndarray:
-    """Correlation of the means of gains and losses."""
+    """Compute the correlation of the means of gains and losses."""
     covariance = (gains.variance + losses.variance - whole.variance) / 2
     scale = np.sqrt(gains.variance * losses.variance)
     return np.where(scale > 0, np.clip(covariance / np.where(scale > 0, scale, 1.0), -1, 1), 0.0)
 
 
 def _combined(a: np.ndarray, b: np.ndarray, correlation: np.ndarray) -> np.ndarray:
-    """How far a difference can be off whose parts can be off by ``a`` and ``b``."""
+    """Combine the errors ``a`` and ``b`` of two means into that of their difference."""
     return np.sqrt(np.maximum(a**2 + b**2 - 2 * correlation * a * b, 0.0))

@@ -1,4 +1,4 @@
-"""Scores of answers that several benchmarks share; those of one stand beside its loader."""
+"""Metrics that several benchmarks share; those of one benchmark stand in its module."""
 
 import re
 import string
@@ -18,7 +18,7 @@ CHINESE_PUNCTUATION = frozenset(string.punctuation) | {
 
 
 def string_match(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Share of the expected strings that the prediction contains, case ignored.
+    """Score the share of expected strings that the prediction contains, case ignored.
 
     Every text contains the empty one, which therefore only an empty prediction matches.
     """

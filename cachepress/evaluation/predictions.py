@@ -1,4 +1,4 @@
-"""The table of predictions on disk, from which every text comes back exactly as it was.
+"""Writes and reads predictions.csv so that every text comes back exactly as it was.
 
 Every field is quoted, so that line ends, quotes and spaces are part of it, and a text is never
 taken for a number or for nothing. Two kinds of character cannot stand in a CSV file in UTF-8: NUL,
@@ -24,17 +24,17 @@ _ESCAPED = re.compile(f"{ESCAPE}(0000|d[89a-f][0-9a-f]{{2}}|{ord(ESCAPE):04x})")
 
 
 def escape(text: str) -> str:
-    """The text with every character escaped that a CSV file in UTF-8 cannot hold."""
+    """Escape the characters of a text that a CSV file in UTF-8 cannot hold."""
     return _UNSAFE.sub(lambda found: f"{ESCAPE}{ord(found[0]):04x}", text)
 
 
 def unescape(text: str) -> str:
-    """The text that was escaped."""
+    """Undo ``escape``."""
     return _ESCAPED.sub(lambda found: chr(int(found[1], 16)), text)
 
 
 def write_predictions(path: Path, table: pd.DataFrame) -> None:
-    """Write a table, whose index is left out, so that ``read_predictions`` gives it back."""
+    """Write a table of predictions, without its index."""
     if list(table[OWN_METRIC]) == list(table["metric"]):
         table = table.drop(columns=OWN_METRIC)
     safe = table.map(lambda value: escape(value) if isinstance(value, str) else value)
@@ -43,7 +43,7 @@ def write_predictions(path: Path, table: pd.DataFrame) -> None:
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
-    """The columns of a table of predictions, all of them texts; also one that 0.1.0 wrote.
+    """Read a table of predictions, also of version 0.1.0; all columns are texts.
 
     Raises:
         ValueError: if it is damaged.

@@ -1,4 +1,4 @@
-"""Prompts in a user's own file: a benchmark's published templates, or the texts of a table."""
+"""Reads prompts from a user's file: a benchmark's published templates, or a table of texts."""
 
 import ast
 import hashlib
@@ -29,7 +29,7 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Template:
-    """What stands around a document, with the names of what is filled in.
+    """Prompt template of a task: the text around a document, with named placeholders.
 
     Attributes:
         origin: where it comes from, for errors.
@@ -42,7 +42,7 @@ class Template:
     after: tuple[tuple[str, str | None], ...] = ()
 
     def around(self, document: str, fields: Mapping[str, object]) -> tuple[str, str]:
-        """The text up to the end of the document, and what is asked behind it.
+        """Fill the template: the text up to the document's end, and the question after it.
 
         Raises:
             CachepressError: if a name has nothing to fill it.
@@ -60,7 +60,7 @@ class Template:
 
 @dataclass(frozen=True)
 class Prompts:
-    """A file of prompts.
+    """Prompts of a user's file.
 
     Attributes:
         name: name of the file.
@@ -76,7 +76,7 @@ class Prompts:
 
     @property
     def label(self) -> str:
-        """Name and hash, by which results say which prompts they are of."""
+        """Name and hash of the file, which results record."""
         return f"{self.name} sha256:{self.digest}"
 
     def template(
@@ -85,7 +85,7 @@ class Prompts:
         documents: Sequence[str] = ("context",),
         needs: Iterable[Sequence[str]] = (),
     ) -> Template:
-        """The template of a task.
+        """Find and parse the template of a task.
 
         Args:
             tasks: names of the task; the first that has one counts.
@@ -120,7 +120,7 @@ class Prompts:
         return Template(origin, (*parts[:place], last), tuple(parts[place + 1 :]))
 
     def put_into(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The table with the texts of these rows, where they are not templates.
+        """Replace the prompts of a data set by the rows of this file; templates change nothing.
 
         Raises:
             CachepressError: if they are not of this table's rows.
@@ -149,7 +149,7 @@ class Prompts:
         return int(text)
 
     def _asked(self, number: int, document: str) -> tuple[str, str, str]:
-        """Context, question and answer's beginning of a row, by what it says of a document."""
+        """Split a row's prompt at the document: context, question, and beginning of the answer."""
         row = self.rows[number]
         whole = "prompt" in row
         text = _text(row["prompt"] if whole else row.get("context"))
@@ -167,7 +167,7 @@ class Prompts:
 
 
 def read_prompts(file: str) -> Prompts:
-    """A file of prompts: ``{task: template}`` in JSON, one template as a text, or a table.
+    """Read a file of prompts: ``{task: template}`` in JSON, one template as text, or a table.
 
     A module in Python that holds such mappings is read too, never run; ``FILE.py:NAME`` says which
     of them is meant.
@@ -227,7 +227,7 @@ def _is_empty(value: object) -> bool:
 
 
 def _text(value: object) -> str:
-    """A cell as text; nothing where it is empty."""
+    """Convert a cell to text; an empty one to ""."""
     return "" if _is_empty(value) else str(value)
 
 
@@ -263,7 +263,7 @@ def _templates(path: Path, raw: bytes, name: str) -> dict[str, str]:
 
 
 def _assigned(text: str, name: str, path: str) -> dict[str, str]:
-    """The templates that a module assigns to a name, or the only ones that it has."""
+    """Find the templates that a Python module assigns to a name, or the only ones in it."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
@@ -282,7 +282,7 @@ def _assigned(text: str, name: str, path: str) -> dict[str, str]:
 
 
 def _texts(mapping: ast.Dict) -> dict[str, str]:
-    """The entries whose key and value are plain texts, or sums of such."""
+    """Evaluate entries of a mapping whose key and value are string literals, or sums of them."""
     pairs = zip(map(_plain, mapping.keys), map(_plain, mapping.values), strict=True)
     return {key: value for key, value in pairs if key is not None and value is not None}
 
@@ -297,7 +297,7 @@ def _plain(node: ast.expr | None) -> str | None:
 
 
 def _parsed(template: str, origin: str) -> list[tuple[str, str | None]]:
-    """Texts and the names that follow them; a last text is followed by none."""
+    """Parse a template to texts, each with the placeholder that follows it, or None."""
     if _DOCUMENT in template:
         pieces = _DOLLARS.split(template)
         names: list[str | None] = [*pieces[1::2], None]
@@ -316,6 +316,6 @@ def _parsed(template: str, origin: str) -> list[tuple[str, str | None]]:
 
 
 def shortened(label: str) -> str:
-    """A label with the beginning of its hash."""
+    """Shorten the hash in a label."""
     name, _, digest = label.rpartition(":")
     return f"{name}:{digest[:_SHOWN]}"

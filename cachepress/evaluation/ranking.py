@@ -1,4 +1,4 @@
-"""The ranking of a sweep's presses, at equal bytes."""
+"""Ranks the presses of a sweep by their scores at equal bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ EQUAL = 1.15
 
 @dataclass(frozen=True)
 class Ranked:
-    """A press in a ranking, with the result that counts at each ratio.
+    """Press in a ranking, with the result that counts at each ratio.
 
     Attributes:
         press: its name.
@@ -46,14 +46,14 @@ class Ranked:
 
     @property
     def place(self) -> tuple[int, float, float]:
-        """Sort key: how many ratios it lacks, its mean score, its mean divergence."""
+        """Sort key: ratios without a result, mean score, mean divergence."""
         # One that was not measured comes last of equals.
         kl = float("inf") if self.kl is None else self.kl
         return len(self.results) - len(self._found), -(self.score or 0.0), kl
 
 
 def ranked(results: Sequence[Result]) -> tuple[list[float], list[Ranked]]:
-    """The presses that were scored at every ratio, the best one first.
+    """Rank the presses that were scored at every ratio, the best one first.
 
     Presses are compared at equal bytes: what counts at a ratio is the score of the run with the
     most bytes that keeps no more than the ratio leaves of what no press allocates. Those that never
@@ -82,7 +82,7 @@ def ranked(results: Sequence[Result]) -> tuple[list[float], list[Ranked]]:
 
 
 def _fitting(results: Sequence[Result], ratio: float, base: Result | None) -> Result | None:
-    """The run with the most bytes that keeps no more than a ratio leaves; None if none does."""
+    """Find the largest run among those within a ratio's bytes; None if there is none."""
 
     def kept(result: Result) -> float:
         own = result.metrics

@@ -1,4 +1,4 @@
-"""What a run has answered so far, on disk: a line a sample, and files that are whole or absent.
+"""Records answers on disk, one JSON line for each sample, and writes files atomically.
 
 Scores are not here: they are computed from the answers, see ``cachepress.evaluation.results``.
 """
@@ -24,7 +24,7 @@ _ANY, _MOST = ("kl", "nll"), 1e18
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer to one sample, and what it cost.
+    """Answer to one sample, with its bytes and seconds.
 
     Attributes:
         predicted_answer: the text.
@@ -80,7 +80,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Record(Answer):
-    """An answer as it stands in the file, with whose it is and what computed it.
+    """Answer as it is recorded on disk, with its sample, digests and library versions.
 
     Attributes:
         sample_id: which sample it answers.
@@ -95,7 +95,7 @@ class Record(Answer):
     versions: Mapping[str, str] | None = None
 
     def to_json(self) -> dict[str, object]:
-        """The fields as they stand in the file."""
+        """Return the fields as the file has them."""
         return {"schema": SCHEMA, "sample_id": None, "context_id": None, **asdict(self)}
 
 
@@ -119,7 +119,7 @@ class Records:
             self._read()
 
     def append(self, records: Mapping[str, Record]) -> None:
-        """Write records by their keys; they are on disk when this returns."""
+        """Append records by their keys; they are on disk when this returns."""
         lines = [
             json.dumps({"key": key, **record.to_json()}, ensure_ascii=False)
             for key, record in records.items()
@@ -162,14 +162,14 @@ def _parsed(line: str) -> tuple[str, Record]:
 
 
 def check_schema(values: Mapping[str, object]) -> None:
-    """Raise a ValueError if a later version wrote this, whose fields may mean something else."""
+    """Raise ValueError if a later version wrote these values, with fields of other meanings."""
     schema = values.get("schema", SCHEMA)
     if schema != SCHEMA:
         raise ValueError(f"schema: got {shown(schema)}, wanted {SCHEMA}, which this version knows")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is the old one or the new one, never a part."""
+    """Write a text file atomically: after a crash it is the old or the new one, never a part."""
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()

@@ -1,4 +1,4 @@
-"""The registries of an evaluation: presses, data sets and metrics by name."""
+"""Registries of presses, data sets and metrics by name."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -68,7 +68,7 @@ UNJUDGED = (UNSCORED, FORCED)
 
 
 def find_metric(name: str) -> Metric:
-    """A registered metric.
+    """Look up a metric by name.
 
     Raises:
         CachepressError: if there is no such name.
@@ -83,7 +83,7 @@ def find_metric(name: str) -> Metric:
 def check_metric(
     name: str, answers: Sequence[str], choices: Sequence[str], trial: bool = True
 ) -> None:
-    """Refuse a metric that cannot judge by these answers.
+    """Raise CachepressError if a metric does not fit the answers of a sample.
 
     Args:
         name: name of the metric.
@@ -110,7 +110,7 @@ def check_metric(
 
 
 def find_dataset(name: str) -> Task:
-    """A registered data set, or a local file as one.
+    """Look up a data set by name, or make one of a local file.
 
     Raises:
         CachepressError: if there is no such name or file.
@@ -126,7 +126,7 @@ def find_dataset(name: str) -> Task:
 
 
 def _load_local(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """The rows of a file; those of a benchmark's tasks are asked as the benchmark asks them."""
+    """Load a local file; rows of a benchmark's tasks follow its rules of chat and truncation."""
     table = load_file(Path(config.dataset))
     if config.prompts is not None:
         table = _in_templates(table, read_prompts(config.prompts))
@@ -138,7 +138,7 @@ def _load_local(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _in_templates(table: pd.DataFrame, prompts: Prompts) -> pd.DataFrame:
-    """The rows of a file in the templates of their tasks."""
+    """Put the rows of a file into the user's templates, by task."""
     if prompts.rows:
         return table
     needs = [("question", "input")] if any(table["question"]) else []
@@ -155,12 +155,12 @@ def _in_templates(table: pd.DataFrame, prompts: Prompts) -> pd.DataFrame:
 
 
 def _bare(task: str) -> str:
-    """A task of LongBench-E by the name that it has in LongBench."""
+    """Return the LongBench name of a task of LongBench-E."""
     return task.partition(" ")[0].removesuffix(SUFFIX_E)
 
 
 def _asked(task: str) -> tuple[bool, str]:
-    """Whether a benchmark's task is put into the chat template, and where contexts are cut."""
+    """Return whether a task is put into the chat template, and where its contexts are cut."""
     name = task.partition(" ")[0].partition("/")[0]
     for benchmark in (LONGBENCH, LONGBENCH_E, INFINITEBENCH, LOOGLE, SCBENCH):
         if name in benchmark.parts:

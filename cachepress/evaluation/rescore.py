@@ -1,4 +1,4 @@
-"""Scores of old answers, without the model."""
+"""Scores saved answers again, without the model."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -69,7 +69,7 @@ def _scored(run: Path, metric: str | None) -> Metrics:
 
 
 def _judged(run: Path, metric: str | None) -> tuple[pd.DataFrame, Metrics]:
-    """The rows of a run with what is to judge them, which fits, and its metrics so far."""
+    """Read a run's predictions, with a checked metric for each row, and its metrics so far."""
     rows, metrics = _read(run)
     _check_number(run, rows, metrics)
     rows = judged_by(rows, metric)
@@ -78,7 +78,7 @@ def _judged(run: Path, metric: str | None) -> tuple[pd.DataFrame, Metrics]:
 
 
 def _check_number(run: Path, rows: pd.DataFrame, metrics: Metrics) -> None:
-    """Refuse a table that has lost rows, whose mean would be another one."""
+    """Raise CachepressError if predictions.csv lacks rows that metrics.json counts."""
     judged = sum(name not in UNJUDGED for name in rows["metric"])
     if metrics.score is not None and metrics.score.samples != judged:
         raise CachepressError(

@@ -1,4 +1,4 @@
-"""What an evaluation came to: quality with intervals, bytes and seconds, as metrics.json has them.
+"""Computes the results of an evaluation (metrics.json): quality with intervals, bytes, seconds.
 
 They are computed from answers, written, and read again. Tables of several results are in
 ``cachepress.evaluation.summary`` and ``cachepress.pages``.
@@ -35,7 +35,7 @@ _COSTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """How good answers are.
+    """Mean scores of an evaluation, of all samples and of each task.
 
     Attributes:
         metrics: names of what judged them.
@@ -52,7 +52,7 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics(Scores):
-    """How good the answers of an evaluation are, and what they cost.
+    """Metrics of an evaluation: scores, divergence, bytes and seconds.
 
     Attributes:
         query_aware: whether the press saw the question.
@@ -92,12 +92,12 @@ class Metrics(Scores):
 
     @property
     def samples(self) -> int | None:
-        """How many samples were measured; None where none was."""
+        """Number of samples that were measured; None if none was."""
         return None if (found := self._measured) is None else found.samples
 
     @property
     def contexts(self) -> int | None:
-        """How many contexts they are of."""
+        """Number of contexts that were measured; None if none was."""
         return None if (found := self._measured) is None else found.contexts
 
     @property
@@ -111,7 +111,7 @@ class Metrics(Scores):
         return self.decode_tokens_per_second, low, high
 
     def to_json(self) -> dict[str, object]:
-        """The fields as they stand in metrics.json; an end of an interval is null if unknown."""
+        """Return the fields as metrics.json has them; unknown bounds of intervals are null."""
         return {"schema": SCHEMA, **{f.name: plain(getattr(self, f.name)) for f in fields(self)}}
 
     def write(self, folder: Path) -> None:
@@ -155,13 +155,13 @@ def predictions_of(
 
 
 def scores_in(table: pd.DataFrame) -> list[float]:
-    """The score of each answer of a table of predictions."""
+    """Score each answer of a table of predictions."""
     names = ("predicted_answer", "answer", "choices", "metric")
     return [score(*texts) for texts in zip(*(table[name] for name in names), strict=True)]
 
 
 def score(prediction: str, answer: Sequence[str], choices: Sequence[str], metric: str) -> float:
-    """Score of an answer; NaN where nothing judges it."""
+    """Score an answer; NaN if no metric judges it."""
     return math.nan if metric in UNJUDGED else METRIC_REGISTRY[metric](prediction, answer, choices)
 
 
@@ -219,7 +219,7 @@ def _estimate(
     predictions: pd.DataFrame,
     column: str,
 ) -> Estimate | None:
-    """What a method says of the numbers that there are; None where there are none."""
+    """Estimate the mean of a column without its missing values; None if all are missing."""
     rows = predictions.dropna(subset=[column])
     return method(list(rows[column]), list(rows["context_id"])) if len(rows) else None
 
@@ -233,7 +233,7 @@ def _perplexity(predictions: pd.DataFrame) -> Estimate | None:
 
 
 def _reported(rows: pd.DataFrame) -> dict[str, Estimate]:
-    """What the benchmark reports of the answers to a task beside their score."""
+    """Compute what the benchmark reports of a task beside the score."""
     metrics = set(rows["metric"])
     reports = REPORTS.get(metrics.pop(), {}) if len(metrics) == 1 else {}
     found = {}
@@ -246,7 +246,7 @@ def _reported(rows: pd.DataFrame) -> dict[str, Estimate]:
 
 
 def _weighted(rows: pd.DataFrame, report: Report) -> Estimate:
-    """The weighted mean of a report with the interval of such a ratio, to first order."""
+    """Compute a report's weighted mean, with the interval of a ratio of means (delta method)."""
     columns = zip(rows["predicted_answer"], rows["answer"], rows["choices"], strict=True)
     scores = [report.metric(*row) for row in columns]
     weights = [report.weight(answer) if report.weight else 1 for answer in rows["answer"]]

@@ -1,4 +1,4 @@
-"""Whether a data set that is yet to be generated fits the model's positions."""
+"""Checks before a data set is generated that its contexts fit the model's positions."""
 
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
@@ -7,7 +7,7 @@ from cachepress.models.loading import positions_of
 
 
 def check_size(task: Task, config: EvaluationConfig) -> None:
-    """Refuse a data set whose contexts cannot fit, before it is generated.
+    """Raise CachepressError if contexts of a data set cannot fit, before it is generated.
 
     Raises:
         CachepressError: if a context is longer than there is room for, and is not to be cut, or
@@ -33,7 +33,7 @@ def check_size(task: Task, config: EvaluationConfig) -> None:
 
 
 def _room(config: EvaluationConfig, beside: int) -> int | None:
-    """Most tokens that a context may have beside so many others; None for any number."""
+    """Compute the most tokens of a context, with ``beside`` tokens for question and answer."""
     limits = [config.max_context_length]
     if not config.beyond_trained_length:
         positions = positions_of(config.model, config.loading)

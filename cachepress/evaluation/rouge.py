@@ -1,4 +1,4 @@
-"""ROUGE-L of a summary, as the package ``rouge`` defines it, for texts of any length.
+"""Computes ROUGE-L as the package ``rouge`` defines it, for texts of any length.
 
 The package itself walks back through both texts with a call for every word, so that what it says
 of a long text would depend on how deep the call is that asks it.
@@ -14,7 +14,7 @@ SMALLEST = 1e-8
 
 
 class Rouge(NamedTuple):
-    """Recall, precision and F1, by the names that the package gives them."""
+    """Recall, precision and F1, named as in the package ``rouge``."""
 
     r: float
     p: float
@@ -22,7 +22,7 @@ class Rouge(NamedTuple):
 
 
 def rouge_l(prediction: str, answer: str) -> Rouge:
-    """ROUGE-L: distinct words of the longest subsequences that sentences have in common.
+    """Compute ROUGE-L by the distinct words of sentences' longest common subsequences.
 
     A sentence is what stands between full stops. A text without any scores nothing.
     """
@@ -39,12 +39,12 @@ def rouge_l(prediction: str, answer: str) -> Rouge:
 
 
 def _sentences(text: str) -> list[list[str]]:
-    """The words of each sentence; one of white space only has one empty word."""
+    """Split a text into the words of each sentence; white space gives one empty word."""
     return [sentence.split() or [""] for sentence in text.split(".") if sentence]
 
 
 def _longest_common(wanted: Sequence[str], said: Sequence[str]) -> list[str]:
-    """The longest common subsequence; of several, the one that the package finds."""
+    """Find a longest common subsequence; of several, the one that the package finds."""
     numbers = {word: number for number, word in enumerate(dict.fromkeys((*wanted, *said)))}
     x, y = (np.array([numbers[word] for word in words]) for words in (wanted, said))
     # Lengths in a row never fall, and each is at most one more than that above and before it.

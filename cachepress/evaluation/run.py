@@ -1,4 +1,4 @@
-"""One evaluation and its folder: what is answered there, under which keys, and what is written.
+"""One evaluation and its folder of results: records, keys of answers, and files written.
 
 Nothing is computed here, see ``cachepress.evaluation.answering``.
 """
@@ -108,7 +108,7 @@ class Run:
                 path.rmdir()
 
     def check_folder(self) -> None:
-        """Refuse to mix the results of two configs.
+        """Raise CachepressError if the folder has results of other options.
 
         Raises:
             CachepressError: if the folder has the results of another config.
@@ -135,7 +135,7 @@ class Run:
         self._keys.clear()
 
     def begin(self) -> None:
-        """Open the records and write the options; with ``overwrite``, remove earlier results."""
+        """Open the records and write the options; ``overwrite`` removes earlier results."""
         if not self._is_held:
             self._hold()
         if self._records is None:
@@ -190,7 +190,7 @@ class Run:
         return list(found)
 
     def key(self, context: Context, sample: Sample) -> str:
-        """A hash of everything that can change the answer to a sample."""
+        """Hash everything that can change the answer to a sample."""
         assert self._identity is not None, "identify comes first"
         if (context, sample) not in self._keys:  # Texts are long, and keys are asked for often.
             asked = self._asked(context, sample)
@@ -198,19 +198,19 @@ class Run:
         return self._keys[context, sample]
 
     def _asked(self, context: Context, sample: Sample) -> list[object]:
-        """What is asked of the model."""
+        """List what the model is asked: prompt, limits, and a text to score."""
         prompt = [context.text, sample.question, sample.answer_prefix, sample.max_new_tokens]
         forced = list(sample.answer) if sample.metric == "perplexity" else None
         departures = context.departures(self.config)
         return [prompt, forced, *([departures] if departures else [])]
 
     def has(self, context: Context, kl: bool = False) -> bool:
-        """Whether every sample of a context is answered, with its divergence if that is asked."""
+        """Tell whether every sample of a context is answered, with its divergence if asked for."""
         found = [self._done.get(self.key(context, sample)) for sample in context.samples]
         return all(record is not None and not (kl and record.kl is None) for record in found)
 
     def scores(self, context: Context) -> list[float]:
-        """Scores of the answers to a context; NaN where nothing judges them."""
+        """Score the answers to a context; NaN if no metric judges them."""
         return [
             score(
                 self._done[self.key(context, sample)].predicted_answer,
@@ -222,7 +222,7 @@ class Run:
         ]
 
     def save(self, context: Context, answers: Mapping[int, Answer]) -> None:
-        """Write answers by sample id; they are on disk when this returns."""
+        """Record answers by sample id; they are on disk when this returns."""
         assert self._records is not None
         self._records.append(
             {
@@ -270,7 +270,7 @@ class Run:
         write_atomically(self.folder / CONFIG, text)
 
     def _saved_config(self) -> dict[str, object]:
-        """The options of the results that are there."""
+        """Read the options of the results in the folder; empty if there are none."""
         path = self.folder / CONFIG
         return {} if self.config.overwrite or not path.exists() else read_mapping(path)
 
@@ -306,7 +306,7 @@ def holding(folder: Path) -> Iterator[None]:
 
 
 def allow_open_files(n: int) -> None:
-    """Make room for so many open files, as one is held for each folder of results.
+    """Raise the limit of open files: each folder of results holds one open, as a lock.
 
     Raises:
         CachepressError: if the system allows fewer.
@@ -324,7 +324,7 @@ def allow_open_files(n: int) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of cachepress, torch, transformers and Python."""
+    """Return the versions of cachepress, torch, transformers and Python."""
     return {
         "cachepress_version": cachepress.__version__,
         "torch_version": str(torch.__version__),
@@ -334,7 +334,7 @@ def versions() -> dict[str, str]:
 
 
 def learned_digests(press: BasePress | None, model: str) -> dict[str, str]:
-    """Digests of the artefacts that a press and those inside of it read for a model of a name."""
+    """Hash the artefacts that a press and its inner presses read for a model."""
     found = {}
     for place, one in enumerate(() if press is None else with_inner(press)):
         for kind in one.learned.values():
@@ -347,7 +347,7 @@ def learned_digests(press: BasePress | None, model: str) -> dict[str, str]:
 
 
 def say_versions(runs: Sequence[Run], contexts: Sequence[Context]) -> None:
-    """Say which answers other versions computed; they are kept."""
+    """Log which answers were computed by other versions; they are kept."""
     found: dict[str, None] = {}
     for run in runs:
         found |= dict.fromkeys(run.computed_by(contexts))
@@ -364,6 +364,6 @@ def _hash(values: list[object]) -> str:
 
 
 def as_json(texts: list[str]) -> str:
-    """Texts as they stand in predictions.csv; half of a surrogate pair only as JSON escapes it."""
+    """Encode texts as JSON for predictions.csv; a lone surrogate is escaped."""
     text = json.dumps(texts, ensure_ascii=False)
     return text.encode(errors="backslashreplace").decode()

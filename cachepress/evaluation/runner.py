@@ -1,4 +1,4 @@
-"""The driver of evaluations: what is not answered yet is answered, of one run or of many.
+"""Drives evaluations, one run or many: answers what is not answered yet, and writes results.
 
 Every answer is on disk as soon as it is there, and what is on disk is not computed again. What a
 run is of and where its files lie is in ``cachepress.evaluation.run``, how contexts are answered in
@@ -63,11 +63,11 @@ class Group:
 
     @property
     def config(self) -> EvaluationConfig:
-        """What all of them share."""
+        """Options of the first run, of which all runs share those of model and data."""
         return self.runs[0].config
 
     def load(self, loaded: Loaded | None = None) -> None:
-        """Load the data set, and find out what answers depend on.
+        """Load the data set, and compute the digests that answers depend on.
 
         Args:
             loaded: a model and its tokenizer; None for those that the config names.
@@ -159,7 +159,7 @@ def drive(
 
 
 def _check(group: Group, executor: Executor) -> None:
-    """Refuse what cannot work; what may be left out is, where its press does not fit the model."""
+    """Check presses and contexts; leave out optional runs whose press does not fit the model."""
     unfit = executor.check(Job([run.config for run in group.runs], group.contexts))
     for run in group.runs:
         reason = unfit.get(run.folder)
@@ -194,7 +194,7 @@ def _work(groups: Sequence[Group], units: Sequence[Unit], executor: Executor, qu
 
 
 def _measures(run: Run) -> bool:
-    """Whether a divergence can be measured: not where the press acts on what is decoded."""
+    """Tell whether a KL divergence can be measured: not under a press that acts while decoding."""
     return run.press is None or not run.press.schedule.decodes
 
 
@@ -222,11 +222,11 @@ class EvaluationRunner:
         self._executor = Serial(WorkerOptions(shares=False), model)
 
     def run_evaluation(self) -> dict[str, object]:
-        """Run what is not done yet; the metrics, as they stand in metrics.json."""
+        """Run what is not done yet, and return the metrics as metrics.json has them."""
         return self.evaluate().to_json()
 
     def evaluate(self) -> Metrics:
-        """Run what is not done yet.
+        """Run what is not done yet, and return the metrics.
 
         Returns:
             The metrics.
@@ -241,7 +241,7 @@ class EvaluationRunner:
 
 
 def _progress(groups: Sequence[Group], left: Sequence[Sequence[Unit]]) -> str:
-    """How much of a single run is done already."""
+    """Say how much of a single run is done already."""
     ((run,), total) = groups[0].runs, len(groups[0].contexts)
     done = total - len(left[0])
     if done == total:

@@ -1,4 +1,4 @@
-"""Contexts and the questions about them, loaded and put into the form in which they are asked."""
+"""Loads data sets as contexts with their questions, and applies the options of prompts."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ PROMPTING = ("chat", "truncation", "separator", "suffix")
 
 @dataclass(frozen=True)
 class Sample:
-    """A question about a context.
+    """Question about a context, with its accepted answers and metric.
 
     Attributes:
         sample_id: its number in the data set.
@@ -48,7 +48,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Context:
-    """A text, and all that is asked about it.
+    """Context, with all questions about it.
 
     Attributes:
         number: its place in the data set.
@@ -69,7 +69,7 @@ class Context:
     suffix: str = ""
 
     def prompt_options(self, config: EvaluationConfig) -> PromptOptions:
-        """How the text and its questions become token ids."""
+        """Return the options by which the context and its questions are tokenised."""
         return PromptOptions(
             questions=[sample.question for sample in self.samples],
             answer_prefix=[sample.answer_prefix for sample in self.samples],
@@ -84,7 +84,7 @@ class Context:
         )
 
     def departures(self, config: EvaluationConfig) -> dict[str, object]:
-        """How the text becomes a prompt, where that is not what it became before it was asked.
+        """Return the prompt options that differ from those before they existed.
 
         A record's key has only these, so that answers from before are still found.
         """
@@ -99,12 +99,12 @@ class Context:
         return found
 
     def one_by_one(self) -> list["Context"]:
-        """The text with each question alone."""
+        """Split into one context for each question."""
         return [replace(self, samples=(sample,)) for sample in self.samples]
 
 
 def load_table(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """The rows that a config evaluates, by sample id, with the number of their context.
+    """Load the rows that a config evaluates, by sample id, with the number of their context.
 
     Raises:
         CachepressError: if there is no such data set, it is damaged, it cannot fit, or a metric
@@ -148,7 +148,7 @@ def _look(task: Task, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBa
 
 
 def _asked(table: pd.DataFrame, config: EvaluationConfig) -> pd.DataFrame:
-    """The table as a config has it asked, with the number of the context of each row."""
+    """Apply a config's prompt options to a table, and number the contexts."""
     if config.max_new_tokens is not None:
         table = table.assign(max_new_tokens=config.max_new_tokens)
     table = table.assign(suffix="", chat=_chat(table, config))
@@ -160,7 +160,7 @@ def _asked(table: pd.DataFrame, config: EvaluationConfig) -> pd.DataFrame:
 
 
 def _chat(table: pd.DataFrame, config: EvaluationConfig) -> list[bool]:
-    """Whether each row is put into the chat template."""
+    """Decide for each row whether it is put into the chat template."""
     going_on = [metric == PERPLEXITY for metric in table["metric"]]
     if config.chat is None:
         return [
@@ -175,14 +175,14 @@ def _chat(table: pd.DataFrame, config: EvaluationConfig) -> list[bool]:
 
 
 def judged_by(table: pd.DataFrame, metric: str | None) -> pd.DataFrame:
-    """The table with a metric for all samples that any judges; None for each sample's own."""
+    """Set the metric of all samples that have one; None sets each sample's own."""
     own = table[OWN_METRIC]
     chosen = own if metric is None else own.where(own.isin(UNJUDGED), metric)
     return table.assign(metric=chosen)
 
 
 def check_metrics(table: pd.DataFrame, origin: str) -> None:
-    """Refuse a metric that does not fit the answers of a sample.
+    """Raise CachepressError if a metric does not fit the answers of a sample.
 
     Raises:
         CachepressError: if there is one, naming the sample.
@@ -200,12 +200,12 @@ def check_metrics(table: pd.DataFrame, origin: str) -> None:
 
 
 def contexts_of(table: pd.DataFrame) -> list[Context]:
-    """The contexts of a table, in its order."""
+    """Group the rows of a table into contexts, in its order."""
     return [_context(group) for _, group in table.groupby("context_id", sort=False)]
 
 
 def _context(group: pd.DataFrame) -> Context:
-    """The context that rows are about, which is the same in each of them."""
+    """Make a context of rows that share it."""
     first = group.iloc[0]
     return Context(
         number=int(first["context_id"]),

@@ -1,4 +1,4 @@
-"""How long decoding one token takes after a context, and how much memory was needed."""
+"""Times decoding from compressed caches."""
 
 import resource
 import statistics
@@ -22,7 +22,7 @@ STEPS = 8
 
 
 class StepSeconds(NamedTuple):
-    """Seconds of a decoded token: the median of several, and their quartiles."""
+    """Median and quartiles of the seconds of a decoded token."""
 
     median: float
     low: float
@@ -32,7 +32,7 @@ class StepSeconds(NamedTuple):
 def step_seconds(
     model: PreTrainedModel, caches: Sequence[tuple[Cache, BasePress | None]]
 ) -> list[StepSeconds]:
-    """Seconds of a decoded token after each cache, taken in turns.
+    """Time decoding a token from each of several caches, interleaved.
 
     Args:
         model: the model.
@@ -54,11 +54,11 @@ def step_seconds(
 
 
 class SpeedLine(NamedTuple):
-    """What decoding after a text takes.
+    """Speed and size of a cache.
 
     Attributes:
         press: the press; None for transformers' own uncompressed cache.
-        ratio: share of key-value pairs that it dropped.
+        ratio: share of key-value pairs that it evicted.
         seconds: of a decoded token.
         cache_bytes: allocated for keys and values.
     """
@@ -72,7 +72,7 @@ class SpeedLine(NamedTuple):
 def speed_lines(
     model: PreTrainedModel, ids: Tensor, presses: Sequence[BasePress]
 ) -> list[SpeedLine]:
-    """Time decoding after a text, uncompressed first, then under each press.
+    """Time decoding after a text: from an uncompressed cache, then under each press.
 
     Args:
         model: the model.

@@ -1,4 +1,4 @@
-"""How sure a mean is, and how two runs on the same samples differ."""
+"""Estimates means with confidence intervals, and compares two runs on the same samples."""
 
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -15,7 +15,7 @@ from cachepress.evaluation.typed import NULL
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean score with its 95 % interval.
+    """Mean score with its 95 % interval.
 
     Attributes:
         mean: mean over the samples, 0 to 1.
@@ -33,7 +33,7 @@ class Estimate:
 
 
 def estimate(scores: Sequence[float], contexts: Sequence[Hashable]) -> Estimate:
-    """Mean of scores from 0 to 1 and its 95 % interval, clustered by context.
+    """Estimate the mean of scores from 0 to 1 with its 95 % interval, clustered by context.
 
     Zeros and ones, fractions and anything between: see ``cachepress.evaluation.intervals.scores``.
     A single context is one sample, however many questions it has.
@@ -46,7 +46,7 @@ def estimate(scores: Sequence[float], contexts: Sequence[Hashable]) -> Estimate:
 
 
 def interval(values: Sequence[float], contexts: Sequence[Hashable]) -> Estimate:
-    """Mean of any numbers and its 95 % interval, clustered by context.
+    """Estimate the mean of any numbers with its 95 % interval, clustered by context.
 
     The interval is Student's, with one degree of freedom less than there are contexts. A single
     context says nothing about others: its interval is infinite.
@@ -55,7 +55,7 @@ def interval(values: Sequence[float], contexts: Sequence[Hashable]) -> Estimate:
 
 
 def positive_interval(values: Sequence[float], contexts: Sequence[Hashable]) -> Estimate:
-    """Mean of numbers from 0 upwards, such as divergences, and its 95 % interval by context.
+    """Estimate the mean of non-negative numbers, such as divergences, with its 95 % interval.
 
     The interval is never below 0, and longer upwards: see
     ``cachepress.evaluation.intervals.positive``. That of a single context is infinite.
@@ -65,7 +65,7 @@ def positive_interval(values: Sequence[float], contexts: Sequence[Hashable]) -> 
 
 @dataclass(frozen=True)
 class Paired:
-    """How a run differs from another one on the same samples.
+    """Paired comparison of two runs on the same samples.
 
     Attributes:
         difference: of the scores, the other's subtracted; see
@@ -101,7 +101,7 @@ def paired(run: pd.DataFrame, base: pd.DataFrame) -> Paired:
 
 
 def finite(value: float | None) -> float | None:
-    """A number that can be shown, or None."""
+    """Return a number if it is finite, else None."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -110,7 +110,7 @@ def _one(
     values: Sequence[float],
     contexts: Sequence[Hashable],
 ) -> Estimate:
-    """What a method for many data sets says of one."""
+    """Apply an interval for many data sets to one."""
     clusters = Clusters.of(contexts)
     mean, low, high = (float(x[0]) for x in method(np.asarray([values], dtype=float), clusters))
     return Estimate(mean, low, high, len(values), len(clusters.sizes))

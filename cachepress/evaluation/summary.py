@@ -1,4 +1,4 @@
-"""Tables of results as commands print them, and a sweep's page: what stands in each column."""
+"""Tables of results that commands print, and the Markdown page of a sweep."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ HOW_TO_READ = (
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table: a result under a name.
+    """Line of a table of results.
 
     Attributes:
         name: of the press, or of its folder.
@@ -111,12 +111,12 @@ SHEET: tuple[Column[Result], ...] = (
 
 
 def results_table(lines: Sequence[tuple[str, Metrics]], style: str = "simple") -> str:
-    """A line for each result, under a name."""
+    """Format a table of results, one line each."""
     return table(RESULTS, [Line(name, metrics) for name, metrics in lines], style)
 
 
 def task_table(scores: Scores, style: str = "simple") -> str:
-    """A line a task: score, interval and number of samples; and what else is reported of it."""
+    """Format a table of tasks: score, interval, number of samples, and other reported numbers."""
     lines = []
     for task, score in scores.tasks.items():
         reported = scores.reported.get(task, {})
@@ -126,31 +126,31 @@ def task_table(scores: Scores, style: str = "simple") -> str:
 
 
 def cut_text(contexts: int | None, tokens: int | None) -> str:
-    """How many contexts were cut, and by how much; nothing where none was."""
+    """Say how many contexts were cut, and by how many tokens; "" if none was."""
     if not contexts:
         return ""
     return f"{contexts} context{'s' * (contexts != 1)} cut, {tokens:,} tokens in all"
 
 
 def sweep_table(results: Sequence[Result], style: str = "simple") -> str:
-    """A line for each result of a group, the differences to no press beside it."""
+    """Format a table of a group's results, with their differences to no press."""
     return table(SWEEP, [_line(result) for result in results], style)
 
 
 def quality_table(groups: Sequence[Sequence[Result]], style: str = "simple") -> str:
-    """A line for each result of all groups: what was asked, and what is left of score and bytes."""
+    """Format a table of the scores and bytes of all groups."""
     return table(QUALITY, [_line(result) for group in groups for result in group], style)
 
 
 def speed_table(lines: Sequence[SpeedLine], style: str = "simple") -> str:
-    """A line for each cache that was decoded from, against the first one."""
+    """Format a table of decoding speeds, relative to the first cache."""
     first = lines[0].seconds.median
     times: Column[SpeedLine] = Column("times as fast", lambda x: first / x.seconds.median, ".2f")
     return table((*DECODING, times), lines, style)
 
 
 def ranking_table(results: Sequence[Result], style: str = "simple") -> str | None:
-    """A line for each press that was scored at every ratio, the best one first; see ``ranked``.
+    """Format the ranking of presses, the best one first; see ``ranked``.
 
     Returns:
         None if nothing was scored, or at fewer than two ratios.
@@ -163,7 +163,7 @@ def ranking_table(results: Sequence[Result], style: str = "simple") -> str | Non
 
 
 def _at(place: int, ratio: float) -> Column[Ranked]:
-    """The score at a ratio, with its interval."""
+    """Make the column of the score at a ratio, with its interval."""
 
     def text(line: Ranked) -> str:
         result = line.results[place]
@@ -173,12 +173,12 @@ def _at(place: int, ratio: float) -> Column[Ranked]:
 
 
 def sweep_text(results: Sequence[Sequence[Result]]) -> str:
-    """The results of every group, with a heading each."""
+    """Format the tables of every group, with a heading each."""
     return "\n\n".join(f"{_heading(group)}\n\n{sweep_table(group)}" for group in results)
 
 
 def sweep_page(results: Sequence[Sequence[Result]], command: str) -> str:
-    """The results of every group as Markdown, with how to read them and what measured them."""
+    """Format the results of every group as a Markdown page, with an explanation and the machine."""
     top = f"# Results\n\nThis page is made by `{command}`.\n\n{HOW_TO_READ}"
     parts = [_section(group) for group in results]
     machines = sorted({result.metrics.machine for group in results for result in group})
@@ -186,12 +186,12 @@ def sweep_page(results: Sequence[Sequence[Result]], command: str) -> str:
 
 
 def sweep_sheet(results: Sequence[Sequence[Result]]) -> str:
-    """A line for each result of every group, for spreadsheets: numbers in full."""
+    """Format all results as CSV for spreadsheets, numbers in full."""
     return spreadsheet([sheet_line(SHEET, result) for group in results for result in group])
 
 
 def _section(group: Sequence[Result]) -> str:
-    """A group's ranking, if it has one, and everything that was measured."""
+    """Format the section of a group: its ranking, if any, and all results."""
     heading, table = f"## {_heading(group)}\n", f"{sweep_table(group, 'github')}\n"
     ranking = ranking_table(group, "github")
     if ranking is None:
@@ -206,7 +206,7 @@ def _section(group: Sequence[Result]) -> str:
 
 
 def notes_of(config: EvaluationConfig, metrics: Metrics) -> list[str]:
-    """What is out of the ordinary in how samples were asked."""
+    """List unusual options of prompts, and contexts that were cut."""
     chat = {None: "", True: "all in the chat template", False: "no chat template"}[config.chat]
     label = config.prompts_label
     prompts = "" if label is None else f"prompts of {shortened(label)}"
@@ -231,12 +231,12 @@ def _line(result: Result) -> Line:
 
 
 def _cut(name: str) -> str:
-    """A name that does not make every line of a table as long as itself."""
+    """Shorten a long name for tables."""
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
 
 
 def _scored(metrics: Metrics) -> tuple[str, str]:
-    """Score and interval; where only a perplexity was measured, that."""
+    """Format score and interval, or else the perplexity."""
     if metrics.score is not None:
         return f"{metrics.score.mean:.3f}", interval_text(metrics.score)
     if metrics.perplexity is None:

@@ -1,4 +1,4 @@
-"""A sweep: presses, ratios, data sets and models, with one prefill of a context for all."""
+"""Runs sweeps of presses, ratios, data sets and models, with one prefill of a context for all."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ _OWN = ("press", "compression_ratio", "dataset", "data_dir", "model", "query_awa
 
 @dataclass(frozen=True)
 class SweepConfig(SweepFields):
-    """A sweep: the fields of ``cachepress.options.SweepFields``, of which each is checked.
+    """Checked options of a sweep: the fields of ``cachepress.options.SweepFields``.
 
     Attributes:
         options: of each evaluation, see ``EvaluationConfig``.
@@ -60,16 +60,16 @@ class SweepConfig(SweepFields):
 
     @property
     def output_dir(self) -> Path:
-        """Where results go."""
+        """The folder of results."""
         return Path(expanded(str(self.options.get("output_dir", EvaluationConfig.output_dir))))
 
     @property
     def worker_options(self) -> WorkerOptions:
-        """How the work is done."""
+        """Options of the sweep's workers."""
         return WorkerOptions(self.batch_size, self.kl, self.workers)
 
     def groups(self) -> list[Group]:
-        """The evaluations, by what they read."""
+        """Make the evaluations, grouped by model, data set and query awareness."""
         found = []
         for model in _distinct(self.models, same_model):
             for dataset in _distinct(self.datasets, _same_part):
@@ -103,11 +103,11 @@ class SweepConfig(SweepFields):
         return list(found.values())
 
     def _is_optional(self, config: EvaluationConfig) -> bool:
-        """Whether a run is left out where its press does not fit the model."""
+        """Tell whether a run is left out if its press does not fit the model."""
         return EVERY_PRESS in self.presses and config.press not in self.presses
 
     def _spellings(self) -> dict[str, BasePress]:
-        """The presses by their spellings, without "no press"."""
+        """Parse the presses, by their spellings, without "no press"."""
         named = {
             p: press for p in self.presses if p != EVERY_PRESS and (press := parse(p)) is not None
         }
@@ -120,7 +120,7 @@ class SweepConfig(SweepFields):
 def run_sweep(
     config: SweepConfig, quiet: bool = False, only_plan: bool = False
 ) -> list[list[Result]]:
-    """Do what is not done yet.
+    """Run the evaluations of a sweep that are not done yet.
 
     Args:
         config: the sweep.
@@ -148,7 +148,7 @@ def run_sweep(
 
 
 def plan_of(config: SweepConfig, groups: Sequence[Group], left: Sequence[Sequence[Unit]]) -> str:
-    """What a sweep will do, in words."""
+    """Describe in words what a sweep will do."""
     lines = []
     for group, units in zip(groups, left, strict=True):
         one, samples = group.config, len(group.table)
@@ -174,7 +174,7 @@ def plan_of(config: SweepConfig, groups: Sequence[Group], left: Sequence[Sequenc
 
 
 def load_sweep(path: str | None, options: Mapping[str, object]) -> SweepConfig:
-    """A config from a YAML file and options that come before it.
+    """Read a sweep's config from a YAML file, which given options override.
 
     Raises:
         CachepressError: if the file is missing, is not YAML, or has an unknown or wrong field.
@@ -192,7 +192,7 @@ def load_sweep(path: str | None, options: Mapping[str, object]) -> SweepConfig:
 
 
 def _distinct(names: Sequence[str], same: Callable[[str], str]) -> list[str]:
-    """The names without those that mean the same as an earlier one."""
+    """Remove names that mean the same as an earlier one."""
     found: dict[str, str] = {}
     for name in names:
         found.setdefault(same(name), name)

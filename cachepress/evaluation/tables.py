@@ -1,4 +1,4 @@
-"""The one maker of tables: columns over lines, for terminals, Markdown, LaTeX and spreadsheets.
+"""Formats tables of columns for terminals, Markdown, LaTeX and spreadsheets.
 
 What stands in the tables of sweeps is in ``cachepress.evaluation.summary``, in those of reports in
 ``cachepress.pages.columns``.
@@ -37,7 +37,7 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Column(Generic[T]):
-    """A column of a table.
+    """Column of a table: its title, values and format.
 
     Attributes:
         title: its header.
@@ -63,7 +63,7 @@ class Column(Generic[T]):
         return self.kind != TEXT
 
     def text(self, line: T) -> str:
-        """What stands in it of a line."""
+        """Format the value of a line."""
         value = self.of(line)
         if isinstance(value, Estimate):
             return estimate_text(value, self.form)
@@ -72,13 +72,13 @@ class Column(Generic[T]):
         return NOTHING if finite(value) is None else format(value, self.form)
 
     def sort(self, line: T) -> float | str | None:
-        """What it is sorted by, a number in full; None comes last."""
+        """Return the value that lines are sorted by, numbers in full; None comes last."""
         value = self.of(line)
         value = value.mean if isinstance(value, Estimate) else value
         return self.text(line) if self.kind == TEXT or isinstance(value, str) else finite(value)
 
     def cells(self, line: T) -> dict[str, SheetCell]:
-        """What stands in a table for spreadsheets, by header; of an estimate three numbers."""
+        """Return the cells of a line in a spreadsheet by header: three for an estimate."""
         value = (self.in_sheet or self.of)(line)
         if self.kind != ESTIMATE or not isinstance(value, Estimate | None):
             return {self.title: value.mean if isinstance(value, Estimate) else value}
@@ -87,7 +87,7 @@ class Column(Generic[T]):
 
 
 def estimate_text(estimate: Estimate | None, sign: str = "") -> str:
-    """A mean with its interval, or "±?" where nothing is known of it."""
+    """Format a mean with its interval, or "±?" if that is unknown."""
     if estimate is None or finite(estimate.mean) is None:
         return NOTHING
     ends = interval_text(estimate)
@@ -95,7 +95,7 @@ def estimate_text(estimate: Estimate | None, sign: str = "") -> str:
 
 
 def interval_text(estimate: Estimate) -> str:
-    """An interval; empty where nothing is known of it."""
+    """Format an interval; "" if it is unknown."""
     if finite(estimate.low) is None or finite(estimate.high) is None:
         return ""
     return f"{estimate.low:.2f} to {estimate.high:.2f}"
@@ -104,7 +104,7 @@ def interval_text(estimate: Estimate) -> str:
 def table(
     columns: Sequence[Column[T]], lines: Sequence[T], style: str = "simple", align: str = "right"
 ) -> str:
-    """A table for a terminal, or in another format of tabulate; the first column is a name.
+    """Format a table for a terminal, or in another format of tabulate; the first column is a name.
 
     What is unknown is empty.
     """
@@ -121,7 +121,7 @@ def printed(columns: Sequence[Column[T]], lines: Sequence[T]) -> list[Column[T]]
 
 
 def markdown(columns: Sequence[Column[T]], lines: Sequence[T]) -> str:
-    """A table in Markdown, every text escaped."""
+    """Format a table in Markdown, every text escaped."""
     rule = "| " + " | ".join("---:" if column.numeric else "---" for column in columns) + " |"
     head, *rest = [
         "| " + " | ".join(map(markdown_text, texts)) + " |" for texts in _texts(columns, lines)
@@ -130,12 +130,12 @@ def markdown(columns: Sequence[Column[T]], lines: Sequence[T]) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """A text as Markdown shows it."""
+    """Escape a text for Markdown."""
     return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", " ".join(text.split()))
 
 
 def latex(columns: Sequence[Column[T]], lines: Sequence[T], caption: str) -> str:
-    r"""A table in LaTeX with a caption; it needs ``\usepackage{booktabs}``."""
+    r"""Format a table in LaTeX with a caption; it needs ``\usepackage{booktabs}``."""
     form = "".join("r" if column.numeric else "l" for column in columns)
     head, *rest = [" & ".join(map(_latex_text, t)) + r" \\" for t in _texts(columns, lines)]
     return "\n".join(
@@ -162,18 +162,18 @@ def _latex_text(text: str) -> str:
 
 
 def _texts(columns: Sequence[Column[T]], lines: Sequence[T]) -> list[list[str]]:
-    """The headers, and what stands in each line."""
+    """Format the headers and the values of each line."""
     titles = [column.title for column in columns]
     return [titles, *([column.text(line) for column in columns] for line in lines)]
 
 
 def sheet_line(columns: Sequence[Column[T]], line: T) -> dict[str, SheetCell]:
-    """A line of a table for spreadsheets, by header."""
+    """Return the cells of a line in a spreadsheet, by header."""
     return {name: value for column in columns for name, value in column.cells(line).items()}
 
 
 def spreadsheet(lines: Sequence[Mapping[str, SheetCell]]) -> str:
-    """Lines as CSV for spreadsheets, with a column for each name that any of them has.
+    """Format lines as CSV for spreadsheets, with a column for each header that any line has.
 
     Texts are quoted, and begin with an apostrophe where a spreadsheet would compute them; numbers
     are numbers in full, whatever their sign. What is not known, or is no finite number, is empty.

@@ -1,4 +1,4 @@
-"""Dataclasses out of what a file says, each field checked against its type, and back to JSON."""
+"""Reads dataclasses from files, each field checked against its type, and converts them to JSON."""
 
 import math
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _KINDS: dict[object, tuple[tuple[type, ...], str]] = {
 
 
 class Mistyped(ValueError):
-    """A field of a file that is not of its type.
+    """Field of a file that has the wrong type.
 
     Args:
         name: the field.
@@ -75,7 +75,7 @@ def read_fields(kind: type[T], path: Path, values: Mapping[str, object]) -> T:
 
 
 def _value(kind: object, value: object, name: str, got: str) -> object:
-    """A value that is of the kind that a type hint says."""
+    """Check a value against a type hint, and return it, converted."""
     one = get_args(kind)[0] if isinstance(kind, UnionType) else kind
     if value is None and one is not kind:
         return None
@@ -96,7 +96,7 @@ def _value(kind: object, value: object, name: str, got: str) -> object:
 
 
 def plain(value: object) -> object:
-    """Make a value ready for JSON: dataclasses as mappings, numbers that are not finite as null."""
+    """Convert a value for JSON: dataclasses to mappings, numbers that are not finite to null."""
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, float):

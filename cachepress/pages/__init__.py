@@ -1,1 +1,1 @@
-"""Pages that show what was measured: a report of results, and a context as a press left it."""
+"""HTML pages: a report of results, and a view of the tokens that a press keeps."""

@@ -1,4 +1,4 @@
-"""The columns of a report's tables, on the page and in files: what was measured of each run."""
+"""Columns of a report's tables, on the page and in files."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,23 +22,23 @@ MIB = 2**20
 
 
 def columns(panel: Panel) -> list[Column[Entry]]:
-    """Every column of a panel: what was measured, and the settings that differ."""
+    """Make all columns of a panel: measurements, and the settings that differ."""
     named = (_PRESS, *_MEASURED, *_tasks(panel), *_reported(panel), *_settings(panel), *_NAMES)
     return [replace(one, hint=_HINTS.get(one.title, one.hint)) for one in named]
 
 
 def markdown_page(panels: Sequence[Panel]) -> str:
-    """A table for each panel, in Markdown."""
+    """Format a table for each panel, in Markdown."""
     return "\n".join(_markdown_panel(panel) for panel in panels)
 
 
 def latex_page(panels: Sequence[Panel]) -> str:
-    r"""A table for each panel, in LaTeX; it needs ``\usepackage{booktabs}``."""
+    r"""Format a table for each panel, in LaTeX; it needs ``\usepackage{booktabs}``."""
     return "% needs \\usepackage{booktabs}\n" + "\n".join(_latex_panel(panel) for panel in panels)
 
 
 def sheet(panels: Sequence[Panel]) -> str:
-    """All panels as one table for spreadsheets: a line for each result, numbers in full."""
+    """Format all panels as one table for spreadsheets: a line for each result, numbers in full."""
     return spreadsheet([_sheet_line(panel, entry) for panel in panels for entry in panel.entries])
 
 
@@ -123,7 +123,7 @@ def _fronts(entry: Entry) -> str | None:
 
 
 def _tasks(panel: Panel) -> list[Column[Entry]]:
-    """The score of each task, if there are several."""
+    """Make the columns of the score of each task, if there are several."""
     names = dict.fromkeys(name for entry in panel.entries for name in entry.metrics.tasks)
     return [_task(name) for name in names] if len(names) > 1 else []
 
@@ -134,7 +134,7 @@ def _task(name: str) -> Column[Entry]:
 
 
 def _reported(panel: Panel) -> list[Column[Entry]]:
-    """What benchmarks report of tasks beside the score."""
+    """Make the columns of what benchmarks report beside the score."""
     every = [entry.metrics.reported for entry in panel.entries]
     names = dict.fromkeys((t, name) for one in every for t in one for name in one[t])
     return [_report(task, name) for task, name in names]
@@ -149,7 +149,7 @@ def _report(task: str, name: str) -> Column[Entry]:
 
 
 def _settings(panel: Panel) -> list[Column[Entry]]:
-    """The settings that differ."""
+    """Make the columns of the settings that differ."""
     shown_already = {*panel.shared, "press", "press_name", "compression_ratio"}
     names = dict.fromkeys(name for entry in panel.entries for name in settings_of(entry.run))
     return [_setting(name) for name in names if name not in shown_already]

@@ -1,4 +1,4 @@
-"""Pages that are one file: styles, scripts and data are inside, and nothing is fetched."""
+"""Renders pages as single HTML files, with styles, scripts and data inside."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 def render(template: str, values: Mapping[str, object]) -> str:
-    """A page from a template, in which every text is escaped."""
+    """Render a page from a template, in which every text is escaped."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -29,7 +29,7 @@ def render(template: str, values: Mapping[str, object]) -> str:
 
 
 def as_data(value: object) -> Markup:
-    """A value as JSON that can stand in a script element, whatever its texts are.
+    """Encode a value as JSON that is safe in a script element, whatever its texts are.
 
     All but ASCII is escaped, and so is what could end or open an element. A number that is not
     finite becomes null.
@@ -40,5 +40,5 @@ def as_data(value: object) -> Markup:
 
 @cache
 def asset(name: str) -> Markup:
-    """A style or script of the package, as it is."""
+    """Read a style or script of the package."""
     return Markup((HERE / name).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""``cachepress inspect``: a context as a press left it, token by token."""
+"""Shows which tokens of a context a press keeps (``cachepress inspect``)."""
 
 import base64
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +24,7 @@ from cachepress.presses import BasePress
 
 @dataclass(frozen=True)
 class Inspection:
-    """Which tokens of a context a press kept, and the answers with it and without it.
+    """Result of an inspection: the tokens that a press kept, and the answers with and without it.
 
     Attributes:
         pieces: what the press read, token by token.
@@ -96,7 +96,7 @@ def write_inspection(
 def _asked(
     press: BasePress, context: str, question: str, query_aware: bool, options: PromptOptions
 ) -> tuple[str, PromptOptions]:
-    """The text that is read, and how it is asked about; the question is in it if presses see it."""
+    """Return the context and the prompt options; a question that presses see is in the context."""
     if not query_aware:
         return context, replace(options, question=question)
     if press.needs.question:
@@ -119,7 +119,7 @@ def inspect(
     options: PromptOptions,
     storage: str = "full",
 ) -> Inspection:
-    """Read a context under a press and without it, answer, and see what is left of it."""
+    """Prefill a context with a press and without it, answer, and find the tokens that were kept."""
     pipe, how = pipeline_of(model, tokenizer), asdict(options)
     cache = DynamicCache(config=model.get_decoder().config)
     plain = answers_of(pipe, context, how)
@@ -152,7 +152,7 @@ def _pieces(
     prompt: Prompt,
     with_question: bool,
 ) -> tuple[list[Piece], str]:
-    """What was read under the press: the context, and the question if the press saw it."""
+    """Split the prompt that the press read into tokens as pieces of its text."""
     plain = not tokenizer.chat_template or not options.chat
     before, after = ("", "") if plain else template(tokenizer, options.enable_thinking)
     text = before + context.removesuffix(options.suffix)
@@ -178,7 +178,7 @@ def _pieces(
 def _joined(
     first: tuple[list[Piece], str], second: tuple[list[Piece], str]
 ) -> tuple[list[Piece], str]:
-    """The pieces of two texts that follow each other, and what comes after them."""
+    """Join the pieces of two texts that follow each other, with the text after them."""
     (pieces, rest), (more, end) = first, second
     if not more:
         return pieces, rest + end
@@ -208,7 +208,7 @@ def _page(seen: Inspection, about: dict[str, object]) -> str:
 
 
 def page_data(seen: Inspection) -> dict[str, object]:
-    """What the page draws from: texts, and a bit for each token of each head."""
+    """Make the data of the page: texts, and a bit for each token of each head."""
     return {
         "texts": [piece.text for piece in seen.pieces],
         "zones": [piece.zone for piece in seen.pieces],
@@ -222,5 +222,5 @@ def page_data(seen: Inspection) -> dict[str, object]:
 
 
 def _bits(mask: Tensor) -> str:
-    """A bit for each token in base64, the first in the lowest bit of the first byte."""
+    """Encode a mask in base64, a bit for each token, the lowest bit of a byte first."""
     return base64.b64encode(np.packbits(mask.numpy(), bitorder="little").tobytes()).decode()

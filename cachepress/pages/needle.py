@@ -1,4 +1,4 @@
-"""Scores by length and depth, for data that hides something in a text."""
+"""Averages scores by context length and needle depth, for needle-in-a-haystack data."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Needle:
-    """Mean scores of a run, a row for each depth and a column for each length.
+    """Mean scores of a run by needle depth (rows) and context length (columns).
 
     Attributes:
         lengths: names of the columns.
@@ -33,7 +33,7 @@ class Needle:
 
 
 def needle_of(run: SavedRun) -> Needle | None:
-    """Mean scores by length and depth; None where samples have neither."""
+    """Average a run's scores by length and depth; None if samples have neither."""
     table = run.predictions.dropna(subset=["length", "depth", "score"])
     if table.empty:
         return None
@@ -53,7 +53,7 @@ def needle_of(run: SavedRun) -> Needle | None:
 
 
 def _grouped(values: list[float], low: float, high: float) -> tuple[list[str], list[int]]:
-    """Names of groups in order, ranges where there are too many values, and each value's group."""
+    """Group values, by ranges if there are too many: the groups' names, and each value's group."""
     different = sorted(set(values))
     if len(different) <= MOST_VALUES:
         return [f"{value:g}" for value in different], [different.index(x) for x in values]

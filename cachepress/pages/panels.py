@@ -1,4 +1,4 @@
-"""Runs that can be compared, side by side: what each costs and what it loses."""
+"""Groups runs that can be compared into panels, with Pareto fronts of quality and cost."""
 
 import json
 import math
@@ -33,7 +33,7 @@ COSTS = {"kept": "kept bytes", "speed": "tokens per second"}
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A run in a panel.
+    """Run in a panel, compared with the run without a press.
 
     Attributes:
         run: the run.
@@ -72,7 +72,7 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """Runs that differ in their press only.
+    """Panel of a report: runs that differ in their press only.
 
     Attributes:
         title: model and data.
@@ -106,21 +106,21 @@ def make_panels(runs: Sequence[SavedRun]) -> list[Panel]:
 
 
 def shown(value: object) -> str:
-    """A setting as text."""
+    """Format a setting as text."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "default"}[value]
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
 def settings_of(run: SavedRun) -> dict[str, str]:
-    """Every setting, version and digest of a run, and the machine."""
+    """Return every setting, version and digest of a run, and the machine, as texts."""
     told = {name: shown(value) for name, value in run.config.items() if name != DIGESTS}
     digests = {f"{name} digest": shown(value) for name, value in _digests(run).items()}
     return {**told, **digests, "machine": run.metrics.machine}
 
 
 def _settings(run: SavedRun) -> dict[str, str]:
-    """What sets a panel apart."""
+    """Return the settings by which runs are grouped into panels."""
     left_out = (*PLACES, *OF_PRESS, "versions", "schema", DIGESTS)
     settings = {
         name: shown(value)
@@ -137,7 +137,7 @@ def _digests(run: SavedRun) -> Mapping[str, object]:
 
 
 def _reading(run: SavedRun) -> str:
-    """What a run and the run without a press that it is compared with have in common.
+    """Return the settings, as a key, that a run shares with the run without a press.
 
     A press that looks at the question where it stands reads the very prompt that is read without
     it, so this goes by the setting.
@@ -169,7 +169,7 @@ def _panel(runs: list[SavedRun], bases: Mapping[str, SavedRun], varying: list[st
 
 
 def _asked(runs: Sequence[SavedRun], said: Sequence[str]) -> list[str]:
-    """What is out of the ordinary in how samples were asked, where it is not said already."""
+    """List unusual options of prompts that the title does not say."""
     first = _settings(runs[0])
     notes = [f"{name}: {first[name]}" for name in PROMPTING if name in first and name not in said]
     contexts = max(run.metrics.cut_contexts or 0 for run in runs)
@@ -178,7 +178,7 @@ def _asked(runs: Sequence[SavedRun], said: Sequence[str]) -> list[str]:
 
 
 def _place(text: str) -> str:
-    """A name, without the folders that it may be in."""
+    """Remove the folders from a path."""
     return Path(text).name if Path(text).is_absolute() else text
 
 
@@ -224,7 +224,7 @@ def _entry(
 
 
 def _difference(guest: SavedRun, own: SavedRun) -> str:
-    """How the settings of a guest differ from those of a panel."""
+    """Describe how the settings of a run from another panel differ from those of this one."""
     mine, theirs = _settings(own), _settings(guest)
     names = [n for n in theirs if n != "query_aware" and theirs[n] != mine.get(n)]
     notes = [f"{n} {theirs[n]}" for n in names]
@@ -234,7 +234,7 @@ def _difference(guest: SavedRun, own: SavedRun) -> str:
 
 
 def _kept(run: SavedRun, base: SavedRun | None) -> float:
-    """Share of the bytes; of the run's own before compression where nothing else was measured."""
+    """Compute the share of bytes kept, relative to the run without a press if there is one."""
     whole = (run if base is None else base).metrics.cache_bytes_before
     return run.metrics.cache_bytes_after / whole if whole else math.nan
 
@@ -261,17 +261,17 @@ def quality_of(run: SavedRun, quality: str) -> Estimate | None:
 def _membership(
     run: SavedRun, members: Mapping[tuple[str, str], Sequence["_Point"]]
 ) -> dict[tuple[str, str], bool]:
-    """Whether a run is among the members, by quality and cost."""
+    """Tell whether a run is among the members, for each quality and cost."""
     return {key: run.folder in {p.folder for p in points} for key, points in members.items()}
 
 
 @dataclass(frozen=True)
 class _Point:
-    """A run as a front sees it: a quality and a cost, more of both being better, and their ends.
+    """Run as a point of a Pareto front: quality and cost with their bounds, more being better.
 
     Attributes:
         quality: mean, low and high.
-        thrift: the same of what it does not cost.
+        thrift: the same of its cost, negated where less is better.
     """
 
     folder: str
@@ -282,7 +282,7 @@ class _Point:
 def _points(
     runs: Sequence[SavedRun], kept: Mapping[str, float], quality: str, cost: str
 ) -> list[_Point]:
-    """The runs that have both, the thriftiest first."""
+    """Make the points of the runs that have both, the cheapest first."""
     points = []
     for run in runs:
         estimate = quality_of(run, quality)
@@ -300,7 +300,7 @@ def _points(
 def _ends(
     mean: float | None, low: float | None, high: float | None, less_is_better: bool
 ) -> tuple[float, float, float]:
-    """Mean, low and high as numbers of which more is better; an unknown end may be anywhere."""
+    """Return mean, low and high so that more is better; unknown bounds are infinite."""
     if mean is None:
         return (math.nan, math.nan, math.nan)
     low = -math.inf if finite(low) is None else low
@@ -310,7 +310,7 @@ def _ends(
 
 
 def _leading(points: Sequence[_Point]) -> list[_Point]:
-    """The points that no other one beats in the means of quality and cost."""
+    """Find the points that no other one beats in the means of quality and cost."""
     means = [(point.quality[0], point.thrift[0]) for point in points]
     return [
         point
@@ -320,7 +320,7 @@ def _leading(points: Sequence[_Point]) -> list[_Point]:
 
 
 def _front(leading: Sequence[_Point]) -> list[_Point]:
-    """The points of those leading that can be told apart, the thriftiest first.
+    """Find the leading points whose intervals do not overlap, the cheapest first.
 
     Going from the thriftiest to the best, a point is taken if its quality is above that of the one
     taken before it, with intervals that do not overlap. Where their costs overlap, the better one

@@ -1,4 +1,4 @@
-"""Still pictures of a report, for papers: quality, speed and the needle."""
+"""Draws static pictures of a report, for papers: quality, speed, and needle scores."""
 
 import io
 import math
@@ -56,17 +56,17 @@ def write_pictures(panels: Sequence[Panel], output: Path, form: str) -> list[Pat
 
 
 def quality_picture(panel: Panel) -> Figure | None:
-    """Quality against kept bytes; None if nothing has a quality."""
+    """Draw quality against kept bytes; None if no run has a quality."""
     return _scatter(panel, "kept", lambda entry: entry.kept, "kept bytes, of those without a press")
 
 
 def speed_picture(panel: Panel) -> Figure | None:
-    """Quality against decoding speed; None if no speed was measured."""
+    """Draw quality against decoding speed; None if no speed was measured."""
     return _scatter(panel, "speed", lambda e: e.run.metrics.speeds[0], "decoded tokens per second")
 
 
 def needle_picture(panel: Panel) -> Figure | None:
-    """Scores by length and depth, a map for each run; None if no run has both."""
+    """Draw a heat map of scores by length and depth for each run; None if no run has both."""
     found = [(entry.label, needle_of(entry.run)) for entry in panel.entries]
     grids = [(label, grid) for label, grid in found if grid is not None]
     if not grids:
@@ -93,7 +93,7 @@ _PICTURES: dict[str, Callable[[Panel], Figure | None]] = {
 
 
 class _Drawn(NamedTuple):
-    """A result as a point: what it costs, and its quality."""
+    """Result as a point of a picture: its cost and quality."""
 
     entry: Entry
     x: float
@@ -143,7 +143,7 @@ def _first_quality(panel: Panel) -> str | None:
 
 
 def _noise(entry: Entry) -> tuple[float, float]:
-    """How far the quartiles of a speed are from its median; 0 where they are not known."""
+    """Return the distances of a speed's quartiles from its median; 0 if unknown."""
     speed, low, high = map(finite, entry.run.metrics.speeds)
     if speed is None or low is None or high is None:
         return 0.0, 0.0
@@ -151,7 +151,7 @@ def _noise(entry: Entry) -> tuple[float, float]:
 
 
 def _line(ax: Axes, press: str, number: int, points: list[_Drawn], noisy: bool) -> None:
-    """A press over its ratios; an interval that is not known is left out."""
+    """Draw a press over its ratios, with intervals where they are known."""
     points = sorted(points, key=lambda one: one.x)
     noise = [_noise(one.entry) if noisy else (0.0, 0.0) for one in points]
     estimates = [one.y for one in points]
@@ -176,7 +176,7 @@ def _line(ax: Axes, press: str, number: int, points: list[_Drawn], noisy: bool) 
 
 
 def shorten(name: str) -> str:
-    """A name that leaves room for others."""
+    """Shorten a name for a legend."""
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
@@ -201,7 +201,7 @@ def _title(figure: Figure, panel: Panel) -> None:
 
 
 def _save(figure: Figure, path: Path, form: str) -> Path:
-    """Write a picture so that it is the old one or the new one, never a part."""
+    """Write a picture atomically."""
     data = io.BytesIO()
     # A date would make the same results another picture.
     metadata = {"Date": None} if form == "svg" else {}

@@ -1,4 +1,4 @@
-"""Tokens as pieces of the text that they were made from, so that it reads as it was written."""
+"""Maps tokens to the pieces of text that they were made from."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +12,7 @@ _UNFINISHED = "\ufffd"
 
 @dataclass(frozen=True)
 class Piece:
-    """A token and its part of the text.
+    """Token with its part of the text.
 
     Attributes:
         gap: text before it that no token stands for, such as a space that was split at.
@@ -28,7 +28,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a text that ends before character ``end``, and what it is."""
+    """Zone of a text, such as the question, up to character ``end``."""
 
     end: int
     zone: str
@@ -37,7 +37,7 @@ class Part:
 def pieces_of(
     tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], parts: list[Part], special: bool
 ) -> tuple[list[Piece], str]:
-    """The pieces of a text.
+    """Split a text into the pieces of its tokens.
 
     Args:
         tokenizer: made the tokens.
@@ -67,7 +67,7 @@ def pieces_of(
 def _spans(
     tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], special: bool
 ) -> list[tuple[int, int]]:
-    """First character of each token, and the one after its last."""
+    """Find the character span ``[start, stop)`` of each token."""
     if tokenizer.is_fast:
         made = tokenizer(
             text, add_special_tokens=special, return_offsets_mapping=True, verbose=False
@@ -84,7 +84,7 @@ def _spans(
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """The text that each token adds; a character of several tokens is with its first one."""
+    """Decode the text that each token adds; a character of several tokens is with its first."""
     texts = [""] * len(ids)
     start = done = 0
     for stop in range(1, len(ids) + 1):

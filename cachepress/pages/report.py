@@ -1,4 +1,4 @@
-"""``cachepress report``: a folder of results as a page, as pictures and as tables."""
+"""Writes a report of a folder of results: page, pictures and tables (``cachepress report``)."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ FORMATS = ("html", "png", "svg", "md", "latex", "csv")
 def write_report(
     folder: Path, output: Path | None = None, formats: Sequence[str] = ("html",)
 ) -> list[Path]:
-    """Show every finished result of a folder.
+    """Write a report of every finished result of a folder.
 
     Args:
         folder: a folder of result folders.
@@ -73,7 +73,7 @@ def _write(name: str, panels: list[Panel], unfinished: list[str], output: Path) 
 
 
 def report_page(panels: Sequence[Panel], unfinished: Sequence[str]) -> str:
-    """The page as HTML."""
+    """Render the report as an HTML page."""
     # Its import takes a moment, and only the page needs it.
     from plotly.offline import get_plotlyjs
 
@@ -90,7 +90,7 @@ def report_page(panels: Sequence[Panel], unfinished: Sequence[str]) -> str:
 
 
 def panel_data(panel: Panel) -> dict[str, object]:
-    """What the charts of a panel are drawn from."""
+    """Make the data of a panel's charts."""
     return {
         "title": panel.title,
         "presses": panel.presses,
@@ -100,7 +100,7 @@ def panel_data(panel: Panel) -> dict[str, object]:
 
 
 def sample_data(panel: Panel) -> dict[str, object]:
-    """Questions and answers of a panel, a list for each column, in one order for all runs."""
+    """Make the table of a panel's questions and answers, in one order for all runs."""
     tables = [entry.run.predictions for entry in panel.entries]
     ids = list(dict.fromkeys(name for table in tables for name in table.index))
     whole = pd.concat(tables)
@@ -116,12 +116,12 @@ def _answers(table: pd.DataFrame) -> dict[str, list[object]]:
 
 
 def _listed(table: pd.DataFrame, name: str) -> list[object]:
-    """A column, with None where there is nothing."""
+    """Convert a column to a list, with None for NaN."""
     return [None if isinstance(x, float) and math.isnan(x) else x for x in table[name].tolist()]
 
 
 def _measured(panel: Panel) -> dict[str, str]:
-    """The qualities that any run has, and what they are called."""
+    """Return the qualities that any run of a panel has, with their titles."""
     runs = [entry.run for entry in panel.entries]
     return {
         name: title

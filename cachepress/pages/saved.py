@@ -1,4 +1,4 @@
-"""Result folders as they are read for a page: what each of them says, checked."""
+"""Reads and checks folders of results for a report."""
 
 import math
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ _SHOWN = 160
 
 @dataclass(frozen=True, eq=False)
 class SavedRun:
-    """A finished run: a press at a ratio, on a data set, with a model.
+    """Finished run, read from its folder: a press at a ratio, on a data set, with a model.
 
     Attributes:
         folder: name of its folder.
@@ -48,7 +48,7 @@ class SavedRun:
 
 @dataclass(frozen=True)
 class _Pressed:
-    """What the saved options of a run say of its press."""
+    """Saved options of a run that name its press."""
 
     press: str
     compression_ratio: float
@@ -56,7 +56,7 @@ class _Pressed:
 
 
 def read_runs(folder: Path) -> tuple[list[SavedRun], list[str]]:
-    """Every finished run of a folder of results, and the names of those that are not finished.
+    """Read every finished run of a folder of results, and list the unfinished ones.
 
     Raises:
         CachepressError: if the folder or one of the files is damaged or foreign, or if no run is
@@ -75,7 +75,7 @@ def read_runs(folder: Path) -> tuple[list[SavedRun], list[str]]:
 
 
 def read_run(folder: Path) -> SavedRun:
-    """What one result folder says.
+    """Read one finished run.
 
     Raises:
         CachepressError: if one of its files is damaged or foreign.
@@ -94,7 +94,7 @@ def read_run(folder: Path) -> SavedRun:
 
 
 def _predictions(path: Path) -> pd.DataFrame:
-    """An answer to each sample: texts, lists, and numbers with NaN where there is none."""
+    """Read and check predictions.csv: texts, lists, and numbers with NaN where there is none."""
     try:
         table = read_predictions(path)
     except OSError as error:
@@ -122,6 +122,6 @@ def _column(table: pd.DataFrame, name: str) -> pd.Series:
 
 
 def _texts(cell: str) -> list[str]:
-    """A JSON list, or one text."""
+    """Parse a JSON list, or one text."""
     value = parse_json(cell) if cell else []
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]

@@ -27,7 +27,7 @@ NUMBER = re.compile(r"\s*\$?\s*([0-9]+)\s*(?:\^\s*\{?\s*\\circ\s*\}?|\u00b0)?\s*
 
 
 def load_aime25(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """The problems, from the benchmark's own file.
+    """Load the problems from the benchmark's own file.
 
     Raises:
         CachepressError: if the file is not to be had, or is in another format.
@@ -43,7 +43,7 @@ def load_aime25(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def boxed_integer(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    r"""1 if the last box holds the same whole number as an answer, else 0.
+    r"""Score 1 if the last ``\boxed{}`` holds the same whole number as an answer, else 0.
 
     It may be written in any way that MATH-500 accepts, such as ``\text{70}`` or ``n = 70``.
     """

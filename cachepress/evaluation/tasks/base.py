@@ -1,4 +1,4 @@
-"""What a benchmark is: its rows, and what judges an answer."""
+"""Base classes of benchmarks: how rows are loaded, normalised and judged."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ Metric = Callable[[str, Sequence[str], Sequence[str]], float]
 are some."""
 Loader = Callable[[EvaluationConfig, PreTrainedTokenizerBase], pd.DataFrame]
 Look = Callable[[Sequence[Mapping[str, object]]], None]
-"""Looks at the rows of a context that was just generated, and may refuse it."""
+"""Checks the rows of a context that was just generated, and may refuse it."""
 
 UNSCORED = "unscored"
 """The metric of rows whose answers are not public."""
@@ -49,7 +49,7 @@ BEYOND = 10**DIGITS
 
 @dataclass(frozen=True)
 class Size:
-    """How much a data set will hold, known before it is generated.
+    """Size of a data set, known before it is generated.
 
     Attributes:
         longest: tokens that the longest context has at least.
@@ -66,7 +66,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Report:
-    """A number that a benchmark reports of answers beside their score.
+    """Number that a benchmark reports of answers beside their score.
 
     Attributes:
         metric: scores each answer.
@@ -79,7 +79,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark.
+    """Benchmark: its name, loader, parts and metrics.
 
     Attributes:
         name: what ``--dataset`` says.
@@ -118,7 +118,7 @@ class Task:
         tokenizer: PreTrainedTokenizerBase,
         look: Look | None = None,
     ) -> pd.DataFrame:
-        """The rows of the part that a config names.
+        """Load the rows of the part that a config names.
 
         Args:
             config: names the part.
@@ -149,7 +149,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Part:
-    """How one part of a benchmark is asked and judged.
+    """Prompt and metric of one part of a benchmark.
 
     Attributes:
         introduction: stands before the text.
@@ -167,7 +167,7 @@ class Part:
 
 
 def normalise(table: pd.DataFrame, task: str, origin: str) -> pd.DataFrame:
-    """The table with exactly the columns of a data set, answers and choices as lists of texts.
+    """Check a table, and bring it to the columns of a data set, with lists of answers and choices.
 
     Args:
         table: at least the columns ``REQUIRED``.
@@ -213,7 +213,7 @@ _CHOICES: dict[str, dict[str, object]] = {
 
 
 def _choices(values: Sequence[object], known: Mapping[str, object], origin: str) -> pd.Series:
-    """A column of choices; None where a value is empty."""
+    """Convert a column of named options; None for empty values."""
     found = []
     for number, value in enumerate(values):
         empty = value is None or value != value or value == ""
@@ -227,13 +227,13 @@ def _choices(values: Sequence[object], known: Mapping[str, object], origin: str)
 
 
 def whole_number(digits: str) -> int:
-    """The number that decimal digits spell, or ``BEYOND`` for one that is larger."""
+    """Parse decimal digits to a number, ``BEYOND`` for one that is larger."""
     digits = digits.lstrip("0") or "0"
     return int(digits) if len(digits) <= DIGITS else BEYOND
 
 
 def _limit(value: object) -> object:
-    """A number of tokens; an empty cell means the default, and makes its column one of floats."""
+    """Convert a number of tokens, the default for an empty cell, which makes a column of floats."""
     if value in ("", None) or value != value:
         return OPTIONAL["max_new_tokens"]
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,4 +1,4 @@
-"""Problems of mathematics whose answer stands in a box."""
+r"""Problems of mathematics whose answer stands in ``\boxed{}``."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from cachepress.evaluation.tasks.sources import Hub, in_format, read_rows
 def read_problems(
     config: EvaluationConfig, names: Sequence[str], hub: Hub, prompt: str, title: str
 ) -> pd.DataFrame:
-    """Problems and answers, and what else the file says of them, from the benchmark's own file.
+    """Read problems and answers from the benchmark's own file.
 
     Args:
         config: says which folder has that file, and the prompts if they are the user's.
@@ -46,7 +46,7 @@ def read_problems(
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands inside the last ``\boxed{}``; None if there is none or it has no end."""
+    r"""Return the content of the last ``\boxed{}``; None if there is none or it has no end."""
     starts = list(re.finditer(r"boxed\s*\{", text))
     if not starts:
         return None

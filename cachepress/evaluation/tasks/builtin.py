@@ -46,7 +46,7 @@ Count = Callable[[str], int]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of context and question.
+    """Kind of built-in task: its context, question and metric.
 
     Attributes:
         about: what is hidden and asked, in one line.
@@ -152,7 +152,7 @@ def _draft(task: str, number: int, questions: int, seed: int) -> Draft:
 
 
 def _cut(draft: Draft, count: Count, length: int) -> str:
-    """The draft's text with as much filler as fits, or almost."""
+    """Fill a draft's text with as much filler as fits a number of tokens, or almost."""
     words, beyond = draft.least, 4 * length
     text = draft.write(words)
     tokens = count(text)
@@ -200,7 +200,7 @@ def _load(
 
 
 def _part(data_dir: str | None) -> tuple[Sequence[str], int]:
-    """Tasks and length of "1000", "multi_key", "multi_key-1000" or nothing."""
+    """Parse "1000", "multi_key", "multi_key-1000" or nothing to tasks and length."""
     task, dash, length = (data_dir or "").rpartition("-")
     if not (length.isascii() and length.isdecimal()):
         task, length = data_dir or "", str(DEFAULT_LENGTH)

@@ -1,4 +1,4 @@
-"""What each built-in task hides in a text, and what it asks about it."""
+"""Drafts of the built-in tasks: what each hides in a text, and what it asks."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ WORD_INTRO = "Below is a long list of words. Remember which words occur most oft
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a context.
+    """Question about a context.
 
     Attributes:
         text: what is asked.
@@ -54,7 +54,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Draft:
-    """A context that is not cut to a length yet, with the questions about it.
+    """Context that is not cut to a length yet, with its questions.
 
     Attributes:
         write: makes the context from a number of filler words.
@@ -68,12 +68,12 @@ class Draft:
 
 
 def single_repeat(rng: Random, depth: float, questions: int) -> Draft:
-    """One phone number among a few sentences that repeat."""
+    """Draft a context with one phone number among a few repeated sentences."""
     return _single(rng, depth, repeated(rng))
 
 
 def single_prose(rng: Random, depth: float, questions: int) -> Draft:
-    """One phone number in prose."""
+    """Draft a context with one phone number in prose."""
     return _single(rng, depth, prose(rng))
 
 
@@ -83,14 +83,14 @@ def _single(rng: Random, depth: float, filler: Iterator[str]) -> Draft:
 
 
 def multi_key(rng: Random, depth: float, questions: int) -> Draft:
-    """Several phone numbers; each question asks for one of them."""
+    """Draft a context with several phone numbers; each question asks for one of them."""
     pairs = _phone_book(rng, max(LEAST_KEYS, questions))
     asked = [_ask_phone(noun, number) for noun, number in rng.sample(pairs, questions)]
     return _hide(PHONE_INTRO, _phones(pairs), repeated(rng), depth, asked)
 
 
 def multi_value(rng: Random, depth: float, questions: int) -> Draft:
-    """One place or person with several phone numbers; the question asks for all of them."""
+    """Draft a context where one name has several phone numbers; the question asks for all."""
     noun, numbers = rng.choice(NOUNS), _numbers(rng, VALUES)
     question = Question(
         text=f"What are the {VALUES} phone numbers of the {noun}?",
@@ -103,7 +103,7 @@ def multi_value(rng: Random, depth: float, questions: int) -> Draft:
 
 
 def multi_query(rng: Random, depth: float, questions: int) -> Draft:
-    """Several phone numbers; each question asks for two of them."""
+    """Draft a context with several phone numbers; each question asks for two of them."""
     pairs = _phone_book(rng, max(LEAST_KEYS, questions))
     asked = [
         Question(
@@ -118,7 +118,7 @@ def multi_query(rng: Random, depth: float, questions: int) -> Draft:
 
 
 def variable_tracking(rng: Random, depth: float, questions: int) -> Draft:
-    """Chains of assignments; each question asks for all variables that hold a number."""
+    """Draft chains of assignments; each question asks for all variables that hold a number."""
     numbers = _numbers(rng, max(LEAST_CHAINS, questions))
     names = iter(word.upper() for word in made_up_words(rng, len(numbers) * HOPS))
     chains = {number: list(islice(names, HOPS)) for number in numbers}
@@ -135,7 +135,7 @@ def variable_tracking(rng: Random, depth: float, questions: int) -> Draft:
 
 
 def common_words(rng: Random, depth: float, questions: int) -> Draft:
-    """A long list of words, three of which occur most often."""
+    """Draft a long list of words, three of which occur most often."""
     top = rng.sample(distinct_nouns(), TOP)
     others = rng.sample(ordinary_words(), len(ordinary_words()))
 
@@ -150,7 +150,7 @@ def common_words(rng: Random, depth: float, questions: int) -> Draft:
 
 
 def frequent_words(rng: Random, depth: float, questions: int) -> Draft:
-    """Made-up words whose frequency falls with their rank; the first three are wanted."""
+    """Draft a text of made-up words with falling frequencies; the first three are asked for."""
     names = made_up_words(rng, MADE_UP)
     weights = [rank**-1.5 for rank in range(1, MADE_UP + 1)]
 
@@ -240,7 +240,7 @@ def _puts(number: str, chain: Sequence[str]) -> list[str]:
 
 
 def _interleaved(rng: Random, chains: Mapping[str, Sequence[str]]) -> list[str]:
-    """The assignments of all chains, mixed; within a chain they keep their order."""
+    """Interleave the assignments of all chains; within a chain they keep their order."""
     puts = {number: iter(_puts(number, chain)) for number, chain in chains.items()}
     order = [number for number, chain in chains.items() for _ in chain]
     rng.shuffle(order)
@@ -248,5 +248,5 @@ def _interleaved(rng: Random, chains: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _numbered(items: Sequence[str]) -> str:
-    """The rest of a numbered list whose "1." is there already."""
+    """Number a list whose "1." is there already."""
     return "".join(f"\n{i}. {item}" for i, item in enumerate(items, 1)).removeprefix("\n1.")

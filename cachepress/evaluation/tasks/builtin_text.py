@@ -47,7 +47,7 @@ def prose(rng: Random) -> Iterator[str]:
 
 @cache
 def prose_paragraphs() -> tuple[tuple[str, ...], ...]:
-    """Paragraphs of plain sentences, out of the documentation that Python ships.
+    """Extract paragraphs of plain sentences from the documentation that Python ships.
 
     Code, tables, lists, and sentences with digits, unusual characters or very long words are left
     out; no sentence comes twice. The text differs a little between versions of Python.
@@ -81,20 +81,20 @@ def _is_plain(sentence: str) -> bool:
 
 @cache
 def ordinary_words() -> tuple[str, ...]:
-    """Lower-case words of 4 to 9 letters out of the prose, in alphabetical order."""
+    """List the lower-case words of 4 to 9 letters in the prose, in alphabetical order."""
     text = " ".join(sentence for paragraph in prose_paragraphs() for sentence in paragraph)
     return tuple(sorted(set(re.findall(r"(?<![\w.-])[a-z]{4,9}(?![\w-])", text))))
 
 
 @cache
 def distinct_nouns() -> tuple[str, ...]:
-    """Nouns that are not in the ordinary words, not even as a part of one."""
+    """List nouns that are not in the ordinary words, not even as a part of one."""
     text = " ".join(ordinary_words())
     return tuple(noun for noun in NOUNS if noun not in text)
 
 
 def made_up_words(rng: Random, number: int) -> list[str]:
-    """Different made-up words of three open syllables, in lower case."""
+    """Make up different words of three open syllables, in lower case."""
     words: dict[str, None] = {}
     while len(words) < number:
         syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))

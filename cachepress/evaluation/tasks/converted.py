@@ -1,4 +1,4 @@
-"""Tables of benchmarks that others have converted, recognised by their tasks and columns.
+"""Recognises tables of benchmarks that others have converted, by their tasks and columns.
 
 kvpress converts benchmarks to tables with the columns context, question, answer_prefix, answer or
 answers, max_new_tokens and mostly task, some with columns of the benchmark besides. They are read
@@ -62,7 +62,7 @@ Row = dict[str, object]
 
 
 def as_official(rows: Sequence[Row], path: Path) -> list[Row]:
-    """Rows with the task, the metric and the answers that the benchmark itself gives them.
+    """Give rows the task, metric and answers that the benchmark itself gives them.
 
     Args:
         rows: rows with every column of a data set, "answer" and "choices" as lists of texts, and
@@ -115,12 +115,12 @@ def _official(row: Row, default: str, by_length: set[str]) -> Row:
 
 
 def _is_e(name: str, task: str) -> bool:
-    """Whether a name says that a task is LongBench-E's."""
+    """Tell whether a name is that of a LongBench-E task."""
     return name in (f"{task}_e", f"{task}-e")
 
 
 def _benchmark(rows: Sequence[Mapping[str, object]], path: Path) -> str:
-    """The benchmark that a file, one of its folders or its columns tell of, or the file's name."""
+    """Guess the benchmark of a file from its name, folders and columns; else return its name."""
     folders = list(path.parents)[:FOLDERS] if SPLIT.fullmatch(path.stem) else []
     for part in (path.stem, *(folder.name for folder in folders)):
         if (plain := _plain(part.rpartition("--")[2])) in WHOLE:
@@ -131,12 +131,12 @@ def _benchmark(rows: Sequence[Mapping[str, object]], path: Path) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name without what different spellings of it differ in."""
+    """Remove from a name what its spellings differ in."""
     return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def _with_option(answers: list[str], question: str) -> list[str]:
-    """What the right option says and its letter, where the question lists the options."""
+    """Return the text and letter of the right option, if the question lists the options."""
     if len(answers) != 1 or not re.fullmatch("[A-D]", answers[0]):
         return answers
     options = re.findall(rf"^{answers[0]}\. (.*?)$", question, re.MULTILINE)
@@ -144,7 +144,7 @@ def _with_option(answers: list[str], question: str) -> list[str]:
 
 
 def _is_zero_scrolls(rows: Sequence[Mapping[str, object]]) -> bool:
-    """Whether all rows are of tasks of ZeroSCROLLS and, as its answers are private, have none."""
+    """Tell whether all rows are of tasks of ZeroSCROLLS, and have no answers."""
     return all(
         row["task"] in ZERO_SCROLLS_TASKS and row["metric"] is None and not row["answer"]
         for row in rows
@@ -152,7 +152,7 @@ def _is_zero_scrolls(rows: Sequence[Mapping[str, object]]) -> bool:
 
 
 def _zero_scrolls(rows: Sequence[Row]) -> list[Row]:
-    """A row for each sample; one with several references stands there once for each."""
+    """Merge rows to one for each sample; the file has one for each reference."""
     found: dict[object, Row] = {}
     for number, row in enumerate(rows):
         name = row.get("id")
@@ -163,7 +163,7 @@ def _zero_scrolls(rows: Sequence[Row]) -> list[Row]:
 
 
 def _cut(row: Row) -> dict[str, object]:
-    """Where and how a sample of ZeroSCROLLS is cut, unless the row says it."""
+    """Return where and how a sample of ZeroSCROLLS is cut, unless the row says it."""
     asked = str(row["question"])
     gap = asked[: len(asked) - len(asked.lstrip())]
     separator = str(row.get(SEPARATOR) or "").removesuffix(gap)

@@ -1,4 +1,4 @@
-"""A local table as a data set.
+"""Loads a local table as a data set.
 
 A text stays the text that it is: nothing in a CSV file is taken for a number, and only what the
 file declares as a list is one, which is an array in JSON, a column of lists in Parquet, and in CSV
@@ -45,7 +45,7 @@ MOST_NAMES = 20
 
 @dataclass(frozen=True)
 class _Raw:
-    """What a file holds.
+    """Rows and columns of a file, before they are checked.
 
     Attributes:
         columns: the cells of each column, as the file's own type has them.
@@ -57,7 +57,7 @@ class _Raw:
 
 
 class _Spelt(float):
-    """A number that Python would spell in another way: one with a fraction, an exponent, "-0"."""
+    """Number that keeps its spelling in the file, such as "1e3", "2.50" or "-0"."""
 
     spelling: str
 
@@ -121,7 +121,7 @@ def _read_csv(text: str) -> _Raw:
 
 
 def _array(cell: str, name: str, row: int) -> object:
-    """The array that a cell of CSV is; None for an empty cell."""
+    """Parse a CSV cell that holds an array; None for an empty cell."""
     if not cell.strip():
         return None
     try:
@@ -221,7 +221,7 @@ def _cells(column: "pa.ChunkedArray", name: str) -> list[object]:
 
 
 def _names(raw: _Raw, origin: str) -> dict[str, str]:
-    """The name in the file of each column that it has."""
+    """Map each column of a data set to its name in the file."""
     found = {name: name for name in (*COLUMNS, *LAYOUT_COLUMNS) if name in raw.columns}
     for alias, name in ALIASES.items():
         if alias in raw.columns and name in found:
@@ -241,14 +241,14 @@ def _names(raw: _Raw, origin: str) -> dict[str, str]:
 
 
 def _listed(names: list[str]) -> str:
-    """Names of columns, which may be many and hold anything."""
+    """List names of columns for an error message, cut if there are many."""
     shown = [name if name.isprintable() else _shown(name) for name in names[:MOST_NAMES]]
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return ", ".join(name[:SHOWN] for name in shown) + more if names else "none"
 
 
 def _row(raw: _Raw, names: Mapping[str, str], number: int, origin: str) -> Row:
-    """A row with every column of a data set, each cell of the kind that its column wants."""
+    """Check a row, and convert it to the columns of a data set."""
     row: Row = {}
     for name in (*COLUMNS, *LAYOUT_COLUMNS):
         if name in LAYOUT_COLUMNS and name not in names:
@@ -267,7 +267,7 @@ def _is_nothing(cell: object) -> bool:
 
 
 def _checked(name: str, cell: object) -> object:
-    """A cell as its column wants it.
+    """Check a cell, and convert it to the type of its column.
 
     Raises:
         ValueError: if it is something else, saying what it is.
@@ -289,7 +289,7 @@ def _checked(name: str, cell: object) -> object:
 
 
 def _text(cell: object, numbers: bool = False) -> str:
-    """A text; with ``numbers``, also a number whose spelling the file keeps."""
+    """Check that a cell is a text; with ``numbers``, a number too, as the file spells it."""
     if isinstance(cell, str):
         try:
             cell.encode()
@@ -310,7 +310,7 @@ def _filled(text: str) -> str:
 
 
 def _texts(cell: object) -> list[str]:
-    """The texts of a cell that is one text, a list of them, or nothing."""
+    """Convert a cell to a list of texts: one text, a list of them, or nothing."""
     if cell is None or cell == "":
         return []
     if not isinstance(cell, list):
@@ -325,7 +325,7 @@ def _texts(cell: object) -> list[str]:
 
 
 def _limit(cell: object) -> int:
-    """A number of tokens, which is the default where there is nothing."""
+    """Check a number of tokens; an empty cell gives the default."""
     if cell is None or cell == "":
         return DEFAULT_LIMIT
     digits = str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
@@ -336,7 +336,7 @@ def _limit(cell: object) -> int:
 
 
 def _number(cell: object) -> int | float | str | None:
-    """What a row says of its length or depth: a number, or a text that is none.
+    """Convert the length or depth of a row to a number, or leave a text as it is.
 
     None where nothing is said, or a number that no length is.
     """
@@ -356,7 +356,7 @@ def _number(cell: object) -> int | float | str | None:
 
 
 def _kind(cell: object) -> str:
-    """What a cell is, in words, and how it begins."""
+    """Describe the type of a cell and its beginning, for error messages."""
     if cell is None:
         return "null"
     kinds = {bool: "a truth value,", int: "the number", float: "the number"}
@@ -365,7 +365,7 @@ def _kind(cell: object) -> str:
 
 
 def _shown(cell: object) -> str:
-    """The beginning of a cell, as it would stand in a program."""
+    """Return the beginning of a cell's ``repr``."""
     if not isinstance(cell, _Spelt):
         return shown(cell, SHOWN)
     spelling = cell.spelling
@@ -373,7 +373,7 @@ def _shown(cell: object) -> str:
 
 
 def _warn_of_lists(rows: list[Row], origin: str) -> None:
-    """Texts that all look like lists were meant as lists, most likely."""
+    """Warn if all texts of a column look like lists."""
     lists = [row["answer"] for row in rows]
     texts = [text for answers in lists if isinstance(answers, list) for text in answers]
     if texts and all(_is_array(text) for text in texts):

@@ -1,4 +1,4 @@
-"""The metric of functions that a model is to repeat from a repository."""
+"""Metric of functions that a model is to repeat from a repository."""
 
 import re
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ BLOCK = re.compile(r"^```\w*\s*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 @dataclass(frozen=True)
 class _Language:
-    """A programming language: its grammar, and what a function is there.
+    """Programming language: its grammar, and the node types of functions.
 
     Attributes:
         module: the package of the grammar.
@@ -47,7 +47,7 @@ LANGUAGES = {
 def repeated_function(
     prediction: str, answers: Sequence[str], choices: Sequence[str] = (), language: str = "python"
 ) -> float:
-    """1 if a function is repeated well enough, and better than every other one, else 0.
+    """Score 1 if a function is repeated well enough, and better than all others, else 0.
 
     Args:
         prediction: an answer with a code block.
@@ -62,7 +62,7 @@ def repeated_function(
 
 
 def _first_function(text: str, language: str) -> str:
-    """The first function in a code block, else the first block, else the text."""
+    """Find the first function in a code block, else the first block, else the text."""
     blocks = BLOCK.findall(text)
     how = LANGUAGES[language]
     for block in blocks:
@@ -96,6 +96,6 @@ def _parser(language: str) -> "Parser":
 
 
 def _bleu(text: str, reference: str) -> float:
-    """BLEU of texts that are split at white space."""
+    """Compute BLEU of texts that are split at white space."""
     tokens, wanted = (re.split(r"\s+", each.strip()) for each in (text, reference))
     return bleu(tokens, wanted, smooth=True)

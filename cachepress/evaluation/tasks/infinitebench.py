@@ -132,7 +132,7 @@ PARTS = {
 def load_infinitebench(
     config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
 ) -> pd.DataFrame:
-    """The rows of one task, from the benchmark's own files.
+    """Load the rows of one task from the benchmark's own files.
 
     Raises:
         CachepressError: if its file is not to be had, or is in another format.
@@ -150,7 +150,7 @@ def load_infinitebench(
 
 
 def _asked(task: str, row: Mapping, template: Template | None) -> tuple[str, str, str]:
-    """Context, question and answer's beginning of a row."""
+    """Build the context, question and answer's beginning of a row."""
     part, fields = PARTS[task], _fields(task, row)
     if template is None:
         context = part.introduction + row["context"]
@@ -159,7 +159,7 @@ def _asked(task: str, row: Mapping, template: Template | None) -> tuple[str, str
 
 
 def _template_fields(row: Mapping, fields: Mapping[str, str]) -> dict[str, str]:
-    """What the benchmark's own templates are filled with."""
+    """Return the values that fill the benchmark's own templates."""
     asked, call = str(row.get("input", "")), fields["call"]
     found = {"input": asked, "question": asked}
     if call:
@@ -172,7 +172,7 @@ def _template_fields(row: Mapping, fields: Mapping[str, str]) -> dict[str, str]:
 
 
 def _fields(task: str, row: Mapping) -> dict[str, str]:
-    """What the prompts of a row are filled with."""
+    """Return the values that fill the prompts of a row."""
     fields = {"input": str(row.get("input", "")).strip(), "options": "", "call": ""}
     if task in ("longbook_choice_eng", "code_debug"):
         options = zip(LETTERS, row["options"], strict=True)
@@ -186,7 +186,7 @@ def _fields(task: str, row: Mapping) -> dict[str, str]:
 
 
 def _answers(task: str, row: Mapping) -> list[str]:
-    """The label as texts; for a choice, what the right option says and then its letter."""
+    """Convert the label to answers; of a choice, the text of the right option and its letter."""
     label = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
     if label and isinstance(label[0], list):
         label = label[0]
@@ -197,23 +197,23 @@ def _answers(task: str, row: Mapping) -> list[str]:
 
 
 def first_number(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Whether the first run of digits is the expected one."""
+    """Score whether the first run of digits is the expected one."""
     found = re.search("[0-9]+", prediction)
     return float(found is not None and found.group() == answers[0])
 
 
 def word(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Whether the expected word is among the words."""
+    """Score whether the expected word is among the words."""
     return float(answers[0] in _split(prediction, "\n:\"'.,?!{}"))
 
 
 def speaker(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Whether the first of the names, in capitals, is among the words."""
+    """Score whether the first of the names, in capitals, is among the words."""
     return word(prediction.upper(), answers)
 
 
 def last_number(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Whether the last word is the expected whole number."""
+    """Score whether the last word is the expected whole number."""
     try:
         return float(int(_split(prediction, "\n.`'\":")[-1]) == int(answers[0]))
     except (IndexError, ValueError):
@@ -221,7 +221,7 @@ def last_number(prediction: str, answers: Sequence[str], choices: Sequence[str] 
 
 
 def value(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Whether the first number, its sign left out, is the expected one."""
+    """Score whether the first number, its sign left out, is the expected one."""
     found = re.search(r"\d+\.\d+|\d+", prediction)
     return float(found is not None and float(found.group()) == float(answers[0]))
 
@@ -237,7 +237,7 @@ def leading_numbers(prediction: str, answers: Sequence[str], choices: Sequence[s
 
 
 def choice(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Whether the text or the letter of the right option is chosen.
+    """Score whether the text or the letter of the right option is chosen.
 
     Looked at in this order: a letter at the very beginning, the whole text, what follows words
     like "answer is", the first word that is a letter.
@@ -256,7 +256,7 @@ def choice(prediction: str, answers: Sequence[str], choices: Sequence[str] = ())
 
 
 def function(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Whether the name or the letter of the right function is chosen.
+    """Score whether the name or the letter of the right function is chosen.
 
     The letter counts at the very beginning with a full stop or colon, and either one counts
     after words like "answer is:".
@@ -292,7 +292,7 @@ def _clean(text: str, noise: str) -> str:
 
 
 def _after(text: str, openings: Sequence[str]) -> str | None:
-    """What stands after the first of the openings that occurs, without the character after it."""
+    """Return the text after the first opening that occurs, without the character after it."""
     for opening in openings:
         place = text.find(opening)
         if place >= 0:

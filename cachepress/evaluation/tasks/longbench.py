@@ -49,7 +49,7 @@ TASKS_E = tuple(
 
 
 def _best(judge: Callable[[str, str], float]) -> Metric:
-    """A metric out of one that knows a single answer."""
+    """Make a metric that takes the best of several answers."""
 
     def metric(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
         return max((judge(prediction, answer) for answer in answers), default=0.0)
@@ -58,7 +58,7 @@ def _best(judge: Callable[[str, str], float]) -> Metric:
 
 
 def _on_first_line(metric: Metric) -> Metric:
-    """The metric without what a model makes up after the first line, such as a new example."""
+    """Make a metric of the prediction's first line: models may go on with new examples."""
 
     def line_metric(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
         return metric(prediction.lstrip("\n").split("\n")[0], answers, choices)
@@ -150,7 +150,7 @@ FITS = {
 
 
 def load_longbench(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """The rows of one task of LongBench or LongBench-E, from the benchmark's own files.
+    """Load the rows of one task of LongBench or LongBench-E from the benchmark's own files.
 
     Raises:
         CachepressError: if its file is not to be had, or is in another format.
@@ -173,12 +173,12 @@ def load_longbench(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase)
 
 
 def uses_chat(task: str) -> bool:
-    """Whether the benchmark puts a task, of LongBench or LongBench-E, into the chat template."""
+    """Tell whether the benchmark puts a task, of LongBench or -E, into the chat template."""
     return task.partition(" ")[0].removesuffix(SUFFIX_E) not in WITHOUT_CHAT
 
 
 def bucket(words: int) -> str:
-    """The name of the lengths that a number of words belongs to."""
+    """Name the range of lengths that a number of words is in."""
     return next((name for most, name in BUCKETS.items() if words < most), LAST_BUCKET)
 
 
@@ -202,7 +202,7 @@ def _row(row: Mapping, prompt: Prompt, template: Template | None) -> dict[str, o
 
 
 def _asked(row: Mapping, prompt: Prompt) -> tuple[str, str, str]:
-    """Context, question and answer's beginning in our words."""
+    """Build context, question and answer's beginning, in our words."""
     question, prefix = prompt.ask.format(input=row["input"]), prompt.prefix
     if prefix is None:
         cue = _CUE.search(question)

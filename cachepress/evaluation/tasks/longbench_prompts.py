@@ -1,4 +1,4 @@
-"""How each task of LongBench is asked, in our words, and which metric judges it."""
+"""Prompts of LongBench's tasks, in our words, and their metrics."""
 
 # ruff: noqa: RUF001 (Chinese texts have Chinese punctuation)
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Prompt:
-    """How a task is asked and judged.
+    """Prompt and metric of a task.
 
     Attributes:
         before: stands before the context.

@@ -34,12 +34,12 @@ _FORMS = (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])"
 def longbench_v2_choice(
     prediction: str, answers: Sequence[str], choices: Sequence[str] = ()
 ) -> float:
-    """Whether the prediction names the right letter in the form that was asked for."""
+    """Score whether the prediction names the right letter in the form that was asked for."""
     return float(_letter(prediction) in answers)
 
 
 def _letter(prediction: str) -> str | None:
-    """The letter that is named; one in brackets anywhere comes before one without."""
+    """Find the letter that is named: one in brackets, or else one without."""
     plain = prediction.replace("*", "")
     for form in _FORMS:
         if found := re.search(form, plain):
@@ -48,7 +48,7 @@ def _letter(prediction: str) -> str | None:
 
 
 def load_longbench_v2(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """The rows of a difficulty, of a length, or all; a row's task is both, such as "easy-short".
+    """Load the rows of a difficulty, of a length, or all; tasks are named "easy-short".
 
     Raises:
         CachepressError: if there is no such part, the file is not to be had, or is in another

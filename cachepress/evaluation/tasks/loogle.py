@@ -55,7 +55,7 @@ PARTS = {
 
 
 def load_loogle(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """The rows of one task, from the benchmark's own files.
+    """Load the rows of one task from the benchmark's own files.
 
     They have been published in two formats: one line a question, and, before that, one line a
     document with all its questions.
@@ -84,14 +84,14 @@ def load_loogle(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _asked(part: Part, template: Template | None, document: str, question: str) -> tuple[str, str]:
-    """Context and question in our words, or in a template's."""
+    """Build context and question, in our words or a template's."""
     if template is not None:
         return template.around(document, {"Q": question, "question": question})
     return part.introduction + document, part.ask.format(question=question)
 
 
 def _questions(row: Mapping) -> list[tuple[str, str, object]]:
-    """Context, question and answer of every question of a line."""
+    """Iterate over context, question and answer of every question of a line."""
     if "qa_pairs" not in row:
         return [(row["context"], row.get("question", ""), row["answer"])]
     if row["qa_pairs"] == "none":
@@ -102,7 +102,7 @@ def _questions(row: Mapping) -> list[tuple[str, str, object]]:
 
 
 def _answers(task: str, answer: object) -> list[str]:
-    """The answer; what the masks stand for is one text, a mapping in JSON."""
+    """Convert an answer to text; of masks, the names that they stand for, as JSON."""
     if task != "shortdep_cloze":
         return [str(answer)]
     if isinstance(answer, list):
@@ -113,13 +113,13 @@ def _answers(task: str, answer: object) -> list[str]:
 
 
 def exact_match(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Share of the masks that are filled with the very name."""
+    """Score the share of masks that are filled with the same name."""
     found, wanted = _mapping(prediction), json.loads(answers[0])
     return sum(found.get(mask) == name for mask, name in wanted.items()) / len(wanted)
 
 
 def partial_match(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Share of the masks that are filled with a word of the name."""
+    """Score the share of masks that are filled with a word of the name."""
     found, wanted = _mapping(prediction), json.loads(answers[0])
     texts = {mask: text for mask, text in found.items() if isinstance(text, str)}
     right = [
@@ -130,7 +130,7 @@ def partial_match(prediction: str, answers: Sequence[str], choices: Sequence[str
 
 
 def _mapping(prediction: str) -> dict:
-    """The mapping that a text is, as a literal of Python; empty where it is anything else."""
+    """Parse a text as a Python literal of a mapping; empty if it is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -141,20 +141,20 @@ def _mapping(prediction: str) -> dict:
 
 
 def rouge_l_f1(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """F1 of ROUGE-L."""
+    """Compute the F1 of ROUGE-L."""
     return rouge_l(prediction or EMPTY, answers[0]).f
 
 
 def rouge_l_recall(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Recall of ROUGE-L, which the official evaluation reports."""
+    """Compute the recall of ROUGE-L, which the official evaluation reports."""
     return rouge_l(prediction or EMPTY, answers[0]).r
 
 
 def _rouge(kind: str) -> Metric:
-    """The recall of word sequences of one size."""
+    """Make the metric of ROUGE-N recall."""
 
     def metric(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-        """Share of the answer's word sequences that the prediction has."""
+        """Score the share of the answer's n-grams that the prediction has."""
         from rouge import Rouge
 
         try:
@@ -171,7 +171,7 @@ def _bleu(size: int) -> Metric:
     weights = [float(n == size) for n in (1, 2, 3, 4)]
 
     def metric(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-        """Precision of the word sequences of one size, short answers penalized."""
+        """Compute the precision of n-grams of one size, with a brevity penalty."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return bleu(_words(prediction), answers[0].split(), weights)
@@ -180,7 +180,7 @@ def _bleu(size: int) -> Metric:
 
 
 def meteor(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """METEOR of the words, each taken once and at its first place.
+    """Compute METEOR of the words, each taken once and at its first position.
 
     The official evaluation takes them in the order of a set, which changes from run to run.
 
@@ -204,7 +204,7 @@ def _words(prediction: str) -> list[str]:
 
 
 def masks(answers: Sequence[str]) -> int:
-    """How many masks an answer fills."""
+    """Count the masks that an answer fills."""
     return len(json.loads(answers[0]))
 
 

@@ -25,7 +25,7 @@ SECONDS = 5
 
 
 def load_math500(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """The problems, each with its subject as its task, from the benchmark's own file.
+    """Load the problems, with subjects as tasks, from the benchmark's own file.
 
     Raises:
         CachepressError: if the file is not to be had, or is in another format.
@@ -38,7 +38,7 @@ def load_math500(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -
 
 
 def math_verify(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """1 if the last box holds what is mathematically the same as an answer, else 0."""
+    r"""Score 1 if the last ``\boxed{}`` is mathematically equal to an answer, else 0."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     found = last_boxed(prediction)

@@ -1,4 +1,4 @@
-"""A needle in a haystack: one sentence hidden in a text, over a grid of lengths and depths.
+"""Needle in a haystack: one sentence hidden in a text, over a grid of lengths and depths.
 
 The test is Greg Kamradt's (2023); haystacks, needles and questions are our own. Nothing is
 downloaded, and a seed always gives the same table for the same tokenizer and haystack.
@@ -52,7 +52,7 @@ Count = Callable[[str], int]
 
 @dataclass(frozen=True)
 class Needle:
-    """A hidden sentence and what is asked about it.
+    """Hidden sentence, and the question about it.
 
     Attributes:
         question: what is asked.
@@ -68,14 +68,14 @@ class Needle:
 
     @property
     def sentence(self) -> str:
-        """The whole sentence."""
+        """The sentence with its answer."""
         return f"{self.start} {self.rest}"
 
 
 def load_needle(
     config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, look: Look | None = None
 ) -> pd.DataFrame:
-    """A row for each cell of the grid that the config names.
+    """Generate a sample for each length and depth that the config names.
 
     ``data_dir`` is lengths and a number of depths such as "1000,2000x5", a kind out of ``KINDS``,
     or both, such as "number-1000,2000x5". ``data_path`` is a folder of .txt files to hide needles
@@ -109,7 +109,7 @@ def load_needle(
 
 
 def _grid(data_dir: str | None) -> tuple[str, list[int], int]:
-    """What is hidden, the lengths, and how many depths of each."""
+    """Parse the config's part: what is hidden, the lengths, and the number of depths."""
     kind, _, grid = (data_dir or DEFAULT_GRID).rpartition("-")
     if grid in KINDS and not kind:
         kind, grid = grid, DEFAULT_GRID
@@ -140,7 +140,7 @@ def _size(config: EvaluationConfig) -> Size:
 
 
 def _pieces(folder: Path) -> list[str]:
-    """Sentences and lines of a folder's .txt files in the order of their names.
+    """Split a folder's .txt files, in the order of their names, into sentences and lines.
 
     Each has the white space after it.
     """
@@ -155,7 +155,7 @@ def _pieces(folder: Path) -> list[str]:
 
 
 def _haystack(source: Iterator[str], length: int, count: Count) -> list[str]:
-    """Enough pieces of text for a context of that length."""
+    """Collect enough pieces of text for a context of that length."""
     pieces = list(islice(source, FEWEST_PIECES))
     while count("".join(pieces)) < length:
         pieces += islice(source, len(pieces))
@@ -163,7 +163,7 @@ def _haystack(source: Iterator[str], length: int, count: Count) -> list[str]:
 
 
 def _fresh(kind: str, rng: Random, seen: set[str]) -> Needle:
-    """A needle that no other cell of the grid has."""
+    """Draw a needle that no other sample has."""
     make = _number if kind == "number" else _sentence
     while (needle := make(rng)).sentence in seen:
         pass
@@ -189,7 +189,7 @@ def _needle(secret: str, owner: str, rest: str, keys: tuple[str, ...]) -> Needle
 
 
 def _context(haystack: Sequence[str], needle: str, length: int, depth: float, count: Count) -> str:
-    """The introduction, the needle, and as much of the haystack as makes the length exact."""
+    """Build a context of the exact length: introduction, haystack, and the needle in it."""
 
     def size(pieces: int) -> int:
         return count(_hide(haystack[:pieces], 0, needle, depth))
@@ -206,7 +206,7 @@ def _context(haystack: Sequence[str], needle: str, length: int, depth: float, co
 
 
 def _cut(pieces: Sequence[str], needle: str, length: int, depth: float, count: Count) -> str | None:
-    """The text without its beginning, so that the needle always stands between sentences."""
+    """Cut the haystack's beginning to exactly ``length`` tokens; None if no cut gives them."""
     cuts = range(len("".join(pieces)))
     near = bisect_left(cuts, -length, key=lambda cut: -count(_hide(pieces, cut, needle, depth)))
     for cut in cuts[max(0, near - FAR) : near + FAR]:
@@ -243,7 +243,7 @@ def _row(
 
 
 def rouge_1_recall(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Share of an answer's words that the prediction has, by their stems; the best answer."""
+    """Score the share of an answer's word stems that the prediction has; of the best answer."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rouge1"], use_stemmer=True)

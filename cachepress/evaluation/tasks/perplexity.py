@@ -1,4 +1,4 @@
-"""Perplexity: how well a model still expects how a text goes on, when its beginning is compressed.
+"""Perplexity of how a text goes on, given its compressed beginning.
 
 No question is asked, and no chat template used: a text's first part is read and compressed, and
 the next part is put into the model's mouth.
@@ -21,7 +21,7 @@ DEFAULT = "1000-128x20"
 
 
 def load_perplexity(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """A row for each window of a text.
+    """Load a sample for each window of a text.
 
     ``data_dir`` is the tokens that are read and those that go on, and the number of windows, such
     as "1000-128x20". ``data_path`` is a text file; without it the text is the documentation that
@@ -48,7 +48,7 @@ def load_perplexity(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
 
 
 def _numbers(data_dir: str | None) -> tuple[int, int, int]:
-    """Tokens that are read, tokens that go on, and windows."""
+    """Parse the part of the data: tokens of context, tokens that are scored, and windows."""
     found = re.fullmatch(r"([0-9]+)-([0-9]+)x([0-9]+)", data_dir or DEFAULT)
     read, more, windows = map(whole_number, found.groups()) if found else (0, 0, 0)
     if not (read and more and windows):

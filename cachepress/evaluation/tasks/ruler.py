@@ -27,7 +27,7 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 
 @dataclass(frozen=True)
 class Kind:
-    """How the texts of some tasks are worded, and what judges their answers.
+    """Wording and metric of some of the tasks.
 
     Attributes:
         opening: pattern of the beginning of the text.
@@ -90,12 +90,12 @@ KINDS: dict[str, Kind] = {
 
 
 def ruler_all(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Share of the answers that the prediction contains."""
+    """Score the share of answers that the prediction contains."""
     return string_match(_printable(prediction), answers)
 
 
 def ruler_part(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Whether the prediction contains one of the answers."""
+    """Score whether the prediction contains one of the answers."""
     return float(ruler_all(prediction, answers) > 0)
 
 
@@ -104,7 +104,7 @@ def _printable(prediction: str) -> str:
 
 
 def split(text: str, kind: Kind, prefix: str | None = None) -> tuple[str, str, str]:
-    """The context, the question and the beginning of the answer of a text.
+    """Split a text into context, question and the beginning of the answer.
 
     Args:
         text: all three, or the first two.
@@ -134,7 +134,7 @@ def split(text: str, kind: Kind, prefix: str | None = None) -> tuple[str, str, s
 
 
 def load_ruler(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """The rows of a length, of a task, or of a task at a length.
+    """Load the rows of a length, of a task, or of a task at a length.
 
     The part is a length ("4096"), a task ("vt"), both ("4096/vt"), or nothing for all tasks. In a
     folder, a part without a length means files that lie in no folder of a length; the hub has
@@ -172,7 +172,7 @@ def _part(data_dir: str | None) -> tuple[str | None, Sequence[str]]:
 
 
 def _own_rows(folder: str, length: str | None, task: str) -> list[dict[str, object]]:
-    """Rows of a file that the benchmark's scripts have written."""
+    """Convert the rows of a file that the benchmark's scripts have written."""
     base = f"{length}/" if length else ""
     names = [base + name.format(task=task) for name in LOCAL_FILES]
     rows = []

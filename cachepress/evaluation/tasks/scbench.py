@@ -32,7 +32,7 @@ TURNS = (("user", "<<a question>>"), ("assistant", "<<an answer>>"), ("user", "<
 
 @dataclass(frozen=True)
 class _Part:
-    """How one task is asked and judged.
+    """Prompt and metric of one task.
 
     Attributes:
         max_new_tokens: most tokens of an answer.
@@ -108,7 +108,7 @@ MIXED = {
 
 
 def load_scbench(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """A row for each turn of one part, from the benchmark's own files.
+    """Load a row for each turn of one part from the benchmark's own files.
 
     All turns of a session have the same context. The question of a turn holds the turns before it
     with their reference answers, in the model's chat template, so that each turn can be asked on
@@ -143,7 +143,7 @@ def load_scbench(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _seams(tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[str, str]:
-    """What stands between a question and its answer, and between that and the next question."""
+    """Find the texts between a question and its answer, and the next question, by chat template."""
     if not chat or not tokenizer.chat_template:
         return "", "\n\n"
     text = str(
@@ -204,7 +204,7 @@ def _turns(
 def _asked(
     how: _Part, template: Template | None, context: str, turn: Mapping
 ) -> tuple[str, str, str]:
-    """Context, question and answer's beginning of a turn, in our words or in a template's."""
+    """Build context, question and answer's beginning of a turn, in our words or a template's."""
     if template is None:
         question = how.ask.format(input=turn["input"], options=_options(turn))
         return how.introduction + context, question, how.prefix
@@ -230,12 +230,12 @@ def _answers(part: str, turn: Mapping) -> list[str]:
 
 
 def _reference(turn: Mapping) -> str:
-    """The answer of a turn as the turns after it see it."""
+    """Return a turn's answer as later turns see it."""
     return ", ".join(_answers("", turn))
 
 
 def _functions(part: str, sessions: Sequence[Mapping]) -> dict[str, dict[str, str]]:
-    """The functions that are asked for in each repository: name by code."""
+    """Map the code of each function that a repository is asked for to its name."""
     if part not in ("scbench_repoqa", "scbench_repoqa_and_kv"):
         return {}
     found: dict[str, dict[str, str]] = {}
@@ -257,22 +257,22 @@ def _function_row(turn: Mapping, language: str, functions: Mapping[str, str]) ->
 
 
 def substring(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """1 if the prediction contains the answer as it is spelt, else 0."""
+    """Score 1 if the prediction contains the answer as it is spelt, else 0."""
     return float(answers[0] in prediction)
 
 
 def any_answer(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """1 if the prediction contains an answer, case ignored, else 0."""
+    """Score 1 if the prediction contains an answer, case ignored, else 0."""
     return float(any(answer.upper() in prediction.strip().upper() for answer in answers))
 
 
 def all_answers(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Share of the answers that the prediction contains, case ignored, to two decimals."""
+    """Score the share of answers that the prediction contains, case ignored, to two decimals."""
     return round(fmean(answer.lower() in prediction.lower() for answer in answers), 2)
 
 
 def value(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """1 if the first number is the expected one, else 0.
+    """Score 1 if the first number is the expected one, else 0.
 
     The sign is left out, and decimals too where a whole number is expected.
     """
@@ -285,7 +285,7 @@ def value(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) 
 
 
 def best_character(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Best F1 of the prediction's characters with one character of the answer.
+    """Score the best F1 of the prediction's characters with one character of the answer.
 
     The benchmark's own scorer takes the characters of an answer for so many answers, so that a
     perfect one may have less than 1; ``infinitebench_character_f1`` takes it as one.

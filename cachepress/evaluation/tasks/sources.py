@@ -1,4 +1,4 @@
-"""The original files of a benchmark: in a local folder, or on the hub."""
+"""Reads the original files of a benchmark, in a local folder or on the hub."""
 
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from cachepress.structured import parse_json
 
 @dataclass(frozen=True)
 class Hub:
-    """A file of a data set on the hub.
+    """File of a data set on the hub.
 
     Attributes:
         repository: ``owner/name``.
@@ -30,7 +30,7 @@ class Hub:
 
 
 def read_rows(folder: str | None, names: Sequence[str], *hubs: Hub) -> list[dict]:
-    """The rows of a file of a benchmark, in its own columns.
+    """Read the rows of a file of a benchmark, in its own columns.
 
     Args:
         folder: folder with the original files; None for the hub.
@@ -78,7 +78,7 @@ def _local(folder: Path, names: Sequence[str]) -> Path:
 
 
 def _fetched(names: Sequence[str], hubs: Sequence[Hub]) -> tuple[Path, str | None]:
-    """The file, and the path of the member if it is an archive."""
+    """Find or download a file; of an archive, return the member's path too."""
     if not hubs:
         raise CachepressError(
             f"no hub has {' or '.join(names)}: name the folder that has it with --data-path"
@@ -100,7 +100,7 @@ def _fetched(names: Sequence[str], hubs: Sequence[Hub]) -> tuple[Path, str | Non
 
 
 def _member(path: Path, name: str) -> str:
-    """The path of a member of an archive, which may lie in another folder than it should."""
+    """Find a member of an archive, which may lie in another folder than expected."""
     with zipfile.ZipFile(path) as archive:
         members = archive.namelist()
     if name in members:

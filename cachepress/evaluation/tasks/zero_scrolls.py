@@ -35,7 +35,7 @@ MAX_NEW_TOKENS = {
 
 
 def load_zero_scrolls(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """The samples of one task, one row an id, from the benchmark's own files.
+    """Load the samples of one task, one row an id, from the benchmark's own files.
 
     Their texts are the benchmark's own prompts: an instruction and the document, which become
     the context, then the question and the beginning of the answer.
@@ -60,7 +60,7 @@ def load_zero_scrolls(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBa
 
 
 def _parts(row: Mapping) -> tuple[str, str, str, str]:
-    """Context, question and answer's beginning, and what stands where the context was cut."""
+    """Split a row: context, question, answer's beginning, and the mark of a cut context."""
     text, document, query = row["input"], row["document_end_index"], row["query_end_index"]
     if not 0 < document <= len(text):
         raise ValueError(f"the document ends at {document}")
@@ -128,7 +128,7 @@ def _write_task(task: str, rows: pd.DataFrame, folder: Path) -> Path:
 
 
 def _id(task: str, answer: object) -> str:
-    """The id, from the list that an answer is, or from its JSON."""
+    """Return the sample's id from its answer, a list or JSON."""
     try:
         texts = json.loads(answer) if isinstance(answer, str) else answer
         (key,) = list(texts) if isinstance(texts, Iterable) else []
