@@ -22,7 +22,7 @@ import cachepress
 from cachepress.cache.batch import fork, size_of
 from cachepress.errors import CachepressError
 from cachepress.generation.prefill import check_prefill, prefill
-from cachepress.hf import cache_argument
+from cachepress.hf import cache_argument, text_decoder
 from cachepress.hf.types import TRANSFORMERS_VERSION, Cache, PreTrainedModel
 from cachepress.limits import check_whole
 from cachepress.measure import Stopwatch, peak_memory
@@ -161,7 +161,7 @@ def write_json(result: BenchResult, path: str) -> None:
 
 
 def _check_lengths(model: PreTrainedModel, options: BenchOptions) -> None:
-    trained = getattr(model.get_decoder().config, "max_position_embeddings", None)
+    trained = getattr(text_decoder(model).config, "max_position_embeddings", None)
     longest = max(options.lengths)
     if trained is not None and longest > trained and not options.beyond_trained_length:
         raise CachepressError(

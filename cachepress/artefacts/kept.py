@@ -26,6 +26,7 @@ from cachepress.artefacts.reading import _EARLIER, _FORMAT, _metadata, sizes
 from cachepress.errors import CachepressError
 from cachepress.files import expanded, replacing
 from cachepress.hf.types import PreTrainedModel
+from cachepress.hf.wiring import text_decoder
 from cachepress.limits import shown
 from cachepress.models.builtin import BUILTIN_MODELS, cache_home
 from cachepress.models.loading import groups_of, hub_answers
@@ -83,7 +84,7 @@ def _name_of(source: str) -> str:
 
 def class_of(model: PreTrainedModel) -> str:
     """Return a model's decoder class: models of different classes may have the same shapes."""
-    return type(model.get_decoder()).__name__
+    return type(text_decoder(model)).__name__
 
 
 def save_artefact(
@@ -134,7 +135,7 @@ def find_artefact(kind: str, source: str | None, model: PreTrainedModel) -> str:
 
 def checkpoint_of(model: PreTrainedModel) -> dict[str, str]:
     """Return digests of a model's weights in every type in which they may be loaded later."""
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     told = {f"weights_{name}": weights_digest(decoder, dtype) for name, dtype in _TYPES.items()}
     return {**told, "dtypes": _dtypes(decoder), "files": _files_of(model)}
 
@@ -151,7 +152,7 @@ def _of_these_weights(told: Mapping[str, str], model: PreTrainedModel, path: str
         if told.get("format") in (_FORMAT, _EARLIER):
             _say_unchecked(path)
         return True
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     own = _dtypes(decoder)
     for name in sorted(types, key=lambda name: name != own):
         if weights_digest(decoder, _TYPES[name]) == told[f"weights_{name}"]:

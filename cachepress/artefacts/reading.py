@@ -22,7 +22,7 @@ from cachepress.artefacts.published import converted, n_layers, of_layers
 from cachepress.errors import CachepressError
 from cachepress.hf import n_compressed_layers
 from cachepress.hf.types import PreTrainedModel
-from cachepress.hf.wiring import full_attention
+from cachepress.hf.wiring import full_attention, text_decoder
 
 logger = logging.getLogger(__name__)
 _FORMAT = "cachepress-artefact-2"
@@ -44,7 +44,7 @@ def fitted_layers(path: str, kind: str, model: PreTrainedModel) -> tuple[int, ..
     Raises:
         CachepressError: if the artefact has another number of layers, or is none.
     """
-    n, full = n_layers(load_artefact(path, kind), kind), full_attention(model.get_decoder().config)
+    n, full = n_layers(load_artefact(path, kind), kind), full_attention(text_decoder(model).config)
     if n == sum(full):
         return None
     if n == len(full):
@@ -93,7 +93,7 @@ def check_shapes(
 
 def sizes(model: PreTrainedModel) -> tuple[int, int, int, int, int]:
     """Return compressed layers, KV heads, query heads per KV head, head size and hidden size."""
-    config = model.get_decoder().config
+    config = text_decoder(model).config
     queries = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or queries
     head = getattr(config, "head_dim", None) or config.hidden_size // queries

@@ -21,7 +21,7 @@ from cachepress.evaluation.speed import CONTEXTS, peak_memory, step_seconds
 from cachepress.evaluation.tasks.base import PERPLEXITY
 from cachepress.generation.pipeline import TASK, Answers, KVPressTextGenerationPipeline
 from cachepress.generation.prompt import Prompt, make_prompt
-from cachepress.hf import has_only_full_attention
+from cachepress.hf import has_only_full_attention, text_decoder
 from cachepress.hf.session import prepared
 from cachepress.hf.shared_prefill import SharedPrefill, shares
 from cachepress.hf.types import (
@@ -114,7 +114,7 @@ class Answerer:
             for one, part in zip(context.one_by_one(), parts, strict=True):
                 found |= self.alone(run, one, part)
             return found
-        cache = DynamicCache(config=self.model.get_decoder().config)
+        cache = DynamicCache(config=text_decoder(self.model).config)
         answers = self._piped(run, context, cache)
         forked = Fork(run, cache, answers.cache, answers.prefill_seconds, None)
         if context.number < CONTEXTS:

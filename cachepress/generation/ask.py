@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 from cachepress.cache.batch import compressed_layers, fork
 from cachepress.errors import CachepressError
 from cachepress.generation.decode import check_generation, generate
+from cachepress.hf import text_decoder
 from cachepress.limits import check_whole, shown
 from cachepress.models.chat import encode, template
 
@@ -68,7 +69,7 @@ def ask(
     ids = encode(tokenizer, question + after + answer_prefix, special=False)
     if not ids.shape[1]:
         raise CachepressError(f"question: got {shown(question)}, wanted a text that has tokens")
-    most = getattr(model.get_decoder().config, "max_position_embeddings", None)
+    most = getattr(text_decoder(model).config, "max_position_embeddings", None)
     if most is not None and seen + ids.shape[1] + max_new_tokens > most:
         raise CachepressError(
             f"no room for an answer: {seen} tokens of text, {ids.shape[1]} of question and "

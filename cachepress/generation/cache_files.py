@@ -30,7 +30,7 @@ from cachepress.cache.tail import Tail
 from cachepress.errors import CachepressError
 from cachepress.files import replacing
 from cachepress.generation.cache_checks import Fitting, check_pages
-from cachepress.hf import attach, learned_positions, sample_cache
+from cachepress.hf import attach, learned_positions, sample_cache, text_decoder
 from cachepress.ops.paged_attention import Layout
 from cachepress.query_stats import QueryStats
 
@@ -143,7 +143,7 @@ def _filled(
     layers: list, tensors: Mapping[str, Tensor], model: PreTrainedModel, path: object
 ) -> Cache:
     """Make a cache from packed layers; whatever does not fit together is damage."""
-    cache, fitting = DynamicCache(config=model.get_decoder().config), _fitting(model)
+    cache, fitting = DynamicCache(config=text_decoder(model).config), _fitting(model)
     unused = dict(tensors)
     text = unused.pop(TEXT, None)
     try:

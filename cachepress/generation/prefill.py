@@ -12,7 +12,7 @@ from transformers.utils import logging
 from cachepress.cache.batch import note_text, text_of, trim
 from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError, out_of_memory
-from cachepress.hf import PressSession, cache_argument, codec_of
+from cachepress.hf import PressSession, cache_argument, codec_of, text_decoder
 from cachepress.limits import MOST_TOKENS, check_whole, is_out_of_memory, shown
 from cachepress.measure import Stopwatch
 from cachepress.press import BasePress
@@ -67,7 +67,7 @@ def prefill(
         raise CachepressError(
             f"input_ids: got shape {tuple(input_ids.shape)}, wanted [B, T] with T > 0"
         )
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     cache = DynamicCache(config=decoder.config) if cache is None else cache
     name = cache_argument(decoder)
     ids = input_ids.to(model.device)

@@ -14,6 +14,7 @@ from cachepress.hf.wiring import (
     learned_positions,
     n_compressed_layers,
     sample_cache,
+    text_decoder,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "learned_positions",
     "n_compressed_layers",
     "sample_cache",
+    "text_decoder",
 ]

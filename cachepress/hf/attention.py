@@ -23,6 +23,7 @@ from cachepress.cache.pairs import Pairs
 from cachepress.cache.snapshot import Snapshot
 from cachepress.call import AttentionCall
 from cachepress.errors import UnsupportedError
+from cachepress.hf.wiring import text_decoder
 from cachepress.ops import AttentionRule
 from cachepress.ops.paged_attention.parts import LOWEST
 
@@ -33,7 +34,7 @@ _FEW = 16
 
 def attach(model: PreTrainedModel) -> None:
     """Select our attention function on a model; it leaves other caches to the model's own."""
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     current = decoder.config._attn_implementation or "eager"
     if current in _BASES:
         return
@@ -51,7 +52,7 @@ def detach(model: PreTrainedModel) -> None:
 
     A compressed cache cannot be used with it afterwards: that raises ``ForeignAttentionError``.
     """
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     base = _BASES.get(decoder.config._attn_implementation or "")
     if base is not None:
         decoder.set_attn_implementation(base)

@@ -12,7 +12,7 @@ from cachepress.call import AttentionCall
 from cachepress.errors import UnsupportedError
 from cachepress.hf.projection import Projections
 from cachepress.hf.rotary import CosSin, find_rotary
-from cachepress.hf.wiring import attention_modules, rotary_modules
+from cachepress.hf.wiring import attention_modules, rotary_modules, text_decoder
 from cachepress.press import BasePress
 from cachepress.view import Rotary
 
@@ -29,7 +29,7 @@ class Capture:
         needs = [press.needs for press in presses]
         weighs = any(need.weighs for need in needs)
         self._who = ", ".join(map(repr, presses))
-        self._model, self._decoder = model, model.get_decoder()
+        self._model, self._decoder = model, text_decoder(model)
         self._rotates = any(need.rotates for need in needs)
         self._projects = weighs or any(need.projection for need in needs)
         self._reads_hidden = weighs or any(need.hidden is not None for need in needs)

@@ -21,7 +21,13 @@ from cachepress.call import AttentionCall, Place
 from cachepress.errors import CachepressError
 from cachepress.hf.capture import Capture
 from cachepress.hf.chunks import Chunk, chunks, opening_of
-from cachepress.hf.wiring import attention_modules, cache_argument, install_layers, last_layer
+from cachepress.hf.wiring import (
+    attention_modules,
+    cache_argument,
+    install_layers,
+    last_layer,
+    text_decoder,
+)
 from cachepress.ops import wide, wide_dtype
 from cachepress.press import BasePress
 from cachepress.query_stats import QueryStats
@@ -169,7 +175,7 @@ class Reconstructor:
         tokenizer: PreTrainedTokenizerBase | None,
         capture: Capture,
     ) -> None:
-        self._press, self._model, self._decoder = press, model, model.get_decoder()
+        self._press, self._model, self._decoder = press, model, text_decoder(model)
         self._tokenizer, self._capture = tokenizer, capture
         self._cache: Cache | None = None
         self._ids: list[Tensor] = []

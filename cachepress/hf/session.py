@@ -36,6 +36,7 @@ from cachepress.hf.wiring import (
     check_model,
     install_layers,
     n_compressed_layers,
+    text_decoder,
 )
 from cachepress.measure import Stopwatch
 from cachepress.press import BasePress
@@ -139,7 +140,7 @@ class PressSession:
             raise CachepressError(f'turns: got {turns!r}, wanted "all" or "first"')
         press = prepared(press, model)
         self._press, self._model, self._turns = press, model, turns
-        self._config = model.get_decoder().config
+        self._config = text_decoder(model).config
         self._codec = codec_of(press, storage)
         self._question = _question(press, question)
         if (

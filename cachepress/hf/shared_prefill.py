@@ -23,7 +23,7 @@ from cachepress.hf.capture import Capture
 from cachepress.hf.chunks import tokenizer_of
 from cachepress.hf.reconstruction import Reconstructor, Waiting
 from cachepress.hf.session import codec_of, instruct, prepared
-from cachepress.hf.wiring import cache_argument, install_layers
+from cachepress.hf.wiring import cache_argument, install_layers, text_decoder
 from cachepress.measure import Stopwatch
 from cachepress.press import BasePress
 from cachepress.query_stats import QueryStats
@@ -119,7 +119,7 @@ class SharedPrefill:
     def read(self, ids: Tensor, chunk_size: int | None = None) -> None:
         """Read a prompt ``[1, T]`` into a new cache, in chunks of ``chunk_size`` tokens."""
         attach(self.model)
-        decoder, n = self.model.get_decoder(), ids.shape[1]
+        decoder, n = text_decoder(self.model), ids.shape[1]
         self.cache = DynamicCache(config=decoder.config)
         self._hooks.clear()
         self._reconstructed.clear()

@@ -3,6 +3,8 @@
 import copy
 import inspect
 from functools import partial
+from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +18,81 @@ from cachepress.hf.rotary import CosSin
 
 CACHE_NAMES = ("cache", "past_key_values")
 _SPARE = 4
+_DECODERS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""The path to the text decoder of each model."""
 
 
-def check_model(model: PreTrainedModel) -> None:
+def text_decoder(model: nn.Module) -> PreTrainedModel:
+    """Find the text decoder of a model: the module whose forward fills the KV cache.
+
+    It is the innermost model of transformers whose forward takes a cache. transformers'
+    ``get_decoder()`` guesses by the name of an attribute; here it only tells several of them apart,
+    as where a model speaks, too.
+
+    Args:
+        model: a causal or image-text model, or what wraps one, such as a ``PeftModel``.
+
+    Raises:
+        UnsupportedError: if there is no such module, or more than one.
+    """
+    path = _DECODERS.get(model)
+    if path is None:
+        path = _DECODERS[model] = _path_to_decoder(model)
+    return cast(PreTrainedModel, model.get_submodule(path))
+
+
+def _path_to_decoder(model: nn.Module) -> str:
+    name, paths = type(model).__name__, {m: path for path, m in model.named_modules()}
+    found = _innermost(model)
+    if len(found) > 1 and hasattr(model, "get_decoder"):
+        guess = cast(PreTrainedModel, model).get_decoder()
+        found = _innermost(guess) if guess in paths else found
+    if not found:
+        raise UnsupportedError(f"{name} keeps no cache of keys and values: nothing to compress")
+    if len(found) > 1:
+        kinds = ", ".join(sorted(type(m).__name__ for m in found))
+        raise UnsupportedError(
+            f"{name} has several decoders ({kinds}), each with a cache of its own: wanted a model "
+            "with one text decoder"
+        )
+    return paths[found[0]]
+
+
+def _innermost(module: nn.Module) -> list[PreTrainedModel]:
+    """List the models of transformers in a module that take a cache, and hold no other such."""
+    taking = [m for m in module.modules() if isinstance(m, PreTrainedModel) and _takes_cache(m)]
+    return [m for m in taking if not any(x in taking for x in m.modules() if x is not m)]
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    return any(name in inspect.signature(module.forward).parameters for name in CACHE_NAMES)
+
+
+def check_model(model: nn.Module) -> None:
     """Raise UnsupportedError unless the model's KV cache can be compressed."""
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
+    inner = unwrapped(model)
+    name = type(inner).__name__
+    if not isinstance(inner, PreTrainedModel):
         raise UnsupportedError(f"got {name}, wanted a transformers PreTrainedModel")
-    if model.config.is_encoder_decoder:
+    if inner.config.is_encoder_decoder:
         raise UnsupportedError(f"{name} is an encoder-decoder model: wanted a decoder-only model")
-    if not any(full_attention(model.get_decoder().config)):
+    if not any(full_attention(text_decoder(inner).config)):
         raise UnsupportedError(
             f"{name} has no full-attention layer: its sliding-window or linear-attention layers "
             "already bound their cache, there is nothing to compress"
         )
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model of transformers that another one adapts, such as a ``PeftModel``."""
+    while not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        model = cast(nn.Module, model.get_base_model())  # pyright: ignore[reportCallIssue]
+    return model
+
+
 def cache_argument(module: nn.Module) -> str:
     """Return the name of a forward's cache argument, which transformers versions differ in."""
-    parameters = inspect.signature(module.forward).parameters
+    parameters = inspect.signature(unwrapped(module).forward).parameters
     for name in CACHE_NAMES:
         if name in parameters:
             return name
@@ -50,7 +108,7 @@ def install_layers(cache: Cache, model: PreTrainedModel) -> dict[int, Compressed
     Raises:
         UnsupportedError: if the cache is of a kind that cannot be compressed.
     """
-    name, config = type(model).__name__, model.get_decoder().config
+    name, config = type(model).__name__, text_decoder(model).config
     if type(cache) is not DynamicCache or cache.offloading:
         kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
         raise UnsupportedError(
@@ -84,7 +142,7 @@ def sample_cache(model: PreTrainedModel, n: int, ours: bool) -> Cache:
         ours: whether full-attention layers are compressed layers, which hold keys and values in
             the type that they come in; some of transformers' own change the type of values.
     """
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     cache = DynamicCache(config=decoder.config)
     if ours:
         install_layers(cache, model)
@@ -99,7 +157,7 @@ def learned_positions(model: PreTrainedModel) -> int | None:
 
     None for a model with rotary or other computed positions.
     """
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     most = getattr(decoder.config, "max_position_embeddings", None)
     words = {id(decoder.get_input_embeddings()), id(model.get_input_embeddings())}
     tables = [m for m in decoder.modules() if isinstance(m, nn.Embedding) and id(m) not in words]
@@ -110,12 +168,12 @@ def learned_positions(model: PreTrainedModel) -> int | None:
 
 def n_compressed_layers(model: PreTrainedModel) -> int:
     """Count the layers of a model that are compressed: those with full attention."""
-    return sum(full_attention(model.get_decoder().config))
+    return sum(full_attention(text_decoder(model).config))
 
 
 def has_only_full_attention(model: PreTrainedModel) -> bool:
     """Tell whether every layer of the model has full attention, and so an unbounded cache."""
-    return all(full_attention(model.get_decoder().config))
+    return all(full_attention(text_decoder(model).config))
 
 
 def full_attention(config: PretrainedConfig) -> list[bool]:

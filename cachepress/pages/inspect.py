@@ -15,6 +15,7 @@ from cachepress.evaluation.answering import answers_of, pipeline_of
 from cachepress.evaluation.records import write_atomically
 from cachepress.generation.pipeline import Answers
 from cachepress.generation.prompt import Prompt, PromptOptions, make_prompt
+from cachepress.hf import text_decoder
 from cachepress.hf.types import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from cachepress.models.chat import encode, template
 from cachepress.pages.html import render
@@ -121,7 +122,7 @@ def inspect(
 ) -> Inspection:
     """Prefill a context with a press and without it, answer, and find the tokens that were kept."""
     pipe, how = pipeline_of(model, tokenizer), asdict(options)
-    cache = DynamicCache(config=model.get_decoder().config)
+    cache = DynamicCache(config=text_decoder(model).config)
     plain = answers_of(pipe, context, how)
     pressed = answers_of(pipe, context, {"press": press, "cache": cache, "storage": storage, **how})
     kept = kept_of(cache)

@@ -16,7 +16,7 @@ from cachepress.errors import CachepressError
 from cachepress.files import expanded
 from cachepress.hf import check_model
 from cachepress.hf.types import PreTrainedModel
-from cachepress.hf.wiring import full_attention
+from cachepress.hf.wiring import full_attention, text_decoder
 from cachepress.ops.attention import attention_weights
 from cachepress.presses._observing import _ObservingPress
 from cachepress.view import EVERY, LayerView, Needs
@@ -149,7 +149,7 @@ def fitted(scores: Scores, model: PreTrainedModel, name: str, by_query: bool = F
         CachepressError: unless there is a score for each head of each layer.
     """
     wanted = [len(heads) for heads in _found(model, ("heads",), 1, _nothing)]
-    config = model.get_decoder().config
+    config = text_decoder(model).config
     full, queries = full_attention(config), config.num_attention_heads
     if len(scores) == len(full):
         scores = tuple(heads for heads, is_full in zip(scores, full, strict=True) if is_full)
@@ -184,7 +184,7 @@ def _found(
 ) -> Scores:
     """Measure a model on a text with a repeated passage; remembered while the model lives."""
     check_model(model)
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     measured = _FOUND.setdefault(decoder, {})
     if key not in measured:
         found: dict[int, list[float]] = {}
