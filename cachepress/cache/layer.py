@@ -45,8 +45,9 @@ class CompressedLayer(CacheLayerMixin):
         hook: observes the next attention call of the layer; None for nobody.
         reads_whole: whether forwards of one token read every page, being parts of a text.
         masks: reads the mask of a forward, once for all layers of the cache.
-        text_ids: ``[1, n]`` token ids of the text, or of its beginning, where all sequences have
-            it in common, in the host's memory; None where it is not known.
+        selection: keeps the attention function that reads the layer selected on the model.
+        text_ids: ``[1, n]`` token ids of the text, or of its beginning, that all sequences have in
+            common, in the host's memory; None where it is not known.
     """
 
     is_compileable = False
@@ -57,15 +58,14 @@ class CompressedLayer(CacheLayerMixin):
     def __init__(self) -> None:
         self._segments: tuple[Segment, ...] = ()
         self._tail: Tail | None = None
-        self._batch, self._seen = -1, 0
-        self._compressed_at = self.scored_at = 0
+        self._batch, self._seen, self._compressed_at, self.scored_at = -1, 0, 0, 0
         self.query_stats: QueryStats | None = None
         self.codec: Codec | None = None
         self.page_budget: int | None = None
         self.hook: Hook | None = None
-        self.reads_whole = False
+        self.reads_whole = self._encoded = False
         self.masks = MaskReader()
-        self._encoded = False
+        self.selection: object = None
         self.text_valid: Tensor | None = None
         self.text_ids: np.ndarray | None = None
 
@@ -167,8 +167,8 @@ class CompressedLayer(CacheLayerMixin):
             key_channels: ``[B, H, D]`` which channels of the keys are stored, as many in every
                 head; None for all.
         """
-        segments = self._segments_of(pairs, mask, key_channels)
-        self._segments, self._tail, self._encoded = segments, None, False
+        self._segments = self._segments_of(pairs, mask, key_channels)
+        self._tail, self._encoded = None, False
         self._compressed_at, self.text_valid = self._seen, text_valid
 
     @property
@@ -286,9 +286,9 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Remove all pairs; codec and page budget stay."""
-        stored = self.codec, self.page_budget
+        kept = self.codec, self.page_budget, self.selection
         self.__init__()
-        self.codec, self.page_budget = stored
+        self.codec, self.page_budget, self.selection = kept
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: buffers are made when the first pairs arrive."""

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from cachepress.artefacts.digests import checksum_of
 from cachepress.artefacts.fingerprint import fingerprint, other_model
-from cachepress.cache.batch import TEXT, note_text, text_of
+from cachepress.cache.batch import TEXT, compressed_layers, note_text, text_of
 from cachepress.cache.codec import Codec, Quantized
 from cachepress.cache.layer import CompressedLayer
 from cachepress.cache.segment import Segment
@@ -54,7 +54,7 @@ _NAMES_ON_DISK = {
 }
 """The names in a file of the fields that were renamed since version 0.1.0. A file keeps the names
 of that version, classes included, so that its caches can still be read."""
-_UNSAVED = (TEXT, "hook", "reads_whole", "masks")
+_UNSAVED = (TEXT, "hook", "reads_whole", "masks", "selection")
 _TODAY = {on_disk: today for today, on_disk in _NAMES_ON_DISK.items()}
 
 
@@ -128,8 +128,9 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> Cache:
             f"{path} was filled by another model ({theirs}, or other config, weights or dtype) "
             f"than this {type(model).__name__}: {other}; load the model that it was made with"
         )
-    attach(model)
     cache = _filled(layers, tensors, model, path)
+    for layer in compressed_layers(cache):
+        layer.selection = attach(model)
     if kind == _EARLIER:
         logger.warning(
             "%s was saved by version 0.1.0, whose header nothing protects against damage: save it "

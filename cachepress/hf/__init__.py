@@ -5,11 +5,12 @@ on one model (``attention.py``), the cache-layer protocol (``cachepress.cache.la
 forward that receives the cache (``session.py``). Importing this package changes no model.
 """
 
-from cachepress.hf.attention import attach, detach
 from cachepress.hf.session import PressSession, codec_of
 from cachepress.hf.wiring import (
+    attach,
     cache_argument,
     check_model,
+    detach,
     has_only_full_attention,
     learned_positions,
     n_compressed_layers,

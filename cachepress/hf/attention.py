@@ -3,17 +3,23 @@
 It finds the layer by its key argument: the handle that the compressed layer's ``update`` returned
 in place of keys. Keys that are plain tensors go to the function that the model had before. No
 module global holds the state of a forward, so that threads and models never see each other.
+
+Which function a model uses is a name in its config. Ours is selected by a name that equals the one
+that was there, and only for as long as a block is open or a compressed cache of the model lives.
 """
 
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
+from threading import Lock
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.configuration_utils import PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -23,50 +29,85 @@ from cachepress.cache.pairs import Pairs
 from cachepress.cache.snapshot import Snapshot
 from cachepress.call import AttentionCall
 from cachepress.errors import UnsupportedError
-from cachepress.hf.wiring import text_decoder
 from cachepress.ops import AttentionRule
 from cachepress.ops.paged_attention.parts import LOWEST
 
-_PREFIX = "cachepress|"
-_BASES: dict[str, str] = {}
 _FEW = 16
+_LOCK = Lock()
 
 
-def attach(model: PreTrainedModel) -> None:
-    """Select our attention function on a model; it leaves other caches to the model's own."""
-    decoder = text_decoder(model)
-    current = decoder.config._attn_implementation or "eager"
-    if current in _BASES:
-        return
-    name = _register(current)
-    decoder.set_attn_implementation(name)
-    if decoder.config._attn_implementation != name:
-        raise UnsupportedError(
-            f"{type(model).__name__} does not use transformers' attention interface: "
-            "its attention cannot be observed, so its cache cannot be compressed"
-        )
+class _Name(str):
+    """Equals the name of a base function wherever a model compares it, but is looked up as ours.
 
-
-def detach(model: PreTrainedModel) -> None:
-    """Give a model back the attention function that it had before it was pressed.
-
-    A compressed cache cannot be used with it afterwards: that raises ``ForeignAttentionError``.
+    Models compare the name of their attention function with "eager" and "sdpa", and look for
+    "flash" in it: all of that has to come out as before. Only the tables in which transformers
+    looks up functions by name go by the hash. A copy or a pickle of a model gets the plain name.
     """
-    decoder = text_decoder(model)
-    base = _BASES.get(decoder.config._attn_implementation or "")
-    if base is not None:
-        decoder.set_attn_implementation(base)
+
+    selection: "weakref.ref[Selection]"
+
+    def __hash__(self) -> int:
+        """Differ from the hash of the plain name."""
+        return hash((_Name, str.__str__(self)))
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """Leave the plain name."""
+        return str, (str.__str__(self),)
 
 
-def _register(base: str) -> str:
+class Selection:
+    """Keeps our attention function selected on a model's config, for as long as it is referred to.
+
+    Open blocks refer to it, and the compressed layers that the model filled, since only our
+    function can read them. With the last of them the model has its own function back.
+    """
+
+    def __init__(self, config: PretrainedConfig, base: str) -> None:
+        name = _register(base)
+        name.selection = weakref.ref(self)
+        config._attn_implementation_internal = name
+        weakref.finalize(self, _restore, weakref.ref(config), name).atexit = False
+
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        """Leave nothing in a pickle: in another process nothing is selected."""
+        return object, ()
+
+
+def select(decoder: PreTrainedModel) -> Selection:
+    """Select our attention function on a decoder; it leaves other caches to the model's own.
+
+    Returns:
+        What keeps it selected, for as long as somebody refers to it.
+    """
+    config = decoder.config
+    with _LOCK:
+        current = config._attn_implementation or "eager"
+        selection = current.selection() if isinstance(current, _Name) else None
+        if selection is not None:
+            return selection
+        return Selection(config, str.__str__(current))
+
+
+def deselect(decoder: PreTrainedModel) -> None:
+    """Select a decoder's own function again now, although compressed caches of it live."""
+    config = decoder.config
+    if isinstance(config._attn_implementation, _Name):
+        config._attn_implementation_internal = str.__str__(config._attn_implementation)
+
+
+def _restore(config: "weakref.ref[PretrainedConfig]", name: _Name) -> None:
+    """Select the base function again, unless something else was selected since."""
+    found = config()
+    if found is not None and found._attn_implementation is name:
+        found._attn_implementation_internal = str.__str__(name)
+
+
+def _register(base: str) -> _Name:
     """Register our attention function over a base function, with the masks of that base."""
-    # transformers reads meaning into names with "flash" or "/" and would load a kernel for ours.
-    name = _PREFIX + base.replace("flash", "fl").replace("/", "|")
-    if name not in _BASES:
-        _BASES[name] = base
-        AttentionInterface.register(name, partial(_attention, base=base))
-        if base in ALL_MASK_ATTENTION_FUNCTIONS:
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    name = _Name(base)
+    AttentionInterface.register(name, partial(_attention, base=base))
+    if base in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
 
 

@@ -1,8 +1,12 @@
 """Captures, by module hooks, what presses need of a forward that attention itself is not given."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
+from threading import Lock
+from types import MappingProxyType
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -11,10 +15,16 @@ from transformers import PreTrainedModel
 from cachepress.call import AttentionCall
 from cachepress.errors import UnsupportedError
 from cachepress.hf.projection import Projections
-from cachepress.hf.rotary import CosSin, find_rotary
+from cachepress.hf.rotary import find_rotary
 from cachepress.hf.wiring import attention_modules, rotary_modules, text_decoder
 from cachepress.press import BasePress
 from cachepress.view import Rotary
+
+_NOW: ContextVar["Capture | None"] = ContextVar("cachepress_capture", default=None)
+"""What is captured in this thread or task; hooks are called in every thread."""
+_LOCK = Lock()
+"""Torch numbers hooks without one, and two of a number would be one."""
+_NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
 class Capture:
@@ -33,37 +43,46 @@ class Capture:
         self._rotates = any(need.rotates for need in needs)
         self._projects = weighs or any(need.projection for need in needs)
         self._reads_hidden = weighs or any(need.hidden is not None for need in needs)
-        self._rotary_modules: list[CosSin] = []
+        self._rotary_modules = rotary_modules(self._decoder) if self._rotates else []
         self._outputs: dict[nn.Module, dict[nn.Module, Tensor]] = {}
         self._hidden: dict[nn.Module, Tensor] = {}
         self._projections = Projections()
+        captures = self._rotates or self._projects or self._reads_hidden
+        self._modules = attention_modules(self._decoder) if captures else []
 
-    def hook(self) -> list[RemovableHandle]:
-        """Register the module hooks that the presses need; the handles remove them."""
-        hooks: list[RemovableHandle] = []
-        if self._rotates:
-            self._rotary_modules = rotary_modules(self._decoder)
-        for module in attention_modules(self._decoder):
-            if self._reads_hidden:
-                hooks.append(module.register_forward_pre_hook(self._keep_hidden, with_kwargs=True))
-            if self._rotates or self._projects:
-                keep = partial(self._keep_output, module)
-                hooks += [child.register_forward_hook(keep) for child in module.children()]
-            if self._projects:
-                verify = self._projections.verify
-                hooks += [child.register_forward_pre_hook(verify) for child in module.children()]
-        return hooks
+    def anew(self) -> "Capture":
+        """A capture of the same things in another forward."""
+        other = copy.copy(self)
+        # Some rotary modules (dynamic NTK) change their state at a long position.
+        other._rotary_modules = copy.deepcopy(self._rotary_modules)
+        other._outputs, other._hidden, other._projections = {}, {}, Projections()
+        return other
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Register the module hooks, and remove them at the end."""
-        hooks = self.hook()
+        """Capture what a forward of this thread or task does, and forget it at the end."""
+        hooks: list[RemovableHandle] = []
+        token = _NOW.set(self)
         try:
+            with _LOCK:
+                for module in self._modules:
+                    self._hook(module, hooks)
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+            _NOW.reset(token)
             self.clear()
+
+    def _hook(self, module: nn.Module, hooks: list[RemovableHandle]) -> None:
+        """Register hooks on an attention module and its children; the handles remove them."""
+        if self._reads_hidden:
+            keep = self._keep_hidden
+            hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+        for child in module.children() if self._rotates or self._projects else ():
+            hooks.append(child.register_forward_hook(partial(self._keep_output, module)))
+            if self._projects:
+                hooks.append(child.register_forward_pre_hook(self._verify))
 
     def clear(self) -> None:
         """Forget what was captured of the forward."""
@@ -112,9 +131,16 @@ class Capture:
             )
         return hidden
 
+    def _verify(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        if _NOW.get() is self:
+            self._projections.verify(module, args)
+
     def _keep_hidden(
-        self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+        self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object] = _NOTHING
     ) -> None:
+        # Without kwargs where another thread's forward has just removed its hook of this name.
+        if _NOW.get() is not self:
+            return
         given = args[0] if args else kwargs.get("hidden_states")
         if isinstance(given, Tensor) and given.ndim == 3:
             self._hidden[module] = given.detach()
@@ -122,5 +148,5 @@ class Capture:
     def _keep_output(
         self, attention: nn.Module, module: nn.Module, args: object, output: object
     ) -> None:
-        if isinstance(output, Tensor):
+        if _NOW.get() is self and isinstance(output, Tensor):
             self._outputs.setdefault(attention, {})[module] = output.detach()

@@ -18,7 +18,6 @@ from transformers.cache_utils import Cache
 from cachepress.cache.batch import fork
 from cachepress.cache.layer import CompressedLayer
 from cachepress.call import AttentionCall, Place
-from cachepress.errors import CachepressError
 from cachepress.hf.capture import Capture
 from cachepress.hf.chunks import Chunk, chunks, opening_of
 from cachepress.hf.wiring import (
@@ -159,13 +158,15 @@ class _Hook:
 
 
 class Reconstructor:
-    """Records the prompt that a model reads, and lets it repeat that.
+    """Lets a model repeat the prompt that a cache was filled with.
 
     Args:
         press: the press that declared the reconstruction.
         model: the model.
         tokenizer: its tokenizer, if the press asks in words.
         capture: captures what the press needs of a forward.
+        cache: the cache, of which nothing of the prompt was evicted yet.
+        ids: the token ids of the prompt, ``[B, n]``.
     """
 
     def __init__(
@@ -174,21 +175,13 @@ class Reconstructor:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
         capture: Capture,
+        cache: Cache,
+        ids: Tensor,
     ) -> None:
         self._press, self._model, self._decoder = press, model, text_decoder(model)
         self._tokenizer, self._capture = tokenizer, capture
-        self._cache: Cache | None = None
-        self._ids: list[Tensor] = []
+        self._cache, self._ids = cache, ids
         self._layers: list[Waiting] = []
-
-    def read(self, cache: Cache, ids: object) -> None:
-        """Record the token ids that a forward reads, and into which cache."""
-        if not isinstance(ids, Tensor):
-            raise CachepressError(
-                f"{self._press!r} lets the model repeat its prompt: give input_ids, not embeddings"
-            )
-        self._cache = cache
-        self._ids.append(ids)
 
     def wait(self, layer: Waiting) -> None:
         """Let a layer wait to be compressed until the forward is done."""
@@ -196,20 +189,13 @@ class Reconstructor:
         call = layer.call.when_over(needs.rotates, needs.projection)
         self._layers.append(layer._replace(call=call))
 
-    def clear(self, ids: bool) -> None:
-        """Forget the forward; with ``ids``, the token ids as well."""
-        self._layers.clear()
-        self._cache = None
-        if ids:
-            self._ids.clear()
-
     def repeat(self) -> list[Waiting]:
         """Let the model repeat its context; return the waiting layers with their hidden feature."""
         if not self._layers:
             return []
-        layers, cache, ids = self._layers, self._cache, torch.cat(self._ids, dim=1)
+        layers, cache, ids = self._layers, self._cache, self._ids
         reconstruction, valid = layers[0].press.needs.reconstruction, layers[0].call.text_valid
-        assert reconstruction is not None and cache is not None
+        assert reconstruction is not None
         b, n = ids.shape
         features = [
             layer.call.query.new_zeros(

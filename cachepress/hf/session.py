@@ -1,109 +1,59 @@
-"""``with press(model)``: observes the forwards of a model, and compresses its layers.
+"""``with press(model)``: acts on the forwards of a model, and compresses the caches they fill.
 
-A session decides, by the press's schedule, in which forwards layers are observed and compressed,
-and sets a hook on each cache layer that does it. How the attention function reaches that hook is in
-``cachepress.hf.attention``; how a layer is compressed is in ``cachepress.engine``.
+A session stands around the forward of the model's text decoder for as long as a block is open, and
+decides for each call whether a cache is compressed in it. What happens in one forward is in
+``cachepress.hf.forward``; which block acts in which thread is in ``cachepress.hf.blocks``.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import lru_cache, partial
+from threading import RLock
 from types import TracebackType
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PretrainedConfig
 
-from cachepress.cache.batch import note_text, trim
 from cachepress.cache.codec import Codec
-from cachepress.cache.layer import CompressedLayer
-from cachepress.call import AttentionCall, Place
-from cachepress.engine import Pending, compress, compress_together
 from cachepress.errors import CachepressError
-from cachepress.hf.attention import attach
+from cachepress.hf.around import Act, put_around, take_away
+from cachepress.hf.attention import Selection
+from cachepress.hf.blocks import Block, acting, enter, is_own, leave
 from cachepress.hf.capture import Capture
 from cachepress.hf.chunks import tokenizer_of
+from cachepress.hf.forward import PressedForward, Setup
 from cachepress.hf.kinds import bring_kind_back, set_kind_aside
-from cachepress.hf.reconstruction import Reconstructor, Waiting
 from cachepress.hf.wiring import (
     CACHE_NAMES,
+    attach,
     cache_argument,
     check_model,
-    install_layers,
     n_compressed_layers,
     text_decoder,
+    unwrapped,
 )
 from cachepress.measure import Stopwatch
 from cachepress.press import BasePress
-from cachepress.query_stats import QueryStats
-from cachepress.schedules import Step
-from cachepress.view import Needs
 
-_ACTIVE: list["PressSession"] = []
-
-
-@dataclass(frozen=True)
-class _Hook:
-    """Observes a layer in one forward of a pressed model, and compresses it if it is due.
-
-    Attributes:
-        session: the session that the forward belongs to.
-        press: the press that acts in it.
-        needs: what that press needs, found once for all layers.
-        observed: the part of it that is observed.
-        place: where in the model and in the text the layer is.
-        step: the forward, as a schedule sees it.
-        due: whether the layer is compressed after it.
-    """
-
-    session: "PressSession"
-    press: BasePress
-    needs: Needs
-    observed: Needs
-    place: Place
-    step: Step
-    due: bool
-
-    differentiates = False
-
-    @property
-    def features(self) -> Capture:
-        """Captures what the press needs of the forward besides the call."""
-        return self.session.capture
-
-    def observe(self, call: AttentionCall) -> None:
-        """Add the call to the layer's query statistics, and compress the layer if it is due."""
-        with self.session.stopwatch:
-            self._observe(call)
-
-    def _observe(self, call: AttentionCall) -> None:
-        assert call.key is not None
-        layer = call.key.layer
-        query_stats = self._query_stats(layer)
-        if self.step.prompt:
-            if self.needs.observes:
-                query_stats.add(call)
-        elif self.needs.observes or not self.due:
-            query_stats.add_decoded(call, self.needs.most_decoded)
-        if self.due:
-            self.session.compress(Waiting(self.press, layer, call, query_stats), self.step)
-
-    def _query_stats(self, layer: CompressedLayer) -> QueryStats:
-        """Return the layer's statistics so far, or new ones where a forward was not observed."""
-        stats, step = layer.query_stats, self.step
-        if stats is None or stats.needs != self.observed or stats.end != step.seen:
-            stats = QueryStats(self.observed, step.seen)
-        layer.query_stats, stats.end = stats, step.seen + step.new
-        return stats
+_IDS: ContextVar[Tensor | None] = ContextVar("cachepress_ids", default=None)
+"""Token ids that the whole model was given, whose decoder may be given embeddings of them."""
+_END: ContextVar[int | None] = ContextVar("cachepress_end", default=None)
+"""Text columns after the prompt that ``generate`` reads in chunks."""
 
 
 class PressSession:
     """The context manager of ``with press(model)``: compresses the model's caches until exit.
+
+    It acts in the thread or task that enters it and in what copies its context; entered by the main
+    thread, also in threads that enter no block of their own. It may be entered again while it is
+    open, and acts once. Of different blocks around each other the innermost acts.
 
     Args:
         press: the press.
@@ -120,7 +70,6 @@ class PressSession:
     Attributes:
         chunk: for forwards that are chunks of one prompt: "hold" if layers are compressed only
             after the last one, "compress" if after each, "last" for the last one; else None.
-        capture: captures what the press needs of a forward.
 
     Raises:
         UnsupportedError: if the model cannot be compressed.
@@ -139,38 +88,32 @@ class PressSession:
         if turns not in ("all", "first"):
             raise CachepressError(f'turns: got {turns!r}, wanted "all" or "first"')
         press = prepared(press, model)
-        self._press, self._model, self._turns = press, model, turns
-        self._config = text_decoder(model).config
-        self._codec = codec_of(press, storage)
-        self._question = _question(press, question)
-        if (
-            press.needs.reconstruction is not None
-            and press.needs.reconstruction.speaks
-            and tokenizer is None
-        ):
+        reconstruction = press.needs.reconstruction
+        codec, asked = codec_of(press, storage), _question(press, question)
+        if reconstruction is not None and reconstruction.speaks and tokenizer is None:
             tokenizer = tokenizer_of(model)
+        self._setup = Setup(
+            press=press,
+            model=model,
+            decoder=text_decoder(model),
+            turns=turns,
+            codec=codec,
+            question=asked,
+            tokenizer=tokenizer,
+            stopwatch=nullcontext() if stopwatch is None else stopwatch,
+            capture=Capture([press], model),
+            prompts=WeakKeyDictionary(),
+        )
         self.chunk: str | None = None
-        self.capture = Capture([press], model)
-        self._reconstructor = Reconstructor(press, model, tokenizer, self.capture)
-        self._pending: dict[BasePress, list[Pending]] = {}
-        self._layers: list[CompressedLayer] = []
-        self._read: Cache | None = None
-        self._covered = {m for m in model.modules() if isinstance(m, PreTrainedModel)}
-        self._hooks: list[RemovableHandle] = []
-        self._depth = self._skipped = 0
-        self._kind_is_aside = False
-        self.stopwatch = nullcontext() if stopwatch is None else stopwatch
+        self._blocks: list[Block] = []
+        self._exits, self._lock = ExitStack(), RLock()
+        self._selection: Selection | None = None
 
     def __enter__(self) -> None:
-        attach(self._model)
-        self._kind_is_aside = set_kind_aside(self._model)
-        for module in self._covered:
-            self._hooks += [
-                module.register_forward_pre_hook(self._before, with_kwargs=True),
-                module.register_forward_hook(self._after, always_call=True),
-            ]
-        self._hooks += self.capture.hook()
-        _ACTIVE.append(self)
+        with self._lock:
+            if not self._blocks:
+                self._stand_around()
+            self._blocks.append(enter(self._setup.decoder, self))
 
     def __exit__(
         self,
@@ -178,144 +121,50 @@ class PressSession:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _ACTIVE.remove(self)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        if self._kind_is_aside:
-            bring_kind_back(self._model)
-        self._end_forward()
+        with self._lock:
+            # Its own one, where several threads or tasks are in blocks of this session.
+            own = [block for block in self._blocks if is_own(block)]
+            block = (own or self._blocks)[-1]
+            self._blocks.remove(block)
+            leave(block)
+            if not self._blocks:
+                self._selection = None
+                self._exits.close()
 
-    def question_of(self, batch: Tensor) -> Tensor | None:
-        """Return the number of question tokens of each sequence, ``[B]``; None if not given."""
-        if self._question is None:
-            return None
-        b = batch.shape[0]
-        if len(self._question) not in (1, b):
-            raise CachepressError(
-                f"question: got {len(self._question)} numbers for {b} sequences, wanted one or {b}"
-            )
-        return torch.tensor(self._question, device=batch.device).expand(b)
+    def _stand_around(self) -> None:
+        """Put functions around the methods of the model whose calls have to be known."""
+        model, decoder = unwrapped(self._setup.model), self._setup.decoder
+        self._selection = attach(model)
+        with ExitStack() as exits:
+            if isinstance(model, PreTrainedModel) and set_kind_aside(model):
+                exits.callback(bring_kind_back, model)
+            around: list[tuple[nn.Module, str, Act]] = [(decoder, "forward", _forward)]
+            if model is not decoder:
+                around.append((model, "forward", _outer_forward))
+            if hasattr(model, "generate"):
+                around.append((model, "generate", _generate))
+            for module, name, act in around:
+                exits.callback(take_away, module, name, put_around(module, name, act))
+            self._exits = exits.pop_all()
 
-    def compress(self, layer: Waiting, step: Step) -> None:
-        """Compress a layer, or let it wait until the model reconstructed its context."""
-        if layer.press.needs.reconstruction is not None and step.prompt:
-            self._reconstructor.wait(layer)
-        else:
-            self._compress(layer)
-
-    def _compress(self, layer: Waiting) -> None:
-        pending = compress(*layer)
-        layer.layer.mark_scored()
-        if pending is not None:
-            self._pending.setdefault(layer.press, []).append(pending)
-
-    def _before(
-        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
-        # Of nested sessions the innermost one acts; of nested modules only the outermost forward.
-        later = _ACTIVE[_ACTIVE.index(self) + 1 :]
-        if self._depth or any(module in other._covered for other in later):
-            self._depth += 1
-            return None
-        given = {
-            **dict(zip(inspect.signature(module.forward).parameters, args, strict=False)),
-            **kwargs,
-        }
-        cache, added = _cache_of(given), {}
-        if cache is None and _uses_cache(given, self._config):
-            cache = DynamicCache(config=self._config)
-            added[cache_argument(module)] = cache
-        if cache is not None:
-            self._begin_forward(cache, given)
-        self._depth += 1
-        return (args, {**_without_cache(kwargs), **added}) if added else None
-
-    def _begin_forward(self, cache: Cache, given: Mapping[str, object]) -> None:
-        layers = install_layers(cache, self._model)
-        tokens = given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        if not isinstance(tokens, Tensor):
-            raise CachepressError("the forward got neither input_ids nor inputs_embeds")
-        b, n = tokens.shape[:2]
-        n_question = self.question_of(tokens)
-        seen = cache.get_seq_length()
-        since = seen + n - next(iter(layers.values())).scored_at
-        prompt = n > 1 or self.chunk is not None
-        later = prompt and self.chunk is None and seen > 0 and self._turns == "first"
-        step = Step(seen, n, since, prompt, later)
-        press = self._press.acting(step)
-        needs = press.needs
-        due = self.chunk != "hold" and self._press.schedule.due(step)
-        self._skipped = n if step.prompt and not due else 0
-        self._read = cache if step.prompt else None
-        if needs.reconstruction is not None and step.prompt:
-            self._reconstructor.read(cache, given.get("input_ids"))
-        self._prepare(layers)
-        ids = given.get("input_ids")
-        if step.prompt and self.chunk is None and isinstance(ids, Tensor):
-            note_text(cache, ids, seen)
-        if not due and not (needs.observes and self._observes(step)):
-            return
-        rope = given.get("position_ids")
-        if not isinstance(rope, Tensor):
-            rope = torch.arange(seen, seen + n, device=tokens.device).unsqueeze(0)
-        # In image-text models a token has several positions; the first one rises with the text.
-        rope = rope.reshape(-1, *rope.shape[-2:])[0].expand(b, n)
-        observed = needs.observed
-        for depth, (index, layer) in enumerate(layers.items()):
-            place = Place(index, depth, len(layers), rope, n_question)
-            layer.hook = _Hook(self, press, needs, observed, place, step, due)
-
-    def _prepare(self, layers: Mapping[int, CompressedLayer]) -> None:
-        """Tell the layers of a forward how pairs are stored and read."""
-        self._layers = list(layers.values())
-        instruct(self._layers, self._press, self._codec)
-        if self.chunk is not None:
-            for layer in self._layers:
-                layer.reads_whole = True
-        if self.chunk == "compress" and self._codec is not None:
-            for layer in self._layers:
-                # Pairs that are compressed chunk by chunk would be quantized again and again.
-                layer.codec = None
-
-    def _observes(self, step: Step) -> bool:
-        """Tell whether a forward that compresses nothing is observed for a later one that does."""
-        return self.chunk == "hold" or (self._press.schedule.decodes and not step.prompt)
-
-    def _after(self, module: nn.Module, args: object, output: object) -> None:
-        self._depth = max(0, self._depth - 1)
-        if self._depth:
-            return
-        if output is not None:
-            with torch.inference_mode(False), torch.no_grad(), self.stopwatch:
-                for layer in self._layers:
-                    layer.mark_skipped(self._skipped, self._press.schedule.bounded)
-                for waiting in self._reconstruct():
-                    self._compress(waiting)
-                for press, layers in self._pending.items():
-                    compress_together(press, layers)
-                if self._read is not None:
-                    trim(self._read)
-        self._end_forward()
-
-    def _reconstruct(self) -> list[Waiting]:
-        """Reconstruct the context for the layers that wait for it, and return them."""
-        # The forwards that repeat the context are not for the press: they count as inner ones.
-        self._depth += 1
-        try:
-            return self._reconstructor.repeat()
-        finally:
-            self._depth -= 1
-
-    def _end_forward(self) -> None:
-        self.capture.clear()
-        self._pending.clear()
-        self._reconstructor.clear(ids=self.chunk != "hold")
-        for layer in self._layers:
-            layer.hook, layer.reads_whole = None, False
-        self._layers.clear()
-        self._read = None
+    def forward(
+        self, own: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> object:
+        """Run a forward of the decoder, which is ``own``, and compress its cache."""
+        decoder = self._setup.decoder
+        given = {**dict(zip(_parameters(type(decoder)), args, strict=False)), **kwargs}
+        call, cache = partial(own, *args, **kwargs), _cache_of(given)
+        if cache is None and _uses_cache(given, decoder.config):
+            cache = DynamicCache(config=decoder.config)
+            without = {name: x for name, x in given.items() if name not in CACHE_NAMES}
+            call = partial(own, **{**without, cache_argument(decoder): cache})
+        if cache is None:
+            return call()
+        chunk = self.chunk
+        if chunk is None:
+            chunk = _chunk_of_generate(cache, given)
+        ids = _ids_of(given, decoder)
+        return PressedForward(self._setup, cache, given, ids, chunk).run(call)
 
 
 def prepared(press: BasePress, model: PreTrainedModel) -> BasePress:
@@ -328,15 +177,6 @@ def prepared(press: BasePress, model: PreTrainedModel) -> BasePress:
     press = press.for_model(model)
     press.check_layers(n_compressed_layers(model))
     return press
-
-
-def instruct(layers: Sequence[CompressedLayer], press: BasePress, codec: Codec | None) -> None:
-    """Set the codec and the page budget that a press declares on the layers of a cache."""
-    needs = press.needs
-    for depth, layer in enumerate(layers):
-        pages = needs.pages_read(depth)
-        layer.codec = layer.codec if codec is None else codec
-        layer.page_budget = layer.page_budget if pages is None else pages
 
 
 def codec_of(press: BasePress, storage: str | Codec) -> Codec | None:
@@ -370,13 +210,97 @@ def _question(press: BasePress, question: int | Sequence[int] | None) -> list[in
     return numbers
 
 
+def _forward(
+    module: nn.Module,
+    own: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> object:
+    """Let the session that acts here and now run a decoder's forward; no other one sees it."""
+    session = acting(module)
+    return own(*args, **kwargs) if session is None else session.forward(own, args, kwargs)
+
+
+def _outer_forward(
+    module: nn.Module,
+    own: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> object:
+    """Remember the token ids that a whole model was given while its forward runs."""
+    given = {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
+    with _set(_IDS, cast(Tensor | None, given.get("input_ids"))):
+        return own(*args, **kwargs)
+
+
+def _generate(
+    module: nn.Module,
+    own: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> object:
+    """Remember where the prompt ends that ``generate`` reads in chunks (``prefill_chunk_size``).
+
+    A forward cannot tell a chunk from a text of its own, and layers are compressed after the last.
+    """
+    configs = (kwargs.get("generation_config"), getattr(module, "generation_config", None))
+    sizes = [kwargs.get("prefill_chunk_size")]
+    sizes += [getattr(config, "prefill_chunk_size", None) for config in configs]
+    names = ("attention_mask", "inputs", "input_ids", "inputs_embeds")
+    texts = [kwargs.get(name) for name in names] + list(args[:1])
+    text = next((x for x in texts if isinstance(x, Tensor)), None)
+    chunked = text is not None and any(size is not None for size in sizes)
+    with _set(_END, text.shape[1] if chunked and text is not None else None):
+        return own(*args, **kwargs)
+
+
+def _chunk_of_generate(cache: Cache, given: Mapping[str, object]) -> str | None:
+    """Tell whether a forward reads a chunk of a prompt that ``generate`` reads, and the last."""
+    end, tokens = _END.get(), given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if end is None or not isinstance(tokens, Tensor):
+        return None
+    seen, n = cache.get_seq_length(), tokens.shape[1]
+    if seen >= end:
+        return None
+    return "hold" if seen + n < end else "last"
+
+
+def _ids_of(given: Mapping[str, object], decoder: PreTrainedModel) -> Tensor | None:
+    """Return the token ids of a decoder's forward; None where some of it is no token.
+
+    A model may give its decoder embeddings. They stand for the tokens that the model itself was
+    given if they are those tokens' embeddings, and not for instance a picture's.
+    """
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if isinstance(ids, Tensor):
+        return ids
+    ids = _IDS.get()
+    if ids is None or not isinstance(embeds, Tensor) or ids.shape != embeds.shape[:2]:
+        return None
+    with torch.no_grad():
+        own = cast(Tensor, decoder.get_input_embeddings()(ids))
+    return ids if torch.equal(own, embeds.detach()) else None
+
+
+@contextmanager
+def _set(variable: ContextVar, value: object) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+@lru_cache
+def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    """List the names of the arguments of a forward, in order."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
 def _cache_of(given: Mapping[str, object]) -> Cache | None:
     found = (given.get(name) for name in CACHE_NAMES)
     return cast(Cache | None, next((x for x in found if x is not None), None))
-
-
-def _without_cache(kwargs: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in kwargs.items() if key not in CACHE_NAMES}
 
 
 def _uses_cache(given: Mapping[str, object], config: PretrainedConfig) -> bool:

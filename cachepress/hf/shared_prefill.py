@@ -18,11 +18,12 @@ from cachepress.cache.codec import Codec
 from cachepress.call import AttentionCall, Place
 from cachepress.engine import Pending, compress, compress_together
 from cachepress.errors import CachepressError
-from cachepress.hf.attention import attach
+from cachepress.hf.blocks import unobserved
 from cachepress.hf.capture import Capture
 from cachepress.hf.chunks import tokenizer_of
+from cachepress.hf.forward import instruct
 from cachepress.hf.reconstruction import Reconstructor, Waiting
-from cachepress.hf.session import codec_of, instruct, prepared
+from cachepress.hf.session import codec_of, prepared
 from cachepress.hf.wiring import cache_argument, install_layers, text_decoder
 from cachepress.measure import Stopwatch
 from cachepress.press import BasePress
@@ -118,7 +119,6 @@ class SharedPrefill:
 
     def read(self, ids: Tensor, chunk_size: int | None = None) -> None:
         """Read a prompt ``[1, T]`` into a new cache, in chunks of ``chunk_size`` tokens."""
-        attach(self.model)
         decoder, n = text_decoder(self.model), ids.shape[1]
         self.cache = DynamicCache(config=decoder.config)
         self._hooks.clear()
@@ -126,7 +126,7 @@ class SharedPrefill:
         self.observing = {needs: Stopwatch(self.model.device) for needs in self._needs}
         self._ids = ids.to(self.model.device)
         prefill = Stopwatch(self.model.device)
-        with torch.no_grad(), self.capture.hooked(), prefill:
+        with torch.no_grad(), unobserved(decoder), self.capture.hooked(), prefill:
             for begin in range(0, n, chunk_size or n):
                 end = min(begin + (chunk_size or n), n)
                 self._set_hooks(begin, end, last=end == n)
@@ -201,14 +201,13 @@ class SharedPrefill:
             and tokenizer is None
         ):
             tokenizer = tokenizer_of(self.model)
-        reconstructor = Reconstructor(press, self.model, tokenizer, self.capture)
-        reconstructor.read(self.cache, self._ids)
+        reconstructor = Reconstructor(
+            press, self.model, tokenizer, self.capture, self.cache, self._ids
+        )
         for waiting in layers:
             reconstructor.wait(waiting._replace(query_stats=copy.copy(waiting.query_stats)))
-        with torch.no_grad(), self.capture.hooked():
-            found = reconstructor.repeat()
-        self.capture.clear()
-        return found
+        with torch.no_grad(), unobserved(text_decoder(self.model)), self.capture.hooked():
+            return reconstructor.repeat()
 
     def _compress(self, press: BasePress, branch: Cache, layers: list[Waiting]) -> None:
         pending: list[Pending] = []

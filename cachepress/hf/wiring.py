@@ -14,6 +14,8 @@ from transformers.configuration_utils import PretrainedConfig
 
 from cachepress.cache.layer import CompressedLayer
 from cachepress.errors import UnsupportedError
+from cachepress.hf.attention import Selection, deselect, select
+from cachepress.hf.blocks import unobserved
 from cachepress.hf.rotary import CosSin
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -76,7 +78,13 @@ def check_model(model: nn.Module) -> None:
         raise UnsupportedError(f"got {name}, wanted a transformers PreTrainedModel")
     if inner.config.is_encoder_decoder:
         raise UnsupportedError(f"{name} is an encoder-decoder model: wanted a decoder-only model")
-    if not any(full_attention(text_decoder(inner).config)):
+    decoder = text_decoder(inner)
+    if not decoder._can_set_attn_implementation():
+        raise UnsupportedError(
+            f"{name} does not use transformers' attention interface: its attention cannot be "
+            "observed, so its cache cannot be compressed"
+        )
+    if not any(full_attention(decoder.config)):
         raise UnsupportedError(
             f"{name} has no full-attention layer: its sliding-window or linear-attention layers "
             "already bound their cache, there is nothing to compress"
@@ -88,6 +96,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
         model = cast(nn.Module, model.get_base_model())  # pyright: ignore[reportCallIssue]
     return model
+
+
+def attach(model: nn.Module) -> Selection:
+    """Select our attention function on a model, for as long as the selection is referred to."""
+    return select(text_decoder(model))
+
+
+def detach(model: nn.Module) -> None:
+    """Give a model back its own attention function now, although compressed caches of it live.
+
+    Such a cache cannot be used with it afterwards: that raises ``ForeignAttentionError``. When none
+    lives, and no block is open, the model has its own function anyway.
+    """
+    deselect(text_decoder(model))
 
 
 def cache_argument(module: nn.Module) -> str:
@@ -115,6 +137,7 @@ def install_layers(cache: Cache, model: PreTrainedModel) -> dict[int, Compressed
             f"got {kind} for {name}: pass a DynamicCache(), or no cache, and no "
             "cache_implementation, which makes others"
         )
+    selection = attach(model)
     template = DynamicCache(config=config).layers
     cache.layers.extend(template[len(cache.layers) :])
     installed = {}
@@ -127,6 +150,7 @@ def install_layers(cache: Cache, model: PreTrainedModel) -> dict[int, Compressed
                 getattr(layer, "keys", None), getattr(layer, "values", None)
             )
             cache.layers[index] = layer
+        layer.selection = selection
         installed[index] = layer
     return installed
 
@@ -134,10 +158,10 @@ def install_layers(cache: Cache, model: PreTrainedModel) -> dict[int, Compressed
 def sample_cache(model: PreTrainedModel, n: int, ours: bool) -> Cache:
     """Let a model fill a cache of ``n`` sequences of ``n`` tokens each.
 
-    The forward is called without the decoder's module hooks, so that no press observes it.
+    The forward is called without the decoder's module hooks, and no press observes it.
 
     Args:
-        model: the model; our attention function has to be selected on it.
+        model: the model.
         n: number of sequences, and of tokens of each.
         ours: whether full-attention layers are compressed layers, which hold keys and values in
             the type that they come in; some of transformers' own change the type of values.
@@ -147,7 +171,7 @@ def sample_cache(model: PreTrainedModel, n: int, ours: bool) -> Cache:
     if ours:
         install_layers(cache, model)
     ids = torch.zeros(n, n, dtype=torch.long, device=model.device)
-    with torch.no_grad():
+    with torch.no_grad(), unobserved(decoder):
         decoder.forward(input_ids=ids, **{cache_argument(decoder): cache, "use_cache": True})
     return cache
 

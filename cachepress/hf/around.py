@@ -1,0 +1,67 @@
+"""Puts a function around a method of a module, and takes it away when nobody wants it any more."""
+
+import copy
+import weakref
+from collections.abc import Callable, Mapping
+from functools import update_wrapper
+from threading import Lock
+
+from torch import nn
+
+Method = Callable[..., object]
+Act = Callable[[nn.Module, Method, tuple[object, ...], Mapping[str, object]], object]
+"""Is called with a module, its own method, and the arguments that the method was called with."""
+
+_LOCK = Lock()
+
+
+class Around:
+    """Stands in a module for one of its methods, and lets a function decide about each call.
+
+    It has the name, documentation and signature of the method. A copy of the module, or a pickled
+    one, gets the method itself and knows nothing of this.
+    """
+
+    def __init__(self, module: nn.Module, own: Method, act: Act) -> None:
+        update_wrapper(self, own)
+        self._module, self.own, self.act, self.users = weakref.ref(module), own, act, 0
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Let the function decide about a call."""
+        module = self._module()
+        return (
+            self.own(*args, **kwargs)
+            if module is None
+            else self.act(module, self.own, args, kwargs)
+        )
+
+    def __reduce__(self) -> tuple[Callable[[Method], Method], tuple[Method]]:
+        """Leave only the method, which a copied or unpickled module binds to itself."""
+        return copy.copy, (self.own,)
+
+
+def put_around(module: nn.Module, name: str, act: Act) -> Around:
+    """Put a function around a method of a module, unless it is there already."""
+    with _LOCK:
+        around = module.__dict__.get(name)
+        if not isinstance(around, Around) or around.act is not act:
+            around = Around(module, getattr(module, name), act)
+            module.__dict__[name] = around
+        around.users += 1
+        return around
+
+
+def take_away(module: nn.Module, name: str, around: Around) -> None:
+    """Undo one ``put_around``; after the last one the module has its method back.
+
+    Where somebody else has put a function around the method since, ours stays, and lets calls pass.
+    """
+    with _LOCK:
+        around.users -= 1
+        if around.users or module.__dict__.get(name) is not around:
+            return
+        bound = getattr(around.own, "__func__", None)
+        if bound is not None and bound is getattr(type(module), name, None):
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = around.own
