@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from threading import Lock
 
+import torch
 from torch import nn
 
 Method = Callable[..., object]
@@ -26,8 +27,9 @@ class Around:
         update_wrapper(self, own)
         self._module, self.own, self.act, self.users = weakref.ref(module), own, act, 0
 
+    @torch.compiler.disable
     def __call__(self, *args: object, **kwargs: object) -> object:
-        """Let the function decide about a call."""
+        """Let the function decide about a call, which torch.compile does not follow."""
         module = self._module()
         return (
             self.own(*args, **kwargs)
