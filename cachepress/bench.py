@@ -5,8 +5,6 @@ Runs are interleaved and repeated, and medians are compared: a shared machine is
 
 import itertools
 import json
-import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,14 +16,13 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-import cachepress
 from cachepress.cache.batch import fork, size_of
 from cachepress.errors import CachepressError
 from cachepress.generation.prefill import check_prefill, prefill
 from cachepress.hf import cache_argument, text_decoder
-from cachepress.hf.types import TRANSFORMERS_VERSION, Cache, PreTrainedModel
+from cachepress.hf.types import Cache, PreTrainedModel
 from cachepress.limits import check_whole
-from cachepress.measure import Stopwatch, peak_memory
+from cachepress.measure import Stopwatch, machine_of, peak_memory
 from cachepress.models.loading import load
 from cachepress.models.shapes import random_model
 from cachepress.options import BenchFields
@@ -191,9 +188,10 @@ def _repeat(
     with torch.no_grad():
         for step in range(options.steps + 1):
             for cache, timing in zip(caches, timings, strict=True):
-                seconds = timed_step(model, token, cache)
+                with Stopwatch(model.device) as stopwatch:
+                    model(token, **{cache_argument(model): cache})
                 if step:  # The first one allocates.
-                    timing.decode.append(seconds)
+                    timing.decode.append(stopwatch.seconds)
 
 
 def _read(
@@ -234,13 +232,6 @@ def _prefill(
     return cache
 
 
-def timed_step(model: PreTrainedModel, token: Tensor, cache: Cache) -> float:
-    """Seconds of one forward of ``token [B, 1]``."""
-    with Stopwatch(model.device) as stopwatch:
-        model(token, **{cache_argument(model): cache})
-    return stopwatch.seconds
-
-
 def _model_and_text(options: BenchOptions) -> tuple[PreTrainedModel, Tensor]:
     """Load the model, with token ids of English prose; of a random model, random ones."""
     if options.config is None:
@@ -258,19 +249,6 @@ def _contexts(ids: Tensor, length: int, batch: int) -> Tensor:
     """Cut ``[batch, length]`` token ids from the text, repeated if it is too short."""
     needed = length * batch
     return ids.repeat(-(-needed // len(ids)))[:needed].view(batch, length)
-
-
-def machine_of(model: PreTrainedModel) -> str:
-    """Name a model, the machine and the versions of the libraries, for tables and files."""
-    device = model.device.type
-    if device == "cuda":
-        device = torch.cuda.get_device_name(model.device)
-    return (
-        f"{type(model).__name__} of {model.num_parameters() / 1e6:.0f}M, {model.dtype}, {device}, "
-        f"{platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
-        f"torch {torch.__version__}, transformers {TRANSFORMERS_VERSION}, cachepress "
-        f"{cachepress.__version__}"
-    )
 
 
 def _spread(seconds: list[float]) -> str:

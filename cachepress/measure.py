@@ -1,19 +1,28 @@
-"""Measures seconds and peak memory, on a CPU or a GPU.
+"""Measures seconds and peak memory, on a CPU or a GPU, and names the machine.
 
 Every time that cachepress reports is taken by one ``Stopwatch``, so that all are comparable.
 """
 
 import ctypes
 import gc
+import os
+import platform
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
+import cachepress
 from cachepress.ops import wait
+
+if TYPE_CHECKING:
+    from cachepress.hf.types import PreTrainedModel
 
 
 class Stopwatch:
@@ -64,6 +73,27 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
         return
     yield peak
     peak[0] = max(0, _status_bytes(status, "VmHWM") - before)
+
+
+def process_peak_memory(device: torch.device) -> int:
+    """Return the peak of allocated memory since the start: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def machine_of(model: "PreTrainedModel") -> str:
+    """Name a model, the machine and the versions of the libraries, for tables and files."""
+    device = model.device.type
+    if device == "cuda":
+        device = torch.cuda.get_device_name(model.device)
+    return (
+        f"{type(model).__name__} of {model.num_parameters() / 1e6:.0f}M, {model.dtype}, {device}, "
+        f"{platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
+        f"torch {torch.__version__}, transformers {version('transformers')}, cachepress "
+        f"{cachepress.__version__}"
+    )
 
 
 def _status_bytes(status: Path, name: str) -> int:

@@ -212,15 +212,18 @@ def _labelled(lesson: Lesson, plus: bool) -> list[tuple[Tensor, Tensor]]:
     length = lesson.windows[0].shape[1]
     most = max(1, _MOST_ROWS // len(lesson.windows))
     generator = torch.Generator().manual_seed(lesson.seed)
-    rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(sizes(lesson.model)[0])]
+    rows: list[tuple[list[Tensor], list[Tensor]]] = [
+        ([], []) for _ in range(sizes(lesson.model)[0])
+    ]
     press = _LabelPress(0.01, layerwise=True, kvzip_plus_normalization=plus)
     for _ in lesson.read(press):
         some = torch.randperm(length, generator=generator)[:most]
-        for depth, found in enumerate(rows):
-            found.append((press.hidden[depth][some], press.scores[depth][some]))
+        for depth, (hidden, scores) in enumerate(rows):
+            hidden.append(press.hidden[depth][some])
+            scores.append(press.scores[depth][some])
         press.hidden.clear()
         press.scores.clear()
-    return [tuple(torch.cat(x) for x in zip(*found, strict=True)) for found in rows]  # type: ignore
+    return [(torch.cat(hidden), torch.cat(scores)) for hidden, scores in rows]
 
 
 def _kvzap(lesson: Lesson, model_type: str) -> Tensors:

@@ -7,17 +7,17 @@ shown by ``cachepress COMMAND --help``.
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from inspect import cleandoc
 from types import NoneType, UnionType
 from typing import (
     Annotated,
-    Any,
     ClassVar,
     Literal,
     NoReturn,
+    TypedDict,
     Union,
     get_args,
     get_origin,
@@ -34,6 +34,7 @@ POSITIONAL = {"positional": True}
 SWITCH = {"switch": True}
 """Metadata of a flag that is off unless it is given."""
 _REST = "rest"
+_Action = str | type[argparse.Action]
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ class Rest:
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def options(self) -> dict[str, tuple[type, Field[Any]]]:
+    def options(self) -> dict[str, tuple[type, Field[object]]]:
         """The fields that are options, each with its dataclass, by name."""
-        found: dict[str, tuple[type, Field[Any]]] = {}
+        found: dict[str, tuple[type, Field[object]]] = {}
         for kind in self.kinds:
             for f in fields(kind):
                 found.setdefault(f.name, (kind, f))
@@ -78,6 +79,20 @@ def given(*kinds: type, without: Sequence[str] = (), **aliases: str) -> dict[str
     What was not given is not in it, so that it comes before a file, and that before the defaults.
     """
     return {_REST: Rest(kinds, without, aliases)}
+
+
+class _Option(TypedDict, total=False):
+    """Arguments of ``add_argument``."""
+
+    type: Callable[[str], object]
+    action: _Action
+    nargs: str
+    const: bool
+    choices: Sequence[object]
+    metavar: str
+    help: str
+    default: object
+    required: bool
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,7 +123,7 @@ def add_command(
     parser.set_defaults(command=partial(_made, kind))
 
 
-def _made(kind: type[Command], values: dict[str, Any]) -> Command:
+def _made(kind: type[Command], values: dict[str, object]) -> Command:
     """Make a command of parsed values."""
     for f in fields(kind):
         if (rest := f.metadata.get(_REST)) is not None:
@@ -118,7 +133,7 @@ def _made(kind: type[Command], values: dict[str, Any]) -> Command:
 
 
 def _add(
-    parser: Parser, kind: type, f: "Field[Any]", *default: object, alias: str | None = None
+    parser: Parser, kind: type, f: "Field[object]", *default: object, alias: str | None = None
 ) -> None:
     """Add a field to the parser as an option."""
     how = _how(get_type_hints(kind, include_extras=True)[f.name])
@@ -133,7 +148,7 @@ def _add(
     flags = [f"--{flag}", *([alias] if alias else [])]
     parser.add_argument(*flags, dest=f.name, **how)
     if how.get("nargs") == "?":
-        no = {"action": "store_false", "default": how["default"]}
+        no = {"action": "store_false", "default": how.get("default")}
         parser.add_argument(f"--no-{flag}", dest=f.name, **no)
 
 
@@ -148,7 +163,7 @@ def _explained(kind: type) -> dict[str, str]:
     return found
 
 
-def _how(hint: object) -> dict[str, Any]:
+def _how(hint: object) -> _Option:
     """Translate a type hint to arguments of ``add_argument``."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import cast
 
-from cachepress.bench import machine_of
 from cachepress.cache.batch import fork, ordinary, size_of
 from cachepress.cache.joined import is_plain
 from cachepress.errors import CachepressError
@@ -17,7 +16,7 @@ from cachepress.evaluation.batches import MOST_TOKENS, Batch, Fork, Reference
 from cachepress.evaluation.records import Answer
 from cachepress.evaluation.run import Run
 from cachepress.evaluation.samples import Context
-from cachepress.evaluation.speed import CONTEXTS, peak_memory, step_seconds
+from cachepress.evaluation.speed import CONTEXTS, step_seconds
 from cachepress.evaluation.tasks.base import PERPLEXITY
 from cachepress.generation.pipeline import TASK, Answers, KVPressTextGenerationPipeline
 from cachepress.generation.prompt import Prompt, make_prompt
@@ -31,6 +30,7 @@ from cachepress.hf.types import (
     PreTrainedTokenizer,
     PreTrainedTokenizerBase,
 )
+from cachepress.measure import machine_of, process_peak_memory
 
 logger = logging.getLogger(__name__)
 ROOM = 2 << 30
@@ -255,7 +255,7 @@ class Answerer:
         """Make a fork's answers to a context, ``read`` being its tokens read and those cut off."""
         columns = zip(context.samples, tokens, kls, nlls, strict=True)
         step, step_low, step_high = forked.step or (None, None, None)
-        peak = peak_memory(self.model.device) if forked.press_seconds is None else None
+        peak = process_peak_memory(self.model.device) if forked.press_seconds is None else None
         return {
             sample.sample_id: Answer(
                 predicted_answer=str(self.tokenizer.decode(list(ids), skip_special_tokens=True)),

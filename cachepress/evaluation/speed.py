@@ -1,8 +1,6 @@
 """Times decoding from compressed caches."""
 
-import resource
 import statistics
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -10,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cachepress.bench import timed_step
 from cachepress.cache.batch import fork, ordinary, size_of
+from cachepress.hf import cache_argument
 from cachepress.hf.shared_prefill import SharedPrefill
 from cachepress.hf.types import Cache, PreTrainedModel
+from cachepress.measure import Stopwatch
 from cachepress.presses import BasePress
 
 CONTEXTS = 1
@@ -45,10 +44,11 @@ def step_seconds(
     with torch.no_grad():
         for step in range(STEPS + 1):
             for (cache, press), found in zip(branches, times, strict=True):
-                with press(model, turns="first") if press else nullcontext():
-                    seconds = timed_step(model, token, cache)
+                pressed = press(model, turns="first") if press else nullcontext()
+                with pressed, Stopwatch(model.device) as stopwatch:
+                    model(token, **{cache_argument(model): cache})
                 if step:  # The first one allocates.
-                    found.append(seconds)
+                    found.append(stopwatch.seconds)
     quartiles = [statistics.quantiles(found, n=4, method="inclusive") for found in times]
     return [StepSeconds(median, low, high) for low, median, high in quartiles]
 
@@ -89,11 +89,3 @@ def speed_lines(
         SpeedLine(press, size.ratio, seconds, size.bytes_after)
         for press, size, seconds in zip([None, *presses], sizes, found, strict=True)
     ]
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that were allocated: on the GPU, or by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
