@@ -73,7 +73,7 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 @contextmanager
-def deaf_children() -> Iterator[None]:
+def children_ignore_sigint() -> Iterator[None]:
     """Start processes that ignore SIGINT, from the very first moment.
 
     A terminal sends SIGINT to all processes of a command; the command itself ends its workers.

@@ -41,7 +41,7 @@ _MOST_ROWS = 1 << 15
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Training:
     """Training data and settings: a model, texts, and options.
 
     Attributes:
@@ -70,12 +70,12 @@ class Lesson:
                 yield
 
 
-def train(kind: str, lesson: Lesson, output: str | None = None) -> Path:
+def train(kind: str, training: Training, output: str | None = None) -> Path:
     """Train an artefact for a model, such as query statistics, and write it.
 
     Args:
         kind: one of ``KINDS``.
-        lesson: what it is learned from.
+        training: what it is learned from.
         output: the file; None for where presses look for it.
 
     Returns:
@@ -86,13 +86,13 @@ def train(kind: str, lesson: Lesson, output: str | None = None) -> Path:
     """
     if kind not in KINDS:
         raise CachepressError(f"kind: got {kind!r}, wanted one of {', '.join(KINDS)}")
-    path = _target(kind, lesson.model, output)
-    tensors = {name: x.float().cpu() for name, x in KINDS[kind](lesson).items()}
+    path = _target(kind, training.model, output)
+    tensors = {name: x.float().cpu() for name, x in KINDS[kind](training).items()}
     made_from = {
-        "model": model_name(lesson.model),
-        "model_class": class_of(lesson.model),
-        **checkpoint_of(lesson.model),
-        "tokens": str(sum(ids.shape[1] for ids in lesson.windows)),
+        "model": model_name(training.model),
+        "model_class": class_of(training.model),
+        **checkpoint_of(training.model),
+        "tokens": str(sum(ids.shape[1] for ids in training.windows)),
         "cachepress": cachepress.__version__,
         "transformers": TRANSFORMERS_VERSION,
     }
@@ -144,35 +144,35 @@ def windows_of(
     return [torch.cat([begin, pieces[i]], dim=1) for i in order[: tokens // length].tolist()]
 
 
-def _query_stats(lesson: Lesson) -> Tensors:
+def _query_stats(training: Training) -> Tensors:
     """Compute mean and covariance of each head's queries before RoPE, sinks left out."""
-    if (length := lesson.windows[0].shape[1]) <= _SINKS:
+    if (length := training.windows[0].shape[1]) <= _SINKS:
         raise CachepressError(f"window: got {length}, wanted more than the {_SINKS} sinks")
-    layers, h, g, d, _ = sizes(lesson.model)
+    layers, h, g, d, _ = sizes(training.model)
     mean, square = torch.zeros(layers, h, g, d), torch.zeros(layers, h, g, d, d)
 
-    def look(view: LayerView) -> None:
+    def observe(view: LayerView) -> None:
         assert view.moments is not None
         own, spread = (x[0].cpu() for x in (view.moments.mean, view.moments.covariance))
         mean[view.depth] += own
         square[view.depth] += spread + own.unsqueeze(-1) * own.unsqueeze(-2)
 
-    n = sum(1 for _ in lesson.read(_ObservingPress(Needs(moments_after=_SINKS), look)))
+    n = sum(1 for _ in training.read(_ObservingPress(Needs(moments_after=_SINKS), observe)))
     mean, square = mean / n, square / n
     return {"mean": mean, "covariance": square - mean.unsqueeze(-1) * mean.unsqueeze(-2)}
 
 
-def _q_filters(lesson: Lesson) -> Tensors:
+def _q_filters(training: Training) -> Tensors:
     """Compute the first right singular vector of each head's queries, averaged by group."""
-    layers, h, g, d, _ = sizes(lesson.model)
+    layers, h, g, d, _ = sizes(training.model)
     mean, square = torch.zeros(layers, h, g, d), torch.zeros(layers, h, g, d, d)
 
-    def look(view: LayerView) -> None:
+    def observe(view: LayerView) -> None:
         queries = view.last_queries(EVERY).float()[0].cpu()  # [H, G, Q, D]
         mean[view.depth] += queries.sum(-2)
         square[view.depth] += queries.mT @ queries
 
-    for _ in lesson.read(_ObservingPress(Needs(queries=EVERY), look)):
+    for _ in training.read(_ObservingPress(Needs(queries=EVERY), observe)):
         pass
     first = torch.linalg.eigh(square).eigenvectors[..., -1]
     sign = (first * mean).sum(-1, keepdim=True).sign()
@@ -193,30 +193,30 @@ class _LabelPress(KVzipPress):
 
     @property
     def needs(self) -> Needs:
-        """The hidden states as well."""
-        return super().needs | Needs(hidden=self._note)
+        """What KVzip needs, and the hidden states."""
+        return super().needs | Needs(hidden=self._observe_hidden)
 
     def score(self, view: LayerView) -> Tensor:
-        """What the context reconstruction attended to, ``[B, H, T]``."""
+        """Collect and return the scores of the reconstruction, ``[B, H, T]``."""
         self.scores[view.depth] = self.token_state(view)[0].mT.float().cpu()
         return super().score(view)
 
-    def _note(self, hidden: Tensor, depth: int) -> Tensor:
+    def _observe_hidden(self, hidden: Tensor, depth: int) -> Tensor:
         self.hidden[depth] = hidden[0].float().cpu()
         # What the reconstruction collects takes the place of this.
         return hidden.new_zeros(1, 1, hidden.shape[1])
 
 
-def _labelled(lesson: Lesson, plus: bool) -> list[tuple[Tensor, Tensor]]:
+def _labelled(training: Training, plus: bool) -> list[tuple[Tensor, Tensor]]:
     """Collect hidden states ``[N, M]`` and KVzip scores ``[N, H]`` of sampled tokens, by layer."""
-    length = lesson.windows[0].shape[1]
-    most = max(1, _MOST_ROWS // len(lesson.windows))
-    generator = torch.Generator().manual_seed(lesson.seed)
+    length = training.windows[0].shape[1]
+    most = max(1, _MOST_ROWS // len(training.windows))
+    generator = torch.Generator().manual_seed(training.seed)
     rows: list[tuple[list[Tensor], list[Tensor]]] = [
-        ([], []) for _ in range(sizes(lesson.model)[0])
+        ([], []) for _ in range(sizes(training.model)[0])
     ]
     press = _LabelPress(0.01, layerwise=True, kvzip_plus_normalization=plus)
-    for _ in lesson.read(press):
+    for _ in training.read(press):
         some = torch.randperm(length, generator=generator)[:most]
         for depth, (hidden, scores) in enumerate(rows):
             hidden.append(press.hidden[depth][some])
@@ -226,25 +226,25 @@ def _labelled(lesson: Lesson, plus: bool) -> list[tuple[Tensor, Tensor]]:
     return [(torch.cat(hidden), torch.cat(scores)) for hidden, scores in rows]
 
 
-def _kvzap(lesson: Lesson, model_type: str) -> Tensors:
+def _kvzap(training: Training, model_type: str) -> Tensors:
     """Train the KVzap surrogate of every layer on the logarithms of KVzip+ scores."""
     learned: Tensors = {}
-    for i, (hidden, scores) in enumerate(_labelled(lesson, plus=True)):
+    for i, (hidden, scores) in enumerate(_labelled(training, plus=True)):
         targets = scores.clamp(min=1e-12).log()
         if model_type == "linear":
             found = fit_linear(hidden, targets)
         else:
-            found = fit_mlp(hidden, targets, lesson.steps, lesson.seed)
+            found = fit_mlp(hidden, targets, training.steps, training.seed)
         learned |= {f"layers.{i}.{name}": x for name, x in found.items()}
     return learned
 
 
-def _fastkvzip(lesson: Lesson) -> Tensors:
+def _fastkvzip(training: Training) -> Tensors:
     """Train the Fast KVzip gate of every layer on KVzip scores."""
-    groups = sizes(lesson.model)[2]
+    groups = sizes(training.model)[2]
     gates = [
-        fit_gate(hidden, scores.clamp(0, 1), groups, lesson.steps, lesson.seed)
-        for hidden, scores in _labelled(lesson, plus=False)
+        fit_gate(hidden, scores.clamp(0, 1), groups, training.steps, training.seed)
+        for hidden, scores in _labelled(training, plus=False)
     ]
     return {name: torch.stack([gate[name] for gate in gates]) for name in gates[0]}
 
@@ -261,7 +261,7 @@ class _ScoredPress(WrapperPress):
 
     @property
     def budget(self) -> TopK:
-        """Everything is kept."""
+        """All pairs."""
         return TopK(Ratio(0.0))
 
     @property
@@ -270,50 +270,50 @@ class _ScoredPress(WrapperPress):
         return replace(self.press.needs, rewrites=True)
 
     def score(self, view: LayerView) -> Tensor:
-        """The inner score, ``[B, H, T]``."""
+        """Collect and return the inner scores, ``[B, H, T]``."""
         scores = self.press.score(view)
         self.scores[view.depth] = scores[0].float().cpu()
         return scores
 
 
-def _lukv(lesson: Lesson) -> Tensors:
+def _lukv(training: Training) -> Tensors:
     """Compute how much each head should keep at each ratio, for the scores of a press (LU-KV).
 
     Each window is read in two parts. What a token is worth is the attention that it receives from
     the second part; the scores of the press for the tokens of the first one say in which order they
     would go. The best shares of the tokens are given to the heads that gain most by them.
     """
-    if lesson.press is None:
+    if training.press is None:
         raise CachepressError("lukv learns for the scores of a press: give --press")
-    press = lesson.press
+    press = training.press
     with suppress(CachepressError):
         # Presses that reconstruct the context do so only where pairs are to be evicted.
         press = press.with_ratio(0.01)
-    press = press.for_model(lesson.model)
-    layers, h = sizes(lesson.model)[:2]
+    press = press.for_model(training.model)
+    layers, h = sizes(training.model)[:2]
     gains = torch.zeros(layers, h, _SHARES)
 
-    def look(view: LayerView) -> None:
+    def observe(view: LayerView) -> None:
         assert view.attention_sums is not None
         received = view.attention_sums[0].mean(1).float().cpu()
-        order = spy.scores[view.depth].argsort(dim=-1, descending=True, stable=True)
+        order = scored.scores[view.depth].argsort(dim=-1, descending=True, stable=True)
         worth = received[:, : order.shape[-1]].gather(-1, order)
         share = torch.arange(order.shape[-1]) * _SHARES // order.shape[-1]
         gains[view.depth].index_add_(1, share, worth)
 
-    spy, rest = _ScoredPress(press), _ObservingPress(Needs(attention_sums=True), look)
+    scored, observing = _ScoredPress(press), _ObservingPress(Needs(attention_sums=True), observe)
     with torch.no_grad():
-        for ids in tqdm(lesson.windows, unit="window", disable=lesson.quiet):
+        for ids in tqdm(training.windows, unit="window", disable=training.quiet):
             n = ids.shape[1] * 3 // 4
-            cache = prefill(lesson.model, ids[:, :n], spy, tokenizer=lesson.tokenizer)
-            prefill(lesson.model, ids[:, n:], rest, cache)
+            cache = prefill(training.model, ids[:, :n], scored, tokenizer=training.tokenizer)
+            prefill(training.model, ids[:, n:], observing, cache)
     return {"lukv": budget_curve(gains)}
 
 
-KINDS: dict[str, Callable[[Lesson], Tensors]] = {
+KINDS: dict[str, Callable[[Training], Tensors]] = {
     "query_stats": _query_stats,
     "q_filters": _q_filters,
-    **{f"kvzap_{t}": (lambda lesson, t=t: _kvzap(lesson, t)) for t in kvzap.TYPES},
+    **{f"kvzap_{t}": (lambda training, t=t: _kvzap(training, t)) for t in kvzap.TYPES},
     fastkvzip.KIND: _fastkvzip,
     lukv.KIND: _lukv,
 }

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 
 import cachepress as cp
-from cachepress.train import KINDS, Lesson, train
+from cachepress.train import KINDS, Training, train
 from tests.scratch import scratch
 from tests.tiny import tiny, tokenizer, tokens
 
@@ -16,7 +16,7 @@ def learned(name: str = "llama", dtype: torch.dtype = torch.float64) -> str:
     folder = str(scratch())
     windows = [tokens(40, seed=seed) for seed in range(4)]
     press = cp.SnapKVPress(window_size=6)
-    lesson = Lesson(tiny(name, dtype), windows, tokenizer(), press, steps=5, quiet=True)
+    training = Training(tiny(name, dtype), windows, tokenizer(), press, steps=5, quiet=True)
     for kind in KINDS:
-        train(kind, lesson, f"{folder}/{kind}.safetensors")
+        train(kind, training, f"{folder}/{kind}.safetensors")
     return folder

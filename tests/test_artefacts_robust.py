@@ -16,10 +16,10 @@ from cachepress.artefacts.kept import default_path, find_artefact
 from cachepress.artefacts.reading import load_artefact
 from cachepress.cli import main
 from cachepress.fits import descend
-from cachepress.train import KINDS, Lesson, train, windows_of
+from cachepress.train import KINDS, Training, train, windows_of
 from tests.tiny import tiny, tokenizer, tokens, words
 
-LESSON = Lesson(tiny(), [tokens(24)], tokenizer(), quiet=True)
+TRAINING = Training(tiny(), [tokens(24)], tokenizer(), quiet=True)
 
 
 def command(model_dir, tmp_path, *options):
@@ -57,14 +57,14 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(
     model_dir, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "file").write_text("")
-    monkeypatch.setitem(KINDS, "q_filters", lambda lesson: pytest.fail("worked"))
+    monkeypatch.setitem(KINDS, "q_filters", lambda training: pytest.fail("worked"))
     error_of(command(model_dir, tmp_path, f"--output={tmp_path / 'file' / 'x'}"), capsys)
 
 
 def test_a_folder_is_a_place(tmp_path):
-    path = train("q_filters", LESSON, str(tmp_path))
+    path = train("q_filters", TRAINING, str(tmp_path))
     assert path == tmp_path / "q_filters.safetensors"
-    assert find_artefact("q_filters", str(tmp_path), LESSON.model) == str(path)
+    assert find_artefact("q_filters", str(tmp_path), TRAINING.model) == str(path)
 
 
 def test_ctrl_c_loses_nothing(model_dir, tmp_path, monkeypatch, capsys):
@@ -100,7 +100,7 @@ def test_windows_begin_as_a_prompt_does():
 
 
 def test_numbers_that_are_not_finite_are_damage(tmp_path):
-    path = train("q_filters", LESSON, str(tmp_path))
+    path = train("q_filters", TRAINING, str(tmp_path))
     tensors = load_file(path)
     tensors["filters"][1, 0, 3] = float("nan")
     with safe_open(path, framework="pt") as file:
@@ -111,7 +111,7 @@ def test_numbers_that_are_not_finite_are_damage(tmp_path):
 
 
 def test_another_class_of_the_same_shape_is_refused(tmp_path):
-    path = str(train("q_filters", LESSON, str(tmp_path)))
+    path = str(train("q_filters", TRAINING, str(tmp_path)))
     with pytest.raises(cp.CachepressError, match="made for a LlamaModel, and this is a Mistral"):
         cp.QFilterPress(0.5, filters=path).for_model(tiny("mistral"))
 
@@ -131,11 +131,11 @@ def test_models_of_the_same_last_name_have_places_of_their_own(tmp_path, monkeyp
         find_artefact("q_filters", None, model)
     model.config.name_or_path = ""
     with pytest.raises(cp.CachepressError, match="has no name"):
-        train("q_filters", replace(LESSON, model=model))
+        train("q_filters", replace(TRAINING, model=model))
 
 
 def test_without_a_net_the_hub_is_given_up_at_once(monkeypatch, tmp_path):
-    here = {"org/there": str(train("q_filters", LESSON, str(tmp_path)))}
+    here = {"org/there": str(train("q_filters", TRAINING, str(tmp_path)))}
 
     def download(repository, name, local_files_only=False):
         assert local_files_only
@@ -176,7 +176,7 @@ def changed(model):
 
 
 def test_an_artefact_of_another_checkpoint_is_refused(tmp_path):
-    path = train("q_filters", LESSON, str(tmp_path))
+    path = train("q_filters", TRAINING, str(tmp_path))
     assert of(tiny(), path)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         assert of(tiny().to(dtype), path)
@@ -189,7 +189,7 @@ def test_an_artefact_of_another_checkpoint_is_refused(tmp_path):
 
 def test_an_artefact_that_was_learned_in_half_precision_fits_the_same_checkpoint(tmp_path):
     half = tiny().bfloat16()
-    path = train("q_filters", replace(LESSON, model=half), str(tmp_path))
+    path = train("q_filters", replace(TRAINING, model=half), str(tmp_path))
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         assert of(tiny().bfloat16().to(dtype), path)
     assert of(tiny(), path)
@@ -204,7 +204,7 @@ def test_the_same_files_are_the_same_weights_however_they_were_rounded(model_dir
         return model
 
     half = loaded(torch.float16)
-    path = train("q_filters", replace(LESSON, model=half), str(tmp_path))
+    path = train("q_filters", replace(TRAINING, model=half), str(tmp_path))
     assert of(loaded(torch.bfloat16), path)
     other = loaded(torch.bfloat16)
     other.config.name_or_path = ""
@@ -213,7 +213,7 @@ def test_the_same_files_are_the_same_weights_however_they_were_rounded(model_dir
 
 
 def test_an_artefact_of_0_1_0_is_taken_as_it_is(tmp_path, caplog):
-    path = train("q_filters", LESSON, str(tmp_path))
+    path = train("q_filters", TRAINING, str(tmp_path))
     with safe_open(path, framework="pt") as file:
         told = {k: file.metadata()[k] for k in ("kind", "model", "model_class", "tokens")}
     told["format"] = "cachepress-artefact"
@@ -225,7 +225,7 @@ def test_an_artefact_of_0_1_0_is_taken_as_it_is(tmp_path, caplog):
 
 
 def test_no_flipped_bit_gives_another_artefact(tmp_path):
-    path = train("q_filters", LESSON, str(tmp_path))
+    path = train("q_filters", TRAINING, str(tmp_path))
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     wanted, other = load_artefact(str(path), "q_filters")["filters"], []
@@ -237,7 +237,7 @@ def test_no_flipped_bit_gives_another_artefact(tmp_path):
         twin = tmp_path / f"{place}.safetensors"
         twin.write_bytes(changed)
         try:
-            press = cp.QFilterPress(0.5, filters=str(twin)).for_model(LESSON.model)
+            press = cp.QFilterPress(0.5, filters=str(twin)).for_model(TRAINING.model)
             found = load_artefact(press.filters, "q_filters")["filters"]
         except cp.CachepressError:
             continue
@@ -249,7 +249,7 @@ def test_no_flipped_bit_gives_another_artefact(tmp_path):
 
 
 def test_metadata_that_was_changed_is_damage(tmp_path):
-    path = train("q_filters", LESSON, str(tmp_path))
+    path = train("q_filters", TRAINING, str(tmp_path))
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     for name in metadata:

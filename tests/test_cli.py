@@ -52,7 +52,7 @@ def test_evaluate_prints_tables_and_the_place(arguments, capsys):
 )
 def test_a_press_without_a_ratio_is_seldom_what_was_meant(arguments, caplog, press, warns):
     assert main([*arguments, "--press", press]) == 0
-    assert ("drops nothing: give --compression-ratio" in caplog.text) == warns
+    assert ("evicts nothing: give --compression-ratio" in caplog.text) == warns
 
 
 @pytest.mark.parametrize("way", ["--truncation", "--truncation=middle", "--no-truncation"])

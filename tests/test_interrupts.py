@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from cachepress.evaluation.run import RECORDS
-from cachepress.interrupts import NUMBERS, Interrupted, Interrupts, deaf_children
+from cachepress.interrupts import NUMBERS, Interrupted, Interrupts, children_ignore_sigint
 from tests.tiny import words
 
 WORKERS = ("multiprocessing-fork", "ray::Worker", "default_worker.py")
@@ -101,13 +101,13 @@ import os, pickle, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import active_children, get_context
-from cachepress.interrupts import Interrupts, deaf_children, start_worker
+from cachepress.interrupts import Interrupts, children_ignore_sigint, start_worker
 
 begin = pickle.dumps(partial(time.sleep, float(sys.argv[1])))
 with Interrupts() as interrupts:
     pool = ProcessPoolExecutor(2, get_context("spawn"), start_worker, (begin,))
     try:
-        with deaf_children():
+        with children_ignore_sigint():
             work = [pool.submit(time.sleep, 100) for _ in range(2)]
         print("begun", flush=True)
         work[0].result()
@@ -159,7 +159,7 @@ def test_a_signal_while_a_child_is_started_comes_afterwards():
     reached = False
     try:
         with Interrupts() as interrupts, pytest.raises(Interrupted):
-            with deaf_children():
+            with children_ignore_sigint():
                 os.kill(os.getpid(), signal.SIGINT)
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.1)

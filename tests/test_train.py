@@ -12,12 +12,12 @@ from transformers import AutoTokenizer, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import cachepress as cp
-from cachepress import train as training
+from cachepress import train as trainer
 from cachepress.cli import main
 from cachepress.cli.measure import Kind
 from cachepress.fits import _falling, budget_curve, descend, fit_gate, fit_linear, fit_mlp
 from cachepress.presses import fastkvzip
-from cachepress.train import KINDS, Lesson, _labelled, train, windows_of
+from cachepress.train import KINDS, Training, _labelled, train, windows_of
 from tests.bounds import EXACT, near, rounding
 from tests.presses.test_kvzip import reference as kvzip_scores
 from tests.tiny import tiny, tokenizer, tokens, words
@@ -27,8 +27,8 @@ TERMS = 4 * (4 * 32 + 8 + 2 * 30 + 48) + 3 * 30
 """What is summed in float32 on the way through the model, and over the windows."""
 
 
-def lesson(name="llama", windows=WINDOWS, **options):
-    return Lesson(tiny(name), windows, tokenizer(), quiet=True, **options)
+def training(name="llama", windows=WINDOWS, **options):
+    return Training(tiny(name), windows, tokenizer(), quiet=True, **options)
 
 
 def different(n, seed):
@@ -58,7 +58,7 @@ def hooked(model, child, ids):
 
 @pytest.mark.parametrize(("name", "child"), [("llama", "q_proj"), ("qwen3", "q_norm")])
 def test_query_stats_are_those_of_all_queries_before_rope_but_the_sinks(name, child):
-    found = KINDS["query_stats"](lesson(name))
+    found = KINDS["query_stats"](training(name))
     by_window = [hooked(tiny(name), child, ids) for ids in WINDOWS]
     for layer, head in product(range(4), range(4)):
         queries = np.concatenate([w[layer][4:, head].double().numpy() for w in by_window])
@@ -70,12 +70,12 @@ def test_query_stats_are_those_of_all_queries_before_rope_but_the_sinks(name, ch
 
 def test_query_stats_need_more_than_the_sinks():
     with pytest.raises(cp.CachepressError, match="window: got 4, wanted more than the 4 sinks"):
-        KINDS["query_stats"](lesson(windows=[tokens(4)]))
+        KINDS["query_stats"](training(windows=[tokens(4)]))
 
 
 def test_q_filters_are_the_main_direction_of_the_queries_of_a_head_as_attention_uses_them():
     model = tiny()
-    found = KINDS["q_filters"](lesson())["filters"]
+    found = KINDS["q_filters"](training())["filters"]
     assert found.shape == (4, 2, 8)
     cos, sin = model.model.rotary_emb(torch.zeros(1, 30, 1), torch.arange(30)[None])
     by_layer = [[] for _ in range(4)]
@@ -192,7 +192,7 @@ def hidden_states(model, ids):
 
 @pytest.mark.parametrize("plus", [False, True])
 def test_labels_are_the_scores_of_kvzip_beside_the_hidden_states_of_the_rows(plus):
-    found = _labelled(lesson(), plus)
+    found = _labelled(training(), plus)
     hidden = [hidden_states(tiny(), ids) for ids in WINDOWS]
     wanted = [kvzip_scores(tiny(), ids, 2048, 4, plus) for ids in WINDOWS]
     last = torch.cat([h[3] for h in hidden])  # Where every row is another one.
@@ -207,8 +207,8 @@ def test_labels_are_the_scores_of_kvzip_beside_the_hidden_states_of_the_rows(plu
 
 
 def test_no_more_rows_are_held_than_are_fitted(monkeypatch):
-    monkeypatch.setattr(training, "_MOST_ROWS", 20)
-    found = _labelled(lesson(), plus=False)
+    monkeypatch.setattr(trainer, "_MOST_ROWS", 20)
+    found = _labelled(training(), plus=False)
     assert [tuple(x.shape) for pair in found for x in pair] == [(18, 32), (18, 2)] * 4
 
 
@@ -221,8 +221,8 @@ def test_kvzap_learns_the_logarithm_and_fastkvzip_the_score(monkeypatch):
         asked.append(plus)
         return [(hidden, scores), (hidden + 1, scores)]
 
-    monkeypatch.setattr(training, "_labelled", labelled)
-    how = lesson(steps=3, seed=5)
+    monkeypatch.setattr(trainer, "_labelled", labelled)
+    how = training(steps=3, seed=5)
     linear, mlp = KINDS["kvzap_linear"](how), KINDS["kvzap_mlp"](how)
     targets = scores.clamp(min=1e-12).log()
     for i in range(2):
@@ -237,9 +237,9 @@ def test_kvzap_learns_the_logarithm_and_fastkvzip_the_score(monkeypatch):
 
 
 def test_gains_are_the_attention_of_what_follows_in_the_order_of_the_press(monkeypatch):
-    monkeypatch.setattr(training, "budget_curve", lambda gains: gains)
+    monkeypatch.setattr(trainer, "budget_curve", lambda gains: gains)
     windows = [different(40, seed) for seed in (7, 8)]
-    found = KINDS["lukv"](lesson(windows=windows, press=cp.KnormPress(0.5)))["lukv"]
+    found = KINDS["lukv"](training(windows=windows, press=cp.KnormPress(0.5)))["lukv"]
     model = tiny()
     model.set_attn_implementation("eager")
     wanted = torch.zeros(4, 2, 100)
@@ -257,10 +257,10 @@ def test_gains_are_the_attention_of_what_follows_in_the_order_of_the_press(monke
 
 
 def test_gains_of_a_press_that_replays_are_in_the_order_of_its_scores(monkeypatch):
-    monkeypatch.setattr(training, "budget_curve", lambda gains: gains)
+    monkeypatch.setattr(trainer, "budget_curve", lambda gains: gains)
     ids = different(40, 7)
     press = cp.KVzipPress(n_sink=0)
-    found = KINDS["lukv"](lesson(windows=[ids], press=press))["lukv"]
+    found = KINDS["lukv"](training(windows=[ids], press=press))["lukv"]
     scores = kvzip_scores(tiny(), ids[:, :30], 2048, 0)
     model = tiny()
     model.set_attn_implementation("eager")
@@ -280,7 +280,7 @@ def test_gains_of_a_press_that_replays_are_in_the_order_of_its_scores(monkeypatc
 
 def test_lukv_wants_a_press():
     with pytest.raises(cp.CachepressError, match="give --press"):
-        KINDS["lukv"](lesson())
+        KINDS["lukv"](training())
 
 
 def hull(gains):
@@ -368,7 +368,7 @@ def test_a_text_shorter_than_a_window_is_refused(n, asked):
 
 def test_what_is_learned_is_written_with_what_it_was_made_from(tmp_path, monkeypatch):
     monkeypatch.setenv("CACHEPRESS_HOME", str(tmp_path))
-    how = lesson()
+    how = training()
     how.model.config.name_or_path = "org/some-model"
     path = train("q_filters", how)
     assert path == tmp_path / "learned" / "org--some-model" / "q_filters.safetensors"
@@ -385,7 +385,7 @@ def test_what_is_learned_is_written_with_what_it_was_made_from(tmp_path, monkeyp
 def test_every_kind_is_offered_and_fits_its_press(kind, tmp_path):
     assert kind in get_args(Kind) and len(KINDS) == len(get_args(Kind))
     snap = cp.SnapKVPress(0.5, window_size=4)
-    path = str(train(kind, lesson(press=snap, steps=2), f"{tmp_path}/{kind}.safetensors"))
+    path = str(train(kind, training(press=snap, steps=2), f"{tmp_path}/{kind}.safetensors"))
     press = {
         "query_stats": cp.ExpectedAttentionStatsPress(0.5, stats=path),
         "q_filters": cp.QFilterPress(0.5, filters=path),
@@ -413,7 +413,7 @@ def test_the_command_writes_what_the_press_reads(model_dir, text, tmp_path, caps
     assert capsys.readouterr().out == f"written: {output}\n"
     windows = windows_of(AutoTokenizer.from_pretrained(model_dir), words(100), 80, 20, 3)
     assert len(windows) == 4
-    wanted = KINDS["q_filters"](lesson(windows=windows))["filters"]
+    wanted = KINDS["q_filters"](training(windows=windows))["filters"]
     near(load_file(output)["filters"], wanted, torch.float32, terms=TERMS)
 
 

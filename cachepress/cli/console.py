@@ -43,14 +43,14 @@ def log(level: str = "INFO") -> None:
     logging.getLogger("cachepress").setLevel(level.upper())
 
 
-def warn_of_nothing_dropped(press: "BasePress | None") -> None:
+def warn_if_nothing_evicted(press: "BasePress | None") -> None:
     """Warn if a press evicts nothing because it was named without a compression ratio."""
     try:
         nothing = press is not None and press.with_ratio(0.0) == press
     except CachepressError:
         return  # It has no ratio.
     if nothing:
-        logger.warning("%r drops nothing: give --compression-ratio, such as 0.5", press)
+        logger.warning("%r evicts nothing: give --compression-ratio, such as 0.5", press)
 
 
 def read_text(path: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from cachepress.cli.arguments import POSITIONAL, SWITCH, Command, given
-from cachepress.cli.console import log, say, warn_of_nothing_dropped
+from cachepress.cli.console import log, say, warn_if_nothing_evicted
 from cachepress.options import EvaluationFields, FileName, SweepFields
 
 GOES_ON = "every finished context is on disk, the same command goes on"
@@ -40,7 +40,7 @@ class Evaluate(Command):
 
         config = load_config(self.config, self.options)
         log(config.log_level)
-        warn_of_nothing_dropped(config.make_press())
+        warn_if_nothing_evicted(config.make_press())
         runner = EvaluationRunner(config)
         metrics = runner.evaluate()
         say(f"{task_table(metrics)}\n\n{results_table([(config.press, metrics)])}")

@@ -67,7 +67,7 @@ class Train(OnModel):
     def run(self) -> None:
         """Read the text, learn, and write what was learned."""
         from cachepress.spec import parse
-        from cachepress.train import Lesson, train, windows_of
+        from cachepress.train import Training, train, windows_of
 
         log()
         text = None if self.text is None else read_text(self.text)
@@ -75,5 +75,5 @@ class Train(OnModel):
         model.config.name_or_path = model.config.name_or_path or self.model
         windows = windows_of(tokenizer, text, self.tokens, self.window, self.seed)
         press = None if self.press is None else parse(self.press)
-        lesson = Lesson(model, windows, tokenizer, press, seed=self.seed, steps=self.steps)
-        say(f"written: {train(self.kind, lesson, self.output)}")
+        training = Training(model, windows, tokenizer, press, seed=self.seed, steps=self.steps)
+        say(f"written: {train(self.kind, training, self.output)}")

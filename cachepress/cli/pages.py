@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cachepress.cli.arguments import POSITIONAL, SWITCH, Command
-from cachepress.cli.console import OnModel, log, read_text, say, warn_of_nothing_dropped
+from cachepress.cli.console import OnModel, log, read_text, say, warn_if_nothing_evicted
 from cachepress.errors import CachepressError
 from cachepress.options import Count, FileName, Place
 
@@ -78,7 +78,7 @@ class Inspect(OnModel):
             raise CachepressError("no_press keeps every token: name a press to inspect")
         if self.compression_ratio is not None:
             press = press.with_ratio(self.compression_ratio)
-        warn_of_nothing_dropped(press)
+        warn_if_nothing_evicted(press)
         context = read_text(self.context)
         model, tokenizer = self.loaded()
         path = write_inspection(

@@ -22,7 +22,7 @@ from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.run import Run
 from cachepress.evaluation.samples import Context
 from cachepress.hf.types import PreTrainedModel, PreTrainedTokenizerBase
-from cachepress.interrupts import deaf_children, start_worker
+from cachepress.interrupts import children_ignore_sigint, start_worker
 from cachepress.limits import is_out_of_memory
 from cachepress.models.loading import be_quiet, load
 
@@ -94,7 +94,7 @@ class Worker:
         loaded: Loaded | None = None,
     ) -> None:
         self._options, self._rank, self._loaded = options, rank, loaded
-        self._held: tuple[object, Answerer] | None = None
+        self._kept: tuple[object, Answerer] | None = None
         if threads is not None:
             torch.set_num_threads(threads)
 
@@ -132,14 +132,14 @@ class Worker:
         if device is None and torch.cuda.is_available():
             device = f"cuda:{self._rank % torch.cuda.device_count()}"
         which = (config.model, config.dtype, device, repr(config.loading))
-        if self._held is None or (self._held[0] != which and self._loaded is None):
-            self._held = None
+        if self._kept is None or (self._kept[0] != which and self._loaded is None):
+            self._kept = None
             model, tokenizer = self._loaded or load(
                 config.model, dtype=config.dtype, device=device, model_kwargs=config.loading
             )
             options = self._options
-            self._held = which, Answerer(model, tokenizer, options.batch_size, options.kl)
-        return self._held[1]
+            self._kept = which, Answerer(model, tokenizer, options.batch_size, options.kl)
+        return self._kept[1]
 
 
 class Executor(ABC):
@@ -252,7 +252,7 @@ class Processes(Executor):
 
     def _submit(self, work: Callable[..., T], *args: object) -> Future[T]:
         assert self._pool is not None
-        with deaf_children():  # The pool starts its processes when there is work for them.
+        with children_ignore_sigint():  # The pool starts its processes when there is work for them.
             return self._pool.submit(work, *args)
 
     def _open(self) -> None:

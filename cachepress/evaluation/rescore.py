@@ -10,7 +10,7 @@ from cachepress.errors import CachepressError
 from cachepress.evaluation.predictions import PREDICTIONS, read_predictions, write_predictions
 from cachepress.evaluation.registry import UNJUDGED, find_metric
 from cachepress.evaluation.results import METRICS, Metrics, scores_in, scores_of
-from cachepress.evaluation.run import as_json, holding
+from cachepress.evaluation.run import as_json, lock_folder
 from cachepress.evaluation.samples import check_metrics, judged_by
 from cachepress.evaluation.tasks.base import DIGITS
 from cachepress.limits import said, shown
@@ -44,11 +44,11 @@ def score_again(folder: Path, metric: str | None = None) -> list[tuple[Path, Met
         raise CachepressError(f"{folder} has no results: wanted a folder that evaluate wrote")
     for run in found:
         _judged(run, metric)
-    return [(run, _held(run, metric)) for run in found]
+    return [(run, _score_locked(run, metric)) for run in found]
 
 
-def _held(run: Path, metric: str | None) -> Metrics:
-    with holding(run):
+def _score_locked(run: Path, metric: str | None) -> Metrics:
+    with lock_folder(run):
         return _scored(run, metric)
 
 

@@ -56,8 +56,8 @@ class Run:
         self._identity: str | None = None
         self._keys: dict[tuple[Context, Sample], str] = {}
         self._records: Records | None = None
-        self._held = ExitStack()
-        self._is_held = False
+        self._locks = ExitStack()
+        self._is_locked = False
         self._made: list[Path] = []
 
     @cached_property
@@ -71,28 +71,28 @@ class Run:
         return f"{self.config.press_name} at {self.config.ratio}"
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Lock the folder of results, so that two processes do not write into it.
 
         A folder that is not there yet is made when there is something to write, and is gone again
         where a run ends before its first answer.
         """
-        with ExitStack() as self._held:
+        with ExitStack() as self._locks:
             try:
                 if self.folder.exists():
-                    self._hold()
+                    self._lock()
                 yield
             except BaseException:
                 self._leave_nothing()
                 raise
             finally:
-                self._is_held = False
+                self._is_locked = False
 
-    def _hold(self) -> None:
+    def _lock(self) -> None:
         self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._held.enter_context(holding(self.folder))
-        self._is_held = True
+        self._locks.enter_context(lock_folder(self.folder))
+        self._is_locked = True
         if not self.config.overwrite:
             self._records = Records(self.folder / RECORDS)
 
@@ -136,8 +136,8 @@ class Run:
 
     def begin(self) -> None:
         """Open the records and write the options; ``overwrite`` removes earlier results."""
-        if not self._is_held:
-            self._hold()
+        if not self._is_locked:
+            self._lock()
         if self._records is None:
             for name in (RECORDS, PREDICTIONS, METRICS):
                 (self.folder / name).unlink(missing_ok=True)
@@ -172,7 +172,7 @@ class Run:
                 key = self.key(context, sample)
                 if record is not None and key not in self._done:
                     found[key] = replace(record, versions=computed_by, digests=self.digests)
-        if found and self._is_held:
+        if found and self._is_locked:
             self._records.append(found)
         self._done.update(found)
 
@@ -286,7 +286,7 @@ _COSTS = {f.name for f in fields(Answer)} - {"predicted_answer", "kl"}
 
 
 @contextmanager
-def holding(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Lock a folder of results.
 
     Raises:

@@ -141,7 +141,7 @@ def drive(
     with ExitStack() as stack:
         for group in groups:
             for run in group.runs:
-                stack.enter_context(run.held())
+                stack.enter_context(run.locked())
                 run.check_folder()
             group.load(loaded)
             say_versions(group.runs, group.contexts)

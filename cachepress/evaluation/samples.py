@@ -11,7 +11,7 @@ from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.predictions import OWN_METRIC
 from cachepress.evaluation.registry import UNJUDGED, check_metric, find_dataset
 from cachepress.evaluation.room import check_size
-from cachepress.evaluation.tasks.base import PERPLEXITY, Look, Task, normalise
+from cachepress.evaluation.tasks.base import PERPLEXITY, RowCheck, Task, normalise
 from cachepress.generation.prompt import END, PromptOptions, prompt_within
 from cachepress.hf.types import PreTrainedTokenizerBase
 from cachepress.models.loading import positions_of
@@ -112,7 +112,7 @@ def load_table(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> 
     """
     task = find_dataset(config.dataset)
     check_size(task, config)
-    table = task.table(config, tokenizer, _look(task, config, tokenizer))
+    table = task.table(config, tokenizer, _length_check(task, config, tokenizer))
     table = judged_by(table.assign(**{OWN_METRIC: table["metric"]}), config.metric)
     if config.metric is not None and set(table["metric"]) <= {*UNJUDGED}:
         logger.warning("%s: no metric judges it, %s neither", config.dataset, config.metric)
@@ -125,13 +125,15 @@ def load_table(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> 
     return _asked(table, config)
 
 
-def _look(task: Task, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> Look | None:
-    """Who refuses a context that is too long when it is generated: the others can take long."""
-    if task.watched is None or config.fraction < 1:
+def _length_check(
+    task: Task, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
+) -> RowCheck | None:
+    """Make a check that refuses a context that is too long before the others are generated."""
+    if task.load_checked is None or config.fraction < 1:
         return None  # Of a fraction, it may be none of those that are read.
     positions, shown = positions_of(config.model, config.loading), 0
 
-    def look(rows: Sequence[Mapping[str, object]]) -> None:
+    def check(rows: Sequence[Mapping[str, object]]) -> None:
         nonlocal shown
         table = normalise(pd.DataFrame(rows), task.name, task.name)
         table = table.assign(truncation=task.truncation)
@@ -144,7 +146,7 @@ def _look(task: Task, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBa
                 raise CachepressError(f"sample {number}: {error}") from error
         shown += len(rows)
 
-    return look
+    return check
 
 
 def _asked(table: pd.DataFrame, config: EvaluationConfig) -> pd.DataFrame:

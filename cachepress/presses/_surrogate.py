@@ -25,9 +25,9 @@ class _SurrogatePress(ScorerPress):
         """A prediction from the hidden states that attention reads, kept with the token."""
         return Needs(hidden=_Prediction(self), token_state=True)
 
-    def guess(self, hidden: Tensor, depth: int) -> Tensor:
+    def predict(self, hidden: Tensor, depth: int) -> Tensor:
         """Predict scores ``[B, H, n]`` from the hidden states ``[B, n, M]`` of a layer."""
-        raise NotImplementedError(f"{type(self).__name__} has no guess")
+        raise NotImplementedError(f"{type(self).__name__} has no prediction")
 
     def score(self, view: LayerView) -> Tensor:
         """The predicted score, ``[B, H, T]``."""
@@ -48,5 +48,5 @@ class _Prediction:
 
     def __call__(self, hidden: Tensor, depth: int) -> Tensor:
         """Predict the score of each pair, ``[B, H, n]``, one block of tokens at a time."""
-        parts = [self.press.guess(part, depth) for part in hidden.split(_BLOCK, dim=1)]
+        parts = [self.press.predict(part, depth) for part in hidden.split(_BLOCK, dim=1)]
         return torch.cat(parts, dim=-1)

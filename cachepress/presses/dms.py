@@ -101,7 +101,7 @@ class DMSPress(WrapperPress, alias="dms"):
 
     @property
     def compression_ratio(self) -> None:
-        """None: the text decides."""
+        """None: how many pairs are kept depends on their scores."""
         return None
 
     def score(self, view: LayerView) -> Tensor:

@@ -59,7 +59,7 @@ class ExpectedAttentionStatsPress(ExpectedAttentionPress, alias="expected_attent
         num_samples: int | None = None,
         sample_seq_len: int | None = None,
     ) -> None:
-        """``stats_folder`` is ``stats`` in kvpress; the options after it name a published file."""
+        """Set the options; the last four are kvpress's ways to name a file of ``stats``."""
         text = (dataset_name, num_samples, sample_seq_len)
         given = any(x is not None for x in text)
         values = {

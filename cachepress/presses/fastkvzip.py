@@ -78,7 +78,7 @@ class FastKVzipPress(_SurrogatePress, alias="fastkvzip"):
         check_shapes(learned, wanted, path)
         return replace(self, gates=path, layers=layers)
 
-    def guess(self, hidden: Tensor, depth: int) -> Tensor:
+    def predict(self, hidden: Tensor, depth: int) -> Tensor:
         """Predict the score of each pair, from 0 to 1, ``[B, H, n]``."""
         if self.gates is None:
             raise TypeError("the press was not made ready for a model")

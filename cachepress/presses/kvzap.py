@@ -70,7 +70,7 @@ class KVzapPress(_SurrogatePress, alias="kvzap"):
         check_shapes(learned, wanted, path)
         return replace(self, surrogate=path, layers=layers)
 
-    def guess(self, hidden: Tensor, depth: int) -> Tensor:
+    def predict(self, hidden: Tensor, depth: int) -> Tensor:
         """Predict the logarithm of the score of each pair, ``[B, H, n]``."""
         if self.surrogate is None:
             raise TypeError("the press was not made ready for a model")

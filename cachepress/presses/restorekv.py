@@ -1,4 +1,4 @@
-"""RestoreKV, which is not here, and why."""
+"""RestoreKV: not implemented, and the reason."""
 
 from cachepress.errors import CachepressError
 
@@ -10,7 +10,7 @@ REASON = (
 
 
 class RestoreKVPress:
-    """Stands for a press of kvpress that is refused, with the reason, when it is made."""
+    """Placeholder for a press of kvpress: making one raises an error with the reason."""
 
     def __init__(
         self,

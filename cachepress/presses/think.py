@@ -17,8 +17,8 @@ from cachepress.view import LayerView, Needs
 
 
 @dataclass(frozen=True)
-class _WhatIsHeld(TopK):
-    """All pairs that an earlier press keeps in each head, however many."""
+class _AllPairs(TopK):
+    """Keeps all pairs, or those that an earlier press keeps in each head."""
 
     def select(self, scores: Tensor, valid: Tensor, n_kept: Tensor) -> Tensor:
         """Keep mask ``[B, H, T]``; the budget counts only where nothing was evicted before."""
@@ -67,7 +67,7 @@ class ThinKPress(BasePress, alias="think"):
     @property
     def budget(self) -> TopK:
         """All pairs, or what an earlier press keeps in each head."""
-        return _WhatIsHeld(Ratio(0.0), scope="layer")
+        return _AllPairs(Ratio(0.0), scope="layer")
 
     def score(self, view: LayerView) -> Tensor:
         """Score pairs by index, for wrappers that evict some, ``[B, H, T]``."""

@@ -161,12 +161,12 @@ def test_the_artefact_that_a_press_finds_by_itself_counts(work, answered):
     import torch
 
     from cachepress.artefacts.kept import locate_artefact
-    from cachepress.train import Lesson, train
+    from cachepress.train import Training, train
 
     def learn(seed):
         model = AutoModelForCausalLM.from_pretrained("model")
         windows = [tokens(20, seed=seed)]
-        return train("q_filters", Lesson(model, windows, tokenizer(), quiet=True))
+        return train("q_filters", Training(model, windows, tokenizer(), quiet=True))
 
     path = learn(0)
     assert str(path) == locate_artefact("q_filters", None, "model")

@@ -225,4 +225,4 @@ def test_the_spelling_and_bad_options(gates):
         with pytest.raises(cp.CachepressError, match=next(iter(options))):
             FastKVzipPress(0.5, **options)
     with pytest.raises(TypeError, match="not made ready"):
-        FastKVzipPress(0.5).guess(torch.zeros(1, 1, 32), 0)
+        FastKVzipPress(0.5).predict(torch.zeros(1, 1, 32), 0)

@@ -155,7 +155,7 @@ def test_half_precision_surrogates_are_computed_in_float32(tmp_path):
     path = tmp_path / "kvzap_linear.safetensors"
     save_artefact(path, "kvzap_linear", halves, {})
     hidden = randn(1, 3, 32).bfloat16()
-    found = KVzapPress(0.5, "linear", surrogate=str(path)).guess(hidden, 2)
+    found = KVzapPress(0.5, "linear", surrogate=str(path)).predict(hidden, 2)
     weight, bias = halves["layers.2.weight"].double(), halves["layers.2.bias"].double()
     wanted = hidden.double() @ weight.T + bias
     assert found.dtype == torch.float32 and found.shape == (1, 2, 3)
@@ -207,4 +207,4 @@ def test_the_spelling_and_bad_options(folder):
     with pytest.raises(cp.CachepressError, match="model_type: got 'deep', wanted"):
         KVzapPress(0.5, "deep")
     with pytest.raises(TypeError, match="not made ready"):
-        KVzapPress(0.5).guess(torch.zeros(1, 1, 32), 0)
+        KVzapPress(0.5).predict(torch.zeros(1, 1, 32), 0)

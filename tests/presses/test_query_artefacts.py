@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 import cachepress as cp
-from cachepress.train import Lesson, train
+from cachepress.train import Training, train
 from tests.bounds import close, near
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tokenizer, tokens
@@ -18,7 +18,7 @@ ROWS = 3 * 24
 
 def learn(kind, folder, name="llama"):
     path = str(folder / f"{kind}.safetensors")
-    train(kind, Lesson(tiny(name), WINDOWS, tokenizer(), quiet=True), path)
+    train(kind, Training(tiny(name), WINDOWS, tokenizer(), quiet=True), path)
     return path
 
 

@@ -17,7 +17,7 @@ Metric = Callable[[str, Sequence[str], Sequence[str]], float]
 """``(prediction, answers, choices)`` -> score from 0 to 1; choices are all classes, where there
 are some."""
 Loader = Callable[[EvaluationConfig, PreTrainedTokenizerBase], pd.DataFrame]
-Look = Callable[[Sequence[Mapping[str, object]]], None]
+RowCheck = Callable[[Sequence[Mapping[str, object]]], None]
 """Checks the rows of a context that was just generated, and may refuse it."""
 
 UNSCORED = "unscored"
@@ -93,8 +93,8 @@ class Task:
         fits: what those of them need that do not take any answer.
         official: the metric of each of its tasks, by the task's name.
         size: how much it will generate, for data that is not there yet.
-        watched: gives the same rows as ``load``, and shows those of each context as soon as it is
-            generated.
+        load_checked: gives the same rows as ``load``, and checks those of each context as soon as
+            it is generated.
         submit: writes a table of predictions into a folder, as whoever judges them wants it.
     """
 
@@ -109,21 +109,23 @@ class Task:
     fits: Mapping[str, Fits] = field(default_factory=dict)
     official: Mapping[str, str] = field(default_factory=dict)
     size: Callable[[EvaluationConfig], Size] | None = None
-    watched: Callable[[EvaluationConfig, PreTrainedTokenizerBase, Look], pd.DataFrame] | None = None
+    load_checked: (
+        Callable[[EvaluationConfig, PreTrainedTokenizerBase, RowCheck], pd.DataFrame] | None
+    ) = None
     submit: Callable[[pd.DataFrame, Path], object] | None = None
 
     def table(
         self,
         config: EvaluationConfig,
         tokenizer: PreTrainedTokenizerBase,
-        look: Look | None = None,
+        check: RowCheck | None = None,
     ) -> pd.DataFrame:
         """Load the rows of the part that a config names.
 
         Args:
             config: names the part.
             tokenizer: the model's.
-            look: is shown the rows of each context of a data set that is generated, one by one.
+            check: checks the rows of each context as soon as it is generated.
 
         Raises:
             CachepressError: if there is no such part, or its rows are not to be had.
@@ -137,10 +139,10 @@ class Task:
             raise CachepressError(
                 f"{self.name} has its prompts in its data: leave --prompts {config.prompts} out"
             )
-        if look is None or self.watched is None:
+        if check is None or self.load_checked is None:
             table = self.load(config, tokenizer)
         else:
-            table = self.watched(config, tokenizer, look)
+            table = self.load_checked(config, tokenizer, check)
         if config.prompts is not None:
             table = read_prompts(config.prompts).put_into(table)
         ways = [self.truncation if way is None else way for way in table["truncation"]]

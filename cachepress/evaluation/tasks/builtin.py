@@ -16,7 +16,7 @@ from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.tasks import builtin_drafts as drafts
 from cachepress.evaluation.tasks.base import (
     MOST_GENERATED,
-    Look,
+    RowCheck,
     Size,
     Task,
     normalise,
@@ -84,7 +84,7 @@ def generate(
     contexts: int = CONTEXTS,
     questions: int = 4,
     seed: int = 0,
-    look: Look | None = None,
+    check: RowCheck | None = None,
 ) -> pd.DataFrame:
     """Generate contexts of a given length with questions about them.
 
@@ -96,7 +96,7 @@ def generate(
         questions: questions about each context, where the task has several.
         seed: a context depends on this, its task and its number, and on nothing that is asked for
             besides it.
-        look: is shown the rows of each context as soon as it is generated.
+        check: checks the rows of each context as soon as it is generated.
 
     Returns:
         A row for each question, with the columns ``COLUMNS``. Rows of one context follow each
@@ -116,8 +116,8 @@ def generate(
             raise CachepressError(f"length: got {length}, wanted at least {what}")
         for draft in made:
             new = _rows(draft, _cut(draft, count, length), task, count)
-            if look is not None:
-                look(new)
+            if check is not None:
+                check(new)
             rows += new
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table["depth"] = pd.Series([row["depth"] for row in rows], dtype=object)
@@ -192,10 +192,10 @@ def _with_margin(tokens: int) -> int:
 
 
 def _load(
-    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, look: Look | None = None
+    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, check: RowCheck | None = None
 ) -> pd.DataFrame:
     tasks, length = _part(config.data_dir)
-    table = generate(tokenizer, tasks=tasks, length=length, seed=config.seed, look=look)
+    table = generate(tokenizer, tasks=tasks, length=length, seed=config.seed, check=check)
     return normalise(table, task="builtin", origin="builtin")
 
 
@@ -220,5 +220,5 @@ def _size(config: EvaluationConfig) -> Size:
 
 
 BUILTIN = Task(
-    "builtin", "generated retrieval and counting tasks", _load, size=_size, watched=_load
+    "builtin", "generated retrieval and counting tasks", _load, size=_size, load_checked=_load
 )

@@ -17,7 +17,7 @@ import pandas as pd
 from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.metrics import string_match
-from cachepress.evaluation.tasks.base import Look, Size, Task, normalise, whole_number
+from cachepress.evaluation.tasks.base import RowCheck, Size, Task, normalise, whole_number
 from cachepress.evaluation.tasks.builtin_text import NOUNS, prose
 from cachepress.hf.types import PreTrainedTokenizerBase
 from cachepress.limits import said
@@ -73,7 +73,7 @@ class Needle:
 
 
 def load_needle(
-    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, look: Look | None = None
+    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, check: RowCheck | None = None
 ) -> pd.DataFrame:
     """Generate a sample for each length and depth that the config names.
 
@@ -83,7 +83,7 @@ def load_needle(
 
     A context has exactly "length" tokens, without the tokenizer's own special tokens. "depth" runs
     from 0, the needle before all of the haystack, to 1, the needle after it; between these the
-    needle stands at the end of the sentence that is nearest. ``look`` is shown each row as soon as
+    needle stands at the end of the sentence that is nearest. ``check`` checks each row as soon as
     it is generated.
 
     Raises:
@@ -103,8 +103,8 @@ def load_needle(
             needle = _fresh(kind, Random(f"{config.seed}/{kind}/{length}/{depth}"), seen)
             context = _context(haystack, needle.sentence, length, depth, count)
             rows.append(_row(kind, needle, context, length, depth, count))
-            if look is not None:
-                look(rows[-1:])
+            if check is not None:
+                check(rows[-1:])
     return normalise(pd.DataFrame(rows), task=f"needle-{kind}", origin="needle")
 
 
@@ -255,6 +255,6 @@ NEEDLE = Task(
     about="one sentence in a haystack, by length and depth; generated (Kamradt, 2023)",
     load=load_needle,
     size=_size,
-    watched=load_needle,
+    load_checked=load_needle,
     metrics={"string_match": string_match, "rouge_1_recall": rouge_1_recall},
 )
