@@ -73,7 +73,7 @@ def half_a_step(x: Tensor, dim: int, bits: int) -> Tensor:
 def margin(scores: Tensor, valid: Tensor, mask: Tensor) -> Tensor:
     """The lowest score that stays less the highest that does not, by their size, ``[B, H]``.
 
-    Infinite where all rows stay or none; 0 for scores that are equal to the last bit, of which
+    Infinite where all pairs stay or none; 0 for scores that are equal to the last bit, of which
     the newest stay.
     """
     scores = scores.double()
@@ -86,7 +86,7 @@ def margin(scores: Tensor, valid: Tensor, mask: Tensor) -> Tensor:
 
 @contextmanager
 def no_near_ties(least: float = EXACT) -> Iterator[None]:
-    """Assert within the block that no choice of rows hangs on rounding.
+    """Assert within the block that no choice of pairs hangs on rounding.
 
     Every choice of the highest scores, and every comparison with a threshold, must have a margin,
     or be between scores that are equal to the last bit.

@@ -78,7 +78,7 @@ def doubled(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class _Narrow(TorchDispatchMode):
-    """Notes every operation that makes numbers of less than float64."""
+    """Records every operation that makes numbers of less than float64."""
 
     def __init__(self, of_float64: bool) -> None:
         super().__init__()

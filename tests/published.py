@@ -70,7 +70,7 @@ def published_kvzap(path: Path, model_type: str, layers: int = L) -> dict[str, T
 
 
 def published_curve(path: Path, layers: int = L) -> np.ndarray:
-    """What each head drops at ratios 0.01 to 0.99, the ratio on average."""
+    """What each head evicts at ratios 0.01 to 0.99, the ratio on average."""
     drop = np.arange(1, 100)[:, None, None] / 100 * np.ones((99, layers, H))
     lean = np.minimum(drop, 1 - drop) * 0.8
     sign = np.where(np.arange(layers * H).reshape(layers, H) % 2, 1, -1)

@@ -207,7 +207,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("rises", [True, False])
 def test_an_array_is_a_curve_and_read_as_what_heads_keep(tmp_path, rises):
-    """What heads drop grows with the ratio, what they keep falls."""
+    """What heads evict grows with the ratio, what they keep falls."""
     path = tmp_path / "curve.npy"
     kept = 1 - torch.arange(1, 100)[:, None, None] / 100 * drawn(1, 4, 2).sigmoid().double()
     np.save(path, (1 - kept if rises else kept).numpy())

@@ -14,7 +14,7 @@ def options(model_dir, **more):
     return BenchOptions(model=model_dir, **{**sizes, **more})
 
 
-def test_every_cell_is_timed_and_weighed(model_dir):
+def test_every_press_and_context_is_timed_and_weighed(model_dir):
     result = run_bench(
         options(model_dir, presses=("knorm", "AdaKVPress(KnormPress())")), quiet=True
     )

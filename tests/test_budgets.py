@@ -1,4 +1,4 @@
-"""Which rows stay when pins, ties and numbers out of range meet."""
+"""Which pairs stay when pins, ties and numbers out of range meet."""
 
 from fractions import Fraction
 
@@ -68,7 +68,7 @@ def test_when_pins_exceed_the_budget_sinks_come_first_then_the_newest():
         assert stay(pinned, table) == wanted
 
 
-def test_a_view_slices_every_row_column():
+def test_a_view_slices_every_column_of_pairs():
     part = view(10, 5)[2:6]
     assert part.keys.shape == (1, 1, 4, 2)
     assert part.positions.tolist() == part.index.tolist() == [[[2, 3, 4, 5]]]

@@ -68,7 +68,7 @@ def test_before_is_an_uncompressed_cache_and_after_what_is_allocated(press, stor
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("chunk", [None, 16])
-def test_where_nothing_is_dropped_after_is_before(chunk, dtype):
+def test_where_nothing_is_evicted_after_is_before(chunk, dtype):
     model = model_of(dtype)
     cache = cp.prefill(model, tokens(75, 2), cp.KnormPress(0.0), chunk_size=chunk)
     size = cp.size_of(cache)
@@ -80,7 +80,7 @@ def test_where_nothing_is_dropped_after_is_before(chunk, dtype):
 
 
 @pytest.mark.parametrize("n", [1, 75])
-def test_presses_whose_layers_compete_leave_what_they_do_not_drop_as_it_came(n):
+def test_presses_whose_layers_compete_keep_what_they_do_not_evict_as_it_was(n):
     scores = cp.KnormPress(0.0)
     for press in (
         cp.AdaKVPress(scores, scope="model"),
@@ -118,7 +118,7 @@ def test_a_sliding_window_holds_its_own_tokens_only(name, chunk):
         assert torch.equal(forward(model, cache, input_ids=tokens(3)).logits, again)
 
 
-def test_what_forks_share_is_held_as_it_came_once_it_is_compressed_to_everything():
+def test_what_forks_share_is_stored_as_it_came_once_it_is_compressed_to_everything():
     model, press = tiny(), cp.KnormPress(n_kept=500)
     cache = cp.prefill(model, tokens(75), press)
     forked = cp.fork(cache)

@@ -17,7 +17,7 @@ SCORERS = every_press(0.5)
 
 
 class Watch(LogitsProcessor):
-    """Notes the rows that each layer holds, at every step of generate()."""
+    """Records the pairs that each layer holds, at every step of generate()."""
 
     def __init__(self, cache):
         self.cache, self.snapshot = cache, []
@@ -135,7 +135,7 @@ def test_state_belongs_to_a_sequence_and_resets_with_it():
     assert kept(first) == wanted[2]
 
 
-def test_a_batch_with_padding_is_compressed_row_by_row():
+def test_a_batch_with_padding_is_compressed_text_by_text():
     model, press = tiny(), cp.DecodingPress(cp.SnapKVPress(window_size=6), 8, 20)
     texts = [tokens(30, seed=1), tokens(18, seed=2)]
     ids = torch.zeros(2, 30, dtype=torch.long)

@@ -21,7 +21,7 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def page_budget(monkeypatch):
+def files_read(monkeypatch):
     """The files that were read."""
     found, read = [], digests._read
 
@@ -33,7 +33,7 @@ def page_budget(monkeypatch):
     return found
 
 
-def compressed(monkeypatch):
+def count_as_unchanged(monkeypatch):
     monkeypatch.setattr(digests, "_STABLE_NS", -1)
 
 
@@ -54,41 +54,41 @@ def test_a_digest_is_of_names_and_contents(tmp_path):
     assert digest_of(files) != digest_of({p.name: p for p in same.iterdir()})
 
 
-def test_what_was_read_is_remembered_until_the_file_changes(tmp_path, page_budget, monkeypatch):
-    compressed(monkeypatch)
+def test_what_was_read_is_remembered_until_the_file_changes(tmp_path, files_read, monkeypatch):
+    count_as_unchanged(monkeypatch)
     path = folder(tmp_path / "a", x="1") / "x"
     first = digest_of({"x": path})
     (tmp_path / "link").symlink_to(path)
     assert digest_of({"x": tmp_path / "link"}) == first
-    assert page_budget == ["x"]
+    assert files_read == ["x"]
     before = path.stat()
     time.sleep(0.02)
     path.write_text("2")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert digest_of({"x": path}) != first  # Same size, inode and time of change as it says.
-    assert len(page_budget) == 2
+    assert len(files_read) == 2
 
 
-def test_a_file_that_was_just_written_is_not_trusted(tmp_path, page_budget):
+def test_a_file_that_was_just_written_is_not_trusted(tmp_path, files_read):
     path = folder(tmp_path / "a", x="1") / "x"
     digest_of({"x": path})
     digest_of({"x": path})
-    assert len(page_budget) == 2
+    assert len(files_read) == 2
 
 
-def test_a_damaged_memory_is_read_anew(tmp_path, home, page_budget, monkeypatch):
-    compressed(monkeypatch)
+def test_a_damaged_memory_is_read_anew(tmp_path, home, files_read, monkeypatch):
+    count_as_unchanged(monkeypatch)
     path = folder(tmp_path / "a", x="1") / "x"
     first = digest_of({"x": path})
     (remembered,) = (home / "digests").iterdir()
     for content in ("", "rubbish", "é"):
         remembered.write_text(content, encoding="latin-1")
         assert digest_of({"x": path}) == first
-    assert len(page_budget) == 4
+    assert len(files_read) == 4
 
 
 def test_without_a_place_to_remember_it_works(tmp_path, monkeypatch):
-    compressed(monkeypatch)
+    count_as_unchanged(monkeypatch)
     monkeypatch.setenv("CACHEPRESS_HOME", str(folder(tmp_path / "a", x="1") / "x"))
     assert digest_of({"x": tmp_path / "a" / "x"}) == digest_of({"x": tmp_path / "a" / "x"})
 
@@ -212,23 +212,23 @@ def snapshot(root):
     return place
 
 
-def test_a_snapshot_of_the_hub_is_its_commit(tmp_path, page_budget):
+def test_a_snapshot_of_the_hub_is_its_commit(tmp_path, files_read):
     place = snapshot(tmp_path / "hub")
     wanted = {"weights": f"commit {COMMIT}", "tokenizer": f"commit {COMMIT}"}
     assert model_digests(str(place)) == wanted
     assert model_digests("org/name", {"cache_dir": str(tmp_path / "hub")}) == wanted
-    assert page_budget == []
+    assert files_read == []
     (place / "model.safetensors").unlink()
     (place / "model.safetensors").write_text("put there by hand")
     assert model_digests(str(place))["weights"] != f"commit {COMMIT}"
-    assert page_budget
+    assert files_read
 
 
-def test_a_built_in_model_is_what_it_is_made_of(page_budget):
+def test_a_built_in_model_is_what_it_is_made_of(files_read):
     assert "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53" in str(
         model_digests("smollm2-135m")
     )
-    assert page_budget == []
+    assert files_read == []
 
 
 def test_a_real_path_is_one_for_all_names(tmp_path, monkeypatch):

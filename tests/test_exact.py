@@ -38,7 +38,7 @@ def test_a_model_that_is_only_made_double_computes_in_float32_and_is_found_out()
 
 
 def test_the_order_of_a_text_batch_changes_nothing():
-    """Each row of a batch by itself: other products, sums in another order."""
+    """Each sequence of a batch by itself: other products, sums in another order."""
     model, ids = exact_tiny(), tokens(33, batch=3)
     logits = forward(model, input_ids=ids).logits
     for row, text in zip(logits, ids, strict=True):

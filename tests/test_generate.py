@@ -71,7 +71,7 @@ def test_sampling_repeats_with_its_seed():
     assert runs[0].shape == (1, 38)
 
 
-def test_beams_follow_their_rows():
+def test_beams_follow_their_pairs():
     model, ids = exact_tiny(), tokens(30)
     with torch.no_grad():
         plain = model.generate(ids, num_beams=3, **OPTIONS)
@@ -83,7 +83,7 @@ def test_beams_follow_their_rows():
     assert ours.shape == (1, 38)
 
 
-def test_a_padded_batch_generates_like_each_row_alone():
+def test_a_padded_batch_generates_like_each_sequence_alone():
     model, short, long = exact_tiny(), tokens(12, seed=1), tokens(20, seed=2)
     ids = torch.cat([torch.cat([torch.zeros(1, 8, dtype=torch.long), short], -1), long])
     with torch.no_grad(), PRESS(model):
@@ -106,7 +106,7 @@ def test_appending_does_not_copy_the_cache():
     assert store.keys.shape[2] == 76
 
 
-def test_crop_undoes_decoding_but_not_the_settle():
+def test_crop_undoes_decoding_but_not_the_compression():
     model, ids = exact_tiny(), tokens(30)
     cache = pressed(model, PRESS, ids)
     once = forward(model, cache, input_ids=tokens(4)).logits
@@ -173,7 +173,7 @@ def test_a_cache_of_one_expands_itself_for_beams_and_sequences(press, storage):
     assert torch.equal(answer(model, cp.fork(cache), question.expand(2, -1)), greedy.expand(2, -1))
 
 
-def test_beams_on_ragged_rows_are_those_of_a_search_by_hand():
+def test_beams_on_ragged_heads_are_those_of_a_search_by_hand():
     """The best of all continuations of two tokens, found by trying each."""
     model, ids, question = exact_tiny(), tokens(60), tokens(3, seed=7)
     cache = cp.prefill(model, ids, RAGGED)
@@ -241,7 +241,7 @@ def test_assisted_decoding_inside_the_context_is_refused():
         model.generate(tokens(60), prompt_lookup_num_tokens=5, **options)
 
 
-def test_crop_on_ragged_rows_and_across_a_fork():
+def test_crop_on_ragged_heads_and_across_a_fork():
     model, ids = exact_tiny(), tokens(60)
     cache = cp.prefill(model, ids, RAGGED)
     longer = tokens(80, seed=3)
@@ -292,7 +292,7 @@ def test_eight_questions_hold_the_context_once():
     assert shared == storages
 
 
-def test_a_fork_of_an_uncompressed_cache_shares_its_rows_too():
+def test_a_fork_of_an_uncompressed_cache_shares_its_pairs_too():
     model = exact_tiny()
     cache = cp.prefill(model, tokens(400), cp.KnormPress(0.0))
     forked = cp.fork(cache, 8)

@@ -9,7 +9,7 @@ from cachepress.cache.batch import compressed_layers
 from cachepress.hf import attach
 from cachepress.hf.rotary import PairRotary, find_rotary
 from tests.bounds import close
-from tests.presses.test_snapkv import noting, plainly
+from tests.presses.test_snapkv import recording, transcription
 from tests.tiny import ARCHITECTURES, exact_tiny, tiny, tokens
 from tests.tiny_cache import forward, kept, pressed
 
@@ -124,11 +124,11 @@ def test_a_score_has_no_cap_where_attention_has_none():
     if not model._supports_sdpa:
         pytest.skip("this version refuses it")
     model.set_attn_implementation("sdpa")
-    press, seen = noting(cp.SnapKVPress(0.5, window_size=4, kernel_size=3))
+    press, seen = recording(cp.SnapKVPress(0.5, window_size=4, kernel_size=3))
     pressed(model, press, tokens(22))
     assert len(seen) == 2
     for depth, [(view, score)] in seen.items():
-        close(score[..., :-4], plainly(view, depth, 4, 3, "avg", None, None)[..., :-4])
+        close(score[..., :-4], transcription(view, depth, 4, 3, "avg", None, None)[..., :-4])
 
 
 def test_two_models_that_share_a_config_do_not_disturb_each_other():

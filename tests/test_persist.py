@@ -337,7 +337,7 @@ def test_caches_of_0_1_0_still_load(name, caplog):
         loaded = cp.load_cache(path, model)
     (said,) = [record.message for record in caplog.records]
     assert "version 0.1.0, whose header nothing protects" in said and "\n" not in said
-    # Another processor wrote it, in float32: its rows are those of float64 but for rounding.
+    # Another processor wrote it, in float32: its pairs are those of float64 but for rounding.
     n, press = (50, PRESS) if name == "cache" else (120, cp.AdaKVPress(cp.KnormPress(0.25)))
     exact, step = doubled(model), tokens(4, seed=3)
     text = torch.randint(3, 96, (1, n), generator=torch.Generator().manual_seed(0))
@@ -374,7 +374,7 @@ def test_caches_of_the_second_format_still_load(name, caplog):
 
 
 def assert_rows_are_alike(store, wanted):
-    """The rows of a float32 store against those of float64; quantized ones to half a step."""
+    """The pairs of a float32 store against those of float64; quantized ones to half a step."""
     held, exact = store.snapshot.rows(), wanted.snapshot.rows()
     size = max(float(exact.keys.abs().max()), float(exact.values.abs().max()))
     limit = rounding(**FLOAT32) * max(1.0, size)
@@ -688,7 +688,7 @@ def test_types_are_those_that_the_model_makes_where_it_is_loaded(tmp_path):
         cp.load_cache(tmp_path / "c", model)
 
 
-def test_a_cache_loads_while_a_press_watches(tmp_path):
+def test_a_cache_loads_while_a_press_observes(tmp_path):
     model, path = save(tmp_path)
     with cp.SnapKVPress(0.5, window_size=4)(model):
         loaded = cp.load_cache(path, model)

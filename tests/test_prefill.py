@@ -35,15 +35,15 @@ def test_chunks_without_a_press_equal_one_forward():
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_online_rows_never_exceed_budget_plus_chunk(adaptive, monkeypatch):
+def test_online_pairs_never_exceed_budget_plus_chunk(adaptive, monkeypatch):
     held, update = [], CompressedLayer.update
 
-    def watched(self, *args, **kwargs):
+    def observed(self, *args, **kwargs):
         out = update(self, *args, **kwargs)
         held.append(int(self.lengths.sum(-1).max()))
         return out
 
-    monkeypatch.setattr(CompressedLayer, "update", watched)
+    monkeypatch.setattr(CompressedLayer, "update", observed)
     model, press = tiny(), cp.SnapKVPress(n_kept=20, window_size=6)
     press = cp.AdaKVPress(press) if adaptive else press
     cache = cp.prefill(model, tokens(400), press, chunk_size=16, mode="online")

@@ -40,11 +40,11 @@ from tests.tiny_cache import forward, kept, pressed
 
 
 def words() -> Tensor:
-    """Token ids ``[1, T]`` that all differ, so that no two rows of a layer are alike."""
+    """Token ids ``[1, T]`` that all differ, so that no two pairs of a layer are alike."""
     return 3 + torch.randperm(93, generator=torch.Generator().manual_seed(5))[None, :T]
 
 
-def look(model, ids):
+def states_of(model, ids):
     """Keys and values ``[L, H, T, D]`` and the hidden states that attention read ``[L, T, M]``."""
     cache, hidden, hooks = DynamicCache(), [], []
     for layer in model.model.layers:
@@ -72,7 +72,7 @@ def best(scores, n: int) -> list[int]:
 @pytest.mark.parametrize("binary", [False, True])
 def test_q_filters_are_published_against_the_queries(tmp_path, binary):
     filters, ids = published_q_filters(tmp_path, binary), words()
-    keys, _, _ = look(tiny(), ids)
+    keys, _, _ = states_of(tiny(), ids)
     held = kept(pressed(tiny(), cp.QFilterPress(0.6, filters=str(tmp_path)), ids))
     for layer in range(L):
         for h in range(H):
@@ -100,7 +100,7 @@ def average_rotation(model, positions) -> Tensor:
 def test_statistics_of_queries_are_published_by_query_head(tmp_path):
     (mean, covariance), ids, n_sink = published_stats(tmp_path), words(), 4
     model = tiny()
-    keys, values, _ = look(model, ids)
+    keys, values, _ = states_of(model, ids)
     rotation = average_rotation(model, range(T, T + 512))
     press = cp.ExpectedAttentionStatsPress(0.5, stats=str(tmp_path))
     held = kept(pressed(model, press, ids))
@@ -147,13 +147,13 @@ def naive_gate(gate, hidden: Tensor) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("place", ["q2_dim4_sink3.pt", "x.bin", "other/q2_dim16_sink16.pt"])
-def test_gates_are_published_with_what_their_trainer_noted(tmp_path, place):
+def test_gates_are_published_with_the_losses_of_their_training(tmp_path, place):
     gates, ids, n_sink = gates_as_published(), words(), 4
     (tmp_path / place).parent.mkdir(exist_ok=True)
     save_gates(tmp_path / place, gates)
     model = tiny()
     model.config.name_or_path = "some/Other"
-    _, _, hidden = look(model, ids)
+    _, _, hidden = states_of(model, ids)
     press = cp.FastKVzipPress(0.5, layerwise=True, gates=str(tmp_path))
     held = kept(pressed(model, press, ids))
     for layer in range(L):
@@ -169,7 +169,7 @@ def test_gates_are_published_with_what_their_trainer_noted(tmp_path, place):
 @pytest.mark.parametrize("model_type", ["linear", "mlp"])
 def test_surrogates_of_kvzap_are_published_by_layer(tmp_path, model_type):
     found, ids = published_kvzap(tmp_path, model_type), words()
-    _, _, hidden = look(tiny(), ids)
+    _, _, hidden = states_of(tiny(), ids)
     press = cp.KVzapPress(0.5, model_type, surrogate=str(tmp_path))
     held = kept(pressed(tiny(), press, ids))
 
@@ -190,9 +190,9 @@ def test_surrogates_of_kvzap_are_published_by_layer(tmp_path, model_type):
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
-def test_curves_of_lukv_are_published_as_what_heads_drop(tmp_path, ratio):
+def test_curves_of_lukv_are_published_as_what_heads_evict(tmp_path, ratio):
     drop, ids = published_curve(tmp_path), words()
-    keys, _, _ = look(tiny(), ids)
+    keys, _, _ = states_of(tiny(), ids)
     press = cp.LUKVPress(cp.KnormPress(ratio), curve=str(tmp_path))
     held = kept(pressed(tiny(), press, ids))
     for layer in range(L):
@@ -415,7 +415,7 @@ def test_no_code_in_a_file_ever_runs(tmp_path, bomb, name):
 
 
 def test_code_is_not_smuggled_in_beside_the_arrays_of_a_trainer(tmp_path):
-    """An array of objects among what the trainer noted of its losses."""
+    """An array of objects among the losses that the trainer recorded."""
     mark, path = tmp_path / "ran", tmp_path / "x.pt"
     beside = np.array([Call(mark)], dtype=object)
     torch.save({"module": gates_as_published(), "loss": beside}, path)

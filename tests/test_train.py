@@ -116,7 +116,7 @@ def test_fit_linear_finds_a_linear_relation():
     near(found["bias"], bias, torch.float32, terms=500 + 12)
 
 
-def test_fit_linear_of_fewer_rows_than_channels_is_finite():
+def test_fit_linear_of_fewer_tokens_than_channels_is_finite():
     found = fit_linear(drawn(5, 12), drawn(5, 3))
     assert all(x.isfinite().all() for x in found.values())
 
@@ -191,11 +191,11 @@ def hidden_states(model, ids):
 
 
 @pytest.mark.parametrize("plus", [False, True])
-def test_labels_are_the_scores_of_kvzip_beside_the_hidden_states_of_the_rows(plus):
+def test_labels_are_the_scores_of_kvzip_beside_the_hidden_states_of_the_tokens(plus):
     found = _labelled(training(), plus)
     hidden = [hidden_states(tiny(), ids) for ids in WINDOWS]
     wanted = [kvzip_scores(tiny(), ids, 2048, 4, plus) for ids in WINDOWS]
-    last = torch.cat([h[3] for h in hidden])  # Where every row is another one.
+    last = torch.cat([h[3] for h in hidden])  # Where every token is another one.
     rows = torch.cdist(found[3][0], last).argmin(-1)
     assert sorted(rows.tolist()) == list(range(90))
     assert rows.tolist() != sorted(rows.tolist())
@@ -206,7 +206,7 @@ def test_labels_are_the_scores_of_kvzip_beside_the_hidden_states_of_the_rows(plu
         near(scores, every[rows], torch.float32, terms=TERMS)
 
 
-def test_no_more_rows_are_held_than_are_fitted(monkeypatch):
+def test_no_more_tokens_are_collected_than_are_fitted(monkeypatch):
     monkeypatch.setattr(trainer, "_MOST_ROWS", 20)
     found = _labelled(training(), plus=False)
     assert [tuple(x.shape) for pair in found for x in pair] == [(18, 32), (18, 2)] * 4
@@ -256,7 +256,7 @@ def test_gains_are_the_attention_of_what_follows_in_the_order_of_the_press(monke
     near(found, wanted, torch.float32, terms=TERMS)
 
 
-def test_gains_of_a_press_that_replays_are_in_the_order_of_its_scores(monkeypatch):
+def test_gains_of_a_press_that_reconstructs_are_in_the_order_of_its_scores(monkeypatch):
     monkeypatch.setattr(trainer, "budget_curve", lambda gains: gains)
     ids = different(40, 7)
     press = cp.KVzipPress(n_sink=0)

@@ -110,7 +110,7 @@ def test_what_is_no_number_harms_no_other_row(bits, damage):
 
 
 def test_pages_with_scales_of_both_types_are_joined():
-    """Decoded rows that are beyond float16 come behind settled ones that are not."""
+    """Decoded rows that are beyond float16 come behind compressed ones that are not."""
     model = tiny()
     cache = cp.prefill(model, tokens(100), PRESS, storage=cp.Codec(8, residual=5))
     store = compressed_layers(cache)[0]
@@ -183,7 +183,7 @@ STORAGES = ["int8", "int2", Codec(8, residual=0), Codec(8, residual=300), Codec(
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
-def test_a_token_reads_the_numbers_that_are_held(storage):
+def test_a_token_reads_the_numbers_that_are_stored(storage):
     """How far those are off what was written is a matter of half a step, see ``test_store``."""
     model, ids = exact_tiny(), tokens(300)
     full, small = (cp.prefill(model, ids, PRESS, storage=s) for s in ("full", storage))
@@ -245,7 +245,7 @@ def test_a_codec_checks_what_it_is_given():
 
 @pytest.mark.parametrize("storage", ["full", Codec(8, residual=8)])
 def test_a_padded_batch_decodes_past_forks_and_encoded_tails(storage):
-    """Blocks that were made after the settle hold columns that the mask of the prompt lacks."""
+    """Segments made after the compression hold columns that the mask of the prompt lacks."""
     model, ids = exact_tiny(), tokens(60, batch=2)
     mask = torch.ones(2, 60, dtype=torch.long)
     mask[0, :21] = 0

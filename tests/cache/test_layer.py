@@ -121,7 +121,7 @@ class Pair:
             self.append(1)
 
     def keep(self) -> None:
-        """What a press drops of them, turns, leaves with them, and stores of them."""
+        """What a press evicts, rotates, keeps with each token, and stores."""
         rows, kind, draw = self.store.snapshot.rows(), self.kind, self.draw
         where = rows.text_positions()
         slots = [

@@ -274,7 +274,7 @@ def test_perplexity_is_not_said_of_a_press_that_acts_on_what_is_decoded(model_di
     assert found[2] is None
 
 
-def test_a_press_that_looks_at_questions_is_refused_where_there_are_none(model_dir, tmp_path):
+def test_a_press_that_needs_questions_is_refused_where_there_are_none(model_dir, tmp_path):
     config = sweep(model_dir, "perplexity:40-8x2", tmp_path, presses=("finch",), ratios=(0.5,))
     with pytest.raises(cp.CachepressError, match="chooses by the question, and there is none"):
         run_sweep(config, quiet=True)

@@ -73,13 +73,13 @@ class Wrapper:
 
     Attributes:
         build: makes the press from a scorer and a ratio.
-        counts: rows of a head in each layer, on average where heads compete, for ``n`` tokens; None
-            where that depends on the text.
+        counts: pairs of a head in each layer, on average where heads compete, for ``n`` tokens;
+            None where that depends on the text.
         scope: who competes; None for those who do under the scorer.
         keys: whether kept keys are those of the text, but for rotation.
         values: whether kept values are.
         channels: channels of the keys that are stored, of 8.
-        stores: whether it says itself how rows are stored.
+        stores: whether it says itself how pairs are stored.
     """
 
     build: Callable[[ScorerPress, float], BasePress]
@@ -119,7 +119,7 @@ WRAPPERS: dict[str, Wrapper] = {
     ),
     "ChunkKVPress": Wrapper(lambda p, r: cp.ChunkKVPress(p, chunk_length=5)),
     "DMSPress": Wrapper(
-        # The inner ratio does not count, but at 0 a replay would be left out.
+        # The inner ratio does not count, but at 0 a reconstruction would be left out.
         lambda p, r: cp.DMSPress(p.with_ratio(RATIO), 0.0 if r else -1e30, 8),
         counts=None,
     ),

@@ -120,7 +120,7 @@ DECODING = {
 
 
 @pytest.mark.parametrize("scorer", DECODING.values(), ids=list(DECODING))
-def test_what_was_noted_of_decoded_tokens_stays_with_their_text(scorer):
+def test_what_was_observed_of_decoded_tokens_stays_with_their_text(scorer):
     """Beams may change places, and a cache be copied, between two compressions."""
     press = cp.DecodingPress(scorer, 8, 20)
     texts, said = tokens(30, batch=2), tokens(8, batch=2, seed=1)
@@ -190,7 +190,7 @@ def test_compacted_keys_stand_one_after_the_other_up_to_the_last_token(padding, 
 
 
 def test_merged_values_are_means_by_weight():
-    """A row that is like one that goes becomes the mean of the two, by what each weighs."""
+    """A pair that is like one that goes becomes the mean of the two, by what each weighs."""
     plain = cp.prefill(MODEL, tokens(40), cp.KnormPress(0.0))
     cache = cp.prefill(MODEL, tokens(40), cp.MergingPress(KNORM))
     store, whole = compressed_layers(cache)[0], compressed_layers(plain)[0]

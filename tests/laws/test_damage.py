@@ -1,4 +1,4 @@
-"""Numbers that no model should make: every press keeps its count, and drops such rows if it can."""
+"""Numbers that no model should make: presses keep their counts, and evict such pairs."""
 
 from functools import cache
 
@@ -19,7 +19,7 @@ BLIND = ("FastKVzipPress", "KVzapPress", "LagKVPress", "RandomPress", "KVzipPres
 
 
 def some(value):
-    """Three rows with other numbers."""
+    """Three pairs with other numbers."""
 
     def change(x):
         x = x.clone()
@@ -83,7 +83,7 @@ def test_every_wrapper_works(what, where):
 
 @pytest.mark.parametrize("what", ["NaN", "infinity"])
 @pytest.mark.parametrize("press", SCORERS, ids=name_of)
-def test_rows_without_numbers_are_not_kept(press, what):
+def test_pairs_that_are_not_finite_are_not_kept(press, what):
     if name_of(press) in BLIND:
         pytest.skip("does not look at the row's key")
     held = kept(damaged(press, "k_proj", DAMAGE[what]))[1][0]
@@ -96,5 +96,5 @@ def test_texts_of_one_and_two_tokens(press):
         question = 1 if press.needs.question else None
         cache = cp.prefill(model(), tokens(n), press, question=question)
         lengths = [store.lengths.sum().item() for store in compressed_layers(cache)]
-        # At least one row stays for each group that competes: a head, or a layer.
+        # At least one pair stays for each group that competes: a head, or a layer.
         assert lengths == [2 if press.budget.scope == "head" or n == 2 else 1] * 4

@@ -51,7 +51,7 @@ def model():
 
 
 @pytest.mark.parametrize("name", PRESSES)
-def test_keeps_the_rows_of_the_reference(model, name):
+def test_keeps_the_pairs_of_the_reference(model, name):
     ids = torch.from_numpy(np.load(GOLDEN / "ids.npy")).view(1, -1)
     golden = np.load(next(GOLDEN.glob(f"{name}*.npz")))
     cache = pressed(model, PRESSES[name], ids)

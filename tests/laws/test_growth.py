@@ -66,7 +66,7 @@ MODEL = model()
 
 
 def work(press, n):
-    """What it takes to read a short prompt behind ``n`` rows, and to compress all of them."""
+    """What it takes to read a short prompt behind ``n`` pairs, and to compress all of them."""
     generator = torch.Generator().manual_seed(1)
     cache = DynamicCache(config=MODEL.config)
     # Keys with a direction in common, as real ones have.
@@ -131,8 +131,8 @@ def test_presses_whose_work_grows_faster_say_so():
     assert grows(cp.H2OPress) == "the square of the prompt, as attention itself does"
 
 
-def test_rows_that_are_like_others_cost_rkv_no_square():
-    """And rows that are like none do, which takes time, and no memory."""
+def test_pairs_that_are_like_others_cost_rkv_no_square():
+    """And pairs that are like none do, which takes time, and no memory."""
     alike, unlike = cp.RKVPress(0.5), cp.RKVPress(0.5, threshold=1.0)
     assert work(alike, LONG).numbers < 1.15 * FACTOR * work(alike, SHORT).numbers
     short, long = work(unlike, MIDDLE // 4), work(unlike, MIDDLE)

@@ -90,7 +90,7 @@ def test_named_counts():
 
 @by_name
 @pytest.mark.parametrize("name", FULL_ONLY)
-def test_a_row_of_a_padded_batch_equals_that_row_alone(name, press):
+def test_a_sequence_of_a_padded_batch_equals_that_sequence_alone(name, press):
     if name == "qwen3_moe" and press != PRESSES[0]:
         pytest.skip("one press is enough for an architecture whose attention is Qwen3's")
     model = exact_tiny(name)
@@ -117,7 +117,7 @@ def test_a_row_of_a_padded_batch_equals_that_row_alone(name, press):
 
 
 @by_name
-def test_right_padding_is_dropped_too(press):
+def test_right_padding_is_evicted_too(press):
     text, other = tokens(12, seed=3), tokens(20, seed=4)
     ids = torch.cat([torch.cat([text, torch.zeros(1, 8, dtype=torch.long)], -1), other])
     batch = pressed(MODEL, press, ids, attention_mask=(ids > 0).long())
@@ -126,7 +126,7 @@ def test_right_padding_is_dropped_too(press):
 
 
 @by_name
-def test_a_second_turn_is_settled_to_the_same_count(press):
+def test_a_second_turn_is_compressed_to_the_same_count(press):
     model, ids = exact_tiny(), tokens(40)
     cache = DynamicCache()
     with press(model):
@@ -162,7 +162,7 @@ def test_seen_never_shrinks_and_decoding_is_not_scored(press):
 
 @by_architecture
 def test_decoding_attends_like_a_masked_full_cache(name):
-    """The compressed cache against the whole one with the dropped rows masked by hand."""
+    """The compressed cache against the whole one with the evicted pairs masked by hand."""
     model, ids, step = exact_tiny(name), tokens(40), tokens(3, seed=5)
     press = cp.StreamingLLMPress(0.5, n_sink=3)
     logits = forward(model, pressed(model, press, ids), input_ids=step).logits

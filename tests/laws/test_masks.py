@@ -25,7 +25,7 @@ PADDED = 13
 
 
 def store_of(press, decoded, padded=False):
-    """A layer's rows, of two texts, with tails of every kind; and which columns are tokens."""
+    """A layer's pairs, of two texts, with tails of every kind; and which columns are tokens."""
     ids, valid = tokens(LONG, batch=2), torch.ones(2, LONG, dtype=torch.bool)
     valid[1, :PADDED] = not padded
     store = compressed_layers(
@@ -52,7 +52,7 @@ def masks(valid, n, padded):
 
 
 def visible_rows(store, valid, n):
-    """Which rows each query may see, from the positions alone, ``[B, H, n, T]``."""
+    """Which pairs each query may see, from the positions alone, ``[B, H, n, T]``."""
     position = store.positions[:, :, None].long()
     query = torch.arange(store.get_seq_length() - n, store.get_seq_length())[:, None]
     token = valid[:, None].expand(-1, 2, -1).gather(-1, position[:, :, 0].clamp(min=0))
@@ -82,7 +82,7 @@ def test_a_query_sees_its_text_up_to_itself(press, decoded, padded):
 
 
 def of_query(query, rows, visible):
-    """Attention of one query of every sequence, ``[B, H * G, E]``, over the rows that it sees."""
+    """Attention of one query of every sequence, ``[B, H * G, E]``, over the pairs that it sees."""
     seen = [
         [(rows.keys[b, h][visible[b, h]], rows.values[b, h][visible[b, h]]) for h in range(2)]
         for b in range(2)

@@ -224,8 +224,8 @@ def test_ratio_0_equals_no_press(scorer, wrapper):
         assert torch.equal(forward(model(), cache, input_ids=ids).logits, wanted)
         for step in range(12):
             ours = forward(model(), cache, input_ids=tokens(1, seed=step)).logits
-            plainly = forward(model(), plain, input_ids=tokens(1, seed=step)).logits
-            close(ours, plainly)
+            expected = forward(model(), plain, input_ids=tokens(1, seed=step)).logits
+            close(ours, expected)
     assert compressed_layers(cache)[0].lengths.tolist() == [[52, 52]]
 
 

@@ -1,4 +1,4 @@
-"""What a model computes in float64 stays so in every score, sum and stored row."""
+"""What a model computes in float64 stays so in every score, sum and stored pair."""
 
 import pytest
 from transformers import DynamicCache

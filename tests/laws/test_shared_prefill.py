@@ -70,7 +70,7 @@ def test_the_shared_cache_stays_whole():
     assert shared.whole_bytes == 4 * 2 * 2 * 40 * 8 * 8
 
 
-def test_a_press_that_looks_at_the_question_cannot_share():
+def test_a_press_that_needs_the_question_cannot_share():
     with pytest.raises(cp.CachepressError, match="observes the question"):
         SharedPrefill(tiny(), [cp.FinchPress(0.5)])
 

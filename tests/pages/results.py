@@ -25,7 +25,7 @@ CONFIG = {
 }
 
 
-def write_cell(
+def write_run(
     folder: Path,
     press: str,
     ratio: float,

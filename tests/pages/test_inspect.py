@@ -96,7 +96,7 @@ def whole(data):
     return "".join(gaps.get(str(i), "") + t for i, t in enumerate(data["texts"])) + data["rest"]
 
 
-def test_a_press_that_looks_at_the_question_shows_it(tmp_path):
+def test_a_press_that_needs_the_question_shows_it(tmp_path):
     page = page_of(tmp_path, cp.FinchPress(0.5))
     (data,) = page.data["data"]
     # The last token of the template is what the answer starts from.
@@ -151,7 +151,7 @@ def test_a_cut_context_ends_where_reading_ended(tmp_path):
     assert len(data["texts"]) < 512 and ("w3 w4 " + long).startswith(whole(data))
 
 
-def test_an_empty_row_is_not_a_token():
+def test_an_empty_slot_is_not_a_token():
     cache, _ = read(ADA)
     assert any((store.positions < 0).any() for store in compressed_layers(cache))
     for mask, store in zip(kept_of(cache).values(), compressed_layers(cache), strict=True):

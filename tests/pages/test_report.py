@@ -10,7 +10,7 @@ import pytest
 
 from cachepress.errors import CachepressError
 from cachepress.pages.report import write_report
-from tests.pages.results import HOSTILE, Page, write_cell
+from tests.pages.results import HOSTILE, Page, write_run
 
 ONES = [1.0] * 8
 
@@ -26,15 +26,15 @@ def results(tmp_path):
     """No press, and two presses of which one is beaten."""
     folder = tmp_path / "results"
     half = [1.0] * 4 + [0.0] * 4
-    write_cell(folder, "no_press", 0.0, ONES)
-    write_cell(folder, "snapkv", 0.5, [1.0] * 6 + [0.0] * 2, kl=[0.5] * 8, speed=12.0)
-    write_cell(folder, "snapkv", 0.75, half, kl=[0.75] * 8, speed=14.0)
-    write_cell(folder, "knorm", 0.5, half, kl=[1.0] * 8, speed=11.0)
+    write_run(folder, "no_press", 0.0, ONES)
+    write_run(folder, "snapkv", 0.5, [1.0] * 6 + [0.0] * 2, kl=[0.5] * 8, speed=12.0)
+    write_run(folder, "snapkv", 0.75, half, kl=[0.75] * 8, speed=14.0)
+    write_run(folder, "knorm", 0.5, half, kl=[1.0] * 8, speed=11.0)
     (folder / "running").mkdir()
     return folder
 
 
-def test_the_numbers_of_every_cell_are_in_the_page(results):
+def test_the_numbers_of_every_run_are_in_the_page(results):
     (panel,) = report(results).data["data"][0]
     cells = {cell["label"]: cell for cell in panel["cells"]}
     assert list(cells) == ["no_press", "knorm 0.5", "snapkv 0.5", "snapkv 0.75"]
@@ -75,11 +75,11 @@ def _fronts(folder, cost):
 
 
 def test_the_front_goes_through_what_can_be_told_apart(tmp_path):
-    write_cell(tmp_path, "no_press", 0.0, _share(190), speed=10.0)
-    write_cell(tmp_path, "snapkv", 0.5, _share(185), speed=20.0)
-    write_cell(tmp_path, "snapkv", 0.75, _share(120), speed=30.0)
-    write_cell(tmp_path, "knorm", 0.5, _share(60), speed=20.0)
-    write_cell(tmp_path, "knorm", 0.9, _share(20), speed=30.1)
+    write_run(tmp_path, "no_press", 0.0, _share(190), speed=10.0)
+    write_run(tmp_path, "snapkv", 0.5, _share(185), speed=20.0)
+    write_run(tmp_path, "snapkv", 0.75, _share(120), speed=30.0)
+    write_run(tmp_path, "knorm", 0.5, _share(60), speed=20.0)
+    write_run(tmp_path, "knorm", 0.9, _share(20), speed=30.1)
     # 190 right of 200 are not more than 185; 30.1 tokens a second, give or take, not more than 30.
     assert _fronts(tmp_path, "kept") == ["knorm 0.9", "snapkv 0.5", "snapkv 0.75"]
     assert _fronts(tmp_path, "speed") == ["snapkv 0.5", "snapkv 0.75"]
@@ -87,8 +87,8 @@ def test_the_front_goes_through_what_can_be_told_apart(tmp_path):
 
 @pytest.mark.parametrize("noise", [0.6, None])
 def test_there_is_no_front_of_speeds_that_differ_by_noise(tmp_path, noise):
-    write_cell(tmp_path, "no_press", 0.0, _share(190), speed=10.0, noise=noise)
-    write_cell(tmp_path, "snapkv", 0.75, _share(60), speed=20.0, noise=noise)
+    write_run(tmp_path, "no_press", 0.0, _share(190), speed=10.0, noise=noise)
+    write_run(tmp_path, "snapkv", 0.75, _share(60), speed=20.0, noise=noise)
     assert _fronts(tmp_path, "speed") == []
     assert _fronts(tmp_path, "kept") == ["no_press", "snapkv 0.75"]
     (panel,) = report(tmp_path).data["data"][0]
@@ -114,8 +114,8 @@ def test_the_page_says_what_is_not_finished_and_what_presses_saw(results):
 
 
 def test_hostile_texts_stay_texts(tmp_path):
-    write_cell(tmp_path, "no_press", 0.0, ONES, answers=[HOSTILE] * 8)
-    write_cell(tmp_path, f"x{HOSTILE}", 0.5, ONES, answers=["other"] * 8)
+    write_run(tmp_path, "no_press", 0.0, ONES, answers=[HOSTILE] * 8)
+    write_run(tmp_path, f"x{HOSTILE}", 0.5, ONES, answers=["other"] * 8)
     page = report(tmp_path)
     assert page.tags.count("script") == 4  # one panel's samples, the data, plotly, ours
     assert "b" not in page.tags
@@ -135,10 +135,10 @@ def test_the_page_is_one_file(results):
 
 def test_other_weights_make_a_panel_of_their_own_and_a_learned_file_none(tmp_path):
     new, old = ({"weights": name, "tokenizer": "t"} for name in ("new", "old"))
-    write_cell(tmp_path, "no_press", 0.0, ONES, digests=new, schema=1)
-    write_cell(tmp_path, "qfilter", 0.5, ONES, digests={**new, "0 q_filters": "f"}, schema=2)
-    write_cell(tmp_path, "knorm", 0.5, ONES, digests=old, schema=1)
-    write_cell(tmp_path, "snapkv", 0.5, ONES)
+    write_run(tmp_path, "no_press", 0.0, ONES, digests=new, schema=1)
+    write_run(tmp_path, "qfilter", 0.5, ONES, digests={**new, "0 q_filters": "f"}, schema=2)
+    write_run(tmp_path, "knorm", 0.5, ONES, digests=old, schema=1)
+    write_run(tmp_path, "snapkv", 0.5, ONES)
     page = report(tmp_path)
     cells = [
         [(cell["press"], cell["difference"] is not None) for cell in panel["cells"]]
@@ -155,9 +155,9 @@ def test_other_weights_make_a_panel_of_their_own_and_a_learned_file_none(tmp_pat
 
 
 def test_query_awareness_and_storage_make_panels_of_their_own(tmp_path):
-    write_cell(tmp_path, "no_press", 0.0, ONES)
-    write_cell(tmp_path, "knorm", 0.5, ONES, storage="int4", kept=0.125)
-    write_cell(tmp_path, "finch", 0.5, ONES, query_aware=True, seed=0)
+    write_run(tmp_path, "no_press", 0.0, ONES)
+    write_run(tmp_path, "knorm", 0.5, ONES, storage="int4", kept=0.125)
+    write_run(tmp_path, "finch", 0.5, ONES, query_aware=True, seed=0)
     panels = report(tmp_path).data["data"][0]
     labels = [[(cell["label"], cell["guest"]) for cell in panel["cells"]] for panel in panels]
     assert labels == [
@@ -170,21 +170,21 @@ def test_query_awareness_and_storage_make_panels_of_their_own(tmp_path):
 
 
 def test_the_page_says_what_was_cut_and_how_samples_were_asked(tmp_path):
-    write_cell(tmp_path, "no_press", 0.0, ONES)
-    place = write_cell(tmp_path, "knorm", 0.5, ONES) / "metrics.json"
+    write_run(tmp_path, "no_press", 0.0, ONES)
+    place = write_run(tmp_path, "knorm", 0.5, ONES) / "metrics.json"
     assert "contexts cut" not in " ".join(report(tmp_path).texts)
     told = {"cut_contexts": 3, "cut_tokens": 12345}
     place.write_text(json.dumps(json.loads(place.read_text()) | told))
     page = report(tmp_path)
     assert "3 contexts cut, 12,345 tokens in all" in page.texts
     assert "cut tokens" in page.texts and "12,345" in page.texts
-    write_cell(tmp_path, "knorm", 0.5, ONES, chat=False)
+    write_run(tmp_path, "knorm", 0.5, ONES, chat=False)
     texts = report(tmp_path).texts
     assert "chat: no" in texts and "chat: default" in texts
 
 
 def test_what_a_benchmark_reports_beside_the_score_has_a_column(tmp_path):
-    place = write_cell(tmp_path, "no_press", 0.0, ONES) / "metrics.json"
+    place = write_run(tmp_path, "no_press", 0.0, ONES) / "metrics.json"
     told = {"mean": 0.625, "low": 0.5, "high": 0.75, "samples": 4, "contexts": 4}
     metrics = json.loads(place.read_text()) | {"reported": {"longdep_qa": {"rouge_l": told}}}
     place.write_text(json.dumps(metrics))
@@ -197,8 +197,8 @@ def test_what_a_benchmark_reports_beside_the_score_has_a_column(tmp_path):
 
 
 def test_settings_that_differ_have_a_column_and_the_others_are_listed_once(tmp_path):
-    write_cell(tmp_path, "no_press", 0.0, ONES)
-    write_cell(tmp_path, "knorm", 0.5, ONES, storage="int4")
+    write_run(tmp_path, "no_press", 0.0, ONES)
+    write_run(tmp_path, "knorm", 0.5, ONES, storage="int4")
     texts = [text.strip() for text in report(tmp_path).texts if text.strip()]
     second = texts[texts.index("storage: int4") :]
     shared = second[: second.index("All numbers")]
@@ -207,8 +207,8 @@ def test_settings_that_differ_have_a_column_and_the_others_are_listed_once(tmp_p
     assert headers[-2:] == ["storage", "spelling"]
 
 
-def test_without_a_run_without_a_press_kept_bytes_are_of_the_cells_own(tmp_path):
-    write_cell(tmp_path, "knorm", 0.5, ONES, kept=0.25)
+def test_without_a_run_without_a_press_kept_bytes_are_of_the_runs_own(tmp_path):
+    write_run(tmp_path, "knorm", 0.5, ONES, kept=0.25)
     page = report(tmp_path)
     (panel,) = page.data["data"][0]
     assert panel["cells"][0]["kept"] == 0.25 and panel["cells"][0]["difference"] is None
@@ -216,8 +216,8 @@ def test_without_a_run_without_a_press_kept_bytes_are_of_the_cells_own(tmp_path)
 
 
 def test_one_context_says_nothing_of_others(tmp_path):
-    write_cell(tmp_path, "no_press", 0.0, ONES, contexts=[0] * 8)
-    cell = write_cell(tmp_path, "knorm", 0.5, ONES, contexts=[0] * 8, kl=[0.5] * 8)
+    write_run(tmp_path, "no_press", 0.0, ONES, contexts=[0] * 8)
+    cell = write_run(tmp_path, "knorm", 0.5, ONES, contexts=[0] * 8, kl=[0.5] * 8)
     assert "Infinity" in (cell / "metrics.json").read_text()
     page = report(tmp_path)
     knorm = page.data["data"][0][0]["cells"][1]
@@ -228,8 +228,8 @@ def test_one_context_says_nothing_of_others(tmp_path):
 
 
 def test_what_was_not_scored_is_compared_by_its_answers(tmp_path):
-    write_cell(tmp_path, "no_press", 0.0, None, answers=["a", "b"])
-    write_cell(tmp_path, "knorm", 0.5, None, answers=["a", "c"], kl=[0.5, 0.25], speed=None)
+    write_run(tmp_path, "no_press", 0.0, None, answers=["a", "b"])
+    write_run(tmp_path, "knorm", 0.5, None, answers=["a", "c"], kl=[0.5, 0.25], speed=None)
     page = report(tmp_path)
     (panel,) = page.data["data"][0]
     assert list(panel["qualities"]) == ["kl"]
@@ -239,7 +239,7 @@ def test_what_was_not_scored_is_compared_by_its_answers(tmp_path):
 
 def test_the_needle_has_a_map_of_means(tmp_path):
     places = [(500, 0.0), (500, 0.0), (500, 1.0), (1000, 0.0)]
-    write_cell(tmp_path, "no_press", 0.0, [1.0, 0.0, 1.0, 0.25], places=places)
+    write_run(tmp_path, "no_press", 0.0, [1.0, 0.0, 1.0, 0.25], places=places)
     grid = report(tmp_path).data["data"][0][0]["cells"][0]["needle"]
     assert grid["lengths"] == ["500", "1000"] and grid["depths"] == ["0", "1"]
     assert grid["scores"] == [[0.5, 0.25], [1.0, None]]
@@ -248,7 +248,7 @@ def test_the_needle_has_a_map_of_means(tmp_path):
 
 def test_many_depths_are_put_together(tmp_path):
     places = [(500, i / 39) for i in range(40)]
-    write_cell(tmp_path, "no_press", 0.0, [1.0] * 40, places=places)
+    write_run(tmp_path, "no_press", 0.0, [1.0] * 40, places=places)
     grid = report(tmp_path).data["data"][0][0]["cells"][0]["needle"]
     assert len(grid["depths"]) == 10 and grid["depths"][0] == "0 to 0.1"
     assert sum(row[0] for row in grid["counts"]) == 40
@@ -276,8 +276,8 @@ def rows_of(path):
 
 
 def test_a_table_for_spreadsheets_has_numbers_in_full_and_no_formulas(results):
-    write_cell(results, "=cmd|' /C calc'!A0", 0.5, ONES, device="-1")
-    write_cell(results, "tova", 0.5, ONES, model="@other")
+    write_run(results, "=cmd|' /C calc'!A0", 0.5, ONES, device="-1")
+    write_run(results, "tova", 0.5, ONES, model="@other")
     (path,) = write_report(results, None, ["csv"])
     assert path == results / "table.csv"
     rows = rows_of(path)
@@ -292,7 +292,7 @@ def test_a_table_for_spreadsheets_has_numbers_in_full_and_no_formulas(results):
 
 
 def test_tables_escape_what_their_language_reads(tmp_path):
-    write_cell(tmp_path, r"a|b\c_{d}~$%#&^<i>", 0.5, ONES)
+    write_run(tmp_path, r"a|b\c_{d}~$%#&^<i>", 0.5, ONES)
     md, tex = (path.read_text() for path in write_report(tmp_path, None, ["md", "latex"]))
     assert r"a\|b\\c\_{d}~$%\#&^\<i\>" in md
     escaped = r"a|b\textbackslash{}c\_\{d\}\textasciitilde{}\$\%\#\&\textasciicircum{}"
@@ -317,8 +317,8 @@ def test_pictures(results, tmp_path):
 
 def test_the_needle_has_a_picture_and_panels_have_numbers(tmp_path):
     places = [(500, 0.5), (1000, 0.5)]
-    write_cell(tmp_path, "no_press", 0.0, [1.0, 0.0], places=places)
-    write_cell(tmp_path, "no_press", 0.0, [1.0, 0.0], data_dir="other", speed=None)
+    write_run(tmp_path, "no_press", 0.0, [1.0, 0.0], places=places)
+    write_run(tmp_path, "no_press", 0.0, [1.0, 0.0], data_dir="other", speed=None)
     names = {path.name for path in write_report(tmp_path, None, ["png"])}
     assert names == {"quality-1.png", "speed-1.png", "needle-1.png", "quality-2.png"}
 
@@ -367,7 +367,7 @@ def test_a_file_that_is_missing_is_named(results, name):
         write_report(results, None, ["html"])
 
 
-def test_without_a_finished_cell_it_says_what_to_run(tmp_path):
+def test_without_a_finished_run_it_says_what_to_run(tmp_path):
     (tmp_path / "running").mkdir()
     with pytest.raises(CachepressError, match="cachepress evaluate --output-dir"):
         write_report(tmp_path, None, ["html"])
@@ -406,7 +406,7 @@ document.getElementById("frame").onload = () => setTimeout(() => {{
 @pytest.mark.parametrize(("first", "then"), [(400, 400), (1200, 400), (400, 1200)])
 def test_charts_fit_a_narrow_window_also_when_it_was_wide(tmp_path, first, then):
     for press, ratio in (("no_press", 0.0), ("a" * 90, 0.5)):
-        write_cell(tmp_path, press, ratio, ONES, places=[(100, 0.5)] * len(ONES))
+        write_run(tmp_path, press, ratio, ONES, places=[(100, 0.5)] * len(ONES))
     (page,) = write_report(tmp_path)
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME.format(page=page.as_uri(), first=first, then=then))

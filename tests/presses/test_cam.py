@@ -11,14 +11,14 @@ from cachepress.cache.batch import compressed_layers
 from cachepress.presses.cam import _STREAM, CAMPress
 from cachepress.presses.h2o import H2OPress
 from tests.bounds import close
-from tests.presses.test_merging import folding
+from tests.presses.test_merging import recording_merges
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tokens
 from tests.tiny_cache import forward, kept
 
 
 def draw(seed, layer, head, row):
-    """The number from 0 to 1 that belongs to a row."""
+    """The number from 0 to 1 that belongs to a pair."""
     view = SimpleNamespace(
         keys=torch.zeros(1, 2, 1, 1), layer=layer, index=torch.full((1, 2, 1), row)
     )
@@ -26,7 +26,7 @@ def draw(seed, layer, head, row):
 
 
 def merge(values, received, alive, lost, budget, drawn):
-    """Share the values of the rows that are lost among the next rows that are left."""
+    """Share the values of the pairs that are lost among the next pairs that are left."""
     shared = {j: values[j].clone() for j in alive}
     for i in lost:
         window = [j for j in sorted(alive) if j > i][:budget]
@@ -38,7 +38,7 @@ def merge(values, received, alive, lost, budget, drawn):
 
 
 class Simulation:
-    """CaM on an uncompressed cache, with the keys of the smallest norm kept, row after row."""
+    """CaM on an uncompressed cache, with the keys of the smallest norm kept, pair after pair."""
 
     def __init__(self, size, budget, interval, seed):
         self.size, self.budget, self.interval, self.seed = size, budget, interval, seed
@@ -117,8 +117,8 @@ def test_decoding_is_the_algorithm_of_the_paper(size, budget, interval, seed):
     ],
     ids=repr,
 )
-def test_heads_share_among_rows_of_their_own(inner):
-    press, found = folding(CAMPress(inner, 8, 9, merge_budget=4))
+def test_heads_share_among_pairs_of_their_own(inner):
+    press, found = recording_merges(CAMPress(inner, 8, 9, merge_budget=4))
     cp.prefill(tiny(), tokens(40), press)
     for layer, (view, mask, (keys, values)) in enumerate(found):
         received = view.attention_sums.mean(2)
@@ -150,7 +150,7 @@ def decoded(press, ids, mask=None, steps=13):
 
 
 @pytest.mark.parametrize("inner", [cp.AdaKVPress(cp.KnormPress()), cp.TOVAPress(), H2OPress()])
-def test_a_row_of_a_padded_batch_draws_as_if_alone(inner):
+def test_a_sequence_of_a_padded_batch_draws_as_if_alone(inner):
     press = CAMPress(inner, 5, 9, merge_budget=3)
     texts = [tokens(n, seed=n) for n in (31, 18, 2)]
     ids = torch.zeros(3, 31, dtype=torch.long)
@@ -189,22 +189,22 @@ def test_draws_repeat_and_belong_to_a_seed():
     assert 0.0 <= min(draws) < max(draws) < 1.0
 
 
-def test_the_attention_received_goes_on_unless_the_inner_press_leaves_a_number():
-    press, found = folding(CAMPress(cp.KnormPress(), 4, 9))
+def test_the_attention_received_is_kept_unless_the_inner_press_keeps_a_token_state():
+    press, found = recording_merges(CAMPress(cp.KnormPress(), 4, 9))
     cache = decoded(press, tokens(20), steps=4)
     view, mask, _ = found[4]
     row = int(mask[0, 0].nonzero()[0])
     received = view.token_state[0, 0, row] + view.attention_sums[0, 0, :, row].mean()
     close(compressed_layers(cache)[0].snapshot.rows().token_state[0, 0, 0], received)
-    whole, found = folding(CAMPress(H2OPress(), 4, 9))
+    whole, found = recording_merges(CAMPress(H2OPress(), 4, 9))
     decoded(whole, tokens(20), steps=4)
     view = found[4][0]
     assert torch.equal(whole._received(view), view.attention_sums.mean(2))
     assert torch.equal(whole.token_state(view), H2OPress().token_state(view))
 
 
-def test_the_last_rows_have_no_one_to_leave_anything_to():
-    press, found = folding(CAMPress(cp.StreamingLLMPress(), 4, 5, merge_budget=2))
+def test_the_last_pairs_have_none_to_be_merged_into():
+    press, found = recording_merges(CAMPress(cp.StreamingLLMPress(), 4, 5, merge_budget=2))
     cp.prefill(tiny(), tokens(12), press)
     view, mask, _ = found[0]
     mask = torch.zeros_like(mask)

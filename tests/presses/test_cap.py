@@ -16,7 +16,7 @@ from tests.tiny_cache import forward, kept, pressed
 SEEN = {}
 
 
-class Noted(CapPress):
+class Recording(CapPress):
     @property
     def needs(self):
         return super().needs | Needs(queries=EVERY)
@@ -47,7 +47,7 @@ def anchors(view, b, press):
 
 
 def reference(press, view, b, h):
-    """The paper's formula for the rows of a head that are not sinks, by column."""
+    """The paper's formula for the pairs of a head that are not sinks, by column."""
     g = view.queries.shape[2]
     rows = [
         t
@@ -80,7 +80,7 @@ def check(press, view, scores):
 @pytest.mark.parametrize("tau", [0, 1.0, 5.0])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_scores_are_those_of_the_paper(name, tau):
-    press = Noted(0.5, tau=tau, n_future_positions=9, n_sink=3)
+    press = Recording(0.5, tau=tau, n_future_positions=9, n_sink=3)
     pressed(tiny(name), press, tokens(24))
     for view, scores in SEEN.values():
         check(press, view, scores)
@@ -89,7 +89,7 @@ def test_scores_are_those_of_the_paper(name, tau):
 
 
 def test_a_text_longer_than_a_block_is_scored_as_a_whole(monkeypatch):
-    press = Noted(0.5, n_future_positions=2)
+    press = Recording(0.5, n_future_positions=2)
     pressed(tiny(), press, tokens(30))
     view, scores = SEEN[0]
     monkeypatch.setattr("cachepress.presses.cap._BLOCK", 7)
@@ -97,7 +97,7 @@ def test_a_text_longer_than_a_block_is_scored_as_a_whole(monkeypatch):
 
 
 def test_a_further_turn_has_an_anchor_of_its_own():
-    press, model, ids = Noted(0.5, n_future_positions=5), tiny(), tokens(40)
+    press, model, ids = Recording(0.5, n_future_positions=5), tiny(), tokens(40)
     cache = pressed(model, press, ids[:, :23])
     with press(model):
         forward(model, cache, input_ids=ids[:, 23:])
@@ -107,7 +107,7 @@ def test_a_further_turn_has_an_anchor_of_its_own():
 
 
 def test_padding_changes_nothing():
-    press, model = Noted(0.5, n_future_positions=5), tiny()
+    press, model = Recording(0.5, n_future_positions=5), tiny()
     texts = [tokens(n, seed=n) for n in (33, 21, 3)]
     ids = torch.zeros(3, 33, dtype=torch.long)
     for row, text in zip(ids, texts, strict=True):
@@ -124,7 +124,7 @@ def test_padding_changes_nothing():
 
 
 def test_the_formula_holds_for_a_large_tau_and_stays_finite_for_any():
-    press = Noted(0.5, tau=12.0, n_future_positions=5, epsilon=1e-9)
+    press = Recording(0.5, tau=12.0, n_future_positions=5, epsilon=1e-9)
     pressed(tiny(), press, tokens(24))
     view, scores = SEEN[1]
     check(press, view, scores)
@@ -134,9 +134,9 @@ def test_the_formula_holds_for_a_large_tau_and_stays_finite_for_any():
         assert bool(free.isfinite().all()) and free.max() <= 1 and free.min() >= 0
 
 
-def test_of_rows_with_like_values_few_stay():
-    """Nine rows say the same, one says something else: the one is worth more than each of them."""
-    press = Noted(0.5, tau=0, n_sink=0)
+def test_of_pairs_with_like_values_few_stay():
+    """Nine pairs say the same, one says something else: the one is worth more than each of them."""
+    press = Recording(0.5, tau=0, n_sink=0)
     pressed(tiny(), press, tokens(10))
     values = torch.zeros(1, 2, 10, 8, dtype=torch.float64)
     values[:, :, :9, 0] = values[:, :, 9, 1] = 3

@@ -20,7 +20,7 @@ from tests.tiny_cache import forward, kept, pressed
 
 @dataclass(frozen=True)
 class Given(cp.ScorerPress):
-    """Answers scores that the test made up, with some rows pinned."""
+    """Answers scores that the test made up, with some pairs pinned."""
 
     scores: Tensor = field(default_factory=lambda: torch.zeros(0))
     sinks: int = 0
@@ -63,8 +63,8 @@ def chosen(press, view):
     ]
 
 
-def plainly(scores, length, budgets, pinned=()):
-    """The rows of each head: ``scores`` holds a dictionary from own index to score per head."""
+def transcription(scores, length, budgets, pinned=()):
+    """The pairs of each head: ``scores`` holds a dictionary from own index to score per head."""
     rows = sorted({i for head in scores for i in head} - set(pinned))
 
     def mean(some):
@@ -90,10 +90,10 @@ def heads_of(scores, length):
 
 @pytest.mark.parametrize("n_kept", [1, 3, 10, 17, 29])
 @pytest.mark.parametrize("length", [1, 4, 5, 40])
-def test_keeps_whole_chunks_and_the_best_rows_of_the_last(length, n_kept):
+def test_keeps_whole_chunks_and_the_best_pairs_of_the_last(length, n_kept):
     scores = randn(1, 3, 31, generator=torch.Generator().manual_seed(n_kept))
     press = ChunkKVPress(Given(0.5, scores=scores), chunk_length=length)
-    wanted = plainly(heads_of(scores[0], 31), length, [n_kept] * 3)
+    wanted = transcription(heads_of(scores[0], 31), length, [n_kept] * 3)
     assert chosen(press, table(scores, n_kept)) == [wanted]
     assert wanted[0] == wanted[1] == wanted[2] and len(wanted[0]) == n_kept
 
@@ -117,27 +117,27 @@ def test_each_sequence_chooses_its_own_chunks_whatever_the_padding():
     lengths, counts = [24, 17, 3], [11, 8, 2]
     press = ChunkKVPress(Given(0.5, scores=scores), chunk_length=4)
     found = chosen(press, table(scores, counts, lengths))
-    wanted = [plainly(heads_of(scores[b], lengths[b]), 4, [counts[b]] * 2) for b in range(3)]
+    wanted = [transcription(heads_of(scores[b], lengths[b]), 4, [counts[b]] * 2) for b in range(3)]
     assert found == wanted
     assert found[0] != found[1]
 
 
-def test_pinned_rows_stay_first_and_do_not_count_in_their_chunk():
+def test_pinned_pairs_stay_first_and_do_not_count_in_their_chunk():
     scores = rand(1, 2, 20, generator=torch.Generator().manual_seed(2))
     press = ChunkKVPress(Given(0.5, scores=scores, sinks=2, window=3), chunk_length=4)
-    wanted = plainly(heads_of(scores[0], 20), 4, [9, 9], pinned=[0, 1, 19, 18, 17])
+    wanted = transcription(heads_of(scores[0], 20), 4, [9, 9], pinned=[0, 1, 19, 18, 17])
     assert chosen(press, table(scores, 9)) == [wanted]
     assert chosen(press, table(scores, 4)) == [[[0, 1, 18, 19]] * 2]
 
 
-def test_heads_that_hold_different_rows_share_one_ranking():
+def test_heads_that_hold_different_pairs_share_one_ranking():
     scores = randn(1, 2, 12, generator=torch.Generator().manual_seed(3))
     view = table(scores, 4)
     index = torch.tensor([[0, 1, 2, 4, 5, 9, 10, 11, 12, 15, 18, 19], [*range(8, 20)]])
     view = replace(view, index=index[None], n_seen=torch.tensor([20]))
     heads = [dict(zip(index[h].tolist(), scores[0, h].tolist(), strict=True)) for h in range(2)]
     press = ChunkKVPress(Given(0.5, scores=scores), chunk_length=3)
-    assert chosen(press, view) == [plainly(heads, 3, [4, 4])]
+    assert chosen(press, view) == [transcription(heads, 3, [4, 4])]
 
 
 def test_heads_with_budgets_of_their_own_go_down_the_same_ranking():
@@ -147,11 +147,11 @@ def test_heads_with_budgets_of_their_own_go_down_the_same_ranking():
     view = table(scores, 8)
     budgets = [len(head) for head in chosen(inner, view)[0]]
     press = ChunkKVPress(inner, chunk_length=4)
-    assert chosen(press, view) == [plainly(heads_of(scores[0], 20), 4, budgets)]
+    assert chosen(press, view) == [transcription(heads_of(scores[0], 20), 4, budgets)]
     assert sum(budgets) == 16 and budgets[0] < budgets[1]
 
 
-def test_shares_rows_over_the_heads_of_a_model_and_over_turns():
+def test_shares_pairs_over_the_heads_of_a_model_and_over_turns():
     model, ids = tiny(), tokens(41, batch=2)
     press = ChunkKVPress(cp.SnapKVPress(0.5, window_size=6), chunk_length=5)
     cache = DynamicCache()
@@ -165,15 +165,15 @@ def test_shares_rows_over_the_heads_of_a_model_and_over_turns():
     assert kept(cache)[0][0] != kept(cache)[0][1]
 
 
-def test_a_text_shorter_than_a_chunk_is_cut_by_the_mean_score_of_its_rows():
+def test_a_text_shorter_than_a_chunk_is_cut_by_the_mean_score_of_its_pairs():
     seen = {}
 
-    class Noted(cp.KnormPress):
+    class Recording(cp.KnormPress):
         def score(self, view):
             seen[view.depth] = super().score(view)
             return seen[view.depth]
 
-    cache = pressed(tiny(), ChunkKVPress(Noted(0.5), chunk_length=50), tokens(12))
+    cache = pressed(tiny(), ChunkKVPress(Recording(0.5), chunk_length=50), tokens(12))
     for depth, layer in enumerate(kept(cache)):
         best = seen[depth][0].mean(0).argsort(descending=True)[:6].sort().values.tolist()
         assert layer[0] == [best, best]

@@ -17,21 +17,21 @@ SEEN = {}
 SMALL = {"sink_size_start": 3, "sink_size_end": 2, "chunk_size": 7, "sketch_dimension": 5}
 
 
-class Noted(CompactorPress):
+class Recording(CompactorPress):
     def score(self, view):
         SEEN[view.depth] = view, super().score(view), self.token_state(view)
         return SEEN[view.depth][1]
 
 
 def free_columns(press, view):
-    """Columns of the rows that are not pinned, of one sequence without padding, by head."""
+    """Columns of the pairs that are not pinned, of one sequence without padding, by head."""
     end = int(view.n_seen) - press.sink_size_end
     heads = view.index[0].tolist()
     return [[t for t, i in enumerate(h) if press.sink_size_start <= i < end] for h in heads]
 
 
 def received(press, view, h, rows, before):
-    """Attention within chunks that are counted from the first row not pinned."""
+    """Attention within chunks that are counted from the first pair not pinned."""
     first = view.keys.shape[2] - view.queries.shape[-2]
     chunk = {
         t: (int(view.index[0, h, t]) - press.sink_size_start) // press.chunk_size for t in rows
@@ -82,28 +82,28 @@ def check(press, view, scores, weight, before=None):
 
 
 @pytest.mark.parametrize("blending", [0, 0.35, 2])
-def test_scores_are_the_blend_of_both_halves_between_the_pinned_rows(blending):
-    press = Noted(0.5, **SMALL, blending=blending)
+def test_scores_are_the_blend_of_both_halves_between_the_pinned_pairs(blending):
+    press = Recording(0.5, **SMALL, blending=blending)
     pressed(tiny(), press, tokens(30))
     for view, scores, _ in SEEN.values():
         check(press, view, scores, blending)
 
 
 def test_blending_is_by_default_the_fraction_removed():
-    press = Noted(0.3, **SMALL)
+    press = Recording(0.3, **SMALL)
     pressed(tiny(), press, tokens(31))
     view, scores, _ = SEEN[0]
     check(press, view, scores, 1 - 21 / 31)
-    pressed(tiny(), Noted(0.0, n_kept=10, **SMALL), tokens(31))
+    pressed(tiny(), Recording(0.0, n_kept=10, **SMALL), tokens(31))
     view, scores, _ = SEEN[0]
     check(press, view, scores, 1 - 10 / 31)
     zero = replace(view, n_kept=torch.tensor([31]))
     check(press, zero, press.score(zero), 0)
 
 
-def test_a_further_turn_adds_to_what_rows_received():
-    """Rows that were pinned as the newest are not any more, and count as average."""
-    press, model, ids = Noted(0.5, **SMALL), tiny(), tokens(41)
+def test_a_further_turn_adds_to_what_pairs_received():
+    """Pairs that were pinned as the newest are not any more, and count as average."""
+    press, model, ids = Recording(0.5, **SMALL), tiny(), tokens(41)
     cache = pressed(model, press, ids[:, :22])
     first = {depth: token_state for depth, (_, _, token_state) in SEEN.items()}
     with press(model):
@@ -120,7 +120,7 @@ def test_a_further_turn_adds_to_what_rows_received():
 
 
 def test_padding_changes_nothing():
-    press, model = Noted(0.5, **SMALL), tiny()
+    press, model = Recording(0.5, **SMALL), tiny()
     texts = [tokens(n, seed=n) for n in (33, 21, 6, 2)]
     ids = torch.zeros(4, 33, dtype=torch.long)
     for row, text in zip(ids, texts, strict=True):
@@ -137,18 +137,18 @@ def test_padding_changes_nothing():
                 close(part, alone[0])
 
 
-def test_pinned_rows_yield_to_the_budget_first_ones_last():
+def test_pinned_pairs_yield_to_the_budget_first_ones_last():
     press = CompactorPress(0.5)
     assert kept(pressed(tiny(), press, tokens(14)))[0][0][0] == list(range(7))
     assert kept(pressed(tiny(), press, tokens(20)))[0][0][0] == [*range(8), 18, 19]
     assert kept(pressed(tiny(), press, tokens(1)))[0][0][0] == [0]
-    none = kept(pressed(tiny(), Noted(0.5, 0, 0, chunk_size=8), tokens(20)))
+    none = kept(pressed(tiny(), Recording(0.5, 0, 0, chunk_size=8), tokens(20)))
     assert not bool(pinned(SEEN[0][1]).any()) and len(none[0][0][0]) == 10
 
 
 def test_half_precision_is_scored_in_single():
     model = tiny().bfloat16()
-    press = Noted(0.5, **SMALL)
+    press = Recording(0.5, **SMALL)
     pressed(model, press, tokens(30))
     view, scores, _ = SEEN[0]
     assert view.keys.dtype == torch.bfloat16 and scores.dtype == torch.float32

@@ -14,14 +14,14 @@ from tests.tiny_cache import forward, kept, pressed
 SEEN = {}
 
 
-class Noted(CURPress):
+class Recording(CURPress):
     def score(self, view):
         SEEN[view.depth] = view, super().score(view)
         return SEEN[view.depth][1]
 
 
 def reference(press, view, b, h):
-    """The leverage of each valid row by index, by plain loops."""
+    """The leverage of each valid pair by index, by plain loops."""
     rows = [t for t in range(view.valid.shape[-1]) if view.valid[b, h, t]]
     index = {t: int(view.index[b, h, t]) for t in rows}
 
@@ -60,7 +60,7 @@ def check(press, view, scores):
 @pytest.mark.parametrize("local", [True, False])
 @pytest.mark.parametrize("kind", ["key", "value", "kv_avg", "kv_product"])
 def test_scores_are_shares_of_squared_norms(kind, local):
-    press = Noted(
+    press = Recording(
         0.5,
         num_sinks=2,
         leverage_type=kind,
@@ -74,8 +74,8 @@ def test_scores_are_shares_of_squared_norms(kind, local):
     check(press, wide, press.score(wide))
 
 
-def test_a_further_turn_measures_windows_by_the_rows_that_are_left():
-    press, model, ids = Noted(0.5, local_window_size=5), tiny(), tokens(40)
+def test_a_further_turn_measures_windows_by_the_pairs_that_are_left():
+    press, model, ids = Recording(0.5, local_window_size=5), tiny(), tokens(40)
     cache = pressed(model, press, ids[:, :23])
     with press(model):
         forward(model, cache, input_ids=ids[:, 23:])
@@ -85,7 +85,7 @@ def test_a_further_turn_measures_windows_by_the_rows_that_are_left():
 
 
 def test_padding_changes_nothing():
-    press, model = Noted(0.5, num_sinks=1, local_window_size=5), tiny()
+    press, model = Recording(0.5, num_sinks=1, local_window_size=5), tiny()
     texts = [tokens(n, seed=n) for n in (33, 21, 3)]
     ids = torch.zeros(3, 33, dtype=torch.long)
     for row, text in zip(ids, texts, strict=True):
@@ -103,7 +103,7 @@ def test_padding_changes_nothing():
 
 def test_random_leverage_is_a_squared_norm_of_a_projection():
     """It obeys the parallelogram law, which holds for every quadratic form."""
-    press = Noted(0.5, 0, "key", use_random_leverage=True, use_local_approximation=False)
+    press = Recording(0.5, 0, "key", use_random_leverage=True, use_local_approximation=False)
     pressed(tiny(), press, tokens(4))
     view = SEEN[0][0]
     x, y = randn(2, 1, 1, 8).expand(2, 1, 2, 8)
@@ -119,7 +119,7 @@ def test_random_leverage_is_a_squared_norm_of_a_projection():
 
 def test_random_leverage_keeps_lengths_on_average_and_projects_values_by_another_matrix():
     press = CURPress(0.5, 0, "value", use_random_leverage=True, use_local_approximation=False)
-    pressed(tiny(), Noted(0.5), tokens(2))
+    pressed(tiny(), Recording(0.5), tokens(2))
     view, x = SEEN[0][0], randn(1, 2, 2, 8)
     by_layer = torch.stack(
         [press.score(replace(view, values=x, layer=n))[0, 0, 0] for n in range(300)]
@@ -134,8 +134,8 @@ def test_random_leverage_keeps_lengths_on_average_and_projects_values_by_another
     assert not torch.allclose(keys.score(same), press.score(same))
 
 
-def test_rows_of_zeros_and_single_rows():
-    press = Noted(0.5, num_sinks=0, local_window_size=3)
+def test_zeros_and_single_tokens():
+    press = Recording(0.5, num_sinks=0, local_window_size=3)
     pressed(tiny(), press, tokens(6))
     view = SEEN[0][0]
     zeros = replace(view, keys=torch.zeros_like(view.keys))

@@ -15,7 +15,7 @@ from tests.presses.test_snapkv import (
     assert_second_turns_are_as_if_alone,
     eager,
     extras,
-    noting,
+    recording,
     weights_of,
 )
 from tests.tiny import exact_tiny as tiny
@@ -39,8 +39,8 @@ def sizes_of(view, weight):
     return sizes
 
 
-def plainly(view, depth, n, kernel, weight, softcap, sinks):
-    """The scores of the rows before the window, and which of them the first stage keeps."""
+def transcription(view, depth, n, kernel, weight, softcap, sinks):
+    """The scores of the pairs before the window, and which of them the first stage keeps."""
     b, h, g, q, _ = view.queries.shape
     free = view.keys.shape[2] - n
     risk, sure = view.keys.new_zeros(b, h, free), torch.zeros(b, h, free, dtype=torch.bool)
@@ -78,12 +78,12 @@ def plainly(view, depth, n, kernel, weight, softcap, sinks):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_score_is_that_of_the_authors(name, ratio):
     model = eager(name)
-    press, seen = noting(PRESS.with_ratio(ratio))
+    press, seen = recording(PRESS.with_ratio(ratio))
     pressed(model, press, tokens(20, batch=2))
     counts = set()
     for depth, [(view, score)] in seen.items():
         weight = model.model.layers[view.layer].self_attn.o_proj.weight.detach()
-        wanted, sure = plainly(view, depth, 4, 3, weight, *extras(name, model))
+        wanted, sure = transcription(view, depth, 4, 3, weight, *extras(name, model))
         assert torch.equal(pinned(score)[..., :-4], sure)
         counts |= set(sure.sum(-1).flatten().tolist())
         close(score[..., :-4][~sure], wanted[~sure])
@@ -93,8 +93,8 @@ def test_score_is_that_of_the_authors(name, ratio):
     assert max(counts) <= room and (len(counts) > 1 or room in counts)
 
 
-def test_rows_below_the_mean_risk_are_as_good_as_each_other():
-    press, seen = noting(PRESS)
+def test_pairs_below_the_mean_risk_are_as_good_as_each_other():
+    press, seen = recording(PRESS)
     pressed(tiny(), press, tokens(30))
     for [(view, _)] in seen.values():
         # No room for the first stage.
@@ -105,9 +105,9 @@ def test_rows_below_the_mean_risk_are_as_good_as_each_other():
         assert (score.mean(-1) > score.amin(-1)).all()
 
 
-def test_the_first_stage_keeps_rows_that_risk_and_size_would_drop():
-    """A head whose attention lies on few rows keeps those, however small their values are."""
-    press, seen = noting(PRESS)
+def test_the_first_stage_keeps_pairs_that_risk_and_size_would_evict():
+    """A head whose attention lies on few pairs keeps those, however small their values are."""
+    press, seen = recording(PRESS)
     pressed(tiny(), press, tokens(30))
     [(view, _)] = seen[2]
     mean = (view.window_attention(4)[..., :-4]).mean(2)
@@ -121,7 +121,7 @@ def test_the_first_stage_keeps_rows_that_risk_and_size_would_drop():
 
 
 def test_model_wide_competition_is_over_shares_of_each_layer():
-    press, seen = noting(PRESS)
+    press, seen = recording(PRESS)
     model, ids = tiny(), tokens(40)
     around = cp.AdaKVPress(press, alpha_safeguard=0.0, scope="model")
     cache = pressed(model, around, ids)
@@ -141,16 +141,16 @@ def test_turns_of_different_lengths_change_nothing():
     assert_second_turns_are_as_if_alone(PRESS)
 
 
-def test_a_text_of_one_row_and_one_within_the_window_have_finite_scores():
+def test_a_text_of_one_token_and_one_within_the_window_have_finite_scores():
     for n in (2, 5):
-        press, seen = noting(DefensiveKVPress(0.5, window_size=5))
+        press, seen = recording(DefensiveKVPress(0.5, window_size=5))
         cache = pressed(tiny(), press, tokens(n))
         assert all(score.isfinite().all() for [(_, score)] in seen.values())
         assert kept(cache)[0][0] == [list(range(n - n // 2, n))] * 2
 
 
 def test_bf16_is_scored_in_float32():
-    press, seen = noting(PRESS)
+    press, seen = recording(PRESS)
     pressed(tiny().bfloat16(), press, tokens(30))
     assert all(score.dtype == torch.float32 for [(_, score)] in seen.values())
 

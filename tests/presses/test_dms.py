@@ -21,13 +21,13 @@ def whole(ids):
 
 
 def rule(keys, threshold, window=WINDOW):
-    """Rows of a head that stay, by key norms."""
+    """Pairs of a head that stay, by key norms."""
     n = keys.shape[0]
     return [i for i in range(n) if i >= n - window or -float(keys[i].norm()) >= threshold]
 
 
 @pytest.mark.parametrize("chunk_size", [None, 9])
-def test_rows_below_the_threshold_go(chunk_size):
+def test_pairs_below_the_threshold_go(chunk_size):
     ids = tokens(40)
     cache = cp.prefill(tiny(), ids, DMSPress(cp.KnormPress(), -4.5, WINDOW), chunk_size=chunk_size)
     held = kept(cache)
@@ -38,7 +38,7 @@ def test_rows_below_the_threshold_go(chunk_size):
     assert len(counts) > 2 and min(counts) >= WINDOW and max(counts) < 40
 
 
-def test_a_padded_batch_is_judged_row_by_row():
+def test_a_padded_batch_is_judged_text_by_text():
     press = DMSPress(cp.KnormPress(), -4.5, WINDOW)
     text, other = tokens(17, seed=3), tokens(30, seed=4)
     ids = torch.cat([torch.cat([torch.zeros(1, 13, dtype=torch.long), text], 1), other])
@@ -50,7 +50,7 @@ def test_a_padded_batch_is_judged_row_by_row():
 
 
 @pytest.mark.parametrize("interval", [1, 4])
-def test_while_decoding_rows_go_when_they_leave_the_window(interval):
+def test_while_decoding_pairs_are_evicted_when_they_are_out_of_the_window(interval):
     model, ids, threshold = tiny(), tokens(20), -4.5
     cache, press = (
         DynamicCache(),
@@ -74,7 +74,7 @@ def test_while_decoding_rows_go_when_they_leave_the_window(interval):
                     assert kept(cache)[layer][0][head] == wanted, (layer, step)
 
 
-def test_a_surrogate_decides_for_decoded_rows_too():
+def test_a_surrogate_decides_for_decoded_pairs_too():
     model = tiny()
     press = DMSPress(cp.KVzapPress(surrogate=learned()), -1e9, WINDOW, decoding=True, interval=2)
     cache = DynamicCache()

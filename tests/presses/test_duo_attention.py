@@ -111,7 +111,7 @@ def test_a_wrong_pattern_is_refused_before_any_work(tmp_path):
     assert cache.get_seq_length() == 0
 
 
-def test_a_head_that_streams_holds_its_own_rows_only():
+def test_a_head_that_streams_holds_its_own_pairs_only():
     cache = pressed(tiny(), DuoAttentionPress(0.5, PATTERN, **SIZES), tokens(400))
     assert [store.lengths.tolist() for store in compressed_layers(cache)] == [
         [[400, 9]],

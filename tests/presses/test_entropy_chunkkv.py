@@ -18,8 +18,8 @@ def lower_median(numbers):
     return sorted(numbers)[(len(numbers) - 1) // 2]
 
 
-def plainly(scores, length, few, n_kept, pinned=()):
-    """The rows that every head keeps, of ``scores``, a list of rows' means over the heads."""
+def transcription(scores, length, few, n_kept, pinned=()):
+    """The pairs that every head keeps, of ``scores``, a list of pairs' means over the heads."""
     free = [i for i in range(len(scores)) if i not in pinned]
     lift = min(0.0, *[scores[i] for i in free])
     chunks = {}
@@ -60,7 +60,7 @@ def spiky(*shape, seed=0):
 def test_cuts_spiky_chunks_and_spends_what_is_freed(length, few, n_kept, lift):
     scores = spiky(1, 2, 43, seed=n_kept) + lift
     press = EntropyGatedChunkKVPress(Given(0.5, scores=scores), length, few)
-    wanted = plainly(scores[0].double().mean(0).tolist(), length, few, n_kept)
+    wanted = transcription(scores[0].double().mean(0).tolist(), length, few, n_kept)
     assert chosen(press, table(scores, n_kept)) == [[wanted, wanted]]
     assert len(wanted) == n_kept
 
@@ -69,10 +69,10 @@ def test_by_hand():
     chunks = [[9, 1, 0, 0], [2] * 4, [1] * 4, [0.5, 0.25, 0.25, 0.5], [0, 0, 0, 0.4]]
     scores = torch.tensor(chunks).view(1, 1, 20)
     press = EntropyGatedChunkKVPress(Given(0.5, scores=scores), 4, 1)
-    # The first chunk is the best one, and gives a single row; the last is spiky, but not good.
+    # The first chunk is the best one, and gives a single pair; the last is spiky, but not good.
     assert chosen(press, table(scores, 5)) == [[[0, 4, 5, 6, 7]]]
     assert chosen(press, table(scores, 9)) == [[[0, *range(4, 12)]]]
-    # With room for more, the rows that were cut come back, the best first.
+    # With room for more, the pairs that were cut come back, the best first.
     assert chosen(press, table(scores, 18)) == [[[0, 1, *range(4, 20)]]]
     whole = ChunkKVPress(Given(0.5, scores=scores), 4)
     assert chosen(whole, table(scores, 5)) == [[[0, 1, 2, 3, 7]]]
@@ -88,7 +88,7 @@ def test_one_lift_for_all_of_the_text_does_not_change_the_choice():
     assert found != chosen(ChunkKVPress(Given(0.5, scores=scores), 5), view)
 
 
-def test_chunks_of_equal_rows_are_not_cut():
+def test_chunks_of_equal_pairs_are_not_cut():
     scores = torch.zeros(1, 2, 12)
     press = EntropyGatedChunkKVPress(Given(0.5, scores=scores), 4, 1)
     assert chosen(press, table(scores, 6)) == [[[6, 7, 8, 9, 10, 11]] * 2]
@@ -97,11 +97,11 @@ def test_chunks_of_equal_rows_are_not_cut():
     assert chosen(press, table(constant, 6)) == [[[6, 7, 8, 9, 10, 11]] * 2]
 
 
-def test_pinned_rows_stay_first_and_change_no_entropy():
+def test_pinned_pairs_stay_first_and_change_no_entropy():
     scores = spiky(1, 2, 30, seed=5)
     press = EntropyGatedChunkKVPress(Given(0.5, scores=scores, sinks=2, window=3), 5, 2)
     means = scores[0].double().mean(0).tolist()
-    wanted = plainly(means, 5, 2, 14, pinned=[0, 1, 29, 28, 27])
+    wanted = transcription(means, 5, 2, 14, pinned=[0, 1, 29, 28, 27])
     assert chosen(press, table(scores, 14)) == [[wanted, wanted]]
     assert chosen(press, table(scores, 3)) == [[[0, 1, 29]] * 2]
     everything = EntropyGatedChunkKVPress(Given(0.5, scores=scores, window=30), 5, 2)
@@ -114,7 +114,7 @@ def test_each_sequence_has_its_own_medians_whatever_the_padding():
     found = chosen(press, table(scores, counts, lengths))
     for b in range(3):
         means = scores[b].double().mean(0)[33 - lengths[b] :].tolist()
-        assert found[b] == [plainly(means, 5, 2, counts[b])] * 2
+        assert found[b] == [transcription(means, 5, 2, counts[b])] * 2
 
 
 def test_differs_from_whole_chunks_on_a_model_and_keeps_the_count():

@@ -14,7 +14,7 @@ from tests.bounds import close
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
     assert_second_turns_are_as_if_alone,
-    noting,
+    recording,
 )
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import randn, tokens
@@ -50,7 +50,7 @@ def rotation(positions):
 
 @pytest.mark.parametrize(("covariance", "vnorm"), [(True, True), (False, True), (True, False)])
 def test_scores_are_those_of_the_formula_with_the_learned_moments(stats, covariance, vnorm):
-    press, seen = noting(
+    press, seen = recording(
         ExpectedAttentionStatsPress(
             0.5, 16, 3, use_covariance=covariance, use_vnorm=vnorm, epsilon=0.01, stats=stats
         )
@@ -81,7 +81,7 @@ def test_scores_are_those_of_the_formula_with_the_learned_moments(stats, covaria
 
 def test_with_the_moments_of_a_prompt_it_is_expected_attention(tmp_path):
     """The prompt's own moments, learned from it alone, give what they give without a file."""
-    inner, seen = noting(cp.ExpectedAttentionPress(0.5, 16))
+    inner, seen = recording(cp.ExpectedAttentionPress(0.5, 16))
     wanted = kept(pressed(tiny(), inner, tokens(30)))
     moments = [seen[depth][0][0].moments for depth in range(4)]
     path = tmp_path / "query_stats.safetensors"
@@ -104,10 +104,10 @@ def test_padding_changes_nothing(stats):
     assert_second_turns_are_as_if_alone(press)
 
 
-def test_it_watches_no_query_and_scores_decoded_rows(stats):
+def test_it_observes_no_query_and_scores_decoded_pairs(stats):
     press = ExpectedAttentionStatsPress(0.5, 16, stats=stats)
     assert not press.needs.observes and press.needs.rotary
-    inner, seen = noting(press)
+    inner, seen = recording(press)
     model, cache = tiny(), DynamicCache()
     with cp.DecodingPress(inner, 2, 12)(model):
         forward(model, cache, input_ids=tokens(20))

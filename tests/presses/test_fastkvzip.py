@@ -13,11 +13,11 @@ from cachepress.cache.batch import compressed_layers
 from cachepress.presses.fastkvzip import FastKVzipPress
 from cachepress.ranks import pinned
 from tests.bounds import close
-from tests.presses.test_kvzap import watched
+from tests.presses.test_kvzap import hidden_states_of
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
     assert_second_turns_are_as_if_alone,
-    noting,
+    recording,
 )
 from tests.test_budgets import view as table
 from tests.tiny import exact_tiny as tiny
@@ -60,7 +60,7 @@ def dot(a, b):
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
-def plainly(depth, hidden):
+def transcription(depth, hidden):
     """What the gate says of one hidden state, a number for each KV head."""
     w = {name: x[depth].tolist() for name, x in GATES.items()}
     found = []
@@ -78,14 +78,14 @@ def plainly(depth, hidden):
     return found
 
 
-def test_guesses_are_those_of_the_gate(gates):
+def test_predictions_are_those_of_the_gate(gates):
     model = tiny()
-    hidden = watched(model)
-    press, seen = noting(FastKVzipPress(0.5, n_sink=0, gates=gates))
+    hidden = hidden_states_of(model)
+    press, seen = recording(FastKVzipPress(0.5, n_sink=0, gates=gates))
     pressed(model, press, tokens(30))
     for depth in range(4):
         [(view, score)] = seen[depth]
-        wanted = [plainly(depth, state) for state in hidden[depth]]
+        wanted = [transcription(depth, state) for state in hidden[depth]]
         wanted = torch.tensor(wanted, dtype=torch.float64).mT
         close(press.token_state(view)[0], wanted)
         close(score[0, :, :-1], wanted[:, :-1])
@@ -94,8 +94,8 @@ def test_guesses_are_those_of_the_gate(gates):
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
-def test_the_best_rows_of_the_model_or_of_each_layer_stay(gates, layerwise):
-    press, seen = noting(FastKVzipPress(0.6, layerwise, window_ratio=0.1, gates=gates))
+def test_the_best_pairs_of_the_model_or_of_each_layer_stay(gates, layerwise):
+    press, seen = recording(FastKVzipPress(0.6, layerwise, window_ratio=0.1, gates=gates))
     cache = pressed(tiny(), press, tokens(30))
     scores = torch.cat([seen[depth][0][1][0] for depth in range(4)])  # [8, 30]
     assert pinned(scores).tolist() == [[True] * 4 + [False] * 23 + [True] * 3] * 8
@@ -110,11 +110,11 @@ def test_the_best_rows_of_the_model_or_of_each_layer_stay(gates, layerwise):
 
 
 @pytest.mark.parametrize("mode", ["exact", "online"])
-def test_chunks_score_their_rows_when_they_are_read(gates, mode):
+def test_chunks_score_their_pairs_when_they_are_read(gates, mode):
     model = tiny()
-    hidden = watched(model)
+    hidden = hidden_states_of(model)
     inner = FastKVzipPress(0.5, True, n_sink=0, window_ratio=0.0, gates=gates)
-    press, seen = noting(inner)
+    press, seen = recording(inner)
     cache = cp.prefill(model, tokens(30), press, chunk_size=11, mode=mode)
     assert_carried(inner, seen, hidden)
     assert len(seen[0]) == (1 if mode == "exact" else 3)
@@ -123,9 +123,9 @@ def test_chunks_score_their_rows_when_they_are_read(gates, mode):
 
 
 def assert_carried(press, seen, hidden):
-    """Every row of every view, of this turn or of before, against the gate written out."""
+    """Every pair of every view, of this turn or of before, against the gate written out."""
     for depth in range(4):
-        wanted = [plainly(depth, state) for state in hidden[depth]]
+        wanted = [transcription(depth, state) for state in hidden[depth]]
         wanted = torch.tensor(wanted, dtype=torch.float64)
         for view, _ in seen[depth]:
             found = press.token_state(view)
@@ -136,11 +136,11 @@ def assert_carried(press, seen, hidden):
                 close(ours, wanted[rows, h])
 
 
-def test_decoded_rows_are_scored_and_old_ones_keep_their_scores(gates):
+def test_decoded_pairs_are_scored_and_old_ones_keep_their_scores(gates):
     model, cache = tiny(), DynamicCache()
-    hidden = watched(model)
+    hidden = hidden_states_of(model)
     inner = FastKVzipPress(gates=gates)
-    press, seen = noting(inner)
+    press, seen = recording(inner)
     with cp.DecodingPress(replace(press, layerwise=True), 3, 10)(model):
         forward(model, cache, input_ids=tokens(20))
         for i in range(6):
@@ -185,7 +185,7 @@ def test_the_window_is_the_floor_of_the_decimal_fraction():
         assert int(pinned(press.score(view)).sum()) == max(1, 7 * n // 100), n
 
 
-def test_of_few_rows_the_sinks_stay_first(gates):
+def test_of_few_pairs_the_sinks_stay_first(gates):
     press = FastKVzipPress(n_kept=6, n_sink=4, window_ratio=0.5, layerwise=True, gates=gates)
     for layer in kept(pressed(tiny(), press, tokens(30))):
         assert [head[:4] for head in layer[0]] == [[0, 1, 2, 3]] * 2

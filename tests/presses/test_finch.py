@@ -10,7 +10,7 @@ from tests.tiny_cache import forward, kept
 
 
 def reference(ids, question, n_kept, normalize=True, chunk=None):
-    """Rows that each head keeps, from whole attention matrices."""
+    """Pairs that each head keeps, from whole attention matrices."""
     model = tiny()
     model.set_attn_implementation("eager")
     with torch.no_grad():

@@ -11,7 +11,7 @@ from tests.bounds import close
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
     assert_second_turns_are_as_if_alone,
-    noting,
+    recording,
     two_turns,
 )
 from tests.tiny import exact_tiny as tiny
@@ -20,7 +20,7 @@ from tests.tiny_cache import forward, kept, pressed
 
 
 class Simulation:
-    """Attention on an uncompressed cache, with the rows that H2O dropped masked by hand."""
+    """Attention on an uncompressed cache, with the pairs that H2O evicted masked by hand."""
 
     def __init__(self, size, recent):
         self.size, self.recent = size, recent
@@ -76,8 +76,8 @@ def test_compression_at_each_token_is_the_algorithm_of_the_paper(size, ratio, re
             close(rows.token_state[0, j], torch.tensor(sums, dtype=torch.float64))
 
 
-def test_sums_of_an_earlier_turn_stay_with_the_rows_that_are_left():
-    press, seen = noting(H2OPress(0.5))
+def test_sums_of_an_earlier_turn_stay_with_the_pairs_that_are_left():
+    press, seen = recording(H2OPress(0.5))
     model, ids, cache = tiny(), tokens(34), DynamicCache()
     with press(model):
         forward(model, cache, input_ids=ids[:, :20])
@@ -104,7 +104,7 @@ def test_turns_of_different_lengths_change_nothing():
     assert_second_turns_are_as_if_alone(H2OPress(0.5))
 
 
-def test_what_is_carried_belongs_to_its_row_in_a_padded_batch():
+def test_token_states_belong_to_their_pairs_in_a_padded_batch():
     texts = [tokens(n, seed=n) for n in (31, 18)]
     later = [tokens(n, seed=n) for n in (3, 14)]
     batch, mask = two_turns(tiny(), H2OPress(0.5), texts, later)
@@ -132,7 +132,7 @@ def test_online_chunks_add_up():
         assert received[..., 0].min() > received[..., -1].max()
 
 
-def test_a_text_of_one_row_is_kept():
+def test_a_text_of_one_token_is_kept():
     assert kept(pressed(tiny(), H2OPress(0.5), tokens(1, batch=1)[:, :1])) == [[[[0], [0]]]] * 4
     assert kept(pressed(tiny(), H2OPress(0.9), tokens(2)))[0][0] == [[0], [0]]
 

@@ -12,7 +12,7 @@ from cachepress.presses._heads import copying_scores
 from cachepress.presses.composed import ComposedPress
 from cachepress.presses.headkv import HeadKVPress, shares
 from cachepress.presses.think import ThinKPress
-from tests.presses.test_snapkv import assert_each_text_is_as_if_alone, noting, two_turns
+from tests.presses.test_snapkv import assert_each_text_is_as_if_alone, recording, two_turns
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tokens
 from tests.tiny_cache import forward, kept, pressed
@@ -28,11 +28,11 @@ def counts(cache, row=0):
 @pytest.mark.parametrize(
     ("beta", "kept", "own", "seen", "wanted"),
     [
-        # 2 of 10 rows are each head's own, and half of the other 8; the pool is 4 * 4 = 16.
+        # 2 of 10 pairs are each head's own, and half of the other 8; the pool is 4 * 4 = 16.
         (2, 10, 2, 100, [[10, 6], [14, 10]]),
-        # The pool is everything, but for one row each: 39 rows for the other three.
+        # The pool is everything, but for one pair each: 39 pairs for the other three.
         (1, 10, 0, 100, [[10, 1], [19, 10]]),
-        # What the third head cannot have goes to the others: 28 rows by their parts of 10, 6, 10.
+        # What the third head cannot have goes to the others: 28 pairs by their parts of 10, 6, 10.
         (2, 10, 2, 12, [[11, 6], [12, 11]]),
         # Everything fits.
         (2, 10, 2, 10, [[10, 10], [10, 10]]),
@@ -77,8 +77,8 @@ def test_the_total_is_exact_and_bounds_hold(scores, beta, kept, own, more):
 
 
 @pytest.mark.parametrize("inner", [cp.KnormPress(0.75), SNAP, cp.StreamingLLMPress(0.75, n_sink=2)])
-def test_each_head_keeps_its_best_rows(inner):
-    press, seen = noting(inner)
+def test_each_head_keeps_its_best_pairs(inner):
+    press, seen = recording(inner)
     cache = pressed(tiny(), HeadKVPress(press, SCORES, beta=2), tokens(40))
     own = {cp.KnormPress: 0, cp.SnapKVPress: 4, cp.StreamingLLMPress: 2}[type(inner)]
     assert counts(cache) == shares(SCORES, 2, 10, own, 40)
@@ -180,7 +180,7 @@ def test_a_running_generation_is_bound_in_total():
     assert counts(cache) == shares(SCORES, 1.2, 10, 0, 38)
 
 
-def test_rows_that_are_gone_are_made_up_for_by_others():
+def test_pairs_that_are_gone_are_made_up_for_by_others():
     model, ids, cache = tiny(), tokens(60), DynamicCache()
     scores = ((1.0, 0.9), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0))
     press, growing = HeadKVPress(cp.KnormPress(n_kept=4), scores, beta=1), 0

@@ -94,7 +94,7 @@ def test_scores_are_found_once_for_a_model_and_forgotten_with_it():
     assert len(_heads._FOUND) < count
 
 
-def test_looking_does_not_disturb_a_press_that_is_active():
+def test_observing_does_not_disturb_a_press_that_is_active():
     model, ids = tiny(), tokens(30)
     with cp.KnormPress(0.5)(model):
         scores = copying_scores(model)

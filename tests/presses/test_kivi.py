@@ -26,7 +26,7 @@ def rounded(x, dim, bits):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_keys_are_rounded_by_channel_and_values_by_row(bits):
+def test_keys_are_rounded_by_channel_and_values_by_token(bits):
     model, ids = tiny(), tokens(150)
     cache = cp.prefill(model, ids, KIVIPress(cp.KnormPress(0.0), bits, residual=20))
     whole = cp.prefill(model, ids)
@@ -51,7 +51,7 @@ def test_keys_are_rounded_by_channel_and_values_by_row(bits):
     ],
     ids=repr,
 )
-def test_any_eviction_keeps_its_rows(inner):
+def test_any_eviction_keeps_its_pairs(inner):
     """And a wrapper around it stores in few bits as well."""
     ids = tokens(90)
     wanted = kept(pressed(tiny(), inner, ids))
@@ -73,7 +73,7 @@ def test_bytes_are_measured_and_small():
     size = cp.size_of(small)
     assert size.bytes_after == allocated(compressed_layers(small)) < size.bytes_before
     assert (size.pairs_held, size.pairs_seen) == (4 * 2 * 500, 4 * 2 * 500)
-    pages, spans = 15, 4 * 2  # 468 rows of 8 + 8 channels at 2 bits, and a page as it was.
+    pages, spans = 15, 4 * 2  # 468 pairs of 8 + 8 channels at 2 bits, and a page as it was.
     quantized = pages * (32 * (4 + 4 + 4) + 8 * 4)
     assert size.bytes_after == spans * (quantized + 32 * (64 + 4))
     assert size.bytes_after < 0.35 * cp.size_of(full).bytes_after
@@ -81,18 +81,18 @@ def test_bytes_are_measured_and_small():
 
 @pytest.mark.parametrize("limit", [60_000, 80_000])
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_as_many_rows_as_fit_into_a_number_of_bytes(limit, adaptive):
+def test_as_many_pairs_as_fit_into_a_number_of_bytes(limit, adaptive):
     inner = cp.KnormPress(max_bytes=limit)
     inner = cp.AdaKVPress(inner) if adaptive else inner
     cache = cp.prefill(single(), tokens(450), KIVIPress(inner, residual=8))
     held = allocated(compressed_layers(cache))
-    # An even number of rows is a number of pages, and room is left for one page of the residual.
+    # An even number of pairs is a number of pages, and room is left for one page of the residual.
     assert 0.55 * limit < held <= limit
     wider = cp.prefill(single(), tokens(450), inner)
     assert cp.size_of(wider).pairs_held < cp.size_of(cache).pairs_held
 
 
-def test_decoded_rows_are_quantized_and_decoding_goes_on_after_the_context():
+def test_decoded_pairs_are_quantized_and_decoding_goes_on_after_the_context():
     model, press = tiny(), KIVIPress(cp.KnormPress(0.5), bits=8, residual=8)
     cache, plain = (pressed(model, p, tokens(60)) for p in (press, press.press))
     told = cp.prefill(model, tokens(60), press.press, storage=cp.Codec(8, 8, value_group=32))
@@ -109,7 +109,7 @@ def test_decoded_rows_are_quantized_and_decoding_goes_on_after_the_context():
     )
 
 
-def test_a_row_of_a_padded_batch_is_stored_as_if_alone():
+def test_a_sequence_of_a_padded_batch_is_stored_as_if_alone():
     press, texts = KIVIPress(cp.KnormPress(0.3), residual=10), [tokens(n, seed=n) for n in (90, 51)]
     ids = torch.zeros(2, 90, dtype=torch.long)
     for row, text in zip(ids, texts, strict=True):

@@ -12,7 +12,7 @@ from cachepress.presses.kvcompose import KVComposePress
 from tests.bounds import close
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
-    noting,
+    recording,
     two_turns,
 )
 from tests.tiny import exact_tiny as tiny
@@ -35,7 +35,7 @@ def aggregated(numbers, how):
 
 
 def worth_of(name, ids, press):
-    """Worth of each row by layer and KV head, from values and the weights of a second reading."""
+    """Worth of each pair by layer and KV head, from values and the weights of a second reading."""
     model, cache = tiny(name), DynamicCache()
     model.set_attn_implementation("eager")
     forward(model, cache, input_ids=ids)
@@ -153,7 +153,7 @@ def test_turns_of_different_lengths_change_nothing():
 
 
 def test_the_mean_over_heads_is_that_of_the_same_token_in_a_later_turn():
-    press, seen = noting(KVComposePress(0.5))
+    press, seen = recording(KVComposePress(0.5))
     model, ids, cache = tiny(), tokens(40), DynamicCache()
     with press(model):
         forward(model, cache, input_ids=ids[:, :25])
@@ -177,10 +177,10 @@ def test_the_mean_over_heads_is_that_of_the_same_token_in_a_later_turn():
 
 @pytest.mark.parametrize("task", ["max", "mean"])
 def test_the_second_reading_in_parts_is_that_in_one_go(task):
-    """In a first turn and in one that follows, with heads that hold different rows."""
+    """In a first turn and in one that follows, with heads that hold different pairs."""
     worth = []
     for size in (2048, 7):
-        press, seen = noting(KVComposePress(0.5, agg_task=task, chunk_size=size))
+        press, seen = recording(KVComposePress(0.5, agg_task=task, chunk_size=size))
         model, cache = tiny(), DynamicCache()
         with press(model):
             forward(model, cache, input_ids=tokens(33))
@@ -228,7 +228,7 @@ def test_other_budgets_and_a_running_generation():
 
 
 def test_bf16_is_scored_in_float32():
-    press, seen = noting(KVComposePress(0.5, add_v_norm=True))
+    press, seen = recording(KVComposePress(0.5, add_v_norm=True))
     pressed(tiny().bfloat16(), press, tokens(30))
     assert all(score.dtype == torch.float32 for [(_, score)] in seen.values())
 

@@ -1,4 +1,4 @@
-"""KVzap against its surrogate written out, row by row."""
+"""KVzap against its surrogate written out, token by token."""
 
 from math import erf
 
@@ -14,7 +14,7 @@ from tests.bounds import close, near
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
     assert_second_turns_are_as_if_alone,
-    noting,
+    recording,
 )
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import randn, tokens
@@ -49,8 +49,8 @@ def linear(x, weights, name):
     return [sum(a * b for a, b in zip(row, x, strict=True)) + bias for row, bias in pairs]
 
 
-def plainly(model_type, depth, hidden):
-    """The guess of each head for one hidden state, a list of floats."""
+def transcription(model_type, depth, hidden):
+    """The prediction of each head for one hidden state, a list of floats."""
     weights = learned(model_type)
     if model_type == "linear":
         return linear(hidden, weights, f"layers.{depth}")
@@ -58,7 +58,7 @@ def plainly(model_type, depth, hidden):
     return linear(middle, weights, f"layers.{depth}.2")
 
 
-def watched(model):
+def hidden_states_of(model):
     """What the attention of each layer reads in all forwards to come, ``[n, M]`` by layer."""
     found = {}
 
@@ -83,12 +83,12 @@ def assert_scores(seen, hidden, plain):
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_scores_are_those_of_the_surrogate_and_the_best_rows_stay(folder, model_type):
+def test_scores_are_those_of_the_surrogate_and_the_best_pairs_stay(folder, model_type):
     model = tiny()
-    hidden = watched(model)
-    press, seen = noting(KVzapPress(0.5, model_type, surrogate=folder))
+    hidden = hidden_states_of(model)
+    press, seen = recording(KVzapPress(0.5, model_type, surrogate=folder))
     held = kept(pressed(model, press, tokens(30)))
-    assert_scores(seen, hidden, lambda depth, state: plainly(model_type, depth, state))
+    assert_scores(seen, hidden, lambda depth, state: transcription(model_type, depth, state))
     for depth in range(4):
         [(_, score)] = seen[depth]
         for h in range(2):
@@ -97,12 +97,12 @@ def test_scores_are_those_of_the_surrogate_and_the_best_rows_stay(folder, model_
 
 
 @pytest.mark.parametrize("mode", ["exact", "online"])
-def test_chunks_score_their_rows_when_they_are_read(folder, mode):
+def test_chunks_score_their_pairs_when_they_are_read(folder, mode):
     model = tiny()
-    hidden = watched(model)
-    press, seen = noting(KVzapPress(0.5, surrogate=folder))
+    hidden = hidden_states_of(model)
+    press, seen = recording(KVzapPress(0.5, surrogate=folder))
     cache = cp.prefill(model, tokens(30), press, chunk_size=11, mode=mode)
-    assert_scores(seen, hidden, lambda depth, state: plainly("mlp", depth, state))
+    assert_scores(seen, hidden, lambda depth, state: transcription("mlp", depth, state))
     assert len(seen[0]) == (1 if mode == "exact" else 3)
     if mode == "exact":
         assert kept(cache) == kept(cp.prefill(tiny(), tokens(30), press))
@@ -110,15 +110,15 @@ def test_chunks_score_their_rows_when_they_are_read(folder, mode):
         assert seen[0][2][0].keys.shape[2] == 11 + 8
 
 
-def test_decoded_rows_are_scored_and_old_ones_keep_their_scores(folder):
+def test_decoded_pairs_are_scored_and_old_ones_keep_their_scores(folder):
     model, cache = tiny(), DynamicCache()
-    hidden = watched(model)
-    press, seen = noting(KVzapPress(surrogate=folder))
+    hidden = hidden_states_of(model)
+    press, seen = recording(KVzapPress(surrogate=folder))
     with cp.DecodingPress(press, 3, 10)(model):
         forward(model, cache, input_ids=tokens(20))
         for i in range(6):
             forward(model, cache, input_ids=tokens(1, seed=i))
-    assert_scores(seen, hidden, lambda depth, state: plainly("mlp", depth, state))
+    assert_scores(seen, hidden, lambda depth, state: transcription("mlp", depth, state))
     assert [view.keys.shape[2] for view, _ in seen[3]] == [20, 13, 13]
     last = seen[3][2][0].positions
     assert last.max() == 25 and (last < 20).any() and ((last >= 20) & (last < 23)).any()
@@ -126,12 +126,12 @@ def test_decoded_rows_are_scored_and_old_ones_keep_their_scores(folder):
 
 def test_a_second_turn_keeps_the_scores_of_the_first(folder):
     model, cache = tiny(), DynamicCache()
-    hidden = watched(model)
-    press, seen = noting(KVzapPress(0.5, surrogate=folder))
+    hidden = hidden_states_of(model)
+    press, seen = recording(KVzapPress(0.5, surrogate=folder))
     with press(model):
         for n in (20, 9):
             forward(model, cache, input_ids=tokens(n, seed=n))
-    assert_scores(seen, hidden, lambda depth, state: plainly("mlp", depth, state))
+    assert_scores(seen, hidden, lambda depth, state: transcription("mlp", depth, state))
     assert [view.keys.shape[2] for view, _ in seen[0]] == [20, 19]
 
 

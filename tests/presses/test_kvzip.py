@@ -19,7 +19,7 @@ SEEN: dict[int, torch.Tensor] = {}
 
 @dataclass(frozen=True)
 class _Watching(KVzipPress):
-    """Notes what it carries."""
+    """Records its token states."""
 
     def score(self, view):
         SEEN[view.depth] = self.token_state(view)
@@ -43,7 +43,7 @@ def asked(ids, start, opening=0):
 
 
 def reference(model, ids, chunk_size, n_sink, plus=False, opening=0):
-    """Whole attention matrices of context and replay, one chunk after the other."""
+    """Whole attention matrices of context and reconstruction, one chunk after the other."""
     model.set_attn_implementation("eager")
     n, n_sink = ids.shape[1], max(n_sink, opening)
     found = torch.zeros(4, 2, n, dtype=torch.float64)
@@ -67,7 +67,7 @@ def reference(model, ids, chunk_size, n_sink, plus=False, opening=0):
         sinks = list(range(min(n_sink, start)))
         columns = [*sinks, *range(start, stop), *range(n, text.shape[1])]
         for layer in range(4):
-            weights = out.attentions[layer][0][:, n:][..., columns]  # [heads, replay, columns]
+            weights = out.attentions[layer][0][:, n:][..., columns]  # [heads, repeated, columns]
             weights = weights / weights.sum(-1, keepdim=True)
             if plus:
                 weights = weights / hidden[layer][0, n:].norm(dim=-1).clamp(min=1e-9)[None, :, None]
@@ -110,7 +110,7 @@ def test_the_template_before_the_context_is_not_repeated_and_stands_for_sinks(
 
 
 @pytest.mark.parametrize("kind", [KVzipPress, cp.KVgradPress])
-def test_the_template_before_the_context_is_never_dropped(kind):
+def test_the_template_before_the_context_is_never_evicted(kind):
     """In a further turn neither, nor in a padded batch; the budget is what it was."""
     model, press = tiny(), kind(0.9, n_sink=0)
     ids, other = in_template(40), in_template(30, seed=5)
@@ -130,7 +130,7 @@ def test_the_template_before_the_context_is_never_dropped(kind):
     assert not all({40, 41} <= set(head) for head in held)
 
 
-def test_a_text_of_the_template_alone_keeps_its_first_rows():
+def test_a_text_of_the_template_alone_keeps_its_first_pairs():
     cache = cp.prefill(tiny(), torch.tensor([[3, 4]]), KVzipPress(0.5, n_sink=0))
     assert kept(cache) == [[[[0]] * 2]] * 4
 
@@ -151,7 +151,7 @@ def test_what_the_template_put_before_a_context_is_found_in_its_tokens():
     assert opening_of(torch.tensor([[3, 4, 7]]), None) == 0
 
 
-def test_the_best_rows_of_the_whole_model_stay():
+def test_the_best_pairs_of_the_whole_model_stay():
     ids = tokens(40)
     wanted = reference(tiny(), ids, 2048, 4)
     wanted[..., :4] = 2.0
@@ -223,7 +223,7 @@ def test_a_second_turn_keeps_the_scores_of_the_first():
     assert all(int(store.lengths.sum()) == 40 for store in compressed_layers(cache))
 
 
-def test_decoded_rows_count_as_average_in_a_further_turn():
+def test_decoded_pairs_count_as_average_in_a_further_turn():
     model, cache = tiny(), DynamicCache()
     with KVzipPress(0.5, layerwise=True, n_sink=0)(model, tokenizer=tokenizer()):
         forward(model, cache, input_ids=tokens(20))
@@ -234,7 +234,7 @@ def test_decoded_rows_count_as_average_in_a_further_turn():
     assert min(decoded) > 0
 
 
-def test_nothing_is_repeated_when_nothing_will_be_dropped():
+def test_nothing_is_repeated_when_nothing_will_be_evicted():
     model, calls = tiny(), []
     model.model.register_forward_hook(lambda *_: calls.append(1))
     cp.prefill(model, tokens(40), KVzipPress(0.0), tokenizer=tokenizer())
@@ -252,7 +252,7 @@ def test_without_a_tokenizer_it_is_refused_before_any_work():
     assert not calls
 
 
-def test_embeddings_cannot_be_replayed():
+def test_embeddings_cannot_be_reconstructed():
     model = tiny()
     embeds = model.get_input_embeddings()(tokens(12))
     with (
@@ -262,7 +262,7 @@ def test_embeddings_cannot_be_replayed():
         forward(model, DynamicCache(), inputs_embeds=embeds)
 
 
-def test_it_does_not_score_decoded_rows():
+def test_it_does_not_score_decoded_pairs():
     with pytest.raises(cp.CachepressError, match="use PrefillDecodingPress"):
         cp.DecodingPress(KVzipPress(0.5))
 

@@ -18,14 +18,14 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 SEEN = {}
 
 
-class Noted(LagKVPress):
+class Recording(LagKVPress):
     def score(self, view):
         SEEN[view.depth] = view, super().score(view)
         return SEEN[view.depth][1]
 
 
 def spread(rows, reference):
-    """Softmax over rows of the deviation over channels, each scaled by a reference's range."""
+    """Softmax over pairs of the deviation over channels, each scaled by a reference's range."""
     low, high = reference.min(0), reference.max(0)
     scaled = np.where(high > low, (rows - low) / np.where(high > low, high - low, 1), 0)
     deviation = scaled.std(1, ddof=1)
@@ -34,7 +34,7 @@ def spread(rows, reference):
 
 
 def reference(press, view, b, h):
-    """Scores of the free rows by index, and the rows that always stay, by loops over parts."""
+    """Scores of the free pairs by index, and the pairs that always stay, by loops over parts."""
     valid = view.valid[b, h].tolist()
     index = [int(i) for i, v in zip(view.index[b, h], valid, strict=True) if v]
     keys, values = (x[b, h][view.valid[b, h]].double().numpy() for x in (view.keys, view.values))
@@ -71,12 +71,12 @@ def check(press, view, scores):
                 assert not view.valid[b, h, t] or bool(pinned(scores)[b, h, t]) == (i in stay)
 
 
-def test_keeps_the_rows_of_the_reference_up_to_ties():
-    """Parts tie at the last place that fits: the reference keeps any such row, we the newest."""
+def test_keeps_the_pairs_of_the_reference_up_to_ties():
+    """Parts tie at the last place that fits: the reference keeps any such pair, we the newest."""
     model = AutoModelForCausalLM.from_pretrained(GOLDEN / "llama_model").eval()
     ids = torch.from_numpy(np.load(GOLDEN / "ids.npy")).view(1, -1)
     golden = np.load(GOLDEN / "lagkv_0.5.npz")
-    cache = pressed(model, Noted(0.5, n_sink=4, lag_size=32), ids)
+    cache = pressed(model, Recording(0.5, n_sink=4, lag_size=32), ids)
     for layer, rows in enumerate(kept(cache)):
         masks = np.unpackbits(golden[f"mask_{layer}"], axis=-1)[0]
         for ours, mask, scores in zip(rows[0], masks, SEEN[layer][1][0].tolist(), strict=True):
@@ -91,15 +91,19 @@ def test_keeps_the_rows_of_the_reference_up_to_ties():
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("n", [45, 46, 15, 14])
 def test_scores_are_those_of_the_paper(cross, n):
-    press = Noted(0.5, n_sink=3, lag_size=6, cross_scoring=cross)
+    press = Recording(0.5, n_sink=3, lag_size=6, cross_scoring=cross)
     pressed(tiny(), press, tokens(n))
     for view, scores in SEEN.values():
         check(press, view, scores)
 
 
 @pytest.mark.parametrize("cross", [False, True])
-def test_a_further_turn_is_scored_by_the_rows_that_are_left(cross):
-    press, model, ids = Noted(0.6, n_sink=2, lag_size=5, cross_scoring=cross), tiny(), tokens(61)
+def test_a_further_turn_is_scored_by_the_pairs_that_are_left(cross):
+    press, model, ids = (
+        Recording(0.6, n_sink=2, lag_size=5, cross_scoring=cross),
+        tiny(),
+        tokens(61),
+    )
     cache = pressed(model, press, ids[:, :33])
     with press(model):
         forward(model, cache, input_ids=ids[:, 33:])
@@ -109,7 +113,7 @@ def test_a_further_turn_is_scored_by_the_rows_that_are_left(cross):
 
 
 def test_compressed_parts_are_spared_by_a_further_turn():
-    """The first layer, whose rows depend on no cache, ends as if the text had come at once."""
+    """The first layer, whose pairs depend on no cache, ends as if the text had come at once."""
     model, ids, press = tiny(), tokens(78), LagKVPress(0.5, n_sink=2, lag_size=4)
     cache = pressed(model, press, ids[:, :42])
     with press(model):
@@ -119,7 +123,7 @@ def test_compressed_parts_are_spared_by_a_further_turn():
 
 @pytest.mark.parametrize("cross", [False, True])
 def test_padding_changes_nothing(cross):
-    press, model = Noted(0.5, n_sink=2, lag_size=5, cross_scoring=cross), tiny()
+    press, model = Recording(0.5, n_sink=2, lag_size=5, cross_scoring=cross), tiny()
     texts = [tokens(n, seed=n) for n in (40, 29, 9)]
     ids = torch.zeros(3, 40, dtype=torch.long)
     for row, text in zip(ids, texts, strict=True):
@@ -135,7 +139,7 @@ def test_padding_changes_nothing(cross):
 
 
 def test_a_part_whose_next_one_is_gone_is_scaled_by_itself():
-    press = Noted(0.5, n_sink=0, lag_size=5)
+    press = Recording(0.5, n_sink=0, lag_size=5)
     pressed(tiny(), press, tokens(30))
     view = SEEN[1][0]
     view = view.only((view.index < 10) | (view.index >= 15))
@@ -145,8 +149,8 @@ def test_a_part_whose_next_one_is_gone_is_scaled_by_itself():
     check(press, view, scores)
 
 
-def test_a_row_far_below_the_others_of_its_part_is_still_above_the_rows_that_are_gone():
-    press = Noted(0.5, n_sink=0, lag_size=5)
+def test_a_pair_far_below_the_others_of_its_part_is_still_above_the_pairs_that_are_gone():
+    press = Recording(0.5, n_sink=0, lag_size=5)
     pressed(tiny(), press, tokens(15))
     view = SEEN[0][0]
     keys, values = view.keys.clone(), view.values.clone()
@@ -157,7 +161,7 @@ def test_a_row_far_below_the_others_of_its_part_is_still_above_the_rows_that_are
 
 
 def test_channels_without_range_count_as_zero_and_the_newest_of_equals_is_highest():
-    press = Noted(0.5, n_sink=0, lag_size=5)
+    press = Recording(0.5, n_sink=0, lag_size=5)
     pressed(tiny(), press, tokens(15))
     view = SEEN[0][0]
     keys = view.keys.clone()
@@ -169,7 +173,7 @@ def test_channels_without_range_count_as_zero_and_the_newest_of_equals_is_highes
     close(press.score(ones)[0, 1, :10], wanted)
 
 
-def test_a_short_text_keeps_sinks_and_then_the_newest_rows():
+def test_a_short_text_keeps_sinks_and_then_the_newest_pairs():
     short = kept(pressed(tiny(), LagKVPress(0.5, n_sink=3, lag_size=6), tokens(14)))
     assert short[0][0][0] == [0, 1, 2, 10, 11, 12, 13]
     assert kept(pressed(tiny(), LagKVPress(0.5), tokens(2)))[0][0][0] == [0]

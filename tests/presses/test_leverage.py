@@ -15,7 +15,7 @@ SEEN = {}
 RIDGE = 1e-2
 
 
-class Noted(LeverageScorePress):
+class Recording(LeverageScorePress):
     def score(self, view):
         SEEN[view.depth] = view, super().score(view)
         return SEEN[view.depth][1]
@@ -38,7 +38,7 @@ def bare_keys(model, ids):
 
 
 def leverages(x, ridge):
-    """Diagonal of the hat matrix of centred rows."""
+    """Diagonal of the hat matrix of centred keys."""
     x = x - x.mean(0)
     return np.diag(x @ np.linalg.inv(x.T @ x + ridge * np.eye(x.shape[1])) @ x.T)
 
@@ -66,7 +66,7 @@ def check_exact(scores, keys, matrix):
 @pytest.mark.parametrize("size", [3, 8, 48])
 def test_scores_are_leverages_of_projected_keys_before_rope(size):
     model, ids = tiny(), tokens(40)
-    pressed(model, Noted(0.5, sketch_dimension=size), ids)
+    pressed(model, Recording(0.5, sketch_dimension=size), ids)
     for layer, keys in enumerate(bare_keys(tiny(), ids)):
         view, scores = SEEN[layer]
         matrix = gaussian(view, 8, size, 0).double().numpy()
@@ -76,7 +76,7 @@ def test_scores_are_leverages_of_projected_keys_before_rope(size):
 def test_a_projection_that_loses_nothing_gives_exact_leverage():
     """With as many channels as the keys have, any projection leaves the hat matrix as it is."""
     model, ids = tiny(), tokens(40)
-    pressed(model, Noted(0.5, sketch_dimension=200), ids)
+    pressed(model, Recording(0.5, sketch_dimension=200), ids)
     for layer, keys in enumerate(bare_keys(tiny(), ids)):
         view, scores = SEEN[layer]
         matrix = gaussian(view, 8, 200, 0).double().numpy()
@@ -84,7 +84,7 @@ def test_a_projection_that_loses_nothing_gives_exact_leverage():
 
 
 def test_a_model_without_rope_is_scored_by_its_keys():
-    pressed(tiny("gpt2"), Noted(0.5, sketch_dimension=64), tokens(40))
+    pressed(tiny("gpt2"), Recording(0.5, sketch_dimension=64), tokens(40))
     view, scores = SEEN[1]
     check_exact(scores[0], view.keys[0].numpy(), gaussian(view, 8, 64, 0).double().numpy())
 
@@ -93,7 +93,7 @@ def test_rotated_keys_of_a_further_turn_are_rotated_back():
     """Compacted keys stand at other positions, and score as keys that were left where they were."""
     ids, scores = tokens(40), []
     for wrap in (cp.KeyRerotationPress, lambda press: press):
-        model, press = tiny(), wrap(Noted(0.5))
+        model, press = tiny(), wrap(Recording(0.5))
         cache = pressed(model, press, ids[:, :23])
         with press(model):
             forward(model, cache, input_ids=ids[:, 23:])
@@ -107,7 +107,7 @@ def test_projections_repeat_and_differ_by_layer_head_and_seed():
     first = kept(pressed(model, LeverageScorePress(0.5, sketch_dimension=2), ids))
     assert first == kept(pressed(tiny(), LeverageScorePress(0.5, sketch_dimension=2), ids))
     assert first != kept(pressed(model, LeverageScorePress(0.5, sketch_dimension=2, seed=1), ids))
-    pressed(model, Noted(0.5), tokens(12))
+    pressed(model, Recording(0.5), tokens(12))
     view = SEEN[0][0]
     drawn = [gaussian(replace(view, layer=n), 8, 48, s) for n in range(3) for s in range(3)]
     every = torch.stack(drawn).flatten(0, 1)  # [layers * seeds * H, 8, 48]
@@ -133,7 +133,7 @@ def test_drawing_leaves_the_global_generator_alone():
 
 
 def test_padding_changes_nothing():
-    press, model = Noted(0.5), tiny()
+    press, model = Recording(0.5), tiny()
     texts = [tokens(n, seed=n) for n in (33, 21, 3)]
     ids = torch.zeros(3, 33, dtype=torch.long)
     for row, text in zip(ids, texts, strict=True):
@@ -149,8 +149,8 @@ def test_padding_changes_nothing():
             close(ours, scores[0])
 
 
-def test_rows_that_are_all_alike_have_no_leverage():
-    press = Noted(0.5)
+def test_pairs_that_are_all_alike_have_no_leverage():
+    press = Recording(0.5)
     pressed(tiny("gpt2"), press, tokens(12))
     view = SEEN[0][0]
     alike = replace(view, keys=view.keys[:, :, :1].expand_as(view.keys))

@@ -1,4 +1,4 @@
-"""LU-KV: how many rows each head has, and which."""
+"""LU-KV: how many pairs each head has, and which."""
 
 from fractions import Fraction
 from math import floor
@@ -15,7 +15,7 @@ from cachepress.cache.batch import compressed_layers
 from cachepress.presses.lukv import LUKVPress
 from cachepress.ranks import pinned
 from cachepress.train import budget_curve
-from tests.presses.test_snapkv import assert_each_text_is_as_if_alone, noting, two_turns
+from tests.presses.test_snapkv import assert_each_text_is_as_if_alone, recording, two_turns
 from tests.test_budgets import plain_shares
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tiny as single
@@ -24,7 +24,7 @@ from tests.tiny_cache import forward, kept, pressed
 
 
 def curve_of(seed):
-    """The curve of heads whose rows are worth less and less, each at a pace of its own."""
+    """The curve of heads whose pairs are worth less and less, each at a pace of its own."""
     pace = 0.5 + 3 * torch.rand(4, 2, 1, generator=torch.Generator().manual_seed(seed))
     return budget_curve((-torch.arange(100) / 100 * pace).exp())
 
@@ -45,7 +45,7 @@ def counts(cache, row=0):
 
 
 def plain_counts(curve, n, seen):
-    """Rows of each head, ``n`` on average: between two ratios, in proportion, whole numbers."""
+    """Pairs of each head, ``n`` on average: between two ratios, in proportion, whole numbers."""
     curve = [[1.0] * 8, *curve.flatten(1).double().tolist(), [0.0] * 8]
     place = 100 * (1 - Fraction(n, seen))
     below = min(floor(place), 99)
@@ -78,7 +78,7 @@ def test_counts_follow_the_curve_and_their_total_is_exact(ratio, learned, tmp_pa
 
 @pytest.mark.counts
 def test_at_a_ratio_of_the_curve_each_head_has_its_share(curve):
-    """100 rows, so that a hundredth is a row."""
+    """100 pairs, so that a hundredth is a pair."""
     found = counts(pressed(tiny(), LUKVPress(cp.KnormPress(0.5), curve=curve), tokens(100)))
     assert found == (100 * SKEWED[49]).round().long().tolist()
     assert min(map(min, found)) > 1
@@ -86,8 +86,8 @@ def test_at_a_ratio_of_the_curve_each_head_has_its_share(curve):
 
 
 @pytest.mark.parametrize("inner", [cp.KnormPress(0.75), SNAP])
-def test_each_head_keeps_its_best_rows_the_sinks_and_the_newest(inner, curve):
-    press, seen = noting(inner)
+def test_each_head_keeps_its_best_pairs_the_sinks_and_the_newest(inner, curve):
+    press, seen = recording(inner)
     cache = pressed(tiny(), LUKVPress(press, sink=2, window=3, curve=curve), tokens(40))
     for depth, layer in enumerate(kept(cache)):
         [(_, score)] = seen[depth]
@@ -97,14 +97,14 @@ def test_each_head_keeps_its_best_rows_the_sinks_and_the_newest(inner, curve):
             assert rows == sorted(wanted)
 
 
-def test_sinks_and_the_newest_row_are_pinned(curve):
-    press, seen = noting(LUKVPress(cp.KnormPress(0.5), curve=curve))
+def test_sinks_and_the_newest_pair_are_pinned(curve):
+    press, seen = recording(LUKVPress(cp.KnormPress(0.5), curve=curve))
     pressed(tiny(), press, tokens(20))
     [(_, score)] = seen[1]
     assert pinned(score)[0].tolist() == [[True] * 4 + [False] * 15 + [True]] * 2
 
 
-def test_a_published_file_says_which_fraction_each_head_drops(tmp_path, curve):
+def test_a_published_file_says_which_fraction_each_head_evicts(tmp_path, curve):
     np.save(tmp_path / "curve.npy", 1 - SKEWED.double().numpy())
     press = LUKVPress(SNAP, curve=str(tmp_path / "curve.npy"))
     found = counts(pressed(tiny(), press, tokens(40)))
@@ -112,7 +112,7 @@ def test_a_published_file_says_which_fraction_each_head_drops(tmp_path, curve):
 
 
 @pytest.mark.counts
-def test_the_head_that_a_published_curve_drops_most_of_keeps_least(tmp_path):
+def test_the_head_that_a_published_curve_evicts_most_of_keeps_least(tmp_path):
     drop = np.full((99, 4, 2), 0.2)
     drop[:, 0, 0], drop[:, 3, 1] = 0.36, 0.04
     np.save(tmp_path / "curve.npy", drop)
@@ -171,7 +171,7 @@ def test_ratio_0_keeps_everything(curve):
     assert counts(cache) == [[40, 40]] * 4
 
 
-def test_a_short_text_leaves_a_row_in_each_head(curve):
+def test_a_short_text_leaves_a_pair_in_each_head(curve):
     found = counts(pressed(tiny(), LUKVPress(cp.KnormPress(0.9), curve=curve), tokens(5)))
     assert found == [[1, 1]] * 4
 

@@ -1,4 +1,4 @@
-"""Merging against a slow transcription of its rule, and where rows have nowhere to go."""
+"""Merging against a slow transcription of its rule, and where pairs have nowhere to go."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,21 +22,21 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 SNAPKV = cp.SnapKVPress(0.5, window_size=6)
 
 
-def folding(press):
+def recording_merges(press):
     """The press, and what it was given and gave in each layer."""
     found = []
 
-    class Noting(type(press)):
+    class Recording(type(press)):
         def merge(self, view, mask):
             merged = super().merge(view, mask)
             found.append((view, mask, merged))
             return merged
 
-    return Noting(**vars(press)), found
+    return Recording(**vars(press)), found
 
 
 def by_hand(view, mask, threshold=0.0, fraction=1.0):
-    """Values of the kept rows after merging, row after row."""
+    """Values of the kept pairs after merging, pair after pair."""
     values = view.values.double()
     for b, h in np.ndindex(*mask.shape[:2]):
         kept_rows = mask[b, h].nonzero()[:, 0].tolist()
@@ -66,7 +66,7 @@ def by_hand(view, mask, threshold=0.0, fraction=1.0):
 def test_values_are_those_of_the_rule(threshold, fraction, adaptive, monkeypatch):
     monkeypatch.setattr(merging, "_BLOCK", 5)
     inner = cp.AdaKVPress(SNAPKV, alpha_safeguard=0.0) if adaptive else SNAPKV
-    press, found = folding(MergingPress(inner, threshold, fraction))
+    press, found = recording_merges(MergingPress(inner, threshold, fraction))
     cache = pressed(tiny(), press, tokens(40))
     changed = 0
     for (view, mask, (keys, values)), store in zip(found, compressed_layers(cache), strict=True):
@@ -91,7 +91,7 @@ def test_values_are_those_of_the_rule(threshold, fraction, adaptive, monkeypatch
     ],
     ids=repr,
 )
-def test_a_row_of_a_padded_batch_is_merged_as_if_alone(press):
+def test_a_sequence_of_a_padded_batch_is_merged_as_if_alone(press):
     texts = [tokens(n, seed=n) for n in (37, 22, 3)]
     ids = torch.zeros(3, 37, dtype=torch.long)
     for row, text in zip(ids, texts, strict=True):
@@ -115,7 +115,7 @@ def test_the_order_of_adakv_and_merging_makes_no_difference():
 
 
 def test_a_head_that_keeps_nothing_and_one_that_keeps_all():
-    press, found = folding(MergingPress(SNAPKV))
+    press, found = recording_merges(MergingPress(SNAPKV))
     pressed(tiny(), press, tokens(20))
     view, _, _ = found[0]
     mask = view.valid.clone()
@@ -124,7 +124,7 @@ def test_a_head_that_keeps_nothing_and_one_that_keeps_all():
     assert torch.equal(values[0, 1], view.values[0, 1])
     assert press.merge(view, view.valid) is None
     ids, mask = tokens(9), torch.ones(1, 9, dtype=torch.long)
-    mask[0, :4] = 0  # Padding is dropped, and leaves nothing.
+    mask[0, :4] = 0  # Padding is evicted, and leaves nothing.
     padded = cp.prefill(tiny(), ids, MergingPress(cp.KnormPress(0.0)), attention_mask=mask)
     plain = cp.prefill(tiny(), ids[:, 4:], cp.KnormPress(0.0))
     for ours, wanted in zip(compressed_layers(padded), compressed_layers(plain), strict=True):
@@ -132,7 +132,7 @@ def test_a_head_that_keeps_nothing_and_one_that_keeps_all():
 
 
 def test_what_the_inner_press_merged_is_not_merged_again():
-    press, found = folding(MergingPress(SNAPKV))
+    press, found = recording_merges(MergingPress(SNAPKV))
     pressed(tiny(), press, tokens(30))
     view, mask, (_, once) = found[0]
     _, twice = MergingPress(MergingPress(SNAPKV)).merge(view, mask)
@@ -166,7 +166,7 @@ def test_memory_is_bounded_in_both_directions(monkeypatch):
 
 
 def test_half_types_are_computed_in_full():
-    press, found = folding(MergingPress(SNAPKV))
+    press, found = recording_merges(MergingPress(SNAPKV))
     pressed(tiny().bfloat16(), press, tokens(30))
     view, mask, (_, values) = found[0]
     assert values.dtype == torch.bfloat16
@@ -184,7 +184,7 @@ def test_merged_values_stay_in_a_second_turn():
         forward(model, cache, input_ids=ids[:, 20:26])
     assert kept(cache)[0][0][0] == list(range(13, 26))
     before, now = compressed_layers(first)[0].values, compressed_layers(cache)[0].values
-    rows, found = folding(press)
+    rows, found = recording_merges(press)
     with rows(model):
         forward(model, first, input_ids=ids[:, 20:26])
     assert torch.equal(found[0][0].values[:, :, :10], before)

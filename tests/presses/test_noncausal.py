@@ -15,14 +15,14 @@ from tests.tiny_cache import forward, kept, pressed
 SEEN = {}
 
 
-class Noted(NonCausalAttnPress):
+class Recording(NonCausalAttnPress):
     def score(self, view):
         SEEN[view.depth] = view, super().score(view), self.token_state(view)
         return SEEN[view.depth][1]
 
 
 def attention(view, b, h, size, before):
-    """What each valid row received, by column, by loops over queries."""
+    """What each valid pair received, by column, by loops over queries."""
     rows = [t for t in range(view.valid.shape[-1]) if view.valid[b, h, t]]
     keys = view.keys[b, h].double().numpy()
     queries = view.queries[b, h].double().numpy()  # [G, Q, D]
@@ -60,13 +60,13 @@ def check(scores, wanted):
 
 @pytest.mark.parametrize("size", [1, 7, 10, 256])
 def test_scores_are_those_of_the_paper(size):
-    pressed(tiny(), Noted(0.5, chunk_size=size), tokens(30))
+    pressed(tiny(), Recording(0.5, chunk_size=size), tokens(30))
     for view, scores, _ in SEEN.values():
         check(scores, reference(view, size))
 
 
 def test_values_may_be_of_another_size_and_heads_without_groups():
-    press = Noted(0.5, chunk_size=7)
+    press = Recording(0.5, chunk_size=7)
     pressed(tiny("gpt2"), press, tokens(20))
     view = replace(SEEN[1][0], values=randn(1, 4, 20, 5))
     assert view.queries.shape[2] == 1
@@ -74,7 +74,7 @@ def test_values_may_be_of_another_size_and_heads_without_groups():
 
 
 def test_every_query_shares_out_one():
-    pressed(tiny(), Noted(0.5, chunk_size=8), tokens(30))
+    pressed(tiny(), Recording(0.5, chunk_size=8), tokens(30))
     for _, _, received in SEEN.values():
         for start in range(0, 30, 8):
             stop = min(start + 8, 30)
@@ -82,8 +82,8 @@ def test_every_query_shares_out_one():
             close(total, torch.full((1, 2), stop - start, dtype=torch.float64))
 
 
-def test_what_a_row_received_stays_with_it():
-    press, model, ids = Noted(0.5, chunk_size=8), tiny(), tokens(36)
+def test_what_a_pair_received_stays_with_it():
+    press, model, ids = Recording(0.5, chunk_size=8), tiny(), tokens(36)
     cache = pressed(model, press, ids[:, :20])
     first = {depth: received for depth, (_, _, received) in SEEN.items()}
     with press(model):
@@ -97,8 +97,8 @@ def test_what_a_row_received_stays_with_it():
         check(scores, reference(view, 8, before))
 
 
-def test_a_row_whose_queries_nobody_saw_counts_as_average():
-    press, model, ids = Noted(0.5, chunk_size=8), tiny(), tokens(36)
+def test_a_pair_whose_queries_nobody_saw_counts_as_average():
+    press, model, ids = Recording(0.5, chunk_size=8), tiny(), tokens(36)
     cache = pressed(model, cp.KnormPress(0.5), ids[:, :20])
     forward(model, cache, input_ids=ids[:, 20:23])
     with press(model):
@@ -109,10 +109,10 @@ def test_a_row_whose_queries_nobody_saw_counts_as_average():
     check(scores, reference(view, 8, {0: old, 1: old}))
 
 
-@pytest.mark.parametrize("first", [Noted(0.5, chunk_size=7), cp.KnormPress(0.5)])
+@pytest.mark.parametrize("first", [Recording(0.5, chunk_size=7), cp.KnormPress(0.5)])
 def test_chunks_of_a_padded_text_are_its_own(first):
-    """Also in a second turn, and where rows of the first one are old without a number."""
-    model, presses = tiny(), (first, Noted(0.5, chunk_size=7))
+    """Also in a second turn, and where pairs of the first one are old without a number."""
+    model, presses = tiny(), (first, Recording(0.5, chunk_size=7))
     turns = [[tokens(n, seed=n) for n in lengths] for lengths in ((30, 19, 3), (13, 4, 9))]
     cache, masks = DynamicCache(), []
     for press, texts in zip(presses, turns, strict=True):
@@ -142,7 +142,7 @@ def test_chunked_prefill_sees_every_query():
     assert kept(parts) == kept(pressed(model, press, ids))
 
 
-def test_standardised_leaves_out_rows_that_are_not_valid():
+def test_standardised_leaves_out_pairs_that_are_not_valid():
     scores = torch.tensor([[[9.0, 1.0, 2.0], [9.0, 3.0, 6.0]], [[5.0, 5.0, 5.0], [7.0, 7.0, 8.0]]])
     valid = torch.tensor([[[False, True, True]] * 2, [[False, False, True], [False] * 3]])
     wanted = torch.tensor([[0.0, -2.0, -1.0], [0.0, 0.0, 3.0]]) / (14 / 3) ** 0.5

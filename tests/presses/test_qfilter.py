@@ -1,4 +1,4 @@
-"""Q-Filters against one product for each row."""
+"""Q-Filters against one product for each pair."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.bounds import close, near
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
     assert_second_turns_are_as_if_alone,
-    noting,
+    recording,
 )
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tokens
@@ -27,10 +27,10 @@ def filters(tmp_path_factory):
     return str(path)
 
 
-def test_the_rows_whose_keys_reach_farthest_stay(filters):
+def test_the_pairs_whose_keys_reach_farthest_stay(filters):
     model, ids, plain = tiny(), tokens(30), DynamicCache()
     forward(model, plain, input_ids=ids)
-    press, seen = noting(QFilterPress(0.6, filters=filters))
+    press, seen = recording(QFilterPress(0.6, filters=filters))
     held = kept(pressed(model, press, ids))
     for depth in range(4):
         [(_, score)] = seen[depth]
@@ -51,7 +51,7 @@ def test_padding_and_turns_change_nothing(filters):
 
 
 def test_bfloat16_keys_are_multiplied_in_float32(filters):
-    press, seen = noting(QFilterPress(0.5, filters=filters))
+    press, seen = recording(QFilterPress(0.5, filters=filters))
     pressed(tiny().bfloat16(), press, tokens(12))
     view, score = seen[1][0]
     assert view.keys.dtype == torch.bfloat16 and score.dtype == torch.float32
@@ -63,7 +63,7 @@ def test_filters_are_by_rank_among_the_compressed_layers(tmp_path):
     """In a model of which every other layer slides, layer 3 is the second that is compressed."""
     path = tmp_path / "q_filters.safetensors"
     save_artefact(path, "q_filters", {"filters": FILTERS[:2]}, {})
-    press, seen = noting(QFilterPress(0.5, filters=str(path)))
+    press, seen = recording(QFilterPress(0.5, filters=str(path)))
     pressed(tiny("gemma3"), press, tokens(12))
     view, score = seen[1][0]
     assert view.layer == 3
@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused_before_any_work(filters, tmp_path):
 
 def test_a_file_that_is_written_anew_is_read_anew(tmp_path):
     path = tmp_path / "q_filters.safetensors"
-    press, seen = noting(QFilterPress(0.5, filters=str(path)))
+    press, seen = recording(QFilterPress(0.5, filters=str(path)))
     for sign in (1, -1):
         save_artefact(path, "q_filters", {"filters": sign * FILTERS}, {})
         pressed(tiny(), press, tokens(9))

@@ -87,12 +87,12 @@ def test_expected_attention_reads_them_in_place_of_the_prompt(tmp_path):
     options = {"n_future_positions": 6, "n_sink": 2, "epsilon": 0.01}
     seen = {}
 
-    class Noted(cp.ExpectedAttentionStatsPress):
+    class Recording(cp.ExpectedAttentionStatsPress):
         def score(self, view):
             seen[view.depth] = super().score(view)
             return seen[view.depth]
 
-    cp.prefill(tiny(), ids, Noted(0.5, **options, stats=path))
+    cp.prefill(tiny(), ids, Recording(0.5, **options, stats=path))
     found, model, whole = load_file(path), tiny(), cp.prefill(tiny(), ids)
     turns = np.zeros((8, 8))
     for position in range(20, 26):

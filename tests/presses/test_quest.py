@@ -27,7 +27,7 @@ RULE = AttentionRule(0.3)
 
 
 def pages_of(store, b, h, queries, page_budget):
-    """Rows of one head that its queries read, page after page, the settled ones first."""
+    """Pairs of one head that its queries read, page after page, the compressed ones first."""
     pages = []
     for block in store._segments:
         rows = block.rows()
@@ -81,7 +81,7 @@ def test_one_query_reads_the_pages_that_promise_most(press, page_budget):
 
 
 def test_the_bound_is_one():
-    """No row of a page is worth more than the page promises, also where keys are quantized."""
+    """No pair of a page is worth more than the page promises, also where keys are quantized."""
     for codec in (None, cp.Codec(4, residual=0)):
         inner = cp.KnormPress(0.0) if codec is None else cp.KIVIPress(cp.KnormPress(0.0), 4, 0)
         cache = pressed(tiny(), QuestPress(inner, 1, skip_layers=0), tokens(200))
@@ -146,7 +146,7 @@ def test_first_layers_and_forwards_of_several_tokens_read_all():
 
 @pytest.mark.parametrize("mode", ["exact", "online"])
 def test_chunks_of_one_token_are_no_decoding(mode):
-    """The last chunk of a prompt, and all chunks of a second turn, read every row."""
+    """The last chunk of a prompt, and all chunks of a second turn, read every pair."""
     model, ids = tiny(), tokens(120)
     caches = []
     for press in (QuestPress(cp.KnormPress(0.0), 1, 0), cp.KnormPress(0.0)):
@@ -233,7 +233,7 @@ def test_a_saved_cache_reads_the_same_pages(tmp_path):
         assert torch.equal(ours, wanted)
 
 
-def test_a_row_of_a_padded_batch_reads_what_it_reads_alone():
+def test_a_sequence_of_a_padded_batch_reads_what_it_reads_alone():
     press = QuestPress(cp.AdaKVPress(CLEAR, alpha_safeguard=0.0), 2, skip_layers=0)
     model, texts = tiny(), [tokens(n, seed=n) for n in (160, 97, 20)]
     ids = torch.zeros(3, 160, dtype=torch.long)

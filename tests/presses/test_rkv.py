@@ -18,7 +18,7 @@ from tests.presses.test_snapkv import (
     assert_second_turns_are_as_if_alone,
     eager,
     extras,
-    noting,
+    recording,
 )
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tokens
@@ -28,7 +28,7 @@ PRESS = RKVPress(0.5, window_size=4, kernel_size=3, threshold=0.3)
 
 
 def importance_of(view, b, h, n, kernel, softcap, sinks):
-    """Mean over the last ``n`` queries, then the highest of the rows around, a list of floats."""
+    """Mean over the last ``n`` queries, then the highest of the pairs around, a list of floats."""
     queries, keys = view.queries[b, h].double(), view.keys[b, h].double()
     g, q, _ = queries.shape
     free = keys.shape[0] - n
@@ -85,7 +85,7 @@ def check(press, view, score, layer_sinks=None, softcap=None):
 def test_score_is_that_of_the_paper(name, block, monkeypatch):
     monkeypatch.setattr(rkv, "_BLOCK", block)
     model = eager(name)
-    press, seen = noting(RKVPress(0.5, 4, 3, mix_lambda=0.4, threshold=0.3))
+    press, seen = recording(RKVPress(0.5, 4, 3, mix_lambda=0.4, threshold=0.3))
     pressed(model, press, tokens(21, batch=2))
     softcap, sinks = extras(name, model)
     for depth, [(view, score)] in seen.items():
@@ -93,8 +93,8 @@ def test_score_is_that_of_the_paper(name, block, monkeypatch):
         assert pinned(score)[..., -4:].all() and not pinned(score)[..., :-4].any()
 
 
-def test_of_rows_that_are_alike_the_newest_stays():
-    press, seen = noting(RKVPress(0.5, window_size=1, mix_lambda=0.0))
+def test_of_pairs_that_are_alike_the_newest_stays():
+    press, seen = recording(RKVPress(0.5, window_size=1, mix_lambda=0.0))
     pressed(tiny(), press, tokens(12))
     view = seen[0][0][0]
     keys = torch.eye(12, dtype=torch.float64)[:, :8].repeat(1, 1, 1, 1)
@@ -103,7 +103,7 @@ def test_of_rows_that_are_alike_the_newest_stays():
     keys = keys.expand(1, 2, 12, 8)
     score = RKVPress(0.5, window_size=1, mix_lambda=0.0).score(replace(view, keys=keys))
     head = score[0, 0, :11].tolist()
-    # 1, 2, 4 and 7 are alike. All others let 7 off, which then is as good as a row like no other;
+    # 1, 2, 4 and 7 are alike. All others let 7 off, which then is as good as a pair like no other;
     # 7 itself lets 4 off. Of 8 to 11 the last is in the window, and lets 10 off.
     assert head[7] == head[0] == head[3] == head[5] == head[6]
     assert head[7] > head[4] > head[2] == head[1]
@@ -112,7 +112,7 @@ def test_of_rows_that_are_alike_the_newest_stays():
 
 def test_decoding_is_scored_by_the_last_decoded_queries():
     model, ids = tiny(), tokens(40)
-    inner, seen = noting(PRESS)
+    inner, seen = recording(PRESS)
     cache = DynamicCache()
     with cp.DecodingPress(inner, compression_interval=8, target_size=12)(model):
         forward(model, cache, input_ids=ids[:, :16])
@@ -139,14 +139,14 @@ def test_turns_of_different_lengths_change_nothing():
 def test_short_texts_have_finite_scores():
     for name in ("llama", "gpt_oss"):
         for n in (2, 4, 5):
-            press, seen = noting(PRESS)
+            press, seen = recording(PRESS)
             cache = pressed(tiny(name), press, tokens(n))
             assert all(score.isfinite().all() for [(_, score)] in seen.values())
             assert kept(cache)[0][0] == [list(range(n - n // 2, n))] * 2
 
 
 def test_bf16_is_scored_in_float32():
-    press, seen = noting(PRESS)
+    press, seen = recording(PRESS)
     pressed(tiny().bfloat16(), press, tokens(20))
     for [(view, score)] in seen.values():
         check(press, view, score)

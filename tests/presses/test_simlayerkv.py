@@ -10,7 +10,7 @@ from cachepress.presses.simlayerkv import SimLayerKVPress
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
     assert_second_turns_are_as_if_alone,
-    noting,
+    recording,
     weights_of,
 )
 from tests.tiny import exact_tiny as tiny
@@ -19,7 +19,7 @@ from tests.tiny_cache import forward, kept, pressed
 
 
 def share_of(view, layer, n_last, near):
-    """Attention of the last queries to the rows ``near``, on average over queries and heads."""
+    """Attention of the last queries to the pairs ``near``, on average over queries and heads."""
     _, h, g, q, _ = view.queries.shape
     total = 0.0
     for j in range(h):
@@ -33,7 +33,7 @@ def share_of(view, layer, n_last, near):
 @pytest.mark.parametrize("n_last", [1, 5])
 def test_lazy_layers_are_those_of_the_paper(n_last):
     ids, near = tokens(40), [*range(3), *range(30, 40)]
-    press, seen = noting(SimLayerKVPress(0.999, n_last, n_recent=10, n_initial=3))
+    press, seen = recording(SimLayerKVPress(0.999, n_last, n_recent=10, n_initial=3))
     pressed(tiny(), press, ids)
     shares = {depth: share_of(view, depth, n_last, near) for depth, [(view, _)] in seen.items()}
     assert len(shares) == 4
@@ -44,7 +44,7 @@ def test_lazy_layers_are_those_of_the_paper(n_last):
             assert layer == [[wanted, wanted]]
 
 
-def test_threshold_0_drops_in_every_layer_and_1_in_none():
+def test_threshold_0_evicts_in_every_layer_and_1_in_none():
     model, ids, plain, cache = tiny(), tokens(40), DynamicCache(), DynamicCache()
     lazy = pressed(model, SimLayerKVPress(0.0, n_recent=7, n_initial=0), ids)
     assert kept(lazy) == [[[list(range(33, 40))] * 2]] * 4
@@ -58,7 +58,7 @@ def middle_threshold(n, **options):
     """A threshold that some of the layers of some of the texts exceed."""
     shares = []
     for seed in n:
-        press, seen = noting(SimLayerKVPress(0.5, **options))
+        press, seen = recording(SimLayerKVPress(0.5, **options))
         pressed(tiny(), press, tokens(seed, seed=seed))
         for depth, [(view, _)] in seen.items():
             near = [t for t in range(seed) if t < press.n_initial or t >= seed - press.n_recent]

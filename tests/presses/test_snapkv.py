@@ -16,17 +16,17 @@ from tests.tiny import tokens
 from tests.tiny_cache import forward, kept, pressed
 
 
-def noting(press):
+def recording(press):
     """A press of the same kind and options, and what it saw and answered in each layer."""
     seen = {}
 
-    class Noted(type(press)):
+    class Recording(type(press)):
         def score(self, view):
             score = super().score(view)
             seen.setdefault(view.depth, []).append((view, score))
             return score
 
-    return Noted(**vars(press)), seen
+    return Recording(**vars(press)), seen
 
 
 def left_padded(texts):
@@ -82,7 +82,7 @@ def assert_second_turns_are_as_if_alone(press, model=None):
 
 
 def weights_of(view, layer, b, h, g, q, softcap=None, sinks=None):
-    """Attention of one query over the rows of the view, a list of floats."""
+    """Attention of one query over the pairs of the view, a list of floats."""
     queries, keys = view.queries.double(), view.keys.double()
     t = keys.shape[2]
     last = t - queries.shape[-2] + q
@@ -112,7 +112,7 @@ def extras(name, model):
     return getattr(model.config, "attn_logit_softcapping", None), sinks
 
 
-def plainly(view, depth, window, kernel, pooling, softcap, sinks):
+def transcription(view, depth, window, kernel, pooling, softcap, sinks):
     """Votes of the window, pooled for each query head, averaged over those of a KV head."""
     b, h, g = view.queries.shape[:3]
     t, n = view.keys.shape[2], min(window, view.queries.shape[-2])
@@ -137,16 +137,16 @@ def plainly(view, depth, window, kernel, pooling, softcap, sinks):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_oss"])
 def test_score_is_that_of_the_paper(name, pooling):
     model = eager(name)
-    press, seen = noting(SnapKVPress(0.5, window_size=4, kernel_size=3, pooling=pooling))
+    press, seen = recording(SnapKVPress(0.5, window_size=4, kernel_size=3, pooling=pooling))
     pressed(model, press, tokens(22))
     for depth, [(view, score)] in seen.items():
-        wanted = plainly(view, depth, 4, 3, pooling, *extras(name, model))
+        wanted = transcription(view, depth, 4, 3, pooling, *extras(name, model))
         close(score[..., :-4], wanted[..., :-4])
         assert pinned(score)[..., -4:].all() and not pinned(score)[..., :-4].any()
 
 
 def test_max_pooling_keeps_all_neighbours_of_a_peak():
-    press, seen = noting(SnapKVPress(0.5, window_size=4, kernel_size=5, pooling="max"))
+    press, seen = recording(SnapKVPress(0.5, window_size=4, kernel_size=5, pooling="max"))
     cache = pressed(tiny("gpt2"), press, tokens(40))
     for depth, layer in enumerate(kept(cache)):
         [(view, _)] = seen[depth]

@@ -1,4 +1,4 @@
-"""Presses that guess scores from hidden states, against models in plain loops; and their memory."""
+"""Presses that predict scores from hidden states, against models in plain loops; their memory."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ SEEN = []
 
 @dataclass(frozen=True)
 class _KVzap(cp.KVzapPress):
-    """Notes its scores."""
+    """Records its scores."""
 
     def score(self, view):
         SEEN.append((view.depth, view.valid, super().score(view)))
@@ -31,7 +31,7 @@ class _KVzap(cp.KVzapPress):
 
 @dataclass(frozen=True)
 class _FastKVzip(cp.FastKVzipPress):
-    """Notes its scores."""
+    """Records its scores."""
 
     def score(self, view):
         SEEN.append((view.depth, view.valid, super().score(view)))
@@ -69,7 +69,7 @@ def gelu(x):
 
 
 @pytest.mark.parametrize("model_type", ["linear", "mlp"])
-def test_kvzap_is_a_map_of_each_row(model_type):
+def test_kvzap_is_a_map_of_each_pair(model_type):
     ids, folder = tokens(12), learned()
     ours = scores_of(_KVzap(0.5, model_type, surrogate=folder), ids)
     weights = read(f"{folder}/kvzap_{model_type}.safetensors")
@@ -91,7 +91,7 @@ def rms(x, weight):
     return x / math.sqrt(float((x * x).mean()) + 1e-6) * weight
 
 
-def test_a_gate_is_an_attention_of_one_row():
+def test_a_gate_is_an_attention_of_one_pair():
     ids, folder = tokens(12), learned()
     ours = scores_of(_FastKVzip(0.5, n_sink=0, window_size=1, gates=folder), ids)
     weights = read(f"{folder}/fastkvzip.safetensors")
@@ -130,8 +130,8 @@ def test_heads_and_layers_compete_unless_layers_are_alone():
         assert ((rows == 40).all()) == layerwise
 
 
-def test_a_row_of_a_padded_batch_is_guessed_as_if_alone():
-    """Words that come again have equal guesses in the first layer: ties."""
+def test_a_sequence_of_a_padded_batch_is_predicted_as_if_alone():
+    """Words that come again have equal predictions in the first layer: ties."""
     texts = [tokens(n, seed=n) % 12 + 3 for n in (31, 17, 4)]
     ids = torch.zeros(3, 31, dtype=torch.long)
     for row, text in zip(ids, texts, strict=True):
@@ -150,7 +150,7 @@ def test_a_row_of_a_padded_batch_is_guessed_as_if_alone():
                 assert [[p - pad for p in head] for head in layer[i]] == alone[0]
 
 
-def test_rows_keep_their_guess_in_a_second_turn():
+def test_pairs_keep_their_prediction_in_a_second_turn():
     model, ids, press = tiny(), tokens(40), _KVzap(0.5, surrogate=learned())
     cache = DynamicCache()
     SEEN.clear()
@@ -161,7 +161,7 @@ def test_rows_keep_their_guess_in_a_second_turn():
     close(SEEN[4][2][0, 0, :12], first[rows])
 
 
-def test_tokens_that_were_decoded_unseen_count_as_average():
+def test_tokens_that_were_decoded_unobserved_count_as_average():
     model, press = tiny(), _KVzap(0.5, surrogate=learned())
     cache = DynamicCache()
     with press(model):
@@ -177,7 +177,7 @@ def test_tokens_that_were_decoded_unseen_count_as_average():
         close(scores[..., 10:15], wanted)
 
 
-def test_what_was_noted_outlives_the_with_block():
+def test_what_was_observed_outlives_the_with_block():
     """Two blocks that decode are as one."""
     press = cp.DecodingPress(_KVzap(surrogate=learned()), 8, 12)
     ends = []

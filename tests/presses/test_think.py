@@ -25,7 +25,7 @@ SNAP = cp.SnapKVPress(0.5, window_size=6)
 
 
 def stored(cache):
-    """The channels of each sequence and head, by layer, ``[B, H, D]``, of the settled rows."""
+    """The channels of each sequence and head, by layer, ``[B, H, D]``, of the compressed pairs."""
     found = []
     for store in compressed_layers(cache):
         block = store.snapshot.segments[0]
@@ -43,21 +43,21 @@ def thinned(model, ids, channels, **inputs):
     return cache
 
 
-def noting(press):
+def recording(press):
     seen = []
 
-    class Noted(ThinKPress):
+    class Recording(ThinKPress):
         def key_channels(self, view, mask):
             chosen = super().key_channels(view, mask)
             seen.append((view, mask, chosen))
             return chosen
 
-    return Noted(**vars(press)), seen
+    return Recording(**vars(press)), seen
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
 def test_channels_are_those_of_the_paper(name):
-    press, seen = noting(ThinKPress(0.4, window_size=5))
+    press, seen = recording(ThinKPress(0.4, window_size=5))
     first = cp.StreamingLLMPress(0.5, n_sink=2)
     pressed(tiny(name), ComposedPress([first, press]), tokens(20, batch=2))
     for view, mask, chosen in seen:
@@ -116,7 +116,7 @@ def test_decoding_equals_a_cache_thinned_by_hand(name):
 @pytest.mark.parametrize(
     "presses", [[cp.StreamingLLMPress(0.5), THINK], [THINK, cp.StreamingLLMPress(0.5)]]
 )
-def test_with_rows_dropped_decoding_equals_a_masked_cache(presses):
+def test_with_pairs_evicted_decoding_equals_a_masked_cache(presses):
     model, ids, step = tiny(), tokens(40), tokens(3, seed=5)
     cache = pressed(model, ComposedPress(presses), ids)
     assert kept(cache)[0][0][0] == [*range(4), *range(24, 40)]
@@ -155,7 +155,7 @@ def test_exact_chunks_equal_one_go():
         assert torch.equal(ours, wanted)
 
 
-def test_heads_with_rows_of_their_own_are_thinned_each():
+def test_heads_with_pairs_of_their_own_are_thinned_each():
     model, ids = tiny(), tokens(80)
     ada = cp.AdaKVPress(cp.SnapKVPress(0.5, window_size=6), alpha_safeguard=0.0)
     before = pressed(model, ada, ids)
@@ -174,7 +174,7 @@ def test_heads_with_rows_of_their_own_are_thinned_each():
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantized_rows_are_thin_too(bits):
+def test_quantized_pairs_are_thin_too(bits):
     model, ids, step, residual = tiny(), tokens(200), tokens(2, seed=1), 5
     whole = thinned(model, ids, stored(pressed(model, THINK, ids)))
     cache = DynamicCache()
@@ -244,7 +244,7 @@ def test_a_saved_cache_is_as_thin_when_it_is_loaded(tmp_path):
     assert torch.equal(ours, forward(model, cache, input_ids=step).logits)
 
 
-def test_a_second_turn_chooses_for_all_rows():
+def test_a_second_turn_chooses_for_all_pairs():
     model, ids, cache = tiny(), tokens(50), DynamicCache()
     press = ComposedPress([SNAP, THINK])
     with press(model):
@@ -291,7 +291,7 @@ def test_a_sequence_without_a_query_keeps_its_channels():
         assert torch.equal(was[0], now[0])
 
 
-def test_while_decoding_the_press_behind_it_says_which_rows_stay():
+def test_while_decoding_the_press_behind_it_says_which_pairs_stay():
     model, ids = tiny(), tokens(30)
     thin = ComposedPress([THINK, cp.StreamingLLMPress()])
     cache, plain = DynamicCache(), DynamicCache()

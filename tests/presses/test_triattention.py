@@ -11,7 +11,7 @@ from tests.bounds import close
 from tests.presses.test_snapkv import (
     assert_each_text_is_as_if_alone,
     assert_second_turns_are_as_if_alone,
-    noting,
+    recording,
 )
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tokens
@@ -77,7 +77,7 @@ def series(query, keys, omega, neighbours, n_sink, distances):
     return result
 
 
-def plainly(query, keys, omega, neighbours, press):
+def transcription(query, keys, omega, neighbours, press):
     """Scores ``[H, T]``: each query head in deviations, the highest of a group."""
     distances = [2**i for i in range(20) if 2**i <= press.max_distance]
     t, heads, h = len(keys), query.shape[1], keys.shape[1]
@@ -105,11 +105,11 @@ def test_score_is_the_series(name, rotary, neighbours, most):
     model = tiny(name)
     found = record(model, name)
     options = {"window_size": 4, "n_sink": 2, "max_distance": most}
-    press, seen = noting(TriAttentionPress(0.5, **options))
+    press, seen = recording(TriAttentionPress(0.5, **options))
     pressed(model, press, tokens(24))
     for depth, [(_, score)] in seen.items():
         query, keys = found["q"][depth], found["k"][depth]
-        wanted = plainly(query, keys, frequencies(rotary), neighbours, press)
+        wanted = transcription(query, keys, frequencies(rotary), neighbours, press)
         wanted = wanted[:, 2:-4]
         close(score[0, :, 2:-4], wanted)
         assert pinned(score)[..., -4:].all() and pinned(score)[..., :2].all()
@@ -122,7 +122,7 @@ def test_other_rotary_embeddings_are_read_off_and_left_as_they_were(kind):
     found = record(model, "llama")
     pressed(model, TriAttentionPress(0.5, window_size=4), tokens(24))
     found["q"].clear(), found["k"].clear()
-    press, seen = noting(PRESS)
+    press, seen = recording(PRESS)
     pressed(model, press, tokens(24))
     after = model.model.rotary_emb.inv_freq.clone()
     again = scaled(kind)
@@ -130,12 +130,12 @@ def test_other_rotary_embeddings_are_read_off_and_left_as_they_were(kind):
     assert torch.equal(after, again.model.rotary_emb.inv_freq)
     for depth, [(_, score)] in seen.items():
         query, keys = found["q"][depth], found["k"][depth]
-        wanted = plainly(query, keys, after.double(), False, press)[:, 2:-4]
+        wanted = transcription(query, keys, after.double(), False, press)[:, 2:-4]
         close(score[0, :, 2:-4], wanted)
 
 
 def test_a_layer_without_rotary_is_scored_by_the_mean_query():
-    press, seen = noting(PRESS)
+    press, seen = recording(PRESS)
     pressed(tiny("gpt2"), press, tokens(24))
     for [(view, score)] in seen.values():
         for h in range(4):
@@ -148,11 +148,11 @@ def test_a_layer_without_rotary_is_scored_by_the_mean_query():
             close(score[0, h, 2:-4], wanted)
 
 
-def test_rows_of_an_earlier_turn_keep_their_distance():
+def test_pairs_of_an_earlier_turn_keep_their_distance():
     """A second turn scores old keys from where they are, by the queries of this turn."""
     model, ids = tiny(), tokens(40)
     found = record(model, "llama")
-    press, seen = noting(PRESS)
+    press, seen = recording(PRESS)
     cache = DynamicCache()
     with press(model):
         forward(model, cache, input_ids=ids[:, :24])
@@ -204,14 +204,14 @@ def test_turns_of_different_lengths_change_nothing():
 
 def test_a_text_within_the_pins_has_finite_scores():
     for n in (2, 5):
-        press, seen = noting(PRESS)
+        press, seen = recording(PRESS)
         cache = pressed(tiny(), press, tokens(n))
         assert all(score.isfinite().all() for [(_, score)] in seen.values())
         assert len(kept(cache)[0][0][0]) == n // 2
 
 
 def test_bf16_is_scored_in_float32():
-    press, seen = noting(PRESS)
+    press, seen = recording(PRESS)
     pressed(tiny().bfloat16(), press, tokens(24))
     assert all(score.dtype == torch.float32 for [(_, score)] in seen.values())
 

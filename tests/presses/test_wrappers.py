@@ -35,16 +35,16 @@ def test_adakv_gives_heads_their_own_numbers_and_a_floor():
     assert set(even.flatten().tolist()) == {30}
 
 
-def test_model_wide_competition_keeps_the_best_rows_of_all_layers():
+def test_model_wide_competition_keeps_the_best_pairs_of_all_layers():
     model, ids = tiny(), tokens(60)
     scores = {}
 
-    class Noted(cp.KnormPress):
+    class Recording(cp.KnormPress):
         def score(self, view):
             scores[view.depth] = super().score(view)
             return scores[view.depth]
 
-    press = cp.AdaKVPress(Noted(0.5), alpha_safeguard=0.0, scope="model")
+    press = cp.AdaKVPress(Recording(0.5), alpha_safeguard=0.0, scope="model")
     cache = pressed(model, press, ids)
     every = torch.stack([scores[i] for i in range(4)])  # [layers, 1, H, T]
     threshold = every.flatten().sort(descending=True).values[4 * 2 * 30 - 1]
@@ -58,12 +58,12 @@ def test_criticalkv_weighs_with_the_projected_value():
     model, ids = tiny(), tokens(40)
     seen = {}
 
-    class Noted(cp.SnapKVPress):
+    class Recording(cp.SnapKVPress):
         def score(self, view):
             seen[view.depth] = (super().score(view), view)
             return seen[view.depth][0]
 
-    inner = Noted(0.5, window_size=4)
+    inner = Recording(0.5, window_size=4)
     cache = pressed(model, cp.CriticalKVPress(inner, epsilon=1e-3, first_stage_ratio=0.25), ids)
     for depth, layer in enumerate(kept(cache)):
         scores, view = seen[depth]
@@ -84,7 +84,7 @@ def test_criticalkv_weighs_with_the_projected_value():
 
 
 def test_criticalkv_keeps_the_order_of_negative_scores():
-    """Of two rows with the same value, the one with the higher score stays, below zero too."""
+    """Of two pairs with the same value, the one with the higher score stays, below zero too."""
     press = cp.CriticalKVPress(cp.KnormPress(0.5), first_stage_ratio=0.0)
     found = {}
 
@@ -157,7 +157,7 @@ def test_rotated_keys_are_those_of_a_text_without_gaps():
     plain = pressed(model, cp.StreamingLLMPress(0.5, n_sink=0), ids[:, :20])
     with cp.StreamingLLMPress(0.5, n_sink=0)(model):
         forward(model, plain, input_ids=ids[:, 20:])
-    # The newest rows have no gaps, so rotating them changes nothing.
+    # The newest pairs have no gaps, so rotating them changes nothing.
     for ours, wanted in zip(compressed_layers(cache), compressed_layers(plain), strict=True):
         close(ours.keys, wanted.keys)
 
@@ -184,16 +184,16 @@ def test_a_chunk_is_judged_by_its_own_queries():
     model, ids = tiny(), tokens(48)
     whole = {}
 
-    class Noted(cp.SnapKVPress):
+    class Recording(cp.SnapKVPress):
         def score(self, view):
             whole.setdefault(view.depth, []).append(view.queries.shape[-2])
             return super().score(view)
 
-    pressed(model, cp.ChunkPress(Noted(0.5, window_size=6), chunk_length=12), ids)
+    pressed(model, cp.ChunkPress(Recording(0.5, window_size=6), chunk_length=12), ids)
     assert whole[0] == [12, 12, 12, 12]
 
 
-def test_blocks_never_bring_a_row_back():
+def test_blocks_never_bring_a_pair_back():
     """A slow transcription: a list of survivors, block by block."""
     model, ids = tiny(), tokens(40)
     cache = pressed(model, cp.BlockPress(cp.KnormPress(0.5), block_size=8), ids)
@@ -231,7 +231,7 @@ def test_too_few_bytes_are_refused_with_what_is_needed():
         cp.prefill(single(), tokens(50), cp.KnormPress(max_bytes=100))
 
 
-def test_a_number_of_rows_is_exact():
+def test_a_number_of_pairs_is_exact():
     for wrap in (lambda p: p, cp.AdaKVPress):
         cache = cp.prefill(tiny(), tokens(50), wrap(cp.SnapKVPress(n_kept=17, window_size=6)))
         assert (lengths(cache).sum(-1) == 34).all()

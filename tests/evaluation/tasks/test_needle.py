@@ -1,4 +1,4 @@
-"""The grid of needles: exact lengths and depths, one fresh needle a cell, and its two metrics."""
+"""The grid of needles: exact lengths and depths, one fresh needle a sample, and its two metrics."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def parts(row):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_every_cell_has_exactly_its_length_and_depth(name):
+def test_every_sample_has_exactly_its_length_and_depth(name):
     grid = table("900,1301x4", TOKENIZERS[name])
     assert list(grid["length"]) == [900] * 4 + [1301] * 4
     assert list(grid["depth"]) == [0, 1 / 3, 2 / 3, 1] * 2
