@@ -1,4 +1,4 @@
-"""The table of what is refused names what the library refuses."""
+"""The pages are true: what is refused, the presses, the modules, and what snippets print."""
 
 import json
 import re
@@ -13,6 +13,7 @@ from tests.laws.presses import UNSUPPORTED
 from tests.snippets import printed, snippets
 
 DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(cp.__file__).parent
 TEXT = (DOCS / "combinations.md").read_text()
 MODEL_WIDE = cp.AdaKVPress(cp.KnormPress(), scope="model")
 DECODING = cp.DecodingPress(cp.KnormPress())
@@ -130,3 +131,12 @@ def test_the_new_press_of_the_page_is_scored_kept_and_tested_as_it_says():
     assert cp.parse(repr(voted)) == voted
     cache = cp.prefill(names["model"], names["ids"], voted)
     assert 0.5 <= cp.size_of(cache).ratio < 0.51
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in ROOT.rglob("*.py") if p.parent.name not in ("presses", "tasks")]
+)
+def test_the_architecture_names_every_module(path):
+    named = re.findall(r"`([\w/]+)`", (DOCS / "architecture.md").read_text())
+    names = {part for name in named for part in (name, *name.strip("/").split("/"))}
+    assert (path.parent if path.stem == "__init__" else path).stem in {*names, "cachepress"}

@@ -374,7 +374,7 @@ def test_caches_of_the_second_format_still_load(name, caplog):
 
 
 def assert_rows_are_alike(store, wanted):
-    """The pairs of a float32 store against those of float64; quantized ones to half a step."""
+    """The pairs of a float32 layer against those of float64; quantized ones to half a step."""
     held, exact = store.snapshot.rows(), wanted.snapshot.rows()
     size = max(float(exact.keys.abs().max()), float(exact.values.abs().max()))
     limit = rounding(**FLOAT32) * max(1.0, size)

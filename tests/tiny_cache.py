@@ -35,7 +35,7 @@ def kept(cache: Cache) -> list[list[list[list[int]]]]:
 
 
 def allocated(store: object) -> int:
-    """Bytes of every tensor that can be reached from a store: found by walking, not by asking."""
+    """Bytes of every tensor that can be reached from a layer: found by walking, not by asking."""
     found: dict[int, int] = {}
     seen, todo = set(), [store]
     while todo:

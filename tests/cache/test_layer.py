@@ -1,4 +1,4 @@
-"""A store holds what lists of rows would, whatever was done to it before."""
+"""A compressed layer holds what plain lists of pairs would, after any operations."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ RULE = AttentionRule(0.3)
 
 @dataclass(frozen=True)
 class Kind:
-    """How a store keeps its rows, and what a press does with them.
+    """How a layer stores its pairs, and what a press does with them.
 
     Attributes:
         codec: in few bits, or as they are.
@@ -64,7 +64,7 @@ by_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 
 @dataclass
 class Head:
-    """The rows of one head of one sequence, one after the other."""
+    """The pairs of one head of one sequence, in order."""
 
     positions: list[int] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
@@ -85,7 +85,7 @@ class Head:
 
 
 class Pair:
-    """A store, and lists of what it should hold: everything is done to both."""
+    """A compressed layer, and lists of what it should hold: everything is done to both."""
 
     def __init__(self, kind: Kind, batch: int, draw: random.Random) -> None:
         self.kind, self.draw, self.seen, self.compressed = kind, draw, 0, 0
@@ -96,7 +96,7 @@ class Pair:
         self.padding = [draw.randrange(PAGE) if b and batch > 1 else 0 for b in range(batch)]
 
     def append(self, n: int, batch: int | None = None) -> None:
-        """Rows of a forward; those of several sequences after one share what it holds."""
+        """Append the pairs of a forward; several sequences after one share what it holds."""
         if batch is not None:
             self.heads, self.padding = copied(self.heads * batch), self.padding * batch
         new = [randn(len(self.heads), HEADS, n, SIZE) for _ in range(2)]
@@ -232,7 +232,7 @@ class Pair:
             self.store.mark_skipped(1, bounded=True)
 
     def check(self) -> None:
-        """Everything that can be asked of the store is what the lists say."""
+        """Assert that all that the layer answers is what the lists say."""
         store, held = self.store, self.store.snapshot
         rows, b = held.rows(), len(self.heads)
         where = rows.text_positions()

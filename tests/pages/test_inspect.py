@@ -1,4 +1,4 @@
-"""The page of a context: what it says was kept is what the stores hold, and the text is whole."""
+"""The page of a context: what it says was kept is what the layers hold, and the text is whole."""
 
 import base64
 
