@@ -194,27 +194,6 @@ def _repeat(
                     timing.decode.append(stopwatch.seconds)
 
 
-def _read(
-    model: PreTrainedModel,
-    context: Tensor,
-    press: BasePress | None,
-    options: BenchOptions,
-    scoring: Stopwatch,
-) -> Cache:
-    if press is None:
-        return prefill(model, context, chunk_size=options.prefill_chunk_size)
-    return prefill(
-        model,
-        context,
-        press,
-        chunk_size=options.prefill_chunk_size,
-        mode=options.prefill_mode,
-        storage=options.storage,
-        question=min(_QUESTION, context.shape[1]),
-        stopwatch=scoring,
-    )
-
-
 def _prefill(
     model: PreTrainedModel,
     context: Tensor,
@@ -224,7 +203,16 @@ def _prefill(
 ) -> Cache:
     reading, scoring = Stopwatch(model.device), Stopwatch(model.device)
     with peak_memory(model.device) as peak, reading:
-        cache = _read(model, context, press, options, scoring)
+        cache = prefill(
+            model,
+            context,
+            press,
+            chunk_size=options.prefill_chunk_size,
+            mode="exact" if press is None else options.prefill_mode,
+            storage="full" if press is None else options.storage,
+            question=None if press is None else min(_QUESTION, context.shape[1]),
+            stopwatch=scoring,
+        )
     timing.prefill.append(reading.seconds)
     timing.scoring.append(scoring.seconds)
     timing.held = size_of(cache).bytes_after

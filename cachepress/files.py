@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from cachepress.errors import CachepressError
+
 
 def expanded(name: str) -> str:
     """Expand the ``~`` of a path to a home folder, as a shell does; return other names unchanged.
@@ -15,6 +17,20 @@ def expanded(name: str) -> str:
     on the hub or of a data set begins with it.
     """
     return os.path.expanduser(name)  # noqa: PTH111 - Path.expanduser raises for unknown users.
+
+
+def read_text(path: str) -> str:
+    """Read a text file in UTF-8.
+
+    Raises:
+        CachepressError: if it cannot be read, or is not in UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CachepressError(f"{path} is not a text in UTF-8: {error}") from error
+    except OSError as error:
+        raise CachepressError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def real_path(name: str) -> str:

@@ -4,7 +4,6 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cachepress.cli.arguments import Command
@@ -51,18 +50,6 @@ def warn_if_nothing_evicted(press: "BasePress | None") -> None:
         return  # It has no ratio.
     if nothing:
         logger.warning("%r evicts nothing: give --compression-ratio, such as 0.5", press)
-
-
-def read_text(path: str) -> str:
-    """Read a text file in UTF-8.
-
-    Raises:
-        CachepressError: if it is not in UTF-8.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CachepressError(f"{path} is not a text in UTF-8: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

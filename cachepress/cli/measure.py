@@ -4,7 +4,8 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from cachepress.cli.arguments import POSITIONAL, Command, given
-from cachepress.cli.console import OnModel, log, read_text, say
+from cachepress.cli.console import OnModel, log, say
+from cachepress.files import read_text
 from cachepress.options import BenchFields, Count, FileName, Seed
 
 Kind = Literal["query_stats", "q_filters", "kvzap_linear", "kvzap_mlp", "fastkvzip", "lukv"]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 from cachepress.cli.arguments import POSITIONAL, SWITCH, Command
-from cachepress.cli.console import OnModel, log, read_text, say, warn_if_nothing_evicted
+from cachepress.cli.console import OnModel, log, say, warn_if_nothing_evicted
 from cachepress.errors import CachepressError
+from cachepress.files import read_text
 from cachepress.options import Count, FileName, Place
 
 

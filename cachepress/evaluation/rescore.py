@@ -44,12 +44,7 @@ def score_again(folder: Path, metric: str | None = None) -> list[tuple[Path, Met
         raise CachepressError(f"{folder} has no results: wanted a folder that evaluate wrote")
     for run in found:
         _judged(run, metric)
-    return [(run, _score_locked(run, metric)) for run in found]
-
-
-def _score_locked(run: Path, metric: str | None) -> Metrics:
-    with lock_folder(run):
-        return _scored(run, metric)
+    return [(run, _scored(run, metric)) for run in found]
 
 
 def _runs(folder: Path) -> Iterator[Path]:
@@ -59,13 +54,14 @@ def _runs(folder: Path) -> Iterator[Path]:
 
 
 def _scored(run: Path, metric: str | None) -> Metrics:
-    rows, metrics = _judged(run, metric)
-    rows["score"] = scores_in(rows)
-    metrics = replace(metrics, **vars(scores_of(rows)))
-    texts = rows.assign(**{name: rows[name].map(as_json) for name in LISTS})
-    write_predictions(run / PREDICTIONS, texts)
-    metrics.write(run)
-    return metrics
+    with lock_folder(run):
+        rows, metrics = _judged(run, metric)
+        rows["score"] = scores_in(rows)
+        metrics = replace(metrics, **vars(scores_of(rows)))
+        texts = rows.assign(**{name: rows[name].map(as_json) for name in LISTS})
+        write_predictions(run / PREDICTIONS, texts)
+        metrics.write(run)
+        return metrics
 
 
 def _judged(run: Path, metric: str | None) -> tuple[pd.DataFrame, Metrics]:

@@ -136,10 +136,8 @@ def _scatter(
 
 
 def _first_quality(panel: Panel) -> str | None:
-    for quality in QUALITIES:
-        if any(quality_of(entry.run, quality) is not None for entry in panel.entries):
-            return quality
-    return None
+    runs = [entry.run for entry in panel.entries]
+    return next((q for q in QUALITIES if any(quality_of(run, q) is not None for run in runs)), None)
 
 
 def _noise(entry: Entry) -> tuple[float, float]:

@@ -31,11 +31,8 @@ def read_problems(
         template = read_prompts(config.prompts).template(tasks, ("problem", "question", "context"))
 
     def asked_of(problem: str) -> str:
-        return (
-            prompt.format(problem=problem)
-            if not template
-            else "".join(template.around(problem, {}))
-        )
+        texts = template.around(problem, {}) if template else [prompt.format(problem=problem)]
+        return "".join(texts)
 
     with in_format(names[0], f"{title}'s"):
         asked = {

@@ -6,7 +6,6 @@ table under the same version of Python.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from random import Random
 
 import pandas as pd
@@ -44,23 +43,9 @@ CONTEXTS = 10
 Count = Callable[[str], int]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """Kind of built-in task: its context, question and metric.
-
-    Attributes:
-        about: what is hidden and asked, in one line.
-        draft: makes a context, with its questions, from a source of randomness, a depth from 0 to
-            1 and a number of questions; tasks with a single question ignore that number.
-    """
-
-    about: str
-    draft: Callable[[Random, float, int], Draft]
-
-
-TASKS: dict[str, Kind] = {
-    make.__name__: Kind((make.__doc__ or "").strip(), make)
-    for make in (
+TASKS: dict[str, Callable[[Random, float, int], Draft]] = {
+    draft.__name__: draft
+    for draft in (
         drafts.single_repeat,
         drafts.single_prose,
         drafts.multi_key,
@@ -71,6 +56,8 @@ TASKS: dict[str, Kind] = {
         drafts.frequent_words,
     )
 }
+"""Functions that draft a context, with its questions, from a source of randomness, a depth from 0
+to 1 and a number of questions; tasks with a single question ignore that number."""
 DEFAULT_TASKS = ("single_repeat", "single_prose", "multi_key", "multi_value", "multi_query")
 """Those that the built-in model solves for the most part at 1000 tokens."""
 DEFAULT_LENGTH = 1000
@@ -148,7 +135,7 @@ def _check(tasks: Sequence[str], contexts: int, questions: int, length: int) -> 
 def _draft(task: str, number: int, questions: int, seed: int) -> Draft:
     # Multiples of the golden ratio spread evenly over 0 to 1, however many of them there are.
     depth = (number + 0.5) * GOLDEN_RATIO % 1
-    return TASKS[task].draft(Random(f"{seed}/{task}/{number}"), depth, questions)
+    return TASKS[task](Random(f"{seed}/{task}/{number}"), depth, questions)
 
 
 def _cut(draft: Draft, count: Count, length: int) -> str:

@@ -28,24 +28,11 @@ WITHOUT_CHAT = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
 """Tasks whose prompts the benchmark gives to chat models as they are: examples, or code."""
 _CUE = re.compile("\n([^\n]{1,20}[:\uff1a])\\s*\\Z")
 TASKS = tuple(PROMPTS)
-TASKS_E = tuple(
-    task + SUFFIX_E
-    for task in (
-        "qasper",
-        "multifieldqa_en",
-        "hotpotqa",
-        "2wikimqa",
-        "gov_report",
-        "multi_news",
-        "trec",
-        "triviaqa",
-        "samsum",
-        "passage_count",
-        "passage_retrieval_en",
-        "lcc",
-        "repobench-p",
-    )
+_OF_E = (
+    "qasper multifieldqa_en hotpotqa 2wikimqa gov_report multi_news trec triviaqa samsum "
+    "passage_count passage_retrieval_en lcc repobench-p"
 )
+TASKS_E = tuple(task + SUFFIX_E for task in _OF_E.split())
 
 
 def _best(judge: Callable[[str, str], float]) -> Metric:

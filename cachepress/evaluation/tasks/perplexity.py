@@ -5,7 +5,6 @@ the next part is put into the model's mouth.
 """
 
 import re
-from pathlib import Path
 from pydoc_data import topics
 
 import pandas as pd
@@ -14,6 +13,7 @@ from cachepress.errors import CachepressError
 from cachepress.evaluation.config import EvaluationConfig
 from cachepress.evaluation.tasks.base import PERPLEXITY as METRIC
 from cachepress.evaluation.tasks.base import Size, Task, normalise, whole_number
+from cachepress.files import read_text
 from cachepress.hf.types import PreTrainedTokenizerBase
 
 DEFAULT = "1000-128x20"
@@ -31,7 +31,11 @@ def load_perplexity(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
         CachepressError: if the numbers are misspelt, or the text is missing or too short.
     """
     read, more, windows = _numbers(config.data_dir)
-    ids = tokenizer(_text(config.data_path), add_special_tokens=False, verbose=False).input_ids
+    if (path := config.data_path) is None:
+        text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+    else:
+        text = read_text(path)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     step = len(ids) // windows
     if step < read + more:
         raise CachepressError(
@@ -63,17 +67,6 @@ def _size(config: EvaluationConfig) -> Size:
     read, more, windows = _numbers(config.data_dir)
     # What is read lends its last token, so that there is one for the next to follow.
     return Size(read, windows * (read + more), max(more, config.max_new_tokens or 1), read)
-
-
-def _text(path: str | None) -> str:
-    if path is None:
-        return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CachepressError(f"{path} is not a text in UTF-8: {error}") from error
-    except OSError as error:
-        raise CachepressError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 PERPLEXITY = Task(
