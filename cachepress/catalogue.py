@@ -32,7 +32,7 @@ EXAMPLES: dict[str, str] = {
 }
 """Spellings for classes that need more than a ratio or an inner press to stand for them.
 
-Numbers of rows are half of the 2,048 tokens that are measured.
+Numbers of pairs are half of the 2,048 tokens that are measured.
 """
 RECOMMENDED: dict[str, str] = {
     "compactor": "AdaKVPress(CompactorPress({ratio}))",

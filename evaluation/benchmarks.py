@@ -56,7 +56,7 @@ def decode() -> Found:
 
 
 def long() -> Found:
-    """A context of 65,536 tokens in a budget of 2,048 rows."""
+    """A context of 65,536 tokens in a budget of 2,048 pairs."""
     return bench(
         *("--presses", "SnapKVPress(n_kept=2048)", "--lengths", "65536", "--no-baseline"),
         *("--prefill-chunk-size", "1024", "--prefill-mode", "online", "--beyond-trained-length"),
@@ -198,7 +198,7 @@ def _median(cell: dict) -> float:
 def _long(found: Found) -> str:
     (cell,) = found["cells"]
     return (
-        "## A context of 65,536 tokens in a budget of 2,048 rows\n\n"
+        "## A context of 65,536 tokens in a budget of 2,048 pairs\n\n"
         f"`{found['command']}`: {found['machine']}; {cell['prefill'][0]:.0f} s, "
         f"{cell['peak'] / 2**20:.0f} MiB at the peak above what was there before, "
         f"{cell['held'] / 2**20:.1f} MiB held, {_median(cell):.1f} ms a step. The model was "
@@ -213,7 +213,7 @@ def _sweep(found: Found) -> str:
     return (
         "## One sweep against separate runs\n\n"
         f"`{found['command']}` ({found['contexts']} contexts) took {together:.0f} s; the {runs} "
-        f"runs of `cachepress evaluate` for the same cells took {apart:.0f} s, "
+        f"runs of `cachepress evaluate` for the same evaluations took {apart:.0f} s, "
         f"{apart / together:.1f} times as long; without the starts of the program ({start:.1f} s "
         f"each) {bare:.1f} times. {found['same']} of {found['answers']} answers are the same, "
         f"letter by letter. {found['machine']}.\n"
