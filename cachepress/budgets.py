@@ -64,7 +64,7 @@ class Amount(Protocol):
 
 @dataclass(frozen=True)
 class Ratio:
-    """What remains of the tokens seen when a fraction is removed: floor(seen * (1 - ratio)).
+    """The number that a compression ratio leaves of the tokens seen: floor(seen * (1 - ratio)).
 
     It counts all tokens seen, evicted ones included: one forward, chunks and a later prompt end
     with the same number of pairs.

@@ -21,7 +21,7 @@ from cachepress.view import LayerView, Rotary
 
 
 class CacheLayer(Protocol):
-    """What the engine needs of a cache layer: store the pairs that are kept, and no others."""
+    """Interface of a cache layer that can be compressed: it stores the pairs that are kept."""
 
     def pair_bytes(self, pairs: Pairs, compaction: bool, token_state: bool, /) -> PairBytes:
         """Compute the bytes that the kept pairs of a head will need."""

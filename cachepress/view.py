@@ -1,4 +1,4 @@
-"""What a scorer is given: the key-value pairs of one layer, and what the press declared it needs.
+"""The view that a scorer is given: the pairs of one layer, and what its press declared to need.
 
 ``Needs`` is the declaration, ``LayerView`` the answer. Nothing here decides what is kept, and
 nothing here knows transformers.
@@ -44,7 +44,7 @@ of a layer and the layer's rank among those that are compressed."""
 
 @dataclass(frozen=True)
 class PageBudget:
-    """How many pages of a compressed layer a decoded token reads in each KV head.
+    """The number of pages of a compressed layer that a decoded token reads in each KV head.
 
     Attributes:
         pages: pages of 32 slots.

@@ -28,7 +28,7 @@ _RECORDS = "record_past"
 
 @dataclass(frozen=True)
 class Fitting:
-    """What every cache of a model has in common, found from samples that the model filled.
+    """Requirements of every cache of a model, found from sample caches that the model filled.
 
     Attributes:
         compressed: a cache of one token whose full-attention layers are compressed layers.

@@ -18,7 +18,7 @@ MIDDLE, END = "middle", "end"
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How a context and its questions become token ids.
+    """Options of how a context and its questions are tokenised.
 
     Attributes:
         question: one question; exclusive with ``questions``.

@@ -15,7 +15,7 @@ from cachepress.ops.precision import wide, wide_dtype
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """How a layer turns query-key products into weights.
+    """Scaling, soft cap and sinks by which a layer turns query-key products into attention weights.
 
     Attributes:
         scaling: factor on the products.

@@ -1,4 +1,4 @@
-"""What presses share that score pairs by context reconstruction."""
+"""Base class of presses that score pairs by context reconstruction."""
 
 from dataclasses import dataclass, replace
 

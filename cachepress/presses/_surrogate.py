@@ -1,4 +1,4 @@
-"""What presses share that predict a token's score from its hidden state."""
+"""Base class of presses that predict a token's score from its hidden state."""
 
 from dataclasses import dataclass
 

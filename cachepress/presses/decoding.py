@@ -13,7 +13,7 @@ from cachepress.view import Needs
 
 
 class _WhileDecodingPress(WrapperPress):
-    """What the presses for decoding share; each has these fields, in its own order."""
+    """Base class of presses that compress while decoding; subclasses order these fields anew."""
 
     compression_interval: int
     hidden_states_buffer_size: int
