@@ -55,7 +55,7 @@ def fitted_layers(path: str, kind: str, model: PreTrainedModel) -> tuple[int, ..
 
 
 def load_artefact(
-    path: str | None,
+    path: str,
     kind: str,
     device: torch.device | str = "cpu",
     layers: tuple[int, ...] | None = None,
@@ -63,17 +63,14 @@ def load_artefact(
     """Read the tensors of an artefact, as ``cachepress train`` names them; a file is read once.
 
     Args:
-        path: the file: our own, or one that was published; None in a press that was not made ready.
+        path: the file: our own, or one that was published.
         kind: the kind of artefact.
         device: the device of the tensors.
         layers: which of its layers; None for all.
 
     Raises:
         CachepressError: if the file is missing, damaged or of another kind.
-        TypeError: if there is no file, as ``for_model`` was not called.
     """
-    if path is None:
-        raise TypeError("the press was not made ready for a model")
     try:
         found = Path(path).stat()
     except OSError as error:

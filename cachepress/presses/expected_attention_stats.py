@@ -103,6 +103,8 @@ class ExpectedAttentionStatsPress(ExpectedAttentionPress, alias="expected_attent
 
     def moments(self, view: LayerView) -> Moments:
         """Return the moments that were measured beforehand, the same for every sequence."""
+        if self.stats is None:
+            raise TypeError("the press was not made ready for a model")
         learned = load_artefact(self.stats, KIND, view.keys.device, self.layers)
         b, h, _, d = view.keys.shape
         mean, covariance = (

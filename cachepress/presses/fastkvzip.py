@@ -80,6 +80,8 @@ class FastKVzipPress(_SurrogatePress, alias="fastkvzip"):
 
     def predict(self, hidden: Tensor, depth: int) -> Tensor:
         """Predict the score of each pair, from 0 to 1, ``[B, H, n]``."""
+        if self.gates is None:
+            raise TypeError("the press was not made ready for a model")
         learned = load_artefact(self.gates, KIND, hidden.device, self.layers)
         x = wide(hidden)
         return gate(x, {name: part[depth].to(x.dtype) for name, part in learned.items()})

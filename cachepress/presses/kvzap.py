@@ -72,6 +72,8 @@ class KVzapPress(_SurrogatePress, alias="kvzap"):
 
     def predict(self, hidden: Tensor, depth: int) -> Tensor:
         """Predict the logarithm of the score of each pair, ``[B, H, n]``."""
+        if self.surrogate is None:
+            raise TypeError("the press was not made ready for a model")
         learned = load_artefact(self.surrogate, self.kind, hidden.device, self.layers)
 
         def linear(x: Tensor, name: str) -> Tensor:

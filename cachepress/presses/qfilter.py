@@ -48,6 +48,8 @@ class QFilterPress(ScorerPress, alias="qfilter"):
 
     def score(self, view: LayerView) -> Tensor:
         """Score pairs by the product of key and filter of their head, ``[B, H, T]``."""
+        if self.filters is None:
+            raise TypeError("the press was not made ready for a model")
         learned = load_artefact(self.filters, KIND, view.keys.device, self.layers)
         keys, own = wide(view.keys), learned["filters"][view.depth]
         return (keys @ own.to(keys.dtype).unsqueeze(-1)).squeeze(-1)
