@@ -29,6 +29,7 @@ from cachepress.cache.pairs import Pairs
 from cachepress.cache.snapshot import Snapshot
 from cachepress.call import AttentionCall
 from cachepress.errors import UnsupportedError
+from cachepress.hf.watching import Watched
 from cachepress.ops import AttentionRule
 from cachepress.ops.paged_attention.parts import LOWEST
 
@@ -130,6 +131,10 @@ def _attention(
     function = _base_function(base, type(module))
     if not isinstance(key, RowsHandle):
         return function(module, query, key, value, attention_mask, **kwargs)
+    if isinstance(key, Watched):
+        own = partial(function, module, **kwargs)
+        ours = partial(_attention, module, base=base, **kwargs)
+        return key.watch(query, value, attention_mask, own, ours)
     if kwargs.get("position_bias") is not None:
         raise UnsupportedError(f"{type(module).__name__} adds a position bias: not supported")
     layer, n = key.layer, query.shape[2]

@@ -30,6 +30,7 @@ from cachepress.hf.capture import Capture
 from cachepress.hf.chunks import tokenizer_of
 from cachepress.hf.forward import PressedForward, Setup
 from cachepress.hf.kinds import bring_kind_back, set_kind_aside
+from cachepress.hf.probe import try_out
 from cachepress.hf.wiring import (
     CACHE_NAMES,
     attach,
@@ -134,6 +135,7 @@ class PressSession:
     def _stand_around(self) -> None:
         """Put functions around the methods of the model whose calls have to be known."""
         model, decoder = unwrapped(self._setup.model), self._setup.decoder
+        try_out(model)
         self._selection = attach(model)
         with ExitStack() as exits:
             if isinstance(model, PreTrainedModel) and set_kind_aside(model):

@@ -9,7 +9,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+)
 from transformers.configuration_utils import PretrainedConfig
 
 from cachepress.cache.layer import CompressedLayer
@@ -85,10 +90,27 @@ def check_model(model: nn.Module) -> None:
             "observed, so its cache cannot be compressed"
         )
     if not any(full_attention(decoder.config)):
-        raise UnsupportedError(
-            f"{name} has no full-attention layer: its sliding-window or linear-attention layers "
-            "already bound their cache, there is nothing to compress"
-        )
+        raise UnsupportedError(f"{name} has no full-attention layer: {_why_not(decoder.config)}")
+
+
+def _why_not(config: PretrainedConfig) -> str:
+    """Say why no layer of a model is compressed."""
+    layers = DynamicCache(config=config).layers
+    kinds = {type(layer).__name__ for layer in layers if not _is_bounded(layer)}
+    if kinds:
+        return f"it keeps the text in layers of a kind that is not compressed ({', '.join(kinds)})"
+    if all(type(layer).__name__ == "DummyLayer" for layer in layers):
+        return "it reads keys and values that another model keeps"
+    return (
+        "its sliding-window or linear-attention layers already bound their cache, there is nothing "
+        "to compress"
+    )
+
+
+def _is_bounded(layer: object) -> bool:
+    """Tell whether a cache layer does not grow with the text."""
+    keeps = isinstance(layer, CacheLayerMixin)
+    return not keeps or bool(getattr(layer, "is_sliding", False))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -201,8 +223,14 @@ def has_only_full_attention(model: PreTrainedModel) -> bool:
 
 
 def full_attention(config: PretrainedConfig) -> list[bool]:
-    """Tell which layers have full attention, and so an ordinary, unbounded cache."""
-    return [type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers]
+    """Tell which layers have full attention over the text, and so an ordinary, unbounded cache.
+
+    Layers that attend to a picture keep its keys and values in a layer of the same kind, and fill
+    it only with the picture: they are left alone.
+    """
+    others = getattr(config.get_text_config(decoder=True), "cross_attention_layers", None) or ()
+    layers = DynamicCache(config=config).layers
+    return [type(layer) is DynamicLayer and i not in others for i, layer in enumerate(layers)]
 
 
 def attention_modules(decoder: PreTrainedModel) -> list[nn.Module]:

@@ -1,0 +1,126 @@
+"""Tries a model out on a few tokens before its cache is compressed for the first time.
+
+Models differ in what they do to keys between the cache and attention, in what they tell attention
+besides keys, and in how often they fill a layer. No list of model classes says that of the next
+one, but one forward does: it is run with transformers' own cache and with one whose layers watch,
+and both must give the same. What does not is refused, in one line that names the model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import RLock
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from cachepress.errors import CachepressError, UnsupportedError
+from cachepress.hf.blocks import unobserved
+from cachepress.hf.watching import Fault, WatchedLayer, close
+from cachepress.hf.wiring import attach, cache_argument, full_attention, text_decoder, unwrapped
+
+_TOKENS = (5, 1)
+"""Tokens of each forward: a prompt, and one that is decoded."""
+_LOCK = RLock()
+_PASSED: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()
+"""The attention functions with which each decoder was tried out."""
+
+
+def try_out(model: nn.Module) -> None:
+    """Run a few tokens through a model with our attention function, once for each model.
+
+    Raises:
+        UnsupportedError: if the model gives something else with compressed layers.
+    """
+    decoder = text_decoder(model)
+    base = str.__str__(decoder.config._attn_implementation or "eager")
+    with _LOCK:
+        passed = _PASSED.setdefault(decoder, set())
+        if base in passed or decoder.device.type == "meta":
+            return
+        selection = attach(model)
+        try:
+            with _evaluating(decoder), torch.no_grad(), unobserved(decoder):
+                _compare(decoder)
+        except Fault as fault:
+            name = type(unwrapped(model)).__name__
+            raise UnsupportedError(f"{name} {fault}") from fault.__cause__
+        finally:
+            del selection  # An error that somebody keeps would keep it.
+        passed.add(base)
+
+
+def _compare(decoder: PreTrainedModel) -> None:
+    """Compare forwards with layers that watch to forwards with transformers' own cache."""
+    name, tokens = _few_tokens(decoder, sum(_TOKENS))
+    plain, watched = (DynamicCache(config=decoder.config) for _ in range(2))
+    layers = {i: WatchedLayer(i) for i, full in enumerate(full_attention(decoder.config)) if full}
+    for i, layer in layers.items():
+        watched.layers[i] = layer
+    for chunk in tokens.split(_TOKENS, dim=1):
+        try:
+            wanted = _run(decoder, name, chunk, plain)
+        except Exception as error:
+            raise Fault(f"does not run on tokens alone: {_first(error)}") from error
+        try:
+            ours = _run(decoder, name, chunk, watched)
+        except (Fault, CachepressError):
+            raise
+        except Exception as error:
+            raise Fault(
+                f"does something with its cache that a compressed cache cannot do: {_first(error)}"
+            ) from error
+        for layer in layers.values():
+            layer.check()
+        if not _same(ours, wanted):
+            raise Fault("gives something else with a compressed cache, although nothing is evicted")
+
+
+@contextmanager
+def _evaluating(decoder: nn.Module) -> Iterator[None]:
+    """Switch dropout off: nothing is drawn at random, and training goes on as before."""
+    training = [module for module in decoder.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _run(decoder: PreTrainedModel, name: str, tokens: Tensor, cache: Cache) -> Tensor:
+    """Run a forward without the decoder's module hooks, and return its hidden states."""
+    given = {name: tokens, cache_argument(decoder): cache, "use_cache": True}
+    output = decoder.forward(**given)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _few_tokens(decoder: PreTrainedModel, n: int) -> tuple[str, Tensor]:
+    """Choose ``n`` tokens of the vocabulary that no option of the model names.
+
+    Returns:
+        The name of the decoder's argument, and the tokens ``[1, n]``, or embeddings ``[1, n, M]``
+        of them for a decoder that has several vocabularies.
+    """
+    table = decoder.get_input_embeddings()
+    if not isinstance(table, nn.Embedding):
+        drawn = torch.randn(1, n, decoder.config.hidden_size, generator=torch.Generator("cpu"))
+        return "inputs_embeds", drawn.to(decoder.device, decoder.dtype)
+    size = table.num_embeddings
+    named = {x for name, x in vars(decoder.config).items() if name.endswith(("_id", "_index"))}
+    free = (i % size for i in range(size // 2, size // 2 + size) if i % size not in named)
+    ids = [i for i, _ in zip(free, range(n), strict=False)]
+    return "input_ids", torch.tensor([(ids * n)[:n]], device=decoder.device)
+
+
+def _same(ours: Tensor, wanted: Tensor) -> bool:
+    return torch.equal(ours, wanted) or close(ours, wanted, torch.finfo(wanted.dtype).eps ** 0.5)
+
+
+def _first(error: Exception) -> str:
+    """Return the first line of an error, with its kind."""
+    line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}, {line}" if line else type(error).__name__
