@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from threading import Lock
+from typing import cast
 
 import torch
 from torch import nn
@@ -25,21 +26,26 @@ class Around:
 
     def __init__(self, module: nn.Module, own: Method, act: Act) -> None:
         update_wrapper(self, own)
-        self._module, self.own, self.act, self.users = weakref.ref(module), own, act, 0
+        self.module, self.own, self.act, self.users = weakref.ref(module), own, act, 0
 
-    @torch.compiler.disable
     def __call__(self, *args: object, **kwargs: object) -> object:
-        """Let the function decide about a call, which torch.compile does not follow."""
-        module = self._module()
-        return (
-            self.own(*args, **kwargs)
-            if module is None
-            else self.act(module, self.own, args, kwargs)
-        )
+        """Let the function decide about a call."""
+        return _decide_untraced(self, args, kwargs)
 
     def __reduce__(self) -> tuple[Callable[[Method], Method], tuple[Method]]:
         """Leave only the method, which a copied or unpickled module binds to itself."""
         return copy.copy, (self.own,)
+
+
+def _decide(around: Around, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+    module = around.module()
+    if module is None:
+        return around.own(*args, **kwargs)
+    return around.act(module, around.own, args, kwargs)
+
+
+_decide_untraced = cast(Callable[..., object], torch.compiler.disable(_decide))
+"""torch.compile does not follow what is decided about a call."""
 
 
 def put_around(module: nn.Module, name: str, act: Act) -> Around:

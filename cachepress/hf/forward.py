@@ -205,7 +205,7 @@ class PressedForward:
             if self._chunk == "compress" and setup.codec is not None:
                 # Pairs that are compressed chunk by chunk would be quantized again and again.
                 layer.codec = None
-        if step.prompt and self._chunk is None and self._ids is not None:
+        if step.prompt and self._ids is not None:
             note_text(self._cache, self._ids, step.seen)
         if self._is_observed:
             rope = self._rope()
