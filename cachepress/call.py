@@ -173,11 +173,6 @@ class Hook(Protocol):
         """Finds what else a press may need of the call."""
         ...
 
-    @property
-    def differentiates(self) -> bool:
-        """Whether gradients must flow through the keys and values of the forward."""
-        ...
-
     def observe(self, call: AttentionCall) -> None:
         """Observe the call; the output of attention is computed already, and stays as it is."""
         ...

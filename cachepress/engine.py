@@ -14,10 +14,15 @@ from torch import Tensor
 
 from cachepress.cache.pairs import PairBytes, Pairs
 from cachepress.call import AttentionCall
-from cachepress.ops import gather, valid_last, wide
+from cachepress.ops import following, gather, valid_last, wide, without_autocast, without_gradient
 from cachepress.press import BasePress
 from cachepress.query_stats import QueryStats
 from cachepress.view import LayerView, Rotary
+
+_MERGED = (
+    "there is no gradient through pairs that others were merged into: run the forward that merges "
+    "them under torch.no_grad(), or use the press inside without the one that merges"
+)
 
 
 class CacheLayer(Protocol):
@@ -78,6 +83,13 @@ def compress(
         The scored layer, if its pairs compete with those of other layers and
         ``compress_together`` has to follow; else None.
     """
+    with without_autocast(call.query.device):
+        return _compress(press, layer, call, query_stats)
+
+
+def _compress(
+    press: BasePress, layer: CacheLayer, call: AttentionCall, query_stats: QueryStats
+) -> Pending | None:
     budget = press.budget
     view = replace(_view_of(call), pair_bytes=_pair_bytes(press, layer, call))
     n_kept = budget.count(view)
@@ -88,7 +100,7 @@ def compress(
         _keep_all(press, layer, view, call.text_valid)
         return None
     view = query_stats.show(view, call)
-    scores = press.score(view)
+    scores = press.score(_detached(view))
     if budget.scope == "model":
         return Pending(layer, view, scores, call.text_valid)
     mask = budget.select(scores, view.valid, n_kept)
@@ -110,25 +122,32 @@ def compress_together(press: BasePress, layers: list[Pending]) -> None:
 
     The layers stand side by side as if they were heads of one layer. After an earlier compression
     they may hold different numbers of pairs; shorter ones are padded in front with entries that are
-    not valid.
+    not valid. Where a model is spread over several devices they compete on the first one.
     """
+    device = layers[0].scores.device
+    with without_autocast(device):
+        _compress_together(press, layers, device)
+
+
+def _compress_together(press: BasePress, layers: list[Pending], device: torch.device) -> None:
     longest = max(layer.scores.shape[-1] for layer in layers)
 
     def joined(numbers: list[Tensor]) -> Tensor:
-        return torch.cat([F.pad(x, (longest - x.shape[-1], 0)) for x in numbers], dim=1)
+        padded = [F.pad(x.to(device), (longest - x.shape[-1], 0)) for x in numbers]
+        return torch.cat(padded, dim=1)
 
     scores = joined([wide(layer.scores) for layer in layers])  # [B, layers * H, T]
     valid = joined([layer.view.valid for layer in layers])
     h = layers[0].scores.shape[1]
-    counts = torch.stack([layer.view.n_kept for layer in layers])  # [layers, B]
-    n_kept = counts.sum(0) / len(layers)
+    counts = torch.stack([layer.view.n_kept.to(device) for layer in layers])  # [layers, B]
+    n_kept = counts.double().mean(0)
     if not press.needs.always and press.budget.holds_all(valid, n_kept):
         for layer in layers:
             _keep_all(press, layer.layer, layer.view, layer.text_valid)
         return
     mask = press.budget.select(scores, valid, n_kept)
     for layer, part in zip(layers, mask.split(h, dim=1), strict=True):
-        part = part[..., longest - layer.scores.shape[-1] :]
+        part = part[..., longest - layer.scores.shape[-1] :].to(layer.scores.device)
         _keep(press, layer.layer, layer.view, part, layer.text_valid)
 
 
@@ -151,15 +170,35 @@ def _keep(
     were scored with, kept keys are rotated after that, and key channels are chosen last, since they
     are channels of the keys as they will be stored.
     """
-    pairs = Pairs(view.keys, view.values, view.positions, token_state=press.token_state(view))
-    merged = press.merge(view, mask)
+    given = _detached(view)
+    pairs = Pairs(view.keys, view.values, view.positions, token_state=press.token_state(given))
+    merged = press.merge(given, mask)
     if merged is not None:
-        pairs = replace(pairs, keys=merged[0], values=merged[1])
-        view = replace(view, keys=merged[0], values=merged[1])
+        keys = _merged(view.keys, given.keys, merged[0])
+        values = _merged(view.values, given.values, merged[1])
+        pairs = replace(pairs, keys=keys, values=values)
+        view = replace(view, keys=keys, values=values)
     if press.needs.compaction and view.rotary is not None:
-        keys, rope = _compacted(view, view.rotary, mask)
+        with following(view.keys):
+            keys, rope = _compacted(view, view.rotary, mask)
         pairs = replace(pairs, keys=keys, rope=rope)
-    layer.keep(pairs, mask, text_valid, press.key_channels(replace(view, keys=pairs.keys), mask))
+    stored = _detached(replace(view, keys=pairs.keys))
+    layer.keep(pairs, mask, text_valid, press.key_channels(stored, mask))
+
+
+def _merged(held: Tensor, given: Tensor, merged: Tensor) -> Tensor:
+    """Return what is stored of keys or values after a press merged others into them."""
+    if merged is given:
+        return held
+    return without_gradient(merged, _MERGED) if held.requires_grad else merged
+
+
+def _detached(view: LayerView) -> LayerView:
+    """Return the view that a press is given: its keys and values are a part of no autograd graph.
+
+    Pairs that are kept stay in the graph of the forward that computed them; scores have none.
+    """
+    return replace(view, keys=view.keys.detach(), values=view.values.detach())
 
 
 def _compacted(view: LayerView, rotary: Rotary, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +226,7 @@ def _view_of(call: AttentionCall) -> LayerView:
     and the last token's is known from the forward, so that the others follow from their index.
     """
     pairs = call.pairs
-    keys, values, positions = pairs.keys.detach(), pairs.values.detach(), pairs.text_positions()
+    keys, values, positions = pairs.keys, pairs.values, pairs.text_positions()
     b, _, t = positions.shape
     valid, index = positions >= 0, positions
     n_seen = torch.full((b,), t, device=keys.device)
@@ -209,7 +248,8 @@ def _view_of(call: AttentionCall) -> LayerView:
     token_state = pairs.token_state
     if call.text_valid is not None or not pairs.full:
         order = valid_last(valid)
-        keys, values = gather(keys, order), gather(values, order)
+        with following(keys, values):
+            keys, values = gather(keys, order), gather(values, order)
         positions, index, rope, valid = (
             x.gather(-1, order) for x in (positions, index, rope, valid)
         )

@@ -103,6 +103,7 @@ def test_options_that_give_no_one_answer_from_the_cache_are_refused(options):
     assert "\n" not in str(refused.value)
     assert cp.ask(model, made, cache, "w8 w9", generation={"use_cache": True}) == before
     ours = ("max_new_tokens", "prefill_chunk_size", "nothing")
+    ours += ("num_return_sequences", "return_dict_in_generate")
     if isinstance(options, dict) and options.keys().isdisjoint(ours):
         with pytest.raises(cp.CachepressError, match="^generation"):
             pipe(TEXT, question="w8", press=PRESS, **options)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from cachepress.cache.codec import Codec
@@ -15,8 +16,11 @@ _POSITION = 4
 
 def allocated_bytes(tensors: Iterable[Tensor]) -> int:
     """Add up the bytes of the storages behind some tensors, each counted once."""
-    storages = (x.untyped_storage() for x in tensors)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    found: dict[tuple[torch.device, int], int] = {}
+    for x in tensors:
+        storage = x.untyped_storage()
+        found[x.device, storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
 
 
 def bytes_of_pairs(

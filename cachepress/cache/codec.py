@@ -1,6 +1,6 @@
 """Quantized storage of keys and values, in pages: keys by channel, values by token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cachepress.errors import CachepressError
 from cachepress.limits import MOST_TOKENS, check_whole, is_whole, shown
+from cachepress.ops.gradients import without_gradient
 from cachepress.ops.paged_attention import PAGE
 from cachepress.ops.precision import wide
 
@@ -18,6 +19,10 @@ _MOST, _FINE = 6e4, torch.finfo(torch.float16).tiny
 """Numbers up to which a float16 scale holds when rounded, and the least step that it holds well."""
 _LIMIT = torch.finfo(torch.float32).max / 2
 """Numbers beyond it are taken for it, so that ranges are numbers, too."""
+_LOST = (
+    "there is no gradient through keys and values that are rounded to int{}: run the forwards that "
+    "are not differentiated under torch.no_grad(), or leave out storage and KIVIPress"
+)
 VALUE_GROUP = 32
 """Channels of a value that share a scale where there are only 2 bits."""
 
@@ -69,14 +74,14 @@ class Codec:
         """
         self.check(pages.shape[-1])
         hidden = ~used.unsqueeze(-1)
-        low, high = _range(pages, hidden)
+        low, high = _range(pages.detach(), hidden)
         return self._encode(pages, low.amin(1, keepdim=True), high.amax(1, keepdim=True))
 
     def encode_values(self, pages: Tensor) -> "Quantized":
         """Quantize pages of values ``[P, C, E]``, each with a scale for each group of channels."""
         self.check(pages.shape[-1])
         size = self.value_group or pages.shape[-1]
-        low, high = _range(pages, torch.zeros_like(pages, dtype=torch.bool))
+        low, high = _range(pages.detach(), torch.zeros_like(pages, dtype=torch.bool))
         low = torch.stack([group.amin(-1) for group in low.split(size, dim=-1)], dim=-1)
         high = torch.stack([group.amax(-1) for group in high.split(size, dim=-1)], dim=-1)
         return self._encode(pages, low, high, self.value_group)
@@ -104,6 +109,7 @@ class Codec:
         self, pages: Tensor, low: Tensor, high: Tensor, group: int | None = None
     ) -> "Quantized":
         steps = 2**self.bits - 1
+        pages, in_graph = pages.detach(), pages.requires_grad
         # Where nothing is finite there is no range.
         low, high = (torch.where(low <= high, x, torch.zeros_like(x)) for x in (low, high))
         kind = self._scale_dtype(pages)
@@ -116,6 +122,8 @@ class Codec:
         each_zero, each_scale = (_each(x.to(exact), group, pages.shape[-1]) for x in (zero, scale))
         codes = ((pages.to(exact) - each_zero) / each_scale).round_().clamp_(0, steps)
         codes = _packed(codes.nan_to_num_(nan=0.0).to(torch.uint8), self.bits)
+        if in_graph:
+            scale = without_gradient(scale, _LOST.format(self.bits))
         return Quantized(codes, scale, zero, self.bits, pages.dtype, group)
 
     def _scale_dtype(self, x: Tensor) -> torch.dtype:
@@ -180,6 +188,44 @@ class Quantized:
     def tensors(self) -> list[Tensor]:
         """List all tensors that are allocated."""
         return [self.codes, self.scale, self.zero]
+
+
+Stored = Tensor | Quantized
+"""Pages of keys or values, as they are or quantized."""
+
+
+def floats(x: Stored) -> Tensor:
+    """Return the numbers that may be a part of an autograd graph."""
+    return x.scale if isinstance(x, Quantized) else x
+
+
+def decoded(x: Stored) -> Tensor:
+    """Return the numbers that are stored."""
+    return x.decode() if isinstance(x, Quantized) else x
+
+
+def changed(x: Stored, change: Callable[[Tensor], Tensor]) -> Stored:
+    """Apply ``change`` to every tensor ``[P, ...]``, as to pick or reorder pages."""
+    return x.pages(change) if isinstance(x, Quantized) else change(x)
+
+
+def stacked_pages(parts: Sequence[Stored]) -> Stored:
+    """Concatenate pages of equal form."""
+    first = parts[0]
+    if isinstance(first, Quantized):
+        columns = [x.tensors() for x in parts if isinstance(x, Quantized)]
+        codes, scale, zero = (torch.cat(column) for column in zip(*columns, strict=True))
+        return replace(first, codes=codes, scale=scale, zero=zero)
+    return torch.cat([x for x in parts if isinstance(x, Tensor)])
+
+
+def joined_pages(x: Stored, y: Stored, join: Callable[[Tensor, Tensor], Tensor]) -> Stored:
+    """Join each tensor of ``x`` with that of ``y``, which has an equal form."""
+    if isinstance(x, Quantized) and isinstance(y, Quantized):
+        codes, scale, zero = map(join, x.tensors(), y.tensors())
+        return replace(x, codes=codes, scale=scale, zero=zero)
+    assert isinstance(x, Tensor) and isinstance(y, Tensor)
+    return join(x, y)
 
 
 def _range(pages: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:

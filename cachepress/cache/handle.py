@@ -34,13 +34,11 @@ class RowsHandle(Tensor):
         layer: the cache layer that made it.
         snapshot: what it held at that moment, before anything was evicted.
         fresh: keys and values of the forward, if they are all that is held.
-        added: keys and values of the forward.
     """
 
     layer: "CompressedLayer"
     snapshot: "Snapshot"
     fresh: tuple[Tensor, Tensor] | None
-    added: tuple[Tensor, Tensor]
 
     @classmethod
     def of(
@@ -53,7 +51,7 @@ class RowsHandle(Tensor):
         """Make a handle of ``layer`` with the type of ``like``, in the shape of the whole text."""
         b, h, _, d = like.shape
         handle = _blank(like.dtype, like.device).expand(b, h, snapshot.seen, d).as_subclass(cls)
-        handle.layer, handle.snapshot, handle.added = layer, snapshot, added
+        handle.layer, handle.snapshot = layer, snapshot
         handle.fresh = added if snapshot.seen == like.shape[2] else None
         return handle
 

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from cachepress.cache.bytes import allocated_bytes, bytes_of_pairs
 from cachepress.cache.codec import Codec
 from cachepress.cache.handle import RowsHandle
 from cachepress.cache.masks import MaskReader
 from cachepress.cache.pairs import PairBytes, Pairs
-from cachepress.cache.segment import Segment
+from cachepress.cache.protocol import GrowingLayer
+from cachepress.cache.segment import Segment, segments_of
 from cachepress.cache.snapshot import Snapshot
 from cachepress.cache.tail import SLACK, Tail, slack_after
 from cachepress.errors import CachepressError, UnsupportedError
+from cachepress.ops import backward_task, following, storing
 from cachepress.ops.paged_attention import PAGE
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from cachepress.query_stats import QueryStats
 
 
-class CompressedLayer(CacheLayerMixin):
+class CompressedLayer(GrowingLayer):
     """Cache layer of transformers from which key-value pairs can be evicted, head by head.
 
     ``get_seq_length()`` is what was *seen*, so positions and masks of the next forward come out
@@ -50,11 +51,6 @@ class CompressedLayer(CacheLayerMixin):
             common, in the host's memory; None where it is not known.
     """
 
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
-    supports_early_init = False
-
     def __init__(self) -> None:
         self._segments: tuple[Segment, ...] = ()
         self._tail: Tail | None = None
@@ -66,6 +62,7 @@ class CompressedLayer(CacheLayerMixin):
         self.reads_whole = self._encoded = False
         self.masks = MaskReader()
         self.selection: object = None
+        self._task: int | None = None
         self.text_valid: Tensor | None = None
         self.text_ids: np.ndarray | None = None
 
@@ -151,6 +148,7 @@ class CompressedLayer(CacheLayerMixin):
             return keys, keys
         return keys, RowsHandle.of(self, keys.snapshot, new, value_states)
 
+    @storing
     def keep(
         self,
         pairs: Pairs,
@@ -167,7 +165,7 @@ class CompressedLayer(CacheLayerMixin):
             key_channels: ``[B, H, D]`` which channels of the keys are stored, as many in every
                 head; None for all.
         """
-        self._segments = self._segments_of(pairs, mask, key_channels)
+        self._segments = segments_of(pairs, mask, self.codec, key_channels, self._bounded)
         self._tail, self._encoded = None, False
         self._compressed_at, self.text_valid = self._seen, text_valid
 
@@ -178,8 +176,9 @@ class CompressedLayer(CacheLayerMixin):
 
     def pair_bytes(self, pairs: Pairs, compacts: bool, has_state: bool = False) -> PairBytes:
         """Compute the bytes that kept pairs of a head need, with their positions and states."""
-        return bytes_of_pairs(pairs, self.codec, self.page_budget is not None, compacts, has_state)
+        return bytes_of_pairs(pairs, self.codec, self._bounded, compacts, has_state)
 
+    @storing
     def restore(self) -> None:
         """Store pairs as the model computed them, without a free slot, if none was ever evicted.
 
@@ -200,6 +199,7 @@ class CompressedLayer(CacheLayerMixin):
         """Record that the layer was compressed now, whether or not a pair was evicted."""
         self.scored_at, self.query_stats = self._seen, None
 
+    @storing
     def mark_skipped(self, n: int, bounded: bool = False) -> None:
         """Record that the last ``n`` tokens of a prompt were not compressed.
 
@@ -211,6 +211,7 @@ class CompressedLayer(CacheLayerMixin):
         elif n and self._pages_tail:
             self._page_tail()
 
+    @storing
     def fork(self) -> "CompressedLayer":
         """Fork the layer: the fork shares its pairs, and appends its own."""
         if self._tail is not None and self._tail.n > SLACK:
@@ -218,10 +219,12 @@ class CompressedLayer(CacheLayerMixin):
         forked = copy.copy(self)
         forked._tail = None if self._tail is None else self._tail.copy()
         forked.hook, forked.reads_whole, forked.masks = None, False, MaskReader()
+        forked._task = backward_task()
         if self.query_stats is not None:
             forked.query_stats = self.query_stats.select(torch.arange(self._batch))
         return forked
 
+    @storing
     def form(self) -> tuple[object, ...]:
         """Return what must be equal for layers to be stacked, after the tail became a segment."""
         if self._tail is not None:
@@ -229,6 +232,7 @@ class CompressedLayer(CacheLayerMixin):
         return (self._seen, self.codec, self.page_budget, *(x.form for x in self._segments))
 
     @classmethod
+    @storing
     def stack(cls, layers: Sequence["CompressedLayer"], n: int) -> "CompressedLayer":
         """Stack layers of the same ``form`` into one of all their sequences, ``n`` times each.
 
@@ -236,7 +240,8 @@ class CompressedLayer(CacheLayerMixin):
         """
         stacked = copy.copy(layers[0])
         parts = zip(*(layer._segments for layer in layers), strict=True)
-        stacked._segments = tuple(Segment.stack(segments) for segments in parts)
+        with following(*(x for layer in layers for x in layer.tensors())):
+            stacked._segments = tuple(Segment.stack(segments) for segments in parts)
         stacked._batch, stacked.query_stats, stacked.text_ids = len(layers) * n, None, None
         stacked._compressed_at = max(layer._compressed_at for layer in layers)
         return stacked
@@ -245,16 +250,7 @@ class CompressedLayer(CacheLayerMixin):
         """Count the text columns seen, which is the column of the next token."""
         return self._seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return length and offset of the attention mask: the whole text and the new tokens."""
-        return self._seen + int(query_length), 0
-
-    def get_max_length(self) -> int:
-        """Return -1: there is no maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
+    @storing
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` text columns, or all after a positive length.
 
@@ -278,7 +274,8 @@ class CompressedLayer(CacheLayerMixin):
             rows = self.snapshot.rows()
             positions = rows.text_positions()
             left = (positions >= 0) & (positions < target)
-            self._segments, self._tail, self._encoded = self._segments_of(rows, left), None, False
+            self._segments = segments_of(rows, left, self.codec, bounded=self._bounded)
+            self._tail, self._encoded = None, False
         self._seen = target
         if self.text_ids is not None:
             self.text_ids = self.text_ids[:, :target]
@@ -290,9 +287,7 @@ class CompressedLayer(CacheLayerMixin):
         self.__init__()
         self.codec, self.page_budget, self.selection = kept
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: buffers are made when the first pairs arrive."""
-
+    @storing
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the sequences by those of ``beam_idx [B']``, which may repeat.
 
@@ -301,10 +296,11 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         index = beam_idx.to(self.tensors()[0].device)
-        self._segments = tuple(
-            segment if segment.shape[0] == 1 else segment.select(index % segment.shape[0])
-            for segment in self._segments
-        )
+        with following(*self.tensors()):
+            self._segments = tuple(
+                segment if segment.shape[0] == 1 else segment.select(index % segment.shape[0])
+                for segment in self._segments
+            )
         if self._tail is not None:
             self._tail = self._tail.select(index)
         if self.text_valid is not None:
@@ -313,28 +309,15 @@ class CompressedLayer(CacheLayerMixin):
             self.query_stats = self.query_stats.select(index)
         self._batch = len(index)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence ``repeats`` times, one after the other."""
-        self.reorder_cache(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences of ``indices`` only."""
-        batch = torch.arange(max(self.batch_size, 0), device=indices.device)
-        self.reorder_cache(batch[indices] if self.is_initialized else batch)
-
-    def offload(self) -> None:
-        """Raise UnsupportedError: the attention function reads pairs where they are."""
-        raise UnsupportedError("a compressed cache cannot be offloaded: use DynamicCache()")
-
-    prefetch = offload
-
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Fork the layer: segments never change, so they need no copy."""
         forked = self.fork()
         forked.masks = copy.deepcopy(self.masks, memo)  # One for all layers of the copy.
         return forked  # pyright: ignore[reportReturnType]
 
+    @storing
     def _append(self, keys: Tensor, values: Tensor) -> None:
+        self._check_repeat()
         batch = keys.shape[0]
         if not self.is_initialized:
             self._batch = batch
@@ -345,6 +328,9 @@ class CompressedLayer(CacheLayerMixin):
                     "the same number, or a cache of one sequence, which is shared by all"
                 )
             self.reorder_cache(torch.zeros(batch, dtype=torch.long))
+        if not torch.is_grad_enabled():
+            # As in transformers' own caches, what was held is no part of a graph any more.
+            self._segments = tuple(segment.detach() for segment in self._segments)
         if self._pages_tail:
             self._page_tail()
         if self._tail is None:
@@ -353,31 +339,29 @@ class CompressedLayer(CacheLayerMixin):
             self._tail.append(keys, values)
         self._seen += keys.shape[2]
 
+    def _check_repeat(self) -> None:
+        """Raise UnsupportedError if a forward that was appended is run once more in a backward."""
+        task = backward_task()
+        if task is not None and self.is_initialized and self._task != task:
+            raise UnsupportedError(
+                "a forward is repeated in backward (gradient checkpointing), and would append its "
+                "tokens to the cache again: in the function that is checkpointed, continue "
+                "cachepress.fork(cache) in place of the cache"
+            )
+        self._task = task
+
     def _freeze(self) -> None:
         """Turn the tail into a segment, which forks can share."""
         assert self._tail is not None
         rows = self._tail.read().rows(self._seen)
         mask = torch.ones(rows.keys.shape[:3], dtype=torch.bool, device=rows.keys.device)
-        self._segments = (*self._segments, self._segment(rows, mask))
+        self._segments = (*self._segments, Segment.of(rows, mask, bounded=self._bounded))
         self._tail, self._encoded = None, False
 
-    def _segments_of(
-        self, rows: Pairs, mask: Tensor, key_channels: Tensor | None = None
-    ) -> tuple[Segment, ...]:
-        """Build segments of the pairs of ``mask [B, H, T]``, the newest in full precision."""
-        if self.codec is None:
-            return (self._segment(rows, mask, None, key_channels),)
-        rank = mask.flip(-1).cumsum(-1).flip(-1)  # 1 for the last pair that stays
-        newest = mask & (rank <= self.codec.residual)
-        old = mask & ~newest
-        segments = [self._segment(rows, old, self.codec, key_channels)] if bool(old.any()) else []
-        return (*segments, self._segment(rows, newest, None, key_channels))
-
-    def _segment(
-        self, rows: Pairs, mask: Tensor, codec: Codec | None = None, channels: Tensor | None = None
-    ) -> Segment:
-        """Build one segment of the pairs of ``mask [B, H, T]``."""
-        return Segment.of(rows, mask, codec, channels, self.page_budget is not None)
+    @property
+    def _bounded(self) -> bool:
+        """Whether the keys of each page get bounds."""
+        return self.page_budget is not None
 
     @property
     def _pages_tail(self) -> bool:
@@ -393,8 +377,10 @@ class CompressedLayer(CacheLayerMixin):
         rows = self._tail.read().rows(self._seen)
         some = torch.ones(rows.keys.shape[:3], dtype=torch.bool, device=rows.keys.device)
         some[:, :, n:] = False
-        segment = self._segment(rows, some, self.codec)
+        segment = Segment.of(rows, some, self.codec, bounded=self._bounded)
         if self._encoded and self._segments[-1].form == segment.form:
-            segment, self._segments = self._segments[-1].join(segment), self._segments[:-1]
+            with following(*self.tensors()):
+                segment, self._segments = self._segments[-1].join(segment), self._segments[:-1]
         self._segments, self._encoded = (*self._segments, segment), True
-        self._tail = Tail.of(rows.keys[:, :, n:], rows.values[:, :, n:])
+        with following(rows.keys, rows.values):
+            self._tail = Tail.of(rows.keys[:, :, n:], rows.values[:, :, n:])

@@ -174,5 +174,8 @@ def _hidden(mask: Tensor, end: int) -> Tensor:
 def _bias(mask: Tensor) -> Tensor:
     """Turn a mask, bool or added to logits, into a bias to add, at least float32."""
     if mask.dtype != torch.bool:
-        return wide(mask).clamp(min=_LOWEST)
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, _LOWEST)
+        # The lowest number of a half type is far from that of float32.
+        hidden = mask <= torch.finfo(mask.dtype).min
+        return wide(mask).clamp(min=_LOWEST).masked_fill(hidden, _LOWEST)
+    zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    return zeros.masked_fill_(~mask, _LOWEST)

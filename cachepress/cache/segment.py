@@ -1,14 +1,23 @@
 """Immutable storage of compressed pairs in pages, each head with its own number of pairs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from cachepress.cache.codec import Codec, Quantized
+from cachepress.cache.codec import (
+    Codec,
+    Quantized,
+    Stored,
+    changed,
+    decoded,
+    floats,
+    joined_pages,
+    stacked_pages,
+)
 from cachepress.cache.pairs import Pairs
-from cachepress.ops import wide_dtype
+from cachepress.ops import following, wide_dtype
 from cachepress.ops.paged_attention import PAGE, DensePart, Layout, PagedPart, Part
 from cachepress.ops.paged_attention.parts import LOWEST, apart, of_channels, together
 
@@ -38,8 +47,8 @@ class Segment:
 
     shape: tuple[int, int]
     layout: Layout
-    keys: Tensor | Quantized
-    values: Tensor | Quantized
+    keys: Stored
+    values: Stored
     positions: Tensor
     rope: Tensor | None = None
     token_state: Tensor | None = None
@@ -69,15 +78,14 @@ class Segment:
         slots = layout.slots
 
         def paged(x: Tensor, empty: int = 0) -> Tensor:
-            with torch.inference_mode(False), torch.no_grad():
-                size = (layout.n_pages * PAGE, *x.shape[3:])
-                pages = torch.full(size, empty, dtype=x.dtype, device=x.device)
-            with torch.no_grad():
-                pages[slots] = x[mask]
+            size = (layout.n_pages * PAGE, *x.shape[3:])
+            pages = torch.full(size, empty, dtype=x.dtype, device=x.device)
+            pages[slots] = x[mask]
             return pages.view(layout.n_pages, PAGE, *x.shape[3:])
 
         chosen = None if key_channels is None else _indices(key_channels)
-        keys, values = paged(_picked(rows.keys, chosen)), paged(rows.values)
+        with following(rows.keys, rows.values):
+            keys, values = paged(_picked(rows.keys, chosen)), paged(rows.values)
         positions = paged(rows.text_positions().int(), -1)
         return cls(
             shape=(b, h),
@@ -97,8 +105,8 @@ class Segment:
     def rows(self) -> Pairs:
         """Return all pairs as a table ``[B, H, longest, ...]``; a view if heads have one length."""
         columns = (
-            _decoded(self.keys),
-            _decoded(self.values),
+            decoded(self.keys),
+            decoded(self.values),
             self.positions,
             self.rope,
             self.token_state,
@@ -125,7 +133,7 @@ class Segment:
             mask: added to the logits, ``[B', n, S]`` over text columns; None if all are visible.
         """
         n = self.layout.even
-        keys, values = _decoded(self.keys), _decoded(self.values)
+        keys, values = decoded(self.keys), decoded(self.values)
         if n is None:
             bias = None if mask is None else self._bias(mask)
             return PagedPart(keys, values, self.layout, bias, self.key_channels)
@@ -187,11 +195,11 @@ class Segment:
         def picked(x: Tensor) -> Tensor:
             return x.index_select(0, pages)  # Several times as fast as indexing.
 
-        keys, values = (_decoded(_paged(x, picked)) for x in (self.keys, self.values))
+        keys, values = (decoded(changed(x, picked)) for x in (self.keys, self.values))
         positions = picked(self.positions).masked_fill(real.view(-1, 1) == 0, -1)
         positions = positions.view(b, h, width * PAGE)
-        bias = torch.zeros(positions.shape, device=positions.device)[:, :, None, None]
-        bias = bias if mask is None else _of_columns(mask, positions)
+        bias = torch.zeros(positions.shape, dtype=torch.float32, device=positions.device)
+        bias = bias[:, :, None, None] if mask is None else _of_columns(mask, positions)
         bias = bias.masked_fill(positions[:, :, None, None] < 0, LOWEST)
         key_channels = self.key_channels
         if key_channels is not None:
@@ -215,8 +223,8 @@ class Segment:
             self,
             shape=(len(wanted), h),
             layout=Layout(tuple(n for row in lengths for n in row), self.layout.device),
-            keys=_paged(self.keys, lambda x: x[pages]),
-            values=_paged(self.values, lambda x: x[pages]),
+            keys=changed(self.keys, lambda x: x[pages]),
+            values=changed(self.values, lambda x: x[pages]),
             positions=self.positions[pages],
             rope=None if self.rope is None else self.rope[pages],
             token_state=None if self.token_state is None else self.token_state[pages],
@@ -252,13 +260,24 @@ class Segment:
                 tuple(n for segment in segments for n in segment.layout.lengths),
                 first.layout.device,
             ),
-            keys=_stacked([segment.keys for segment in segments]),
-            values=_stacked([segment.values for segment in segments]),
+            keys=stacked_pages([segment.keys for segment in segments]),
+            values=stacked_pages([segment.values for segment in segments]),
             positions=torch.cat([segment.positions for segment in segments]),
             rope=None,
             token_state=None,
             key_channels=stacked([segment.key_channels for segment in segments]),
             bounds=stacked([segment.bounds for segment in segments]),
+        )
+
+    def detach(self) -> "Segment":
+        """Return the same segment as a part of no autograd graph."""
+        keys, values = (floats(x).requires_grad for x in (self.keys, self.values))
+        if not keys and not values:
+            return self
+        return replace(
+            self,
+            keys=changed(self.keys, Tensor.detach),
+            values=changed(self.values, Tensor.detach),
         )
 
     def join(self, other: "Segment") -> "Segment":
@@ -273,8 +292,8 @@ class Segment:
         return replace(
             self,
             layout=Layout(tuple(a + b for a, b in lengths), self.layout.device),
-            keys=_joined(self.keys, other.keys, joined),
-            values=_joined(self.values, other.values, joined),
+            keys=joined_pages(self.keys, other.keys, joined),
+            values=joined_pages(self.values, other.values, joined),
             positions=joined(self.positions, other.positions),
             bounds=None
             if self.bounds is None or other.bounds is None
@@ -329,9 +348,8 @@ def _of_columns(mask: Tensor, positions: Tensor) -> Tensor:
 
 def _indices(key_channels: Tensor) -> Tensor:
     """Turn the mask ``key_channels [B, H, D]``, as many in every head, into ``[B, H, D']``."""
-    with torch.inference_mode(False):
-        # A copy, because a view would hold the indices of the heads as well.
-        chosen = key_channels.nonzero()[:, -1].clone()
+    # A copy, because a view would hold the indices of the heads as well.
+    chosen = key_channels.nonzero()[:, -1].clone()
     return chosen.view(*key_channels.shape[:2], -1)
 
 
@@ -342,38 +360,27 @@ def _picked(keys: Tensor, chosen: Tensor | None) -> Tensor:
     return keys.gather(-1, chosen.unsqueeze(2).expand(-1, -1, keys.shape[2], -1))
 
 
-def _bounds(keys: Tensor | Quantized, used: Tensor) -> Tensor:
+def _bounds(keys: Stored, used: Tensor) -> Tensor:
     """Compute the bounds ``[P, 2, D]`` of pages ``[P, C, D]``, over the slots in use."""
     assert isinstance(keys, Tensor)
-    hidden = ~used.unsqueeze(-1)
-    with torch.inference_mode(False), torch.no_grad():
-        low = keys.masked_fill(hidden, float("inf")).amin(1)
-        high = keys.masked_fill(hidden, float("-inf")).amax(1)
-        return torch.stack([low, high], dim=1)
+    keys, hidden = keys.detach(), ~used.unsqueeze(-1)
+    low = keys.masked_fill(hidden, float("inf")).amin(1)
+    high = keys.masked_fill(hidden, float("-inf")).amax(1)
+    return torch.stack([low, high], dim=1)
 
 
-def _decoded(x: Tensor | Quantized) -> Tensor:
-    return x.decode() if isinstance(x, Quantized) else x
-
-
-def _paged(x: Tensor | Quantized, change: Callable[[Tensor], Tensor]) -> Tensor | Quantized:
-    return x.pages(change) if isinstance(x, Quantized) else change(x)
-
-
-def _stacked(parts: Sequence[Tensor | Quantized]) -> Tensor | Quantized:
-    first = parts[0]
-    if isinstance(first, Quantized):
-        columns = [x.tensors() for x in parts if isinstance(x, Quantized)]
-        codes, scale, zero = (torch.cat(column) for column in zip(*columns, strict=True))
-        return replace(first, codes=codes, scale=scale, zero=zero)
-    return torch.cat([x for x in parts if isinstance(x, Tensor)])
-
-
-def _joined(
-    x: Tensor | Quantized, y: Tensor | Quantized, join: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor | Quantized:
-    if isinstance(x, Quantized) and isinstance(y, Quantized):
-        codes, scale, zero = map(join, x.tensors(), y.tensors())
-        return replace(x, codes=codes, scale=scale, zero=zero)
-    assert isinstance(x, Tensor) and isinstance(y, Tensor)
-    return join(x, y)
+def segments_of(
+    rows: Pairs,
+    mask: Tensor,
+    codec: Codec | None,
+    key_channels: Tensor | None = None,
+    bounded: bool = False,
+) -> tuple[Segment, ...]:
+    """Store the pairs of ``mask [B, H, T]`` in segments, the newest of a codec's as they are."""
+    if codec is None:
+        return (Segment.of(rows, mask, None, key_channels, bounded),)
+    rank = mask.flip(-1).cumsum(-1).flip(-1)  # 1 for the last pair that stays
+    newest = mask & (rank <= codec.residual)
+    old = mask & ~newest
+    segments = [Segment.of(rows, old, codec, key_channels, bounded)] if bool(old.any()) else []
+    return (*segments, Segment.of(rows, newest, None, key_channels, bounded))

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cachepress.cache.codec import floats
 from cachepress.cache.masks import TextMask
 from cachepress.cache.pairs import Pairs
 from cachepress.cache.segment import Segment
 from cachepress.cache.tail import TailRows
-from cachepress.ops import AttentionRule, wide
+from cachepress.ops import AttentionRule, following, wide, without_autocast
 from cachepress.ops.paged_attention import Part, paged_attention
 from cachepress.ops.paged_attention.parts import LOWEST
 
@@ -65,6 +66,15 @@ class Snapshot:
         """Return all pairs as one table ``[B, H, T, ...]``, those of the tail last."""
         if not self.segments and self.tail is not None:
             return Pairs(self.tail.keys, self.tail.values)
+        with following(*self._floats()):
+            return self._table()
+
+    def _floats(self) -> list[Tensor]:
+        """List the numbers that may be a part of an autograd graph."""
+        found = [] if self.tail is None else [self.tail.keys, self.tail.values]
+        return found + [floats(x) for s in self.segments for x in (s.keys, s.values)]
+
+    def _table(self) -> Pairs:
         parts = [segment.rows() for segment in self.segments]
         if self.tail is not None:
             parts.append(self.tail.rows(self.seen))
@@ -100,12 +110,16 @@ class Snapshot:
         once for all of them. One query reads the pages that matter most to it, where a
         ``page_budget`` says so.
         """
+        with without_autocast(query.device):
+            return self._attend(query, mask, rule)
+
+    def _attend(self, query: Tensor, mask: TextMask, rule: AttentionRule) -> Tensor:
         b, hq, n, d = query.shape
         bias = mask.of_rows(self.start, self.text_valid)
         if self.page_budget is None or n > 1:
             parts: list[Part] = [segment.part(bias) for segment in self.segments]
         else:
-            spans = wide(query).reshape(b * self.heads, -1, d)
+            spans = wide(query.detach()).reshape(b * self.heads, -1, d)
             parts = self._chosen_parts(spans, bias, self.page_budget)
         if self.tail is not None:
             parts.append(self.tail.part(mask.of_columns(self.start, self.seen, query.device)))

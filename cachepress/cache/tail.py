@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cachepress.cache.pairs import Pairs
+from cachepress.ops import following
 from cachepress.ops.paged_attention import DensePart
 
 SLACK = 64
@@ -20,31 +21,59 @@ class Tail:
         keys: ``[B, H, slots, D]``, of which the first ``n`` are in use.
         values: ``[B, H, slots, E]``.
         n: slots in use.
+        fixed: whether nothing may be written to the buffer, which autograd may have saved.
     """
 
     keys: Tensor
     values: Tensor
     n: int
+    fixed: bool = False
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, room: int = SLACK) -> "Tail":
-        """Make a tail that holds a copy of these pairs, with ``room`` for more."""
+        """Make a tail that holds a copy of these pairs, with ``room`` for more.
+
+        Pairs that autograd may follow are copied in its graph, and without room.
+        """
+        with following(keys, values):
+            if torch.is_grad_enabled():
+                keys, values = (
+                    x.clone(memory_format=torch.contiguous_format) for x in (keys, values)
+                )
+                return cls(keys, values, keys.shape[2], fixed=True)
         return cls(_with_room(keys, room), _with_room(values, room), keys.shape[2])
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Append pairs; decoding copies the buffer once in ``SLACK`` tokens."""
+        """Append pairs; decoding copies the buffer once in ``SLACK`` tokens.
+
+        Where gradients are recorded every step copies it, as transformers' own caches do. Where
+        they are not, what was held is no part of a graph any more, as in these either.
+        """
         n = self.n + keys.shape[2]
-        if n > self.keys.shape[2]:
+        if torch.is_grad_enabled():
+            held = self.read()
+            self.keys = torch.cat([held.keys, keys], dim=2)
+            self.values = torch.cat([held.values, values], dim=2)
+            self.n, self.fixed = n, True
+            return
+        # A cache may be filled under autocast and continued without it.
+        of_keys = torch.promote_types(self.keys.dtype, keys.dtype)
+        of_values = torch.promote_types(self.values.dtype, values.dtype)
+        wider = (of_keys, of_values) != (self.keys.dtype, self.values.dtype)
+        if n > self.keys.shape[2] or wider or self.fixed:
             room = n - self.n + slack_after(keys)
-            self.keys = _with_room(self.keys[:, :, : self.n], room)
-            self.values = _with_room(self.values[:, :, : self.n], room)
-        with torch.no_grad():
-            self.keys[:, :, self.n : n] = keys
-            self.values[:, :, self.n : n] = values
+            self.keys = _with_room(self.keys[:, :, : self.n], room, of_keys)
+            self.values = _with_room(self.values[:, :, : self.n], room, of_values)
+            self.fixed = False
+        self.keys[:, :, self.n : n] = keys
+        self.values[:, :, self.n : n] = values
         self.n = n
 
     def read(self) -> "TailRows":
         """Return the pairs of now; pairs that are appended later do not show."""
+        if self.fixed:
+            with following(self.keys, self.values):
+                return TailRows(self.keys[:, :, : self.n], self.values[:, :, : self.n])
         return TailRows(self.keys[:, :, : self.n], self.values[:, :, : self.n])
 
     def copy(self) -> "Tail":
@@ -55,7 +84,8 @@ class Tail:
     def select(self, sequences: Tensor) -> "Tail":
         """Return a tail of some of the sequences ``[B']``, which may repeat."""
         rows = self.read()
-        keys, values = (x.index_select(0, sequences) for x in (rows.keys, rows.values))
+        with following(rows.keys, rows.values):
+            keys, values = (x.index_select(0, sequences) for x in (rows.keys, rows.values))
         return Tail.of(keys, values)
 
     def exact(self) -> "Tail":
@@ -94,11 +124,11 @@ class TailRows:
         return DensePart(self.keys.flatten(0, 1), self.values.flatten(0, 1), bias)
 
 
-def _with_room(x: Tensor, room: int) -> Tensor:
-    """Copy ``x [B, H, N, ...]`` with ``room`` more slots, usable in every grad mode."""
+def _with_room(x: Tensor, room: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Copy ``x [B, H, N, ...]`` with ``room`` more slots."""
     b, h, n = x.shape[:3]
-    with torch.inference_mode(False), torch.no_grad():
-        buffer = torch.empty(b, h, n + room, *x.shape[3:], dtype=x.dtype, device=x.device)
+    shape = (b, h, n + room, *x.shape[3:])
     with torch.no_grad():
+        buffer = torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
         buffer[:, :, :n] = x
     return buffer

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import cast
 
+import torch
+
 from cachepress.cache.batch import fork, ordinary, size_of
 from cachepress.cache.joined import is_plain
 from cachepress.errors import CachepressError
@@ -119,9 +121,12 @@ class Answerer:
         forked = Fork(run, cache, answers.cache, answers.prefill_seconds, None)
         if context.number < CONTEXTS:
             self._time([forked])
-        questions = self._prompt(context, run).question_ids
-        questions = [ids[:, -1:] for ids in questions] if asks else questions
-        batch = Batch(self.model, self.tokenizer, [forked], questions)
+        prompt = self._prompt(context, run)
+        questions, text = prompt.question_ids, prompt.context_ids
+        if asks:
+            text = torch.cat([text, questions[0][:, :-1]], dim=1)
+            questions = [ids[:, -1:] for ids in questions]
+        batch = Batch(self.model, self.tokenizer, [forked], questions, text)
         kls = batch.divergences(reference)[0]
         nlls = batch.likelihoods(self._texts(context))[0]
         size = (answers.context_tokens, answers.cut_tokens)
@@ -217,7 +222,7 @@ class Answerer:
             one.step = step
 
     def _batch(self, forks: Sequence[Fork], prompt: Prompt) -> Batch:
-        return Batch(self.model, self.tokenizer, forks, prompt.question_ids)
+        return Batch(self.model, self.tokenizer, forks, prompt.question_ids, prompt.context_ids)
 
     def _texts(self, context: Context) -> list[list[int]] | None:
         """Tokenise the texts whose perplexity is measured; None if there are none."""

@@ -75,6 +75,7 @@ class Batch:
         tokenizer: its tokenizer.
         forks: what is decoded from; a single one if it compresses while answers are decoded.
         questions: token ids ``[1, q]`` of each question.
+        text: token ids ``[1, T]`` of the context.
 
     Attributes:
         forks: the same, in the order in which answers come.
@@ -86,8 +87,10 @@ class Batch:
         tokenizer: PreTrainedTokenizerBase,
         forks: Sequence[Fork],
         questions: Sequence[Tensor],
+        text: Tensor,
     ) -> None:
         self._model, self._tokenizer, self._questions = model, tokenizer, questions
+        self._text = text
         groups = grouped([one.cache for one in forks])
         self._groups = [[forks[place] for place in group] for group in groups]
         self.forks = [one for group in self._groups for one in group]
@@ -98,7 +101,11 @@ class Batch:
         with self._acting(self._model, turns="first") if self._acting else nullcontext():
             return self._decoded(
                 self._questions,
-                lambda cache, ids: generate(self._model, self._tokenizer, cache, ids, most, {}),
+                lambda cache, ids: (
+                    generate(
+                        self._model, self._tokenizer, cache, ids, most, {}, text_ids=self._text
+                    ).tokens
+                ),
             )
 
     def reference(self, limits: Sequence[int]) -> Reference:

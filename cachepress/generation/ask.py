@@ -7,9 +7,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from cachepress.cache.batch import compressed_layers, fork
+from cachepress.cache.batch import compressed_layers, fork, text_of
 from cachepress.errors import CachepressError
-from cachepress.generation.decode import check_generation, generate
+from cachepress.generation.decode import generate
+from cachepress.generation.options import check_generation
 from cachepress.hf import text_decoder
 from cachepress.limits import check_whole, shown
 from cachepress.models.chat import encode, template
@@ -56,7 +57,7 @@ def ask(
     for name, text in (("question", question), ("answer_prefix", answer_prefix)):
         if not isinstance(text, str):
             raise CachepressError(f"{name}: got {shown(text)}, wanted a text")
-    check_generation({} if generation is None else generation)
+    check_generation({} if generation is None else generation, several=False)
     check_whole("max_new_tokens", max_new_tokens)
     seen, sequences = cache.get_seq_length(), _sequences(cache)
     if not seen:
@@ -76,9 +77,11 @@ def ask(
             f"{max_new_tokens} of answer, where the model has {most} positions"
         )
     forked = fork(cache)
+    text = text_of(cache)
+    text = None if text is None or text.shape[1] != seen else text
     (tokens,) = generate(
-        model, tokenizer, forked, [ids], max_new_tokens, generation or {}, streamer
-    )
+        model, tokenizer, forked, [ids], max_new_tokens, generation or {}, streamer, text
+    ).tokens
     return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 

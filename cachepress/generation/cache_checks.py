@@ -24,6 +24,7 @@ from cachepress.ops.paged_attention import PAGE, Layout
 
 _RECORDS = "record_past"
 """The field of transformers' cache layers that hold more than they need, for assisted decoding."""
+_HERE = "as the model makes them here; what was filled under autocast is loaded under it"
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class _LayerCheck:
         for x, like in ((held.keys, self.key), (held.values, self.value)):
             heads, width = like.shape[1], like.shape[3]
             _need(x.shape == (batch, heads, tail.n, width) and tail.n > 0, "a tail of its heads")
-            _need(x.dtype == like.dtype, f"a tail of {like.dtype}, as the model makes it here")
+            _need(x.dtype == like.dtype, f"a tail of {like.dtype}, {_HERE}")
 
     def _check_segments(
         self, segments: Sequence[Segment], batch: int, start: int, compressed: int
@@ -247,13 +248,13 @@ def _check_numbers(
 ) -> None:
     """Check that pages have the model's shapes and types; scales are of channels, or of tokens."""
     if isinstance(x, Tensor):
-        _need(_is(x, like.dtype, shape), f"pages of {like.dtype}, as the model makes them here")
+        _need(_is(x, like.dtype, shape), f"pages of {like.dtype}, {_HERE}")
         return
     _need(isinstance(x, Quantized) and is_whole(x.bits, 2) and x.bits in (2, 4, 8), "bits")
     pages, slots, width = shape
     _need(width * x.bits % 8 == 0, "whole bytes")
     _need(_is(x.codes, torch.uint8, (pages, slots, width * x.bits // 8)), "codes of each number")
-    _need(x.dtype is like.dtype, f"codes of {like.dtype}, as the model makes them here")
+    _need(x.dtype is like.dtype, f"codes of {like.dtype}, {_HERE}")
     if of_channels:
         _need(x.group is None, "a scale for each channel")
         each = (pages, 1, width)

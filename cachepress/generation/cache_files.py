@@ -31,6 +31,7 @@ from cachepress.errors import CachepressError
 from cachepress.files import replacing
 from cachepress.generation.cache_checks import Fitting, check_pages
 from cachepress.hf import attach, learned_positions, sample_cache, text_decoder
+from cachepress.ops import storing
 from cachepress.ops.paged_attention import Layout
 from cachepress.query_stats import QueryStats
 
@@ -54,7 +55,7 @@ _NAMES_ON_DISK = {
 }
 """The names in a file of the fields that were renamed since version 0.1.0. A file keeps the names
 of that version, classes included, so that its caches can still be read."""
-_UNSAVED = (TEXT, "hook", "reads_whole", "masks", "selection")
+_UNSAVED = (TEXT, "hook", "reads_whole", "masks", "selection", "_task")
 _TODAY = {on_disk: today for today, on_disk in _NAMES_ON_DISK.items()}
 
 
@@ -92,6 +93,7 @@ def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedMode
         raise CachepressError(f"cannot write the cache to {target}: {error}") from error
 
 
+@storing
 def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> Cache:
     """Read a cache that ``save_cache`` wrote, for the model that filled it.
 
@@ -156,7 +158,8 @@ def _filled(
             layer = cache.layers[i]
             if _kind(layer) != kind:
                 raise ValueError(f"layer {i} is a {kind}, where the model has none")
-            state = cast(dict[str, object], _unpack(packed, unused, model.device))
+            device = _device_of(fitting.one.layers[i], model)
+            state = cast(dict[str, object], _unpack(packed, unused, device))
             ours = isinstance(layer, CompressedLayer)
             # Layers of transformers get some fields when they are filled; versions differ in them.
             names = vars(layer if ours else fitting.one.layers[i])
@@ -173,6 +176,12 @@ def _filled(
     except Exception as error:  # Whatever a damaged header leads to.
         raise _damage(path, error) from error
     return cache
+
+
+def _device_of(layer: object, model: PreTrainedModel) -> torch.device:
+    """Find the device that a model fills a layer on: it may be spread over several."""
+    held = (x.device for x in vars(layer).values() if isinstance(x, Tensor))
+    return next(held, model.device)
 
 
 def _fitting(model: PreTrainedModel) -> Fitting:
@@ -247,7 +256,7 @@ def _unpack(packed: object, unused: dict[str, Tensor], device: torch.device) -> 
         return packed
     ((kind, content),) = [(k, v) for k, v in packed.items() if k != "of"]
     if kind == "tensor":
-        return unused.pop(content)
+        return unused.pop(content).to(device)
     if kind == "device":
         return device
     if kind == "dtype":

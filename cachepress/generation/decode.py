@@ -8,26 +8,39 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
 
 from cachepress.errors import CachepressError
+from cachepress.generation.options import check_generation, looks_up, text_reader
 from cachepress.hf import cache_argument
-from cachepress.limits import said, shown
+from cachepress.limits import is_out_of_memory, said, shown
 from cachepress.ops import wide
 
-_ONE_ANSWER: Mapping[str, object] = {
-    "num_return_sequences": 1,
-    "return_dict_in_generate": False,
-    "use_cache": True,
-}
+_USUAL: Mapping[str, object] = {"num_return_sequences": 1, "return_dict_in_generate": False}
 """Given in every call, since options that are not come from the model's own generation config."""
-_FIXED = {
-    "max_new_tokens": (),
-    "cache_implementation": (None,),
-    "prefill_chunk_size": (None,),
-    **{name: (None, value) for name, value in _ONE_ANSWER.items()},
-}
-"""Options of transformers that do not fit an answer from a cache, with the values that they may
-have."""
+_REFUSALS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What transformers raises for options that it cannot take."""
+
+
+class Generated(NamedTuple):
+    """Answers to a batch of questions.
+
+    Attributes:
+        tokens: token ids of each answer up to its end token; question after question, with as many
+            answers each as ``num_return_sequences`` says.
+        output: what transformers' ``generate`` returned, with ``return_dict_in_generate``.
+    """
+
+    tokens: list[list[int]]
+    output: ModelOutput | None = None
 
 
 def generate(
@@ -38,8 +51,9 @@ def generate(
     max_new_tokens: int,
     generation: Mapping[str, object],
     streamer: BaseStreamer | None = None,
-) -> list[list[int]]:
-    """Generate answers to a batch of questions, as token ids up to their end token.
+    text_ids: Tensor | None = None,
+) -> Generated:
+    """Generate answers to a batch of questions.
 
     Args:
         model: the model.
@@ -49,46 +63,26 @@ def generate(
         max_new_tokens: most tokens of an answer.
         generation: options of transformers' ``GenerationConfig``.
         streamer: gets the tokens as they come, those of the question first.
+        text_ids: ``[1, T]`` tokens of the text that the cache holds, which some options read, such
+            as ``repetition_penalty``; None where they are not known.
 
     Raises:
-        CachepressError: if transformers refuses the options, or they do not fit one answer from a
+        CachepressError: if transformers refuses the options, or they do not fit answers from a
             cache.
     """
     check_generation(generation)
     try:
         return _generate(
-            model, tokenizer, cache, question_ids, max_new_tokens, generation, streamer
+            model, tokenizer, cache, question_ids, max_new_tokens, generation, streamer, text_ids
         )
     except CachepressError:
         raise
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        if not generation:
+    except _REFUSALS as error:
+        if not generation or is_out_of_memory(error):
             raise
         raise CachepressError(
             f"generation options {shown(dict(generation))}: {said(error)}"
         ) from error
-
-
-def check_generation(generation: Mapping[str, object]) -> None:
-    """Check options of transformers' ``GenerationConfig``.
-
-    Raises:
-        CachepressError: if one is unknown, or would give no answer, several, or one without the
-            cache.
-    """
-    if not isinstance(generation, Mapping):
-        raise CachepressError(
-            f"generation: got {shown(generation)}, wanted a mapping of options of GenerationConfig"
-        )
-    known = GenerationConfig().to_dict()
-    for name, value in generation.items():
-        if name not in known:
-            raise CachepressError(f"generation: {shown(name)} is no option of GenerationConfig")
-        if name in _FIXED and not any(value is same for same in _FIXED[name]):
-            raise CachepressError(
-                f"generation: {name}={shown(value)} does not go here, where each question gets one "
-                "answer from its cache: leave it out"
-            )
 
 
 def _generate(
@@ -99,24 +93,80 @@ def _generate(
     max_new_tokens: int,
     generation: Mapping[str, object],
     streamer: BaseStreamer | None,
-) -> list[list[int]]:
+    text_ids: Tensor | None,
+) -> Generated:
     ends = end_tokens(model, tokenizer, generation)
     pad = tokenizer.pad_token_id
     pad = pad if isinstance(pad, int) else (ends or [0])[0]
     ids, mask = _padded(question_ids, cache.get_seq_length(), pad)
-    options = {"do_sample": False, "pad_token_id": pad, **generation, **_ONE_ANSWER}
+    text = _text_read(model, generation, text_ids)
+    if text is not None:
+        # Padding counts as the last token of the text, so that it adds none.
+        ids = torch.where(mask[:, -ids.shape[1] :] > 0, ids, text[:, -1:])
+        ids = torch.cat([text.expand(len(ids), -1), ids], dim=1)
+        streamer = None if streamer is None else _WithoutText(streamer, text.shape[1])
+    options = {"do_sample": False, "pad_token_id": pad, **_USUAL, **generation, "use_cache": True}
     config = _FromCache(**{**options, "eos_token_id": ends or None}, max_new_tokens=max_new_tokens)
-    stops = generation.get("stop_strings")
+    beams = config.num_beams or model.generation_config.num_beams or 1
+    if (n := max(beams, config.num_return_sequences or 1)) > 1:
+        rows = torch.arange(len(ids)).repeat_interleave(n)
+        cache.reorder_cache(cast(torch.LongTensor, rows))
     with torch.no_grad():
-        out = cast(Callable[..., Tensor], model.generate)(
+        out = cast(Callable[..., Tensor | ModelOutput], model.generate)(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=config,
-            tokenizer=tokenizer if stops else None,
+            tokenizer=tokenizer if generation.get("stop_strings") else None,
             streamer=streamer,
             **{cache_argument(model): cache},
         )
-    return [_until(answer, ends) for answer in out[:, ids.shape[1] :].tolist()]
+    output = out if isinstance(out, ModelOutput) else None
+    sequences = cast(Tensor, out if output is None else output["sequences"])
+    answers = sequences[:, ids.shape[1] :].tolist()
+    return Generated([_until(answer, ends) for answer in answers], output)
+
+
+def _text_read(
+    model: PreTrainedModel, generation: Mapping[str, object], text_ids: Tensor | None
+) -> Tensor | None:
+    """Return the text's tokens if an option of the call, or of the model's config, reads them."""
+    own = {k: x for k, x in model.generation_config.to_dict().items() if x is not None}
+    name = text_reader({**own, **generation})
+    if name is None or (text_ids is None and name not in generation):
+        return None
+    if looks_up(generation):
+        # transformers would read the text again behind what the cache holds.
+        raise CachepressError(
+            f"generation: {name} reads the tokens of the text, which prompt_lookup_num_tokens "
+            f"cannot be given here: leave one of them out, or set {name} to its default"
+        )
+    if text_ids is None:
+        raise CachepressError(
+            f"generation: {name} reads the tokens of the text, which this cache does not know: "
+            "fill one with cachepress.prefill or the pipeline, from one sequence"
+        )
+    return text_ids
+
+
+class _WithoutText(BaseStreamer):
+    """Streams to another streamer, without the text before the question.
+
+    Args:
+        streamer: the other one.
+        n: tokens of the text.
+    """
+
+    def __init__(self, streamer: BaseStreamer, n: int) -> None:
+        self._streamer, self._n = streamer, n
+
+    def put(self, value: Tensor) -> None:
+        """Pass tokens on; the first ones are those of the prompt."""
+        self._streamer.put(value[..., self._n :])
+        self._n = 0
+
+    def end(self) -> None:
+        """Pass on that nothing follows."""
+        self._streamer.end()
 
 
 class _FromCache(GenerationConfig):

@@ -3,24 +3,32 @@
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    GenerationConfig,
     Pipeline,
     PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import Cache
+from transformers.generation.streamers import BaseStreamer
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils import ModelOutput
 
 from cachepress.cache.batch import CacheSize, fork, size_of
 from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError
-from cachepress.generation.decode import check_generation, generate
+from cachepress.generation.decode import Generated, generate
+from cachepress.generation.options import (
+    answers_each,
+    check_generation,
+    known_options,
+    one_by_one,
+    reads_order,
+)
 from cachepress.generation.prefill import read_context
 from cachepress.generation.prompt import MIDDLE, Prompt, PromptOptions, make_prompt
 from cachepress.hf import has_only_full_attention
@@ -37,7 +45,7 @@ class Answers:
     """Answers from one compressed cache, with their times and the cache's size.
 
     Attributes:
-        texts: one answer for each question.
+        texts: the answers, question after question; one each, or ``num_return_sequences``.
         context_tokens: tokens of the context, the chat template's part included.
         cut_tokens: tokens of a context that was too long which were cut.
         cache: size of the cache after compression, before the first question; under a press that
@@ -46,6 +54,9 @@ class Answers:
             Under a press that observes the question, of all forwards, one for each question.
         decode_seconds: time of all questions and answers.
         tokens: the answers as token ids, without end tokens.
+        outputs: what transformers' ``generate`` returned for each question, with
+            ``return_dict_in_generate``; else empty.
+        each: answers of each question.
     """
 
     texts: list[str]
@@ -55,6 +66,8 @@ class Answers:
     decode_seconds: float
     tokens: list[list[int]]
     cut_tokens: int = 0
+    outputs: list[ModelOutput] = field(default_factory=list)
+    each: int = 1
 
     @property
     def decode_tokens(self) -> int:
@@ -63,7 +76,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class _Prefill:
+class Prefill:
     """A prompt that is prefilled, and the questions that follow it.
 
     Attributes:
@@ -88,8 +101,17 @@ class KVPressTextGenerationPipeline(Pipeline):
     a call: those of ``PromptOptions``; ``press``; ``cache``, an empty ``DynamicCache()`` to keep
     the compressed context in, or one that holds it already; ``prefill_chunk_size``,
     ``prefill_mode`` and ``storage``, see ``cachepress.prefill``; ``return_stats`` to get the
-    ``Answers`` under "stats"; and every option of transformers' ``GenerationConfig``. Answers are
-    greedy unless ``do_sample=True``.
+    ``Answers`` under "stats"; ``streamer``, which gets the tokens of one question's one answer as
+    they come; and the options of transformers' ``GenerationConfig``. Answers are greedy unless
+    ``do_sample=True``.
+
+    With ``num_return_sequences=n`` an answer is a list of ``n`` texts. With
+    ``return_dict_in_generate=True`` there is also what transformers' ``generate`` returned, under
+    "output", or a list with one for each question under "outputs"; questions are then answered one
+    by one, so that nothing in it is padded. Options that read the prompt, such as
+    ``repetition_penalty``, read the context as well. Options that mean nothing here are refused by
+    name: those that count the prompt (``max_length``, ``min_length``), choose another cache, need
+    an assistant model or an encoder, or were moved to the Hub.
     """
 
     _load_processor = False
@@ -118,10 +140,10 @@ class KVPressTextGenerationPipeline(Pipeline):
     def _sanitize_parameters(self, **options: object) -> tuple[dict, dict, dict]:
         known = {field.name for field in fields(PromptOptions)}
         prompt: dict[str, Any] = {name: options.pop(name) for name in known & options.keys()}
-        names = ("press", "cache", "prefill_chunk_size", "prefill_mode", "storage")
+        names = ("press", "cache", "prefill_chunk_size", "prefill_mode", "storage", "streamer")
         run = {name: options.pop(name) for name in names if name in options}
         post = {name: options.pop(name) for name in ("return_stats",) if name in options}
-        unknown = options.keys() - GenerationConfig().to_dict().keys()
+        unknown = options.keys() - known_options()
         if unknown:
             raise CachepressError(
                 f"unknown option {sorted(unknown)[0]!r}: wanted {', '.join(sorted(known))}, "
@@ -159,10 +181,13 @@ class KVPressTextGenerationPipeline(Pipeline):
         prefill_chunk_size: int | None = None,
         prefill_mode: str = "exact",
         storage: str | Codec = "full",
+        streamer: BaseStreamer | None = None,
         generation: Mapping[str, object] | None = None,
     ) -> dict:
         prompt, options = input_tensors["prompt"], input_tensors["options"]
-        tokens: list[list[int]] = []
+        generation = generation or {}
+        _check_streamer(streamer, generation, prompt)
+        answered: list[Generated] = []
         sizes: list[CacheSize] = []
         prefill_seconds, answering = 0.0, Stopwatch(self.model.device)
         decoding = press is not None and press.schedule.decodes
@@ -183,9 +208,8 @@ class KVPressTextGenerationPipeline(Pipeline):
             # Only a press that compresses while decoding acts on answers, and none on questions.
             acting = press(self.model, turns="first") if press and decoding else nullcontext()
             with answering, acting:
-                tokens += self.generate_answer(
-                    held, part.question_ids, part.limits, generation or {}
-                )
+                answered += self.generate_answer(held, part, generation, streamer)
+        tokens = [ids for found in answered for ids in found.tokens]
         answers = Answers(
             texts=[str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in tokens],
             context_tokens=prompt.context_ids.shape[1],
@@ -194,58 +218,85 @@ class KVPressTextGenerationPipeline(Pipeline):
             decode_seconds=answering.seconds,
             tokens=tokens,
             cut_tokens=prompt.cut,
+            outputs=[found.output for found in answered if found.output is not None],
+            each=answers_each(generation),
         )
         return {"answers": answers, "one": options.questions is None}
 
     def generate_answer(
         self,
         cache: Cache,
-        question_ids: list[Tensor],
-        limits: list[int],
+        part: Prefill,
         generation: Mapping[str, object],
-    ) -> list[list[int]]:
-        """Answer all questions as one batch from a fork of the cache, which itself is not changed.
+        streamer: BaseStreamer | None = None,
+    ) -> list[Generated]:
+        """Answer all questions from a fork of the cache, which itself is not changed.
 
-        Questions of different lengths are padded on the left. Sliding windows and recurrent
-        states would count that padding, so in models that have them only questions of the same
-        length share a batch.
+        Questions of different lengths are padded on the left, and share a batch. Sliding windows
+        and recurrent states would count that padding, and so would some options; then only
+        questions of the same length share a batch.
 
         Returns:
-            Token ids of each answer, the end-of-sequence token left out.
+            What was generated for each question.
         """
-        batches = [list(range(len(question_ids)))]
-        if not has_only_full_attention(self.model):
-            lengths = [ids.shape[1] for ids in question_ids]
-            batches = [
-                [i for i, n in enumerate(lengths) if n == length] for length in sorted(set(lengths))
-            ]
-        answers: dict[int, list[int]] = {}
-        for batch in batches:
-            ids = [question_ids[i] for i in batch]
-            most = max(limits[i] for i in batch)
-            batch_cache = fork(cache, len(ids))
-            tokens = generate(self.model, self._tokenizer, batch_cache, ids, most, generation)
-            answers |= {i: ids[: limits[i]] for i, ids in zip(batch, tokens, strict=True)}
+        question_ids, n = part.question_ids, answers_each(generation)
+        keys = [0] * len(question_ids)
+        if one_by_one(generation):
+            keys = list(range(len(question_ids)))
+        elif reads_order(generation) or not has_only_full_attention(self.model):
+            keys = [ids.shape[1] for ids in question_ids]
+        answers: dict[int, Generated] = {}
+        for key in sorted(set(keys)):
+            batch = [i for i, other in enumerate(keys) if other == key]
+            ids, most = [question_ids[i] for i in batch], max(part.limits[i] for i in batch)
+            found = generate(
+                self.model,
+                self._tokenizer,
+                fork(cache, len(ids)),
+                ids,
+                most,
+                generation,
+                streamer,
+                part.ids,
+            )
+            for place, i in enumerate(batch):
+                own = found.tokens[place * n : (place + 1) * n]
+                answers[i] = Generated([x[: part.limits[i]] for x in own], found.output)
         return [answers[i] for i in range(len(question_ids))]
 
     def postprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, model_outputs: dict, return_stats: bool = False
     ) -> dict:
-        """Return ``{"answer": ...}`` or ``{"answers": [...]}``, with "stats" when asked for."""
+        """Return ``{"answer": ...}`` or ``{"answers": [...]}``, with what else was asked for."""
         answers: Answers = model_outputs["answers"]
+        texts: list[object] = list(answers.texts)
+        if answers.each > 1:
+            starts = range(0, len(texts), answers.each)
+            texts = [texts[i : i + answers.each] for i in starts]
         if model_outputs["one"]:
-            result: dict[str, object] = {"answer": answers.texts[0]}
+            result: dict[str, object] = {"answer": texts[0]}
+            result |= {"output": answers.outputs[0]} if answers.outputs else {}
         else:
-            result = {"answers": answers.texts}
+            result = {"answers": texts}
+            result |= {"outputs": answers.outputs} if answers.outputs else {}
         return {**result, "stats": answers} if return_stats else result
+
+
+def _check_streamer(
+    streamer: BaseStreamer | None, generation: Mapping[str, object], prompt: Prompt
+) -> None:
+    """Raise CachepressError if there is more than one answer to stream."""
+    n = len(prompt.question_ids) * answers_each(generation)
+    if streamer is not None and n > 1:
+        raise CachepressError(f"streamer: got {n} answers, wanted one question with one answer")
 
 
 def _prefills(
     prompt: Prompt, options: PromptOptions, press: BasePress | None, cache: Cache | None
-) -> list[_Prefill]:
+) -> list[Prefill]:
     """Prefill the context once for all questions, or with each of them if the press needs it."""
     if press is None or not press.needs.question:
-        return [_Prefill(prompt.context_ids, None, prompt.question_ids, options.limits)]
+        return [Prefill(prompt.context_ids, None, prompt.question_ids, options.limits)]
     if not all(asked.strip() for asked in options.asked):
         raise CachepressError(
             f"{press!r} chooses by the question, and there is none: give question or questions, "
@@ -256,7 +307,7 @@ def _prefills(
             f"{press!r} needs a cache for each question: ask one, or pass no cache"
         )
     return [
-        _Prefill(
+        Prefill(
             torch.cat([prompt.context_ids, ids[:, :-1]], dim=1),
             max(1, ids.shape[1] - 1),
             [ids[:, -1:]],

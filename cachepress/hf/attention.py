@@ -30,7 +30,7 @@ from cachepress.cache.snapshot import Snapshot
 from cachepress.call import AttentionCall
 from cachepress.errors import UnsupportedError
 from cachepress.hf.watching import Watched
-from cachepress.ops import AttentionRule
+from cachepress.ops import AttentionRule, narrowest, without_autocast
 from cachepress.ops.paged_attention.parts import LOWEST
 
 _FEW = 16
@@ -140,39 +140,31 @@ def _attention(
     layer, n = key.layer, query.shape[2]
     hook, layer.hook = layer.hook, None
     mask, rule = layer.masks.read(attention_mask, n, module), _rule(module, query, kwargs, base)
-    differentiates = hook is not None and hook.differentiates
-    readable = key.fresh is None and not differentiates
-    if readable and _attends_itself(key.snapshot, n, mask, base, kwargs):
+    if key.fresh is None and _attends_itself(key.snapshot, n, mask, base, kwargs):
         held = key.snapshot.whole() if layer.reads_whole else key.snapshot
         pairs, output = None, (held.attend(query, mask, rule), None)
     else:
-        pairs, bias = _pairs(key, differentiates), mask.given
+        pairs, bias = _pairs(key, query), mask.given
         if pairs.positions is not None:
             bias = _mask_of_pairs(mask, key.snapshot, pairs, query)
         output = function(module, query, pairs.keys, pairs.values, bias, **kwargs)
     if hook is not None:
         place = hook.place.to(query.device)
         call = AttentionCall(module, key, query, output[0], mask, rule, place, hook.features, pairs)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(query.device):
             hook.observe(call)
     return output
 
 
-def _pairs(key: RowsHandle, differentiates: bool) -> Pairs:
+def _pairs(key: RowsHandle, query: Tensor) -> Pairs:
     """Lay out all pairs of a layer, those of the forward last."""
     if key.fresh is not None:
         return Pairs(*key.fresh)
-    return _with_gradient(key) if differentiates else key.snapshot.rows()
-
-
-def _with_gradient(key: RowsHandle) -> Pairs:
-    """Lay out all pairs, with those of the forward as the model's autograd graph has them."""
-    pairs, n = key.snapshot.rows(), key.added[0].shape[2]
-    keys, values = (
-        torch.cat([old[:, :, :-n].detach(), new], dim=2)
-        for old, new in zip((pairs.keys, pairs.values), key.added, strict=True)
-    )
-    return replace(pairs, keys=keys, values=values)
+    pairs = key.snapshot.rows()
+    if narrowest(query) != query.dtype:
+        return pairs  # Autocast converts them.
+    # Pairs of a forward under autocast may have other types than those of this one.
+    return replace(pairs, keys=pairs.keys.to(query.dtype), values=pairs.values.to(query.dtype))
 
 
 def _attends_itself(
@@ -185,7 +177,8 @@ def _attends_itself(
     mask over pairs.
     """
     wanted = n <= _FEW or held.shared or (held.segments and "flash" in base)
-    return bool(wanted) and not mask.per_head and not options.get("output_attentions")
+    special = mask.per_head or options.get("output_attentions") or options.get("dropout")
+    return bool(wanted) and not special
 
 
 def _rule(
@@ -218,15 +211,16 @@ def _mask_of_pairs(mask: TextMask, held: Snapshot, pairs: Pairs, query: Tensor) 
     else:
         tail = mask.of_columns(held.start, held.seen, query.device)
         sequences = 1 if tail is None else tail.shape[0]
-        bias = torch.zeros(sequences, 1, n, t, device=query.device)
+        bias = torch.zeros(sequences, 1, n, t, dtype=torch.float32, device=query.device)
         if tail is not None:
             bias[..., t - (held.seen - held.start) :] = tail.unsqueeze(1)
-    # The bias may be float32 and the query a half type: the lowest number must fit into both.
-    lowest = max(LOWEST, torch.finfo(query.dtype).min)
+    # The bias may be float32 and the query a half type, or be made one by autocast: the lowest
+    # number must fit into both.
+    lowest = max(LOWEST, torch.finfo(narrowest(query)).min)
     if not pairs.full:
         empty = (positions < 0).repeat_interleave(hq // h, dim=1).unsqueeze(-2)
         bias = bias.masked_fill(empty, lowest)
-    return bias if bias.dtype == query.dtype else bias.clamp(min=lowest).to(query.dtype)
+    return bias if bias.dtype == narrowest(query) else bias.clamp(min=lowest).to(query.dtype)
 
 
 @lru_cache

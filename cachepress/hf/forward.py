@@ -80,8 +80,6 @@ class _Hook:
     forward: "PressedForward"
     place: Place
 
-    differentiates = False
-
     @property
     def features(self) -> Capture:
         """Captures what the press needs of the forward besides the call."""

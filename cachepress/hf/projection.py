@@ -81,7 +81,10 @@ def _matrix(module: nn.Module, width: int, like: Tensor) -> Tensor:
 
     That is right for quantized and adapted weights too, whatever their layout.
     """
+    dtype, weight = like.dtype, getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1:
+        dtype = weight.dtype  # Attention under autocast gives another type.
     with torch.no_grad():
-        units = torch.eye(width, dtype=like.dtype, device=like.device)
-        nothing = torch.zeros(1, width, dtype=like.dtype, device=like.device)
+        units = torch.eye(width, dtype=dtype, device=like.device)
+        nothing = torch.zeros(1, width, dtype=dtype, device=like.device)
         return module.forward(units) - module.forward(nothing)

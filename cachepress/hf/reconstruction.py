@@ -27,7 +27,7 @@ from cachepress.hf.wiring import (
     last_layer,
     text_decoder,
 )
-from cachepress.ops import wide, wide_dtype
+from cachepress.ops import wide, wide_dtype, without_autocast
 from cachepress.press import BasePress
 from cachepress.query_stats import QueryStats
 from cachepress.reconstruction import Reconstruction, ReconstructionView
@@ -95,11 +95,6 @@ class _Hook:
     found: Tensor = field(init=False)
     module: nn.Module = field(init=False)
 
-    @property
-    def differentiates(self) -> bool:
-        """Whether gradients must flow through the keys and values of the forward."""
-        return self._reconstruction.gradient
-
     def observe(self, call: AttentionCall) -> None:
         """Give the press the pairs and queries of a layer."""
         query, weighs = call.query, self._reconstruction.weighs
@@ -151,7 +146,7 @@ class _Hook:
         valid, text = positions >= 0, self.text.valid_after(self.repeated + n)
         if text is not None:
             column = positions.clamp(min=0).long().flatten(1)
-            valid = valid & text.gather(1, column).view_as(valid)
+            valid = valid & text.to(column.device).gather(1, column).view_as(valid)
         stop = positions.shape[-1] - n - self.repeated
         chunk = slice(stop - self.text.n, stop)
         return pairs.keys.detach(), pairs.values.detach(), valid, chunk
@@ -210,7 +205,7 @@ class Reconstructor:
                 branch.reorder_cache(cast(torch.LongTensor, only))
             columns = torch.arange(n, device=ids.device)
             if valid is not None:
-                columns = valid[i, -n:].nonzero()[:, 0]
+                columns = valid[i, -n:].nonzero()[:, 0].to(ids.device)
             if len(columns):
                 text = _Text(columns, n, None if valid is None else valid[i : i + 1])
                 own = ids[i : i + 1, columns]
@@ -232,7 +227,7 @@ class Reconstructor:
             opening = opening_of(ids, self._tokenizer)
         for feature in features:
             # Every question comes after the template's tokens, which nobody asks to be repeated.
-            feature[:, text.columns[:opening]] = float("inf")
+            feature[:, text.columns[:opening].to(feature.device)] = float("inf")
         repeated = 0
         before: Sequence[Tensor | None] = [None] * len(features)
         whole = fork(branch) if reconstruction.whole else None
@@ -244,7 +239,8 @@ class Reconstructor:
                 continue
             for feature, one in zip(features, found, strict=True):
                 # Infinity stands for the template's tokens alone.
-                feature[:, text.columns[chunk.start : chunk.stop]] = one.clamp(max=_MOST)
+                own = text.columns[chunk.start : chunk.stop].to(feature.device)
+                feature[:, own] = one.clamp(max=_MOST)
         if reconstruction.whole:
             for feature, one in zip(features, before, strict=True):
                 assert one is not None
@@ -297,7 +293,8 @@ class Reconstructor:
             hooks.append(hook)
         if reconstruction.gradient:
             views = self._differentiated(inputs, hooks)
-            return [press.reconstructed(view) for view in views]
+            with without_autocast(device):
+                return [press.reconstructed(view) for view in views]
         self._decoder(**inputs)
         return [hook.found for hook in hooks]
 

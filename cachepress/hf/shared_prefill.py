@@ -50,8 +50,6 @@ class _Hook:
     last: bool = False
     call: AttentionCall | None = None
 
-    differentiates = False
-
     @property
     def features(self) -> Capture:
         """Captures what the presses need of the forward besides the call."""

@@ -6,18 +6,25 @@ from cachepress.ops.attention import (
     attention_weights,
 )
 from cachepress.ops.device import wait
+from cachepress.ops.gradients import backward_task, following, storing, without_gradient
 from cachepress.ops.order import gather, valid_last
-from cachepress.ops.precision import wide, wide_dtype
+from cachepress.ops.precision import narrowest, wide, wide_dtype, without_autocast
 from cachepress.ops.solve import cholesky
 
 __all__ = [
     "AttentionRule",
     "attention_column_sums",
     "attention_weights",
+    "backward_task",
     "cholesky",
+    "following",
     "gather",
+    "narrowest",
+    "storing",
     "valid_last",
     "wait",
     "wide",
     "wide_dtype",
+    "without_autocast",
+    "without_gradient",
 ]

@@ -1,5 +1,7 @@
 """The precision that scores, sums and attention are computed in."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -12,3 +14,19 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 def wide(x: Tensor) -> Tensor:
     """Convert ``x`` to the precision of computation; the same tensor if it has that already."""
     return x.to(wide_dtype(x))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Suspend autocast on a device: what was made wide would be multiplied in a half type."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def narrowest(x: Tensor) -> torch.dtype:
+    """Return the type that autocast converts ``x`` to before a product, or its own type."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype

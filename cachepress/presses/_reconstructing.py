@@ -67,7 +67,7 @@ class _ReconstructionPress(ScorerPress):
 
     def weights(self, view: ReconstructionView) -> tuple[Tensor, Tensor]:
         """Factors of the chunk's pairs ``[1, H or 1, G or 1, chunk or 1]`` and of the queries."""
-        one = torch.ones(1, 1, device=view.keys.device)
+        one = view.keys.new_ones(1, 1, dtype=wide_dtype(view.keys))
         return one[None, None], one.expand(1, view.queries.shape[3])
 
     def score(self, view: LayerView) -> Tensor:

@@ -108,7 +108,7 @@ class CAMPress(DecodingPress, alias="cam"):
         size = (len(kept) - first).clamp(max=reach)
         so_far = F.pad(received[kept].double().cumsum(0), (1, 0))
         total = so_far[first + size] - so_far[first]
-        odds = received[gone] * size / total.clamp(min=torch.finfo().tiny)
+        odds = received[gone] * size / total.clamp(min=torch.finfo(torch.float32).tiny)
         some = (size > 0) & (draws[gone] < odds)
         shares = values[gone[some]].double() / size[some, None]
         # Windows overlap. Each share is entered once, where its window begins; the kept token at j

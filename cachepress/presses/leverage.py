@@ -80,5 +80,6 @@ def gaussian(view: LayerView, inputs: int, outputs: int, seed: int) -> Tensor:
     """
     # Seeds of different layers must not meet, and none may exceed 64 bits.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + view.layer) % (1 << 63))
-    drawn = torch.randn(view.keys.shape[1], inputs, outputs, generator=generator)
+    shape = (view.keys.shape[1], inputs, outputs)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
     return (drawn / outputs**0.5).to(view.keys.device, wide_dtype(view.keys))

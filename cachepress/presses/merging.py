@@ -69,7 +69,8 @@ class MergingPress(WrapperPress, alias="merging"):
         gone, target, cosine = gone[some], target[some], cosine[some]
         own, theirs = wide(values[gone]), wide(values[kept])
         norm = own.norm(dim=-1)
-        share = norm / (norm + theirs.norm(dim=-1)[target]).clamp(min=torch.finfo().tiny)
+        both = norm + theirs.norm(dim=-1)[target]
+        share = norm / both.clamp(min=torch.finfo(torch.float32).tiny)
         # A negative cosine would subtract the value, and could bring the total to zero.
         weight = (cosine.clamp(min=0) * share).unsqueeze(-1)
         total = torch.ones_like(theirs[:, :1]).index_add_(0, target, weight)

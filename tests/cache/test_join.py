@@ -97,9 +97,10 @@ def test_groups_of_any_form_are_one_batch(model):
     every = [ids for group in groups for ids in QUESTIONS for _ in group]
     held = [cp.size_of(cache).pairs_held for cache in order]
     assert cp.size_of(joined).pairs_held == sum(held)
-    got = generate(model, tokenizer(), joined, every, 8, {})
+    got = generate(model, tokenizer(), joined, every, 8, {}).tokens
     for answer, cache, question in zip(got, order, every, strict=True):
-        assert answer == generate(model, tokenizer(), cp.fork(cache), [question], 8, {})[0]
+        alone = generate(model, tokenizer(), cp.fork(cache), [question], 8, {})
+        assert answer == alone.tokens[0]
     with pytest.raises(cp.UnsupportedError, match="can be decoded from, and nothing else"):
         joined.reorder_cache(torch.tensor([0]))
 

@@ -425,6 +425,7 @@ def test_padding_of_a_question_stays_hidden_when_its_rows_are_shared():
     close(ours.transpose(1, 2), wanted.view(2, 2 * HEADS, 1, SIZE))
 
 
+@torch.no_grad()
 def test_a_tail_is_no_longer_than_it_has_to_be():
     """What a token more takes, and what a prompt of several tokens does."""
     store = CompressedLayer()

@@ -189,7 +189,7 @@ def test_the_divergence_is_that_of_single_steps(model_dir, data_file, tmp_path, 
         pressed = cp.prefill(model, prompt.context_ids, cp.KnormPress(0.5))
         for ids, sample in zip(prompt.question_ids, context.samples, strict=True):
             limit = sample.max_new_tokens
-            said = generate(model, tokenizer(), cp.fork(whole), [ids], limit, {})[0]
+            said = generate(model, tokenizer(), cp.fork(whole), [ids], limit, {}).tokens[0]
             text = torch.cat([ids, torch.tensor([said], dtype=torch.long)], dim=1)
             p, q = (expected(model, cache, text, len(said) + 1) for cache in (whole, pressed))
             values.append((p.exp() * (p - q)).sum(-1).mean().item())

@@ -71,10 +71,18 @@ def pairs():
     ][::STEP]
 
 
+def each():
+    """Scorers and wrappers, every one of them once or twice."""
+    wrapped = [(scorer, wrapper) for scorer, wrapper in pairs() if wrapper != "none"]
+    once = {wrapper: (scorer, wrapper) for scorer, wrapper in wrapped}
+    return [*((scorer, "none") for scorer in SCORERS), *once.values()]
+
+
 matrix = pytest.mark.parametrize(
     ("scorer", "wrapper", "storage", "going", "company"), combinations()
 )
 in_pairs = pytest.mark.parametrize(("scorer", "wrapper"), pairs())
+of_each = pytest.mark.parametrize(("scorer", "wrapper"), each())
 
 
 def build(scorer, wrapper, ratio=RATIO):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cachepress.ops import wide, wide_dtype
+from cachepress.ops import narrowest, wide, wide_dtype, without_autocast
 from cachepress.ranks import best, pin_sinks
 
 
@@ -34,3 +34,17 @@ def test_pins_leave_doubles_as_they_are():
 
     scores = torch.tensor([[[0.0, 0.0, 1 + 1e-12]]], dtype=torch.float64)
     assert pin_sinks(scores, View, 1)[0, 0, 2] == 1 + 1e-12
+
+
+def test_autocast_is_suspended_where_numbers_were_made_wide():
+    x, cpu = torch.randn(8, 8), torch.device("cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert narrowest(x) == torch.bfloat16
+        assert (x @ x).dtype == torch.bfloat16
+        with without_autocast(cpu):
+            assert narrowest(x) == torch.float32
+            assert (x @ x).dtype == torch.float32
+        assert (x @ x).dtype == torch.bfloat16
+    assert narrowest(x.half()) == torch.float16
+    with without_autocast(torch.device("meta")):
+        assert narrowest(x) == torch.float32

@@ -71,8 +71,8 @@ class Layout:
         """Bias of the logits of ``last_page``, ``[those, 1, C]``, which hides unused slots."""
         used = torch.tensor([(n - 1) % PAGE + 1 for n in self.lengths if n])
         unused = torch.arange(PAGE) >= used[:, None, None]
-        lowest = torch.finfo(torch.float32).min
-        return torch.zeros(unused.shape).masked_fill_(unused, lowest).to(self.device)
+        bias = torch.zeros(unused.shape, dtype=torch.float32)
+        return bias.masked_fill_(unused, torch.finfo(bias.dtype).min).to(self.device)
 
     @property
     def slots(self) -> Tensor:

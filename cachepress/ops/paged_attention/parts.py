@@ -36,6 +36,16 @@ class Part(Protocol):
     """
 
     @property
+    def keys(self) -> Tensor:
+        """Keys of the rows, in whatever order."""
+        ...
+
+    @property
+    def values(self) -> Tensor:
+        """Values of the rows, in the order of the keys."""
+        ...
+
+    @property
     def bias(self) -> Tensor | None:
         """Bias to add to the logits; None if all rows are visible."""
         ...
@@ -176,7 +186,11 @@ def of_channels(queries: Tensor, channels: Tensor | None) -> Tensor:
 
 
 def _capped(products: Tensor, softcap: float | None) -> Tensor:
-    return products if softcap is None else products.div_(softcap).tanh_().mul_(softcap)
+    if softcap is None:
+        return products
+    if products.requires_grad:
+        return (products / softcap).tanh() * softcap  # Autograd keeps what tanh returned.
+    return products.div_(softcap).tanh_().mul_(softcap)
 
 
 def together(x: Tensor, spans: int) -> Tensor:
