@@ -21,6 +21,15 @@ class ForeignAttentionError(CachepressError):
     """A compressed cache was given to an attention function that cannot read it."""
 
 
+def cache_dropped() -> UnsupportedError:
+    """Make the error for a model that was given a cache and went on without it."""
+    return UnsupportedError(
+        "the model goes on without its cache, as gradient checkpointing of transformers makes it: "
+        "call model.gradient_checkpointing_disable() or model.eval(), or checkpoint a function of "
+        "your own that continues cachepress.fork(cache)"
+    )
+
+
 def out_of_memory(error: BaseException) -> CachepressError:
     """Make the error for memory that ran out while a model was loaded or run."""
     said = (str(error).strip() or "none was left").splitlines()[0]

@@ -28,7 +28,7 @@ from cachepress.cache.masks import TextMask
 from cachepress.cache.pairs import Pairs
 from cachepress.cache.snapshot import Snapshot
 from cachepress.call import AttentionCall
-from cachepress.errors import UnsupportedError
+from cachepress.errors import UnsupportedError, cache_dropped
 from cachepress.hf.watching import Watched
 from cachepress.ops import AttentionRule, narrowest, without_autocast
 from cachepress.ops.paged_attention.parts import LOWEST
@@ -130,6 +130,9 @@ def _attention(
     """
     function = _base_function(base, type(module))
     if not isinstance(key, RowsHandle):
+        masked = isinstance(attention_mask, Tensor) and attention_mask.shape[-1] > key.shape[2]
+        if masked and module.training and torch.is_grad_enabled():
+            raise cache_dropped()
         return function(module, query, key, value, attention_mask, **kwargs)
     if isinstance(key, Watched):
         own = partial(function, module, **kwargs)

@@ -20,7 +20,7 @@ from cachepress.cache.codec import Codec
 from cachepress.cache.layer import CompressedLayer
 from cachepress.call import AttentionCall, Place
 from cachepress.engine import Pending, compress, compress_together
-from cachepress.errors import CachepressError
+from cachepress.errors import CachepressError, cache_dropped
 from cachepress.hf.blocks import unobserved
 from cachepress.hf.capture import Capture
 from cachepress.hf.reconstruction import Reconstructor, Waiting
@@ -160,6 +160,7 @@ class PressedForward:
                 self._instruct()
                 with self.capture.hooked() if self._is_observed else nullcontext():
                     output = call()
+                    self._check_filled()
                     with torch.inference_mode(False), torch.no_grad(), self.setup.stopwatch:
                         self._compress()
                 return output
@@ -173,6 +174,11 @@ class PressedForward:
             self._reconstructor.wait(layer)
         else:
             self._compress_layer(layer)
+
+    def _check_filled(self) -> None:
+        """Raise UnsupportedError if the model did not fill the cache that it was given."""
+        if next(iter(self._layers.values())).get_seq_length() == self.step.seen:
+            raise cache_dropped()
 
     def _step(self) -> Step:
         n, seen = self._tokens.shape[1], self._cache.get_seq_length()

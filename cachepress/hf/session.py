@@ -156,7 +156,7 @@ class PressSession:
         decoder = self._setup.decoder
         given = {**dict(zip(_parameters(type(decoder)), args, strict=False)), **kwargs}
         call, cache = partial(own, *args, **kwargs), _cache_of(given)
-        if cache is None and _uses_cache(given, decoder.config):
+        if cache is None and _uses_cache(given, decoder.config) and not _checkpoints(decoder):
             cache = DynamicCache(config=decoder.config)
             without = {name: x for name, x in given.items() if name not in CACHE_NAMES}
             call = partial(own, **{**without, cache_argument(decoder): cache})
@@ -303,6 +303,11 @@ def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
 def _cache_of(given: Mapping[str, object]) -> Cache | None:
     found = (given.get(name) for name in CACHE_NAMES)
     return cast(Cache | None, next((x for x in found if x is not None), None))
+
+
+def _checkpoints(decoder: PreTrainedModel) -> bool:
+    """Tell whether layers are checkpointed, which transformers does without a cache."""
+    return decoder.training and decoder.is_gradient_checkpointing
 
 
 def _uses_cache(given: Mapping[str, object], config: PretrainedConfig) -> bool:

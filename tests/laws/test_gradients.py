@@ -1,5 +1,7 @@
 """Gradients through a cache: those of the same forwards, or one line in ``backward()``."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -293,3 +295,23 @@ def test_a_checkpointed_forward_of_a_pressed_model_is_right(reentrant):
         return soft.grad
 
     close(learned(True), learned(False))
+
+
+@pytest.mark.parametrize("n", [5, 20])
+@pytest.mark.parametrize("press", [None, cp.KnormPress(0.5)])
+def test_transformers_checkpointing_drops_no_cache_in_silence(press, n):
+    """It runs the layers of a model in training without the cache that the model was given."""
+    model, question = exact_tiny(), tokens(n, seed=7)
+    cache, name = cp.prefill(model, tokens(40), cp.KnormPress(0.5)), cache_argument(model)
+    wanted = gradients(model, model(question, **{name: cp.fork(cache)}).logits)
+    model.train()
+    model.gradient_checkpointing_enable()
+    with nullcontext() if press is None else press(model, turns="first"):
+        with pytest.raises(cp.UnsupportedError, match="without its cache.*checkpointing") as caught:
+            model(question, **{name: cp.fork(cache)})
+        assert "\n" not in str(caught.value)
+        model(question).logits.sum().backward()
+    model.gradient_checkpointing_disable()
+    ours = gradients(model, model(question, **{name: cp.fork(cache)}).logits)
+    for k in wanted:
+        close(ours[k], wanted[k])
