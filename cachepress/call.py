@@ -62,6 +62,21 @@ class Features(Protocol):
         ...
 
 
+class Rotated(NamedTuple):
+    """Tells what is proven of how the keys of a layer's first text columns were rotated.
+
+    Attributes:
+        seen: number of text columns.
+        offsets: what a token's position is more than its index in its own text, one number for all
+            sequences or one for each.
+        sample: what the position embedding makes of ones at two of these positions.
+    """
+
+    seen: int
+    offsets: tuple[int, ...]
+    sample: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """One attention call of one layer, after its output was computed.
@@ -103,9 +118,13 @@ class AttentionCall:
         """Which text columns are tokens, ``[B, S]``; None when all are."""
         return self.mask.valid
 
+    @cached_property
+    def _rotary(self) -> Rotary:
+        return self.features.rotary(self)
+
     def rotary(self) -> Rotary:
         """Find the layer's position embedding, proven on the keys of this call."""
-        return self.features.rotary(self)
+        return self._rotary
 
     def projection(self) -> Tensor:
         """Find the layer's output projection, ``[H, G, E, M]``."""

@@ -277,6 +277,8 @@ def _next_position(call: AttentionCall) -> Tensor:
     """Compute the position after the last token of each sequence, ``[B]``."""
     rope = call.place.rope
     if call.text_valid is not None:
-        # What position padding was given is up to the caller: it does not count.
+        # What position padding was given is up to the caller: it does not count. A text that ended
+        # before this forward goes on from its last token.
         rope = rope.masked_fill(~call.text_valid[:, -rope.shape[1] :], -1)
+        return torch.where(rope.amax(-1) < 0, call.text_valid.sum(-1), rope.amax(-1) + 1)
     return rope.amax(-1) + 1

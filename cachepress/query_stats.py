@@ -55,6 +55,8 @@ class QueryStats:
 
     def add(self, call: AttentionCall) -> None:
         """Add the queries of a prompt, or of a chunk of it."""
+        if self.needs.rotates:
+            call.rotary()  # It is proven on unrotated keys, which later forwards do not have.
         self._add_hidden(call)
         self._add(call, call.query, call.place.rope)
 

@@ -102,9 +102,12 @@ class Needs:
 
     @property
     def observes(self) -> bool:
-        """Whether every forward must be observed, not only those that compress a layer."""
+        """Whether every forward must be observed, not only those that compress a layer.
+
+        So it must for a position embedding, which is proven on the keys of each forward.
+        """
         asked = self.attention_sums or self.question or self.hidden is not None
-        return bool(self.queries) or self.moments_after is not None or asked
+        return bool(self.queries) or self.rotates or asked
 
     @property
     def observed(self) -> "Needs":

@@ -341,6 +341,7 @@ def test_a_rotary_module_that_takes_other_positions_is_passed_over():
     torch.manual_seed(0)
     raw, rope = torch.randn(1, 2, 5, 4, dtype=torch.float64), torch.arange(5)[None]
     key = PairRotary(lambda x, p: tuple(t[..., :2] for t in angles(x, p)), False)(raw, rope)
-    assert find_rotary([refusing], [raw], 2, key, rope) is None
-    found = find_rotary([refusing, angles], [raw], 2, key, rope)
-    assert torch.equal(found(raw, rope), key)
+    outputs = {torch.nn.Identity(): raw}
+    assert find_rotary([refusing], outputs, 2, key, rope) is None
+    found = find_rotary([refusing, angles], outputs, 2, key, rope)
+    assert torch.equal(found.rotary(raw, rope), key)

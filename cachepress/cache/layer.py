@@ -25,7 +25,7 @@ from cachepress.ops import backward_task, following, storing
 from cachepress.ops.paged_attention import PAGE
 
 if TYPE_CHECKING:
-    from cachepress.call import Hook
+    from cachepress.call import Hook, Rotated
     from cachepress.query_stats import QueryStats
 
 
@@ -43,12 +43,12 @@ class CompressedLayer(GrowingLayer):
         page_budget: pages of segments that a decoded token reads in each head; None for all.
         scored_at: text columns seen at the last compression, and of prompts not compressed since.
         query_stats: what was observed of queries since.
+        rotated: what is proven of how its keys were rotated; None for nothing.
         hook: observes the next attention call of the layer; None for nobody.
         reads_whole: whether forwards of one token read every page, being parts of a text.
         masks: reads the mask of a forward, once for all layers of the cache.
         selection: keeps the attention function that reads the layer selected on the model.
-        text_ids: ``[1, n]`` token ids of the text, or of its beginning, that all sequences have in
-            common, in the host's memory; None where it is not known.
+        text_ids: ``[1, n]`` token ids that texts begin with, on the host; None if not known.
     """
 
     def __init__(self) -> None:
@@ -56,6 +56,7 @@ class CompressedLayer(GrowingLayer):
         self._tail: Tail | None = None
         self._batch, self._seen, self._compressed_at, self.scored_at = -1, 0, 0, 0
         self.query_stats: QueryStats | None = None
+        self.rotated: Rotated | None = None
         self.codec: Codec | None = None
         self.page_budget: int | None = None
         self.hook: Hook | None = None
@@ -184,9 +185,8 @@ class CompressedLayer(GrowingLayer):
 
         What forks share is in pages, which have positions and end with free slots.
         """
-        if self._compressed_at or not self.is_initialized:
-            return
-        if any(segment.shape[0] != self._batch for segment in self._segments):
+        shared = any(segment.shape[0] != self._batch for segment in self._segments)
+        if self._compressed_at or not self.is_initialized or shared:
             return
         if self._segments:
             rows = self.snapshot.rows()
@@ -242,7 +242,8 @@ class CompressedLayer(GrowingLayer):
         parts = zip(*(layer._segments for layer in layers), strict=True)
         with following(*(x for layer in layers for x in layer.tensors())):
             stacked._segments = tuple(Segment.stack(segments) for segments in parts)
-        stacked._batch, stacked.query_stats, stacked.text_ids = len(layers) * n, None, None
+        stacked._batch, stacked.text_ids = len(layers) * n, None
+        stacked.query_stats = stacked.rotated = None
         stacked._compressed_at = max(layer._compressed_at for layer in layers)
         return stacked
 
@@ -277,9 +278,8 @@ class CompressedLayer(GrowingLayer):
             self._segments = segments_of(rows, left, self.codec, bounded=self._bounded)
             self._tail, self._encoded = None, False
         self._seen = target
-        if self.text_ids is not None:
-            self.text_ids = self.text_ids[:, :target]
-        self.scored_at, self.query_stats = min(self.scored_at, target), None
+        self.text_ids = None if self.text_ids is None else self.text_ids[:, :target]
+        self.scored_at, self.query_stats, self.rotated = min(self.scored_at, target), None, None
 
     def reset(self) -> None:
         """Remove all pairs; codec and page budget stay."""

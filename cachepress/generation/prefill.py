@@ -12,7 +12,13 @@ from transformers.utils import logging
 from cachepress.cache.batch import note_text, text_of, trim
 from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError, out_of_memory
-from cachepress.hf import PressSession, cache_argument, codec_of, text_decoder
+from cachepress.hf import (
+    PressSession,
+    as_one_forward,
+    cache_argument,
+    codec_of,
+    text_decoder,
+)
 from cachepress.limits import MOST_TOKENS, check_whole, is_out_of_memory, shown
 from cachepress.measure import Stopwatch
 from cachepress.press import BasePress
@@ -79,6 +85,9 @@ def prefill(
     # Padding has no positions of its own: the first token of each text is at 0.
     positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     chunk_size = n if chunk_size is None else chunk_size
+    ends = (min(chunk_size, n) - 1 + seen, n - 1 + seen)
+    if positions is not None:
+        ends = (int(positions[:, ends[0]].max()), int(positions.max()))
     starts = range(0, n, chunk_size)
     bar = logging.tqdm(starts, unit="chunk", disable=not progress)
     session = None
@@ -91,7 +100,7 @@ def prefill(
             tokenizer=tokenizer,
             stopwatch=stopwatch,
         )
-    with torch.no_grad(), _memory_explained():
+    with torch.no_grad(), _memory_explained(), as_one_forward(decoder, *ends):
         for start in bar:
             stop = min(start + chunk_size, n)
             inputs = {"input_ids": ids[:, start:stop], name: cache, "use_cache": True}

@@ -2,9 +2,12 @@
 
 transformers is touched in three places: an attention function registered under a name and selected
 on one model (``attention.py``), the cache-layer protocol (``cachepress.cache.layer``), and the
-forward that receives the cache (``session.py``). Importing this package changes no model.
+forward that receives the cache (``session.py``). Rotary modules are watched besides while a prompt
+is read in chunks, where frequencies depend on its length (``angles.py``). Importing this package
+changes no model.
 """
 
+from cachepress.hf.angles import as_one_forward
 from cachepress.hf.session import PressSession, codec_of
 from cachepress.hf.wiring import (
     attach,
@@ -20,6 +23,7 @@ from cachepress.hf.wiring import (
 
 __all__ = [
     "PressSession",
+    "as_one_forward",
     "attach",
     "cache_argument",
     "check_model",

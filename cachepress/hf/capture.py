@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from cachepress.call import AttentionCall
 from cachepress.errors import UnsupportedError
 from cachepress.hf.projection import Projections
-from cachepress.hf.rotary import find_rotary
-from cachepress.hf.wiring import attention_modules, rotary_modules, text_decoder
+from cachepress.hf.proofs import RotaryProofs
+from cachepress.hf.wiring import attention_modules, text_decoder
 from cachepress.press import BasePress
 from cachepress.view import Rotary
 
@@ -43,7 +43,7 @@ class Capture:
         self._rotates = any(need.rotates for need in needs)
         self._projects = weighs or any(need.projection for need in needs)
         self._reads_hidden = weighs or any(need.hidden is not None for need in needs)
-        self._rotary_modules = rotary_modules(self._decoder) if self._rotates else []
+        self._proofs = RotaryProofs(self._who, model) if self._rotates else None
         self._outputs: dict[nn.Module, dict[nn.Module, Tensor]] = {}
         self._hidden: dict[nn.Module, Tensor] = {}
         self._projections = Projections()
@@ -53,8 +53,6 @@ class Capture:
     def anew(self) -> "Capture":
         """A capture of the same things in another forward."""
         other = copy.copy(self)
-        # Some rotary modules (dynamic NTK) change their state at a long position.
-        other._rotary_modules = copy.deepcopy(self._rotary_modules)
         other._outputs, other._hidden, other._projections = {}, {}, Projections()
         return other
 
@@ -91,20 +89,9 @@ class Capture:
         self._projections.end_forward()
 
     def rotary(self, call: AttentionCall) -> Rotary:
-        """Find the position embedding of a layer, proven on the keys of the forward."""
-        outputs, query = list(self._outputs.get(call.module, {}).values()), call.query
-        assert call.key is not None and call.key.snapshot.tail is not None
-        new_keys = call.key.snapshot.tail.keys[:, :, -query.shape[2] :]
-        found = find_rotary(
-            self._rotary_modules, outputs, query.shape[1], new_keys, call.place.rope
-        )
-        if found is None:
-            raise UnsupportedError(
-                f"{self._who} needs the position embedding of layer {call.place.layer} of "
-                f"{type(self._model).__name__}, which could not be verified: use a press "
-                "that does not need it, such as KnormPress or SnapKVPress"
-            )
-        return found
+        """Find the position embedding of a layer, proven on all keys that it holds."""
+        assert self._proofs is not None, "a press uses what its needs do not declare"
+        return self._proofs.prove(call, self._outputs.get(call.module, {}))
 
     def projection(self, call: AttentionCall) -> Tensor:
         """Find the output projection ``[H, G, E, M]`` of a layer."""

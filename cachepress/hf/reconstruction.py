@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from cachepress.cache.batch import fork
 from cachepress.cache.layer import CompressedLayer
 from cachepress.call import AttentionCall, Place
+from cachepress.hf.angles import rotary_state_kept
 from cachepress.hf.capture import Capture
 from cachepress.hf.chunks import Chunk, chunks, opening_of
 from cachepress.hf.wiring import (
@@ -209,7 +210,8 @@ class Reconstructor:
             if len(columns):
                 text = _Text(columns, n, None if valid is None else valid[i : i + 1])
                 own = ids[i : i + 1, columns]
-                self._repeat_one(branch, own, text, [feature[i] for feature in features])
+                with rotary_state_kept(self._decoder):
+                    self._repeat_one(branch, own, text, [feature[i] for feature in features])
         for layer, feature in zip(layers, features, strict=True):
             layer.query_stats.set_hidden_feature(feature)
         return [

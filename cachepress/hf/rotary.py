@@ -2,19 +2,28 @@
 
 Models store, scale and lay out rotary embeddings in many ways. Instead of trusting a name or a
 config, every known layout is tried on the layer's own unrotated keys until it gives the keys in the
-cache. A layout that is wrong cannot pass, so that keys are never rotated wrongly in silence.
+cache, of every token. A layout that is wrong cannot pass, so that keys are never rotated wrongly in
+silence.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cachepress.ops import wide, wide_dtype
 
 CosSin = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """``(x, positions [B, n]) -> cos, sin [B, n, r]``, as a model's rotary module computes them."""
+
+NOT_OF_TEXT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What a module raises that takes something else than the positions of a text."""
+
+_AT_ONCE = 1 << 21
+"""Numbers of keys that are compared at once."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +44,14 @@ class PairRotary:
     """A rotary embedding of pairs of channels: neighbours, or one of each half.
 
     Attributes:
-        cos_sin: computes cosine and sine of the angles, one per pair, ``[B, n, r / 2]``.
+        cos_sin: computes cosine and sine of the angles, ``[B, n, ...]``.
         neighbours: whether a pair is channels (2i, 2i + 1) rather than (i, i + r / 2).
+        pick: which of the angles belong to the r / 2 pairs; some modules give each of them twice.
     """
 
     cos_sin: CosSin
     neighbours: bool
+    pick: slice = field(default_factory=lambda: slice(None))
 
     def __call__(self, x: Tensor, positions: Tensor, *, inverse: bool = False) -> Tensor:
         """Rotate ``x [B, ..., n, D]`` to ``positions [B, n]``, or back from them."""
@@ -57,7 +68,7 @@ class PairRotary:
         return self._rotated(x, cos.mean(-2), sin.mean(-2))
 
     def _angles(self, x: Tensor, positions: Tensor, inner: int) -> tuple[Tensor, Tensor]:
-        pair = self.cos_sin(x, positions)
+        pair = (t[..., self.pick] for t in self.cos_sin(x, positions))
         cos, sin = (t.view(t.shape[0], *[1] * inner, *t.shape[1:]) for t in pair)
         return cos, sin
 
@@ -73,84 +84,142 @@ class PairRotary:
         return torch.cat([rotated, rest], dim=-1)
 
 
+class Found(NamedTuple):
+    """A rotary embedding, and the submodule of attention whose output it rotates."""
+
+    module: nn.Module
+    rotary: NoRotary | PairRotary
+
+
 def find_rotary(
-    modules: Iterable[CosSin], outputs: list[Tensor], query_heads: int, key: Tensor, rope: Tensor
-) -> NoRotary | PairRotary | None:
+    angles: Sequence[CosSin],
+    outputs: Mapping[nn.Module, Tensor],
+    query_heads: int,
+    key: Tensor,
+    rope: Tensor,
+    valid: Tensor | None = None,
+    likely: Found | None = None,
+) -> Found | None:
     """Find the rotary embedding that makes a layer's keys from the output of one of its submodules.
 
     Args:
-        modules: the model's rotary modules.
-        outputs: what the attention's submodules computed in this forward.
+        angles: what the model's rotary modules compute.
+        outputs: what the attention's submodules computed in this forward, in their order.
         query_heads: query heads of the layer.
         key: ``[B, H, n, D]`` keys of the forward as attention used them.
         rope: ``[B, n]`` positions that they are rotated to.
+        valid: ``[B, n]`` which of them are proven; None for all.
+        likely: what is tried first.
 
     Returns:
-        The embedding, or None when no known layout gives these keys.
+        The embedding, or None when no known layout gives all of these keys.
     """
-    # Some eight tokens all over the forward: those far from its start tell scalings apart.
-    probe = slice(None, None, max(1, key.shape[2] // 8))
-    target, rope = wide(key[:, :, probe]), rope[:, probe]
-    tolerance = 1e-3 if key.dtype == wide_dtype(key) else 3e-2
-    modules = list(modules)
-    for raw in _raw_keys(outputs, query_heads, key):
-        unrotated = wide(raw[:, :, probe])
-        for rotary in _candidates(modules, unrotated, rope):
-            if _alike(rotary(unrotated, rope), target, tolerance):
-                return rotary
+    at = slice(None, None, max(1, key.shape[2] // 8))
+    proof = _Proof(key, rope, valid)
+    few = proof.of(at)
+    order = [] if likely is None or likely.module not in outputs else [likely.module]
+    order += [module for module in reversed(list(outputs)) if module not in order]
+    first = [] if likely is None else [likely.rotary]
+    for module in order:
+        for raw in _raw_keys(outputs[module], query_heads, key.shape):
+            some = wide(raw[:, :, at])
+            for rotary in chain(first, _candidates(angles, some, few.rope)):
+                if not bool(few.equals(rotary(some, few.rope))) or not proof.gives(rotary, raw):
+                    continue
+                if isinstance(rotary, NoRotary) and outputs[module].ndim == 4:
+                    flat = (out for out in outputs.values() if out.ndim == 3)
+                    bare = (x for out in flat for x in _raw_keys(out, query_heads, key.shape))
+                    if not _comes_first(module, (x[:, :, at] for x in bare), few):
+                        continue
+                return Found(module, rotary)
     return None
 
 
-def _alike(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
-    """Tell whether vectors ``[..., D]`` are equal; where one is not finite, both must not be.
+class _Proof:
+    """Compares keys ``[B, H, n, D]`` with what rotary embeddings make of unrotated ones."""
 
-    Each is compared by its own size, so that one huge vector cannot hide that the others differ.
+    def __init__(self, key: Tensor, rope: Tensor, valid: Tensor | None) -> None:
+        self.key, self.rope, self.valid = key, rope, valid
+        self._tolerance = 1e-3 if key.dtype == wide_dtype(key) else 3e-2
+
+    def of(self, tokens: slice) -> "_Proof":
+        """Restrict the proof to some of the tokens."""
+        valid = None if self.valid is None else self.valid[:, tokens]
+        return _Proof(self.key[:, :, tokens], self.rope[:, tokens], valid)
+
+    def gives(self, rotary: NoRotary | PairRotary, raw: Tensor) -> bool:
+        """Tell whether an embedding makes all of the keys from ``raw``, some at a time."""
+        b, h, n, d = self.key.shape
+        step, alike = max(1, _AT_ONCE // (b * h * d)), []
+        for start in range(0, n, step):
+            part = slice(start, start + step)
+            alike.append(self.of(part).equals(rotary(wide(raw[:, :, part]), self.rope[:, part])))
+        return bool(torch.stack(alike).all())
+
+    def equals(self, found: Tensor) -> Tensor:
+        """Tell, as a tensor, whether keys are all equal; where one is not finite, both must not be.
+
+        Each is compared by its own size, so that one huge key cannot hide that the others differ.
+        """
+        wanted = wide(self.key)
+        lost = ~wanted.isfinite().all(-1)
+        close = (found - wanted).abs().amax(-1) <= self._tolerance * wanted.abs().amax(-1)
+        alike = torch.where(lost, ~found.isfinite().all(-1), close)
+        return (alike if self.valid is None else alike | ~self.valid[:, None]).all()
+
+
+def _comes_first(norm: nn.Module, bare: Iterable[Tensor], proof: _Proof) -> bool:
+    """Tell whether a norm of heads, whose output a layer's keys are, was given unrotated ones.
+
+    A norm may follow the rotary embedding, and the layer then seems to have none. Where it has none
+    the norm makes these keys of what is ``bare`` of any embedding: the output of a projection.
     """
-    lost = ~wanted.isfinite().all(-1)
-    close = (found - wanted).abs().amax(-1) <= tolerance * wanted.abs().amax(-1)
-    return bool(torch.where(lost, ~found.isfinite().all(-1), close).all())
+    for raw in bare:
+        for heads in (1, 2):
+            try:
+                again = norm.forward(raw.transpose(1, heads)).transpose(1, heads)
+            except NOT_OF_TEXT:
+                continue
+            if again.shape == proof.key.shape and bool(proof.equals(wide(again))):
+                return True
+    return False
 
 
-def _candidates(modules: list[CosSin], x: Tensor, rope: Tensor) -> Iterator[NoRotary | PairRotary]:
+def _candidates(
+    angles: Sequence[CosSin], x: Tensor, rope: Tensor
+) -> Iterator[NoRotary | PairRotary]:
     yield NoRotary()
-    for module in modules:
+    for cos_sin in angles:
         try:
-            width = module(x, rope)[0].shape[-1]
-        except (IndexError, RuntimeError, ValueError):
-            continue  # It takes other positions than those of a text.
+            width = cos_sin(x, rope)[0].shape[-1]
+        except NOT_OF_TEXT:
+            continue
         for pick in (slice(None, width // 2), slice(None, None, 2), slice(None)):
             pairs = len(range(width)[pick])
             if 2 * pairs <= x.shape[-1]:
                 for neighbours in (False, True):
-                    yield PairRotary(_picked(module, pick), neighbours)
+                    yield PairRotary(cos_sin, neighbours, pick)
 
 
-def _picked(module: CosSin, pick: slice) -> CosSin:
-    def cos_sin(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = module(x, positions)
-        return cos[..., pick], sin[..., pick]
-
-    return cos_sin
-
-
-def _raw_keys(outputs: list[Tensor], query_heads: int, key: Tensor) -> Iterator[Tensor]:
-    """Read the outputs in every way as unrotated keys ``[B, H, n, D]``, the latest output first.
+def _raw_keys(out: Tensor, query_heads: int, shape: torch.Size) -> Iterator[Tensor]:
+    """Read an output in every way as unrotated keys ``[B, H, n, D]`` of this shape.
 
     A submodule may compute keys alone, or queries, keys and values in one matrix.
     """
-    b, h, n, d = key.shape
-    for out in reversed(outputs):
-        if out.shape == key.shape:
-            yield out
-        if out.shape == (b, n, h, d):
-            yield out.transpose(1, 2)
-        if out.ndim != 3 or out.shape[:2] != (b, n):
-            continue
-        width = out.shape[-1]
-        if width == h * d:
-            yield out.view(b, n, h, d).transpose(1, 2)
-        start = query_heads * d
-        if width >= start + h * d:
-            yield out[..., start : start + h * d].view(b, n, h, d).transpose(1, 2)
-        if width == 3 * h * d:
-            yield out.view(b, n, h, 3 * d)[..., d : 2 * d].transpose(1, 2)
+    b, h, n, d = shape
+    if out.shape == shape:
+        yield out
+    if out.shape == (b, n, h, d):
+        yield out.transpose(1, 2)
+    if out.ndim != 3 or out.shape[:2] != (b, n):
+        return
+    width, groups = out.shape[-1], query_heads // h
+    if width == h * d:
+        yield out.reshape(b, n, h, d).transpose(1, 2)
+    start = query_heads * d
+    if width >= start + h * d:
+        yield out[..., start : start + h * d].reshape(b, n, h, d).transpose(1, 2)
+    if width == 3 * h * d:
+        yield out.reshape(b, n, h, 3 * d)[..., d : 2 * d].transpose(1, 2)
+    if width == h * (groups + 2) * d:
+        yield out.reshape(b, n, h, groups + 2, d)[..., groups, :].transpose(1, 2)

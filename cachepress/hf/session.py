@@ -23,6 +23,7 @@ from transformers.configuration_utils import PretrainedConfig
 
 from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError
+from cachepress.hf.angles import as_one_forward
 from cachepress.hf.around import Act, put_around, take_away
 from cachepress.hf.attention import Selection
 from cachepress.hf.blocks import Block, acting, enter, is_own, leave
@@ -251,8 +252,14 @@ def _generate(
     names = ("attention_mask", "inputs", "input_ids", "inputs_embeds")
     texts = [kwargs.get(name) for name in names] + list(args[:1])
     text = next((x for x in texts if isinstance(x, Tensor)), None)
-    chunked = text is not None and any(size is not None for size in sizes)
-    with _set(_END, text.shape[1] if chunked and text is not None else None):
+    size = next((size for size in sizes if isinstance(size, int)), None)
+    if text is None or size is None:
+        with _set(_END, None):
+            return own(*args, **kwargs)
+    decoder, cache, end = text_decoder(module), _cache_of(kwargs), text.shape[1]
+    first = (0 if cache is None else cache.get_seq_length()) + size - 1
+    pressed = acting(decoder) is not None
+    with _set(_END, end), as_one_forward(decoder, min(first, end - 1) if pressed else end, end - 1):
         return own(*args, **kwargs)
 
 

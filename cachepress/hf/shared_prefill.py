@@ -18,6 +18,7 @@ from cachepress.cache.codec import Codec
 from cachepress.call import AttentionCall, Place
 from cachepress.engine import Pending, compress, compress_together
 from cachepress.errors import CachepressError
+from cachepress.hf.angles import as_one_forward
 from cachepress.hf.blocks import unobserved
 from cachepress.hf.capture import Capture
 from cachepress.hf.chunks import tokenizer_of
@@ -62,8 +63,6 @@ class _Hook:
                 stats.end += call.query.shape[2]
                 if needs.observes:
                     stats.add(call)
-                if self.last and needs.rotates:
-                    call.rotary()
         if self.last:
             rotates = any(needs.rotates for needs in self.query_stats)
             projects = any(needs.projection for needs in self.query_stats)
@@ -124,9 +123,11 @@ class SharedPrefill:
         self.observing = {needs: Stopwatch(self.model.device) for needs in self._needs}
         self._ids = ids.to(self.model.device)
         prefill = Stopwatch(self.model.device)
-        with torch.no_grad(), unobserved(decoder), self.capture.hooked(), prefill:
-            for begin in range(0, n, chunk_size or n):
-                end = min(begin + (chunk_size or n), n)
+        size = chunk_size or n
+        whole = as_one_forward(decoder, min(size, n) - 1, n - 1)
+        with torch.no_grad(), unobserved(decoder), self.capture.hooked(), whole, prefill:
+            for begin in range(0, n, size):
+                end = min(begin + size, n)
                 self._set_hooks(begin, end, last=end == n)
                 inputs = {cache_argument(decoder): self.cache, "use_cache": True}
                 decoder(input_ids=self._ids[:, begin:end], **inputs)

@@ -1,13 +1,11 @@
-"""Finds the parts of a transformers model: its cache layers, attention and rotary modules."""
+"""Finds the parts of a transformers model: its cache layers and attention modules."""
 
-import copy
 import inspect
-from functools import partial
 from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import (
     Cache,
@@ -21,7 +19,6 @@ from cachepress.cache.layer import CompressedLayer
 from cachepress.errors import UnsupportedError
 from cachepress.hf.attention import Selection, deselect, select
 from cachepress.hf.blocks import unobserved
-from cachepress.hf.rotary import CosSin
 
 CACHE_NAMES = ("cache", "past_key_values")
 _SPARE = 4
@@ -249,27 +246,3 @@ def last_layer(decoder: PreTrainedModel) -> nn.Module:
             "cannot be used with it"
         )
     return lists[0][-1]
-
-
-def rotary_modules(decoder: PreTrainedModel) -> list[CosSin]:
-    """Copy the modules that compute cosines and sines of positions.
-
-    They are copied because some (dynamic NTK) change their state at a long position.
-    """
-    found: list[CosSin] = []
-    for module in decoder.modules():
-        parameters = list(inspect.signature(module.forward).parameters)
-        if parameters[:2] != ["x", "position_ids"]:
-            continue
-        module = copy.deepcopy(module)
-        if "layer_type" in parameters:
-            found.append(partial(_call_rotary, module, "full_attention"))
-        else:
-            found.append(partial(_call_rotary, module, None))
-    return found
-
-
-def _call_rotary(
-    module: nn.Module, layer_type: str | None, x: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
-    return module(x, positions) if layer_type is None else module(x, positions, layer_type)

@@ -33,7 +33,7 @@ class BlockPress(WrapperPress, alias="block"):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self, "block_size")
-        if self.press.needs.observes or counted(self).scope == "model":
+        if replace(self.press.needs, rotary=False).observes or counted(self).scope == "model":
             raise CachepressError(
                 f"BlockPress scores blocks by their keys, values and positions: {self.press!r} "
                 "needs more; wrap for example KeyDiffPress or KnormPress, or use ChunkPress"
