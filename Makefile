@@ -20,7 +20,7 @@ COUNTED := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$(THREADS)
 PYTEST := -m pytest --numprocesses auto --durations 15 --durations-min 1
 
 .PHONY: demo test docs docs-test wheel-test slower fuzz laws laws-newest elsewhere bench benchmarks \
-	leaderboard presses lint types clean
+	leaderboard models presses lint types clean
 
 demo: $(VENV)/ready
 	$(BIN)/cachepress demo
@@ -75,6 +75,10 @@ leaderboard: $(VENV)/ready $(KINDS:%=$(LEARNED)/%.safetensors)
 
 benchmarks: $(VENV)/ready
 	$(BIN)/python evaluation/benchmarks.py
+
+# Every causal model type of transformers, tried under a press; goes on where it was interrupted.
+models: $(VENV)/ready
+	$(BIN)/python -m benchmarks.models
 
 presses: $(VENV)/ready $(KINDS:%=$(LEARNED)/%.safetensors)
 	$(BIN)/cachepress presses --page docs/presses.md

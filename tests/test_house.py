@@ -26,7 +26,7 @@ FLOORS = (
 )
 """Modules and packages, the lowest first; each imports from its own floor and those below."""
 KNOW_TRANSFORMERS = ("hf", "models", "generation")
-CACHE_LAYER = ("cache.layer", "cache.protocol", "cache.batch", "cache.joined")
+CACHE_LAYER = ("cache.layer", "cache.protocol", "cache.batch", "cache.joined", "cache.hybrid")
 """The cache-layer protocol of transformers, which a compressed layer fulfils."""
 LONGEST_FILE, LONGEST_FUNCTION = 400, 50
 STILL_LONG: set[str] = set()

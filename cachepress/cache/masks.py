@@ -119,6 +119,47 @@ class TextMask:
         return _bias(visible)
 
 
+class BiasedMask(TextMask):
+    """Attention mask with a position bias, which differs from head to head.
+
+    Args:
+        mask: as for ``TextMask``.
+        n: queries of the forward.
+        bias: ``[B or 1, heads, n, S]``, added to the logits.
+    """
+
+    def __init__(self, mask: object, n: int, bias: Tensor) -> None:
+        super().__init__(mask, n)
+        self._added = bias
+
+    @property
+    def per_head(self) -> bool:
+        """Return True: each head has a mask of its own."""
+        return True
+
+    @property
+    def given(self) -> Tensor:
+        """The mask and the bias together, in the type of the bias."""
+        lowest = max(_LOWEST, torch.finfo(self._added.dtype).min)
+        return self.by_head.clamp(min=lowest).to(self._added.dtype)
+
+    @property
+    def by_head(self) -> Tensor:
+        """Bias to add to logits, ``[B, heads, n, S]``."""
+        return self._once("biased", self._biased)
+
+    def _biased(self) -> Tensor:
+        bias, s = wide(self._added), self._added.shape[-1]
+        if self._mask is not None:
+            return bias + self._by_head(self._mask)[..., :s]
+        visible = torch.ones(self._n, s, dtype=torch.bool, device=bias.device).tril_(s - self._n)
+        return bias + _bias(visible)
+
+    def of_sequences(self, first: int, last: int) -> "TextMask":
+        """Raise UnsupportedError: only models with attention alone are read in groups."""
+        raise UnsupportedError("a position bias cannot be read in groups of sequences")
+
+
 class MaskReader:
     """Reads the mask of a forward once for all layers of a cache, which share the reader.
 

@@ -16,9 +16,9 @@ from typing import Any, TypeVar, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
 from cachepress.artefacts.digests import checksum_of
 from cachepress.artefacts.fingerprint import fingerprint, other_model
@@ -31,6 +31,7 @@ from cachepress.errors import CachepressError
 from cachepress.files import replacing
 from cachepress.generation.cache_checks import Fitting, check_pages
 from cachepress.hf import attach, learned_positions, sample_cache, text_decoder
+from cachepress.hf.wiring import compressed, full_attention
 from cachepress.ops import storing
 from cachepress.ops.paged_attention import Layout
 from cachepress.query_stats import QueryStats
@@ -146,15 +147,16 @@ def _filled(
     layers: list, tensors: Mapping[str, Tensor], model: PreTrainedModel, path: object
 ) -> Cache:
     """Make a cache from packed layers; whatever does not fit together is damage."""
-    cache, fitting = DynamicCache(config=text_decoder(model).config), _fitting(model)
+    config = text_decoder(model).config
+    cache, full, fitting = DynamicCache(config=config), full_attention(config), _fitting(model)
     unused = dict(tensors)
     text = unused.pop(TEXT, None)
     try:
         if len(layers) != len(cache.layers):
             raise ValueError(f"{len(layers)} layers, where the model has {len(cache.layers)}")
         for i, (kind, packed) in enumerate(layers):
-            if kind == _LAYER and type(cache.layers[i]) is DynamicLayer:
-                cache.layers[i] = CompressedLayer()
+            if kind == _LAYER and full[i]:
+                cache.layers[i] = compressed(cache.layers[i])
             layer = cache.layers[i]
             if _kind(layer) != kind:
                 raise ValueError(f"layer {i} is a {kind}, where the model has none")
@@ -190,9 +192,15 @@ def _fitting(model: PreTrainedModel) -> Fitting:
         compressed=sample_cache(model, 1, ours=True),
         one=sample_cache(model, 1, ours=False),
         two=sample_cache(model, 2, ours=False),
-        vocabulary=model.get_input_embeddings().weight.shape[0],  # type: ignore
+        vocabulary=_vocabulary(model),
         positions=learned_positions(model),
     )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Count the tokens that a model embeds, of its first vocabulary where it has several."""
+    tables = model.get_input_embeddings().modules()
+    return next(table.num_embeddings for table in tables if isinstance(table, nn.Embedding))
 
 
 def _damage(path: object, error: Exception) -> CachepressError:

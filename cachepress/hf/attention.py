@@ -24,12 +24,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cachepress.cache.handle import RowsHandle
-from cachepress.cache.masks import TextMask
+from cachepress.cache.masks import BiasedMask, TextMask
 from cachepress.cache.pairs import Pairs
 from cachepress.cache.snapshot import Snapshot
 from cachepress.call import AttentionCall
 from cachepress.errors import UnsupportedError, cache_dropped
-from cachepress.hf.watching import Watched
+from cachepress.hf.watching import Attend, Watched
 from cachepress.ops import AttentionRule, narrowest, without_autocast
 from cachepress.ops.paged_attention.parts import LOWEST
 
@@ -137,12 +137,12 @@ def _attention(
     if isinstance(key, Watched):
         own = partial(function, module, **kwargs)
         ours = partial(_attention, module, base=base, **kwargs)
-        return key.watch(query, value, attention_mask, own, ours)
-    if kwargs.get("position_bias") is not None:
-        raise UnsupportedError(f"{type(module).__name__} adds a position bias: not supported")
-    layer, n = key.layer, query.shape[2]
+        return key.watch(query, value, attention_mask, own, cast(Attend, ours))
+    layer, n, bias = key.layer, query.shape[2], kwargs.pop("position_bias", None)
     hook, layer.hook = layer.hook, None
     mask, rule = layer.masks.read(attention_mask, n, module), _rule(module, query, kwargs, base)
+    if isinstance(bias, Tensor):
+        mask = BiasedMask(attention_mask, n, bias)
     if key.fresh is None and _attends_itself(key.snapshot, n, mask, base, kwargs):
         held = key.snapshot.whole() if layer.reads_whole else key.snapshot
         pairs, output = None, (held.attend(query, mask, rule), None)

@@ -14,12 +14,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from cachepress.errors import CachepressError, UnsupportedError
 from cachepress.hf.blocks import unobserved
 from cachepress.hf.watching import Fault, WatchedLayer, close
-from cachepress.hf.wiring import attach, cache_argument, full_attention, text_decoder, unwrapped
+from cachepress.hf.wiring import (
+    attach,
+    full_attention,
+    run_alone,
+    sample_tokens,
+    text_decoder,
+    unwrapped,
+)
 
 _TOKENS = (5, 1)
 """Tokens of each forward: a prompt, and one that is decoded."""
@@ -54,18 +61,19 @@ def try_out(model: nn.Module) -> None:
 
 def _compare(decoder: PreTrainedModel) -> None:
     """Compare forwards with layers that watch to forwards with transformers' own cache."""
-    name, tokens = _few_tokens(decoder, sum(_TOKENS))
+    tokens = sample_tokens(decoder, 1, sum(_TOKENS))
     plain, watched = (DynamicCache(config=decoder.config) for _ in range(2))
-    layers = {i: WatchedLayer(i) for i, full in enumerate(full_attention(decoder.config)) if full}
+    full = [i for i, is_full in enumerate(full_attention(decoder.config)) if is_full]
+    layers = {i: WatchedLayer.instead_of(watched.layers[i], i) for i in full}
     for i, layer in layers.items():
         watched.layers[i] = layer
     for chunk in tokens.split(_TOKENS, dim=1):
         try:
-            wanted = _run(decoder, name, chunk, plain)
+            wanted = run_alone(decoder, chunk, plain)
         except Exception as error:
             raise Fault(f"does not run on tokens alone: {_first(error)}") from error
         try:
-            ours = _run(decoder, name, chunk, watched)
+            ours = run_alone(decoder, chunk, watched)
         except (Fault, CachepressError):
             raise
         except Exception as error:
@@ -89,31 +97,6 @@ def _evaluating(decoder: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _run(decoder: PreTrainedModel, name: str, tokens: Tensor, cache: Cache) -> Tensor:
-    """Run a forward without the decoder's module hooks, and return its hidden states."""
-    given = {name: tokens, cache_argument(decoder): cache, "use_cache": True}
-    output = decoder.forward(**given)
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _few_tokens(decoder: PreTrainedModel, n: int) -> tuple[str, Tensor]:
-    """Choose ``n`` tokens of the vocabulary that no option of the model names.
-
-    Returns:
-        The name of the decoder's argument, and the tokens ``[1, n]``, or embeddings ``[1, n, M]``
-        of them for a decoder that has several vocabularies.
-    """
-    table = decoder.get_input_embeddings()
-    if not isinstance(table, nn.Embedding):
-        drawn = torch.randn(1, n, decoder.config.hidden_size, generator=torch.Generator("cpu"))
-        return "inputs_embeds", drawn.to(decoder.device, decoder.dtype)
-    size = table.num_embeddings
-    named = {x for name, x in vars(decoder.config).items() if name.endswith(("_id", "_index"))}
-    free = (i % size for i in range(size // 2, size // 2 + size) if i % size not in named)
-    ids = [i for i, _ in zip(free, range(n), strict=False)]
-    return "input_ids", torch.tensor([(ids * n)[:n]], device=decoder.device)
 
 
 def _same(ours: Tensor, wanted: Tensor) -> bool:

@@ -5,8 +5,10 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
 
 from cachepress.cache.handle import RowsHandle
+from cachepress.cache.hybrid import CompressedHybridLayer
 from cachepress.cache.layer import CompressedLayer
 from cachepress.errors import CachepressError
 
@@ -28,11 +30,18 @@ class WatchedLayer(CompressedLayer):
     for bit, whatever hangs on rounding.
     """
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.index, self.new = index, 0
-        self.filled = self.attended = 0
+        self.index = self.new = self.filled = self.attended = 0
         self.plain: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def instead_of(cls, layer: object, index: int) -> "WatchedLayer":
+        """Make the layer that watches in the place of an empty one of transformers' own."""
+        hybrid = isinstance(layer, LinearAttentionLayer)
+        made = WatchedHybridLayer.adopt_layer(layer) if hybrid else cls()
+        made.index = index
+        return made
 
     @property
     def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -74,7 +83,8 @@ class WatchedLayer(CompressedLayer):
     def _compare(self, query: Tensor, mask: object, own: Attend, ours: Attend) -> None:
         n, (keys, values) = self.new, (x.to(query.dtype) for x in self.plain)
         layer = CompressedLayer.adopt(keys[:, :, :-n], values[:, :, :-n])
-        handles = layer.update(keys[:, :, -n:], values[:, :, -n:])
+        new = (keys[:, :, -n:], values[:, :, -n:])
+        handles = layer.update(*new)  # pyright: ignore[reportAttributeAccessIssue]
         with torch.autocast(query.device.type, enabled=False):
             found, wanted = ours(query, *handles, mask)[0], own(query, keys, values, mask)[0]
         if not close(found, wanted, _NEAR):
@@ -93,6 +103,10 @@ class WatchedLayer(CompressedLayer):
                 "evicted could not be left out"
             )
         self.filled = self.attended = 0
+
+
+class WatchedHybridLayer(WatchedLayer, CompressedHybridLayer):
+    """Layer that watches, with a recurrent state beside its pairs."""
 
 
 class _Some:
@@ -156,5 +170,6 @@ def close(ours: Tensor, wanted: Tensor, bound: float) -> bool:
 
 
 def _wide(mask: object) -> object:
-    wide = isinstance(mask, Tensor) and mask.is_floating_point()
-    return mask.float() if wide else mask
+    if isinstance(mask, Tensor) and mask.is_floating_point():
+        return mask.float()
+    return mask

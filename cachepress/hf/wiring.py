@@ -1,6 +1,7 @@
 """Finds the parts of a transformers model: its cache layers and attention modules."""
 
 import inspect
+from collections.abc import Mapping
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -12,15 +13,19 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
 )
 from transformers.configuration_utils import PretrainedConfig
 
+from cachepress.cache.hybrid import CompressedHybridLayer
 from cachepress.cache.layer import CompressedLayer
 from cachepress.errors import UnsupportedError
 from cachepress.hf.attention import Selection, deselect, select
 from cachepress.hf.blocks import unobserved
 
 CACHE_NAMES = ("cache", "past_key_values")
+_FULL = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 _SPARE = 4
 _DECODERS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """The path to the text decoder of each model."""
@@ -165,13 +170,17 @@ def install_layers(cache: Cache, model: PreTrainedModel) -> dict[int, Compressed
         if not full:
             continue
         if not isinstance(layer, CompressedLayer):
-            layer = CompressedLayer.adopt(
-                getattr(layer, "keys", None), getattr(layer, "values", None)
-            )
-            cache.layers[index] = layer
+            layer = cache.layers[index] = compressed(layer)
         layer.selection = selection
         installed[index] = layer
     return installed
+
+
+def compressed(layer: object) -> CompressedLayer:
+    """Make the compressed layer that goes on where one of transformers' own is."""
+    if isinstance(layer, LinearAttentionLayer):
+        return CompressedHybridLayer.adopt_layer(layer)
+    return CompressedLayer.adopt(getattr(layer, "keys", None), getattr(layer, "values", None))
 
 
 def sample_cache(model: PreTrainedModel, n: int, ours: bool) -> Cache:
@@ -189,10 +198,40 @@ def sample_cache(model: PreTrainedModel, n: int, ours: bool) -> Cache:
     cache = DynamicCache(config=decoder.config)
     if ours:
         install_layers(cache, model)
-    ids = torch.zeros(n, n, dtype=torch.long, device=model.device)
     with torch.no_grad(), unobserved(decoder):
-        decoder.forward(input_ids=ids, **{cache_argument(decoder): cache, "use_cache": True})
+        run_alone(decoder, sample_tokens(decoder, n, n), cache)
     return cache
+
+
+def run_alone(decoder: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
+    """Run a forward without the decoder's module hooks, and return its hidden states.
+
+    Args:
+        decoder: the text decoder.
+        tokens: ids ``[B, n]``, or embeddings ``[B, n, M]``.
+        cache: the cache that it continues.
+    """
+    name = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
+    given = {name: tokens, cache_argument(decoder): cache, "use_cache": True}
+    output = decoder.forward(**given)
+    parts = output.values() if isinstance(output, Mapping) else output
+    return output if isinstance(output, Tensor) else next(x for x in parts if torch.is_tensor(x))
+
+
+def sample_tokens(decoder: PreTrainedModel, b: int, n: int) -> Tensor:
+    """Choose ids ``[b, n]`` of ``n`` tokens of the vocabulary that no option of the model names.
+
+    For a decoder with several vocabularies it is embeddings ``[b, n, M]``.
+    """
+    table = decoder.get_input_embeddings()
+    if not isinstance(table, nn.Embedding):
+        width, generator = decoder.config.hidden_size, torch.Generator("cpu")
+        return torch.randn(b, n, width, generator=generator).to(decoder.device, decoder.dtype)
+    size = table.num_embeddings
+    named = {x for name, x in vars(decoder.config).items() if name.endswith(("_id", "_index"))}
+    free = (i % size for i in range(size // 2, size // 2 + size) if i % size not in named)
+    ids = [i for i, _ in zip(free, range(n), strict=False)]
+    return torch.tensor([(ids * n)[:n]], device=decoder.device).expand(b, n)
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
@@ -216,7 +255,8 @@ def n_compressed_layers(model: PreTrainedModel) -> int:
 
 def has_only_full_attention(model: PreTrainedModel) -> bool:
     """Tell whether every layer of the model has full attention, and so an unbounded cache."""
-    return all(full_attention(text_decoder(model).config))
+    layers = DynamicCache(config=text_decoder(model).config).layers
+    return all(type(layer) is DynamicLayer for layer in layers)
 
 
 def full_attention(config: PretrainedConfig) -> list[bool]:
@@ -227,7 +267,7 @@ def full_attention(config: PretrainedConfig) -> list[bool]:
     """
     others = getattr(config.get_text_config(decoder=True), "cross_attention_layers", None) or ()
     layers = DynamicCache(config=config).layers
-    return [type(layer) is DynamicLayer and i not in others for i, layer in enumerate(layers)]
+    return [type(layer) in _FULL and i not in others for i, layer in enumerate(layers)]
 
 
 def attention_modules(decoder: PreTrainedModel) -> list[nn.Module]:
