@@ -1,5 +1,7 @@
 """What transformers asks of a cache layer that has no maximum length and stays where it is."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
@@ -38,12 +40,14 @@ class GrowingLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence ``repeats`` times, one after the other."""
-        self.reorder_cache(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+        batch = torch.arange(max(self.batch_size, 0))
+        self.reorder_cache(cast(torch.LongTensor, batch.repeat_interleave(repeats)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences of ``indices`` only."""
         batch = torch.arange(max(self.batch_size, 0), device=indices.device)
-        self.reorder_cache(batch[indices] if self.is_initialized else batch)
+        chosen = batch[indices] if self.is_initialized else batch
+        self.reorder_cache(cast(torch.LongTensor, chosen))
 
     def offload(self) -> None:
         """Raise UnsupportedError: the attention function reads pairs where they are."""

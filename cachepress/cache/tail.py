@@ -56,14 +56,11 @@ class Tail:
             self.values = torch.cat([held.values, values], dim=2)
             self.n, self.fixed = n, True
             return
-        # A cache may be filled under autocast and continued without it.
-        of_keys = torch.promote_types(self.keys.dtype, keys.dtype)
-        of_values = torch.promote_types(self.values.dtype, values.dtype)
-        wider = (of_keys, of_values) != (self.keys.dtype, self.values.dtype)
-        if n > self.keys.shape[2] or wider or self.fixed:
+        fits = _holds(self.keys, keys.dtype) and _holds(self.values, values.dtype)
+        if n > self.keys.shape[2] or not fits or self.fixed:
             room = n - self.n + slack_after(keys)
-            self.keys = _with_room(self.keys[:, :, : self.n], room, of_keys)
-            self.values = _with_room(self.values[:, :, : self.n], room, of_values)
+            self.keys = _with_room(self.keys[:, :, : self.n], room, keys.dtype)
+            self.values = _with_room(self.values[:, :, : self.n], room, values.dtype)
             self.fixed = False
         self.keys[:, :, self.n : n] = keys
         self.values[:, :, self.n : n] = values
@@ -124,11 +121,17 @@ class TailRows:
         return DensePart(self.keys.flatten(0, 1), self.values.flatten(0, 1), bias)
 
 
-def _with_room(x: Tensor, room: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Copy ``x [B, H, N, ...]`` with ``room`` more slots."""
+def _holds(buffer: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether a buffer can hold numbers of another type: under autocast it may be narrower."""
+    return buffer.dtype == dtype or torch.promote_types(buffer.dtype, dtype) == buffer.dtype
+
+
+def _with_room(x: Tensor, room: int, new: torch.dtype | None = None) -> Tensor:
+    """Copy ``x [B, H, N, ...]`` with ``room`` more slots, which can hold a ``new`` type, too."""
     b, h, n = x.shape[:3]
-    shape = (b, h, n + room, *x.shape[3:])
+    shape, dtype = (b, h, n + room, *x.shape[3:]), x.dtype
+    dtype = dtype if new is None else torch.promote_types(dtype, new)
     with torch.no_grad():
-        buffer = torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
+        buffer = torch.empty(shape, dtype=dtype, device=x.device)
         buffer[:, :, :n] = x
     return buffer

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from cachepress.cache.batch import CacheSize, fork, size_of
 from cachepress.cache.codec import Codec
