@@ -1,8 +1,10 @@
 """Finds the parts of a transformers model: its cache layers and attention modules."""
 
+import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Mapping
-from typing import cast
+from typing import TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +26,7 @@ from cachepress.errors import UnsupportedError
 from cachepress.hf.attention import Selection, deselect, select
 from cachepress.hf.blocks import unobserved
 
+_Module = TypeVar("_Module", bound=nn.Module)
 CACHE_NAMES = ("cache", "past_key_values")
 _FULL = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 _SPARE = 4
@@ -204,7 +207,7 @@ def sample_cache(model: PreTrainedModel, n: int, ours: bool) -> Cache:
 
 
 def run_alone(decoder: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
-    """Run a forward without the decoder's module hooks, and return its hidden states.
+    """Run a forward that no hook of the decoder hears of, and return its hidden states.
 
     Args:
         decoder: the text decoder.
@@ -213,9 +216,20 @@ def run_alone(decoder: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
     """
     name = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
     given = {name: tokens, cache_argument(decoder): cache, "use_cache": True}
-    output = decoder.forward(**given)
+    output = _without_hooks(decoder, {}).forward(**given)
     parts = output.values() if isinstance(output, Mapping) else output
     return output if isinstance(output, Tensor) else next(x for x in parts if torch.is_tensor(x))
+
+
+def _without_hooks(module: _Module, done: dict[nn.Module, nn.Module]) -> _Module:
+    """Copy a module and its parts, with the same weights but without hooks."""
+    if module not in done:
+        done[module] = copied = copy.copy(module)
+        parts = module._modules.items()
+        inner = {name: part and _without_hooks(part, done) for name, part in parts}
+        hooks = {name: OrderedDict() for name in vars(module) if name.endswith("_hooks")}
+        vars(copied).update(_modules=inner, _buffers=dict(module._buffers), **hooks)
+    return cast(_Module, done[module])
 
 
 def sample_tokens(decoder: PreTrainedModel, b: int, n: int) -> Tensor:

@@ -248,3 +248,16 @@ def test_a_text_without_a_picture_is_compressed_too():
 def test_a_model_on_no_device_is_not_tried_out():
     with PRESS(tiny().to("meta")):
         pass
+
+
+def test_hooks_of_the_model_hear_nothing_of_the_trial():
+    model, heard = tiny(), []
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: heard.append(1))
+        module.register_forward_pre_hook(lambda *_: heard.append(1))
+    state = {name: x.clone() for name, x in model.named_buffers()}
+    try_out(model)
+    assert heard == []
+    assert all(torch.equal(x, state[name]) for name, x in model.named_buffers())
+    model(tokens(3))
+    assert heard
