@@ -85,15 +85,26 @@ def acting(decoder: nn.Module) -> Session | None:
         session = block.session
         if block.decoder is decoder and session is not None:
             return session
+    block = _of_main_thread(_open(decoder))
+    return None if block is None else block.session
+
+
+def tell(decoder: nn.Module) -> None:
+    """Log, once for each open block, that none acts on a forward of this thread or task."""
+    untold = [block for block in _open(decoder) if not block.told]
+    for block in untold:
+        block.told = True
+    if untold and not any(module is decoder for module in _UNOBSERVED.get()):
+        logger.warning(
+            "a forward in a thread or task without `with press(model)` is not compressed, while "
+            "another one holds such a block open: if it should be, start it with "
+            "contextvars.copy_context().run, or enter a block in it"
+        )
+
+
+def _open(decoder: nn.Module) -> list[Block]:
     with _LOCK:
-        others = [block for block in _OPEN if block.decoder is decoder]
-    if not others:
-        return None
-    block = _of_main_thread(others)
-    if block is None:
-        _tell(others)
-        return None
-    return block.session
+        return [block for block in _OPEN if block.decoder is decoder]
 
 
 def _of_main_thread(blocks: list[Block]) -> Block | None:
@@ -108,19 +119,6 @@ def _of_main_thread(blocks: list[Block]) -> Block | None:
     innermost = max(mine, key=lambda block: len(block.around))
     nested = all(block is innermost or block in innermost.around for block in mine)
     return innermost if nested else None
-
-
-def _tell(blocks: list[Block]) -> None:
-    """Log once for each block that it does not act on a forward of another thread or task."""
-    if all(block.told for block in blocks):
-        return
-    for block in blocks:
-        block.told = True
-    logger.warning(
-        "a forward in a thread or task without `with press(model)` is not compressed, while "
-        "another one holds such a block open: if it should be, start it with "
-        "contextvars.copy_context().run, or enter a block in it"
-    )
 
 
 @contextmanager

@@ -144,12 +144,17 @@ class PressedForward:
         self.setup, self._cache, self._tokens = setup, cache, tokens
         self._given, self._ids, self._chunk = given, ids, chunk
         self._layers = install_layers(cache, setup.model)
+        if len({layer.get_seq_length() for layer in self._layers.values()}) > 1:
+            raise CachepressError(
+                "the cache is that of a forward that did not end: its layers hold different "
+                "texts; start again with a fresh cache"
+            )
         self.step = self._step()
         self.press = setup.press.acting(self.step)
         self.needs = self.press.needs
         self.observed = self.needs.observed
         self.due = chunk != "hold" and setup.press.schedule.due(self.step)
-        self.capture = setup.capture.anew()
+        self.capture = setup.capture.anew() if self._is_observed else setup.capture
         self._reconstructor: Reconstructor | None = None
         self._pending: dict[BasePress, list[Pending]] = {}
 

@@ -21,12 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PretrainedConfig
 
+from cachepress.cache.batch import compressed_layers
 from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError
 from cachepress.hf.angles import as_one_forward
 from cachepress.hf.around import Act, put_around, take_away
 from cachepress.hf.attention import Selection
-from cachepress.hf.blocks import Block, acting, enter, is_own, leave
+from cachepress.hf.blocks import Block, acting, enter, is_own, leave, tell
 from cachepress.hf.capture import Capture
 from cachepress.hf.chunks import tokenizer_of
 from cachepress.hf.forward import PressedForward, Setup
@@ -155,7 +156,7 @@ class PressSession:
     ) -> object:
         """Run a forward of the decoder, which is ``own``, and compress its cache."""
         decoder = self._setup.decoder
-        given = {**dict(zip(_parameters(type(decoder)), args, strict=False)), **kwargs}
+        given = _named(decoder, args, kwargs)
         call, cache = partial(own, *args, **kwargs), _cache_of(given)
         if cache is None and _uses_cache(given, decoder.config) and not _checkpoints(decoder):
             cache = DynamicCache(config=decoder.config)
@@ -221,7 +222,12 @@ def _forward(
 ) -> object:
     """Let the session that acts here and now run a decoder's forward; no other one sees it."""
     session = acting(module)
-    return own(*args, **kwargs) if session is None else session.forward(own, args, kwargs)
+    if session is not None:
+        return session.forward(own, args, kwargs)
+    cache = _cache_of(_named(module, args, kwargs))
+    if cache is None or not compressed_layers(cache):
+        tell(module)
+    return own(*args, **kwargs)
 
 
 def _outer_forward(
@@ -231,7 +237,7 @@ def _outer_forward(
     kwargs: Mapping[str, object],
 ) -> object:
     """Remember the token ids that a whole model was given while its forward runs."""
-    given = {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
+    given = _named(module, args, kwargs)
     with _set(_IDS, cast(Tensor | None, given.get("input_ids"))):
         return own(*args, **kwargs)
 
@@ -299,6 +305,13 @@ def _set(variable: ContextVar, value: object) -> Iterator[None]:
         yield
     finally:
         variable.reset(token)
+
+
+def _named(
+    module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> dict[str, object]:
+    """Name the arguments that a module's forward is called with."""
+    return {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
 
 
 @lru_cache

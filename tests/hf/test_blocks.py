@@ -173,6 +173,21 @@ def test_a_block_of_another_thread_never_acts_and_one_line_says_so(caplog):
     assert [record.message.count("copy_context().run") for record in caplog.records] == [1]
 
 
+def test_decoding_from_a_compressed_cache_is_nothing_to_tell_of(caplog):
+    model = tiny()
+    cache = pressed(model, PRESSES[0], TEXTS[0])
+    context = PRESSES[1](model)
+    thread = threading.Thread(target=context.__enter__)
+    with caplog.at_level(logging.WARNING, "cachepress"):
+        thread.start()
+        thread.join()
+        answer(model, cache)
+        assert not caplog.records
+        read(model, TEXTS[0])
+    context.__exit__(None, None, None)
+    assert len(caplog.records) == 1
+
+
 def test_what_copies_the_context_of_a_thread_is_compressed_by_its_block():
     model, found = tiny(), []
 
@@ -304,9 +319,13 @@ def test_an_error_in_a_forward_leaves_nothing_behind(error, place):
         hook = model.get_submodule(place).register_forward_pre_hook(
             lambda *_: (_ for _ in ()).throw(error("here"))
         )
-        with pytest.raises(error):
-            read(model, TEXTS[0])
+        cache = DynamicCache()
+        with pytest.raises(error), torch.no_grad():
+            model(input_ids=TEXTS[0], past_key_values=cache)
         hook.remove()
+        if place == "model.layers.1":
+            with pytest.raises(cp.CachepressError, match="forward that did not end"):
+                model(input_ids=TEXTS[0], past_key_values=cache)
         assert kept(read(model, TEXTS[0])) == kept(pressed(tiny(), PRESSES[4], TEXTS[0]))
     assert kept(read(model, TEXTS[0])) == "all"
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
