@@ -20,6 +20,7 @@ from cachepress.cache.protocol import GrowingLayer
 from cachepress.cache.segment import Segment, segments_of
 from cachepress.cache.snapshot import Snapshot
 from cachepress.cache.tail import SLACK, Tail, slack_after
+from cachepress.compiling import untraced
 from cachepress.errors import CachepressError, UnsupportedError
 from cachepress.ops import backward_task, following, storing
 from cachepress.ops.paged_attention import PAGE
@@ -137,7 +138,7 @@ class CompressedLayer(GrowingLayer):
         found += [] if self._tail is None else self._tail.tensors()
         return found if self.text_valid is None else [*found, self.text_valid]
 
-    @torch.compiler.disable
+    @untraced
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,10 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from threading import Lock
-from typing import cast
 
-import torch
 from torch import nn
+
+from cachepress.compiling import untraced
 
 Method = Callable[..., object]
 Act = Callable[[nn.Module, Method, tuple[object, ...], Mapping[str, object]], object]
@@ -30,22 +30,19 @@ class Around:
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Let the function decide about a call."""
-        return _decide_untraced(self, args, kwargs)
+        return _decide(self, args, kwargs)
 
     def __reduce__(self) -> tuple[Callable[[Method], Method], tuple[Method]]:
         """Leave only the method, which a copied or unpickled module binds to itself."""
         return copy.copy, (self.own,)
 
 
+@untraced
 def _decide(around: Around, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
     module = around.module()
     if module is None:
         return around.own(*args, **kwargs)
     return around.act(module, around.own, args, kwargs)
-
-
-_decide_untraced = cast(Callable[..., object], torch.compiler.disable(_decide))
-"""torch.compile does not follow what is decided about a call."""
 
 
 def put_around(module: nn.Module, name: str, act: Act) -> Around:

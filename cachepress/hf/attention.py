@@ -28,6 +28,7 @@ from cachepress.cache.masks import BiasedMask, TextMask
 from cachepress.cache.pairs import Pairs
 from cachepress.cache.snapshot import Snapshot
 from cachepress.call import AttentionCall
+from cachepress.compiling import untraced
 from cachepress.errors import UnsupportedError, cache_dropped
 from cachepress.hf.watching import Attend, Watched
 from cachepress.ops import AttentionRule, narrowest, without_autocast
@@ -112,7 +113,7 @@ def _register(base: str) -> _Name:
     return name
 
 
-@torch.compiler.disable
+@untraced
 def _attention(
     module: nn.Module,
     query: Tensor,
