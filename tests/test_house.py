@@ -10,7 +10,7 @@ import cachepress
 
 ROOT = Path(cachepress.__file__).parent
 FLOORS = (
-    ("errors", "limits", "files", "structured", "interrupts", "deprecated", "version"),
+    ("errors", "limits", "files", "structured", "interrupts", "deprecated", "version", "compiling"),
     ("checks", "ops", "kvpress_names", "options"),
     ("measure", "reconstruction", "cache"),
     ("view", "ranks", "budgets", "schedules"),
