@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 import cachepress as cp
 from benchmarks.models.reference import masked
-from benchmarks.models.tiny import VOCABULARY, tiny
+from benchmarks.models.tiny import tiny
 from cachepress.cache.batch import compressed_layers
 from cachepress.hf import cache_argument, text_decoder
 from cachepress.hf.wiring import full_attention
@@ -34,14 +34,13 @@ class Different(Exception):
 
 
 class Trial:
-    """A tiny model of a type, and a text for it."""
+    """A tiny model, and a text for it."""
 
-    def __init__(self, kind: str) -> None:
-        self.model = tiny(kind)
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
         self.decoder = text_decoder(self.model)
         self.vocabularies = getattr(self.decoder.config, "num_codebooks", 1)
         self.ids = self.text(LENGTH, 0)
-        self.most = min(VOCABULARY, self.model.config.get_text_config(decoder=True).vocab_size)
 
     def text(self, n: int, seed: int) -> Tensor:
         """Draw the token ids of a text, ``[1, n]``, or ``[C, n]`` with C vocabularies."""
@@ -238,38 +237,18 @@ def check(trial: Trial, name: str) -> str:
 
 
 def record_of(kind: str) -> dict[str, object]:
-    """Build a model of a type, and run all checks on it."""
+    """Build a model of a type, enter a block, and run all checks."""
     try:
-        trial = Trial(kind)
-        trial.filled(trial.ids)
-    except cp.UnsupportedError as refusal:
-        return {"status": "refused", "reason": _line(refusal)}
+        model = tiny(kind)
     except Exception as error:
-        trial_error = f"{type(error).__name__}, {_line(error)}"
-        return _unbuilt(kind, trial_error)
-    return _checked(trial)
-
-
-def _unbuilt(kind: str, error: str) -> dict[str, object]:
-    """Say that a model cannot be built, unless it can and is refused at once."""
-    try:
-        model: PreTrainedModel = tiny(kind)
-    except Exception:
-        return {"status": "cannot be built", "reason": error}
+        reason = f"{type(error).__name__}, {_line(error)}"
+        return {"status": "cannot be built", "reason": reason}
     try:
         with EVEN(model):
             pass
     except cp.UnsupportedError as refusal:
         return {"status": "refused", "reason": _line(refusal)}
-    return {"status": "cannot be built", "reason": error}
-
-
-def _checked(trial: Trial) -> dict[str, object]:
-    try:
-        with EVEN(trial.model):
-            pass
-    except cp.UnsupportedError as refusal:
-        return {"status": "refused", "reason": _line(refusal)}
+    trial = Trial(model)
     found = {name: check(trial, name) for name in CHECKS}
     bad = {name: line for name, line in found.items() if line not in (RIGHT, ITSELF)}
     wrong = any(not line.startswith("refused") for line in bad.values())

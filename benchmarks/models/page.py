@@ -11,7 +11,14 @@ from benchmarks.models.tiny import EXCEPTIONS, NO_WINDOW
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, DATA = DOCS / "models.md", DOCS / "models.json"
 MARK = "<!-- What follows is written by `make models`. -->\n"
-STATES = ("works", "in part", "refused", "cannot be built", "wrong")
+STATES = {
+    "works": "work",
+    "in part": "work in part",
+    "refused": "are refused",
+    "cannot be built": "cannot be built",
+    "wrong": "are wrong",
+}
+"""What a type may be, and how several are said to be it."""
 ITSELF = "not without a press either"
 Found = Mapping[str, object]
 
@@ -38,7 +45,7 @@ def counts_of(types: Mapping[str, Found]) -> Counter[str]:
 def sentence_of(types: Mapping[str, Found]) -> str:
     """Say in words how many types are in each state."""
     counts = counts_of(types)
-    told = [f"{counts[state]} {state}" for state in STATES if counts[state]]
+    told = [f"{counts[state]} {words}" for state, words in STATES.items() if counts[state]]
     return f"of {len(types)} types {', '.join(told[:-1])} and {told[-1]}"
 
 
@@ -49,7 +56,7 @@ def page(text: str, data: Mapping[str, object]) -> str:
     parts = [INTRODUCTION.format(transformers=data["transformers"], counts=counts)]
     rows = [[f"`{kind}`", _notes(kind, found)] for kind, found in types.items() if _ok(found)]
     parts.append("### Works\n\n" + _table(rows, ["type", "notes"]))
-    for state in STATES[1:]:
+    for state in list(STATES)[1:]:
         rows = [
             [f"`{kind}`", _escaped(str(found["reason"]))]
             for kind, found in types.items()

@@ -148,7 +148,8 @@ LISTS = {"layer_types", "mlp_layer_types", "layers_block_type", "indexer_types"}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 INDEXER = {"indexer_n_heads": HEADS, "indexer_kv_heads": 1, "indexer_head_dim": 8}
 INDEXER |= {"indexer_budget": 64, "indexer_compress_ratio": 4}
-NO_LAYER_INPUT: Options = {"hidden_size_per_layer_input": 0, "hidden_size": WIDTH, "head_dim": 8}
+NO_LAYER_INPUT: Options = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+NO_LAYER_INPUT |= {"hidden_size": WIDTH, "head_dim": 8}
 NO_LAYER_INPUT |= {"vocab_size": VOCABULARY, "num_hidden_layers": LAYERS, "intermediate_size": 48}
 BYTES: Options = {"vocab_size": 260, "num_hidden_layers": 1, "num_key_value_heads": HEADS}
 LOCAL: Options = {**BYTES, "cross_attn_k": 1, "hidden_size_global": WIDTH}
@@ -241,7 +242,7 @@ def _usual(kind: type[PreTrainedConfig]) -> PreTrainedConfig | None:
     """Make the usual config of a class; None where a class refuses its own."""
     try:
         return kind()
-    except ValueError:
+    except Exception:  # What a class raises of itself is of many kinds.
         return None
 
 

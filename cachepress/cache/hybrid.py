@@ -65,9 +65,15 @@ class CompressedHybridLayer(CompressedLayer, LinearAttentionLayer):
         """Forget the last text columns, where the recurrent state can be put back."""
         n = self.get_seq_length()
         last = tokens_to_remove - n if tokens_to_remove > 0 else tokens_to_remove
-        if last < 0:
-            LinearAttentionLayer.crop(self, last)
-            super().crop(last)
+        if last >= 0 or not self.is_initialized:
+            return
+        if not self.is_croppable:
+            raise UnsupportedError(
+                f"cannot crop {-last} tokens: the layer's recurrent state cannot be put back to "
+                "where it was before them; fork the cache before they are read"
+            )
+        LinearAttentionLayer.crop(self, last)
+        super().crop(last)
 
     def reset(self) -> None:
         """Remove all pairs, and the state."""

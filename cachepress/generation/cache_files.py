@@ -164,7 +164,7 @@ def _filled(
             state = cast(dict[str, object], _unpack(packed, unused, device))
             ours = isinstance(layer, CompressedLayer)
             # Layers of transformers get some fields when they are filled; versions differ in them.
-            names = vars(layer if ours else fitting.one.layers[i])
+            names = vars((fitting.compressed if ours else fitting.one).layers[i])
             if ours and state.pop("_groups", ()) != ():
                 raise ValueError("it does not have one group of sequences")
             state = _named_today(state) if ours else state

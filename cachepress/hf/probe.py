@@ -47,6 +47,11 @@ def try_out(model: nn.Module) -> None:
         passed = _PASSED.setdefault(decoder, set())
         if base in passed or decoder.device.type == "meta":
             return
+        if "flex" in base:
+            raise UnsupportedError(
+                f"{type(unwrapped(model)).__name__} uses {base}, whose masks a compressed cache "
+                'cannot read: call model.set_attn_implementation("sdpa") before'
+            )
         selection = attach(model)
         try:
             with _evaluating(decoder), torch.no_grad(), unobserved(decoder):

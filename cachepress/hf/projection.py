@@ -72,6 +72,12 @@ def _equal(given: Tensor, expected: Tensor) -> bool:
 
 
 def _takes(module: nn.Module, width: int) -> bool:
+    """Tell whether a module is linear and takes vectors of a width.
+
+    Linear modules of quantised models say so, and pack their weights in forms of their own.
+    """
+    if isinstance(n := getattr(module, "in_features", None), int):
+        return n == width
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 2 and width in weight.shape
 

@@ -86,9 +86,13 @@ def test_it_is_reset(model):
 def test_a_state_that_cannot_be_put_back_is_not_cropped(model):
     cache = pressed(model, PRESS, tokens(40))
     forward(model, cache, input_ids=tokens(3))
-    with pytest.raises((RuntimeError, NotImplementedError, AttributeError)):
+    with pytest.raises(cp.UnsupportedError, match="cannot crop 1 tokens.*recurrent state"):
         cache.layers[0].crop(-1)
+    with pytest.raises(cp.UnsupportedError, match="cannot crop 13 tokens"):
+        cache.layers[0].crop(30)
+    cache.layers[0].crop(43)
     assert not cache.layers[0].is_croppable
+    assert cache.get_seq_length() == 43
 
 
 def test_states_of_several_caches_are_not_joined(model):
