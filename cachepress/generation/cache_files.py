@@ -30,7 +30,17 @@ from cachepress.cache.tail import Tail
 from cachepress.errors import CachepressError
 from cachepress.files import replacing
 from cachepress.generation.cache_checks import Fitting, check_pages
-from cachepress.hf import attach, learned_positions, sample_cache, text_decoder
+from cachepress.hf import (
+    SHIFT,
+    attach,
+    check_shift,
+    learned_positions,
+    sample_cache,
+    set_shift,
+    shift_of,
+    text_decoder,
+    use_shift,
+)
 from cachepress.hf.wiring import compressed, full_attention
 from cachepress.ops import storing
 from cachepress.ops.paged_attention import Layout
@@ -83,6 +93,8 @@ def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedMode
     ]
     if (text := text_of(cache)) is not None:
         tensors[TEXT] = text
+    if (shift := shift_of(cache, model)) is not None:
+        tensors[SHIFT] = shift
     tensors = {name: x.detach().contiguous().clone() for name, x in tensors.items()}
     header = json.dumps({"model": fingerprint(model), "layers": layers})
     checksum = checksum_of(tensors, header)
@@ -150,7 +162,7 @@ def _filled(
     config = text_decoder(model).config
     cache, full, fitting = DynamicCache(config=config), full_attention(config), _fitting(model)
     unused = dict(tensors)
-    text = unused.pop(TEXT, None)
+    text, shift = unused.pop(TEXT, None), unused.pop(SHIFT, None)
     try:
         if len(layers) != len(cache.layers):
             raise ValueError(f"{len(layers)} layers, where the model has {len(cache.layers)}")
@@ -175,6 +187,10 @@ def _filled(
         if text is not None:
             fitting.check_text(text, cache)
             note_text(cache, text, 0)
+        if shift is not None:
+            check_shift(shift)
+            set_shift(cache, shift)
+            use_shift(cache, model)
     except Exception as error:  # Whatever a damaged header leads to.
         raise _damage(path, error) from error
     return cache

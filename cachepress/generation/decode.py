@@ -12,7 +12,7 @@ from transformers.utils.generic import ModelOutput
 
 from cachepress.errors import CachepressError
 from cachepress.generation.options import check_generation, looks_up, text_reader
-from cachepress.hf import cache_argument
+from cachepress.hf import cache_argument, shift_of, use_shift
 from cachepress.limits import is_out_of_memory, said, shown
 from cachepress.ops import wide
 
@@ -71,6 +71,7 @@ def generate(
             cache.
     """
     check_generation(generation)
+    use_shift(cache, model)
     try:
         return _generate(
             model, tokenizer, cache, question_ids, max_new_tokens, generation, streamer, text_ids
@@ -214,6 +215,8 @@ def force(model: PreTrainedModel, cache: Cache, texts: Sequence[Forced]) -> list
     ]
     ids, mask = _padded(whole, cache.get_seq_length(), 0)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    shift = shift_of(cache, model)
+    positions = positions if shift is None else positions + shift.to(positions)
     most = max(len(text.answer) for text in texts) + 1
     with torch.no_grad():
         logits = model(

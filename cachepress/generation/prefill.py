@@ -17,7 +17,9 @@ from cachepress.hf import (
     as_one_forward,
     cache_argument,
     codec_of,
+    shift_before,
     text_decoder,
+    use_shift,
 )
 from cachepress.limits import MOST_TOKENS, check_whole, is_out_of_memory, shown
 from cachepress.measure import Stopwatch
@@ -82,8 +84,7 @@ def prefill(
     # A mask of the prompt alone means that all text before it is visible.
     if mask is not None and mask.shape[1] == n < seen + n:
         mask = torch.cat([mask.new_ones(mask.shape[0], seen), mask], dim=1)
-    # Padding has no positions of its own: the first token of each text is at 0.
-    positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+    positions = _positions(mask, shift_before(cache, model, len(ids)), seen + n)
     chunk_size = n if chunk_size is None else chunk_size
     ends = (min(chunk_size, n) - 1 + seen, n - 1 + seen)
     if positions is not None:
@@ -104,9 +105,10 @@ def prefill(
         for start in bar:
             stop = min(start + chunk_size, n)
             inputs = {"input_ids": ids[:, start:stop], name: cache, "use_cache": True}
-            if mask is not None and positions is not None:
+            if mask is not None:
                 inputs["attention_mask"] = mask[:, : seen + stop]
-                inputs["position_ids"] = positions[:, seen + start : seen + stop]
+            if positions is not None:
+                inputs["position_ids"] = positions[:, seen + start : seen + stop].to(ids.device)
             if session is None:
                 decoder(**inputs)
                 trim(cache)
@@ -115,7 +117,20 @@ def prefill(
             with session:
                 decoder(**inputs)
     note_text(cache, input_ids, seen)
+    use_shift(cache, model)
     return cache
+
+
+def _positions(mask: Tensor | None, shift: Tensor | None, length: int) -> Tensor | None:
+    """Compute positions ``[B, length]`` of a text; None where they count its columns.
+
+    Padding has no positions of its own: the first token of each text is at 0.
+    """
+    shift = shift if shift is not None and bool(shift.any()) else None
+    if mask is None:
+        return None if shift is None else torch.arange(length, device=shift.device) + shift
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return positions if shift is None else positions + shift.to(positions)
 
 
 def read_context(

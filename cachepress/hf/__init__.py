@@ -9,6 +9,7 @@ changes no model.
 
 from cachepress.hf.angles import as_one_forward
 from cachepress.hf.session import PressSession, codec_of
+from cachepress.hf.shifts import SHIFT, check_shift, set_shift, shift_before, shift_of, use_shift
 from cachepress.hf.wiring import (
     attach,
     cache_argument,
@@ -22,16 +23,22 @@ from cachepress.hf.wiring import (
 )
 
 __all__ = [
+    "SHIFT",
     "PressSession",
     "as_one_forward",
     "attach",
     "cache_argument",
     "check_model",
+    "check_shift",
     "codec_of",
     "detach",
     "has_only_full_attention",
     "learned_positions",
     "n_compressed_layers",
     "sample_cache",
+    "set_shift",
+    "shift_before",
+    "shift_of",
     "text_decoder",
+    "use_shift",
 ]

@@ -24,6 +24,7 @@ from cachepress.errors import CachepressError, cache_dropped
 from cachepress.hf.blocks import unobserved
 from cachepress.hf.capture import Capture
 from cachepress.hf.reconstruction import Reconstructor, Waiting
+from cachepress.hf.shifts import note_shift
 from cachepress.hf.wiring import install_layers
 from cachepress.measure import Stopwatch
 from cachepress.press import BasePress
@@ -262,6 +263,7 @@ class PressedForward:
             compress_together(press, layers)
         if self.step.prompt:
             trim(self._cache)
+            note_shift(self._cache, self._given, self.step.seen + self.step.new)
 
     def _compress_layer(self, layer: Waiting) -> None:
         pending = compress(*layer)
