@@ -76,7 +76,9 @@ def _compare(decoder: PreTrainedModel) -> None:
         try:
             wanted = run_alone(decoder, chunk, plain)
         except Exception as error:
-            raise Fault(f"does not run on tokens alone: {_first(error)}") from error
+            raise Fault(
+                f"does not run on a few tokens with a DynamicCache: {_first(error)}"
+            ) from error
         try:
             ours = run_alone(decoder, chunk, watched)
         except (Fault, CachepressError):

@@ -27,7 +27,7 @@ def altered(change) -> hf.PreTrainedModel:
 
 REFUSED = {
     "computes mul": lambda: altered(touching),
-    "runs on tokens": lambda: altered(failing),
+    "does not run": lambda: altered(failing),
     "fills layer 0 of its cache more than once": lambda: altered(looped),
     "does not fill layer 0": lambda: altered(skipped),
     "does not take keys from its cache": lambda: altered(own_attention),
@@ -129,8 +129,8 @@ def asking_the_kind(module, forward):
 def test_what_does_not_work_is_refused_when_the_block_is_entered(reason):
     model = REFUSED[reason]()
     name, before = type(model).__name__, model.config._attn_implementation
-    wanted = "does not run on tokens alone: ValueError, no picture"
-    wanted = wanted if reason == "runs on tokens" else reason
+    wanted = "does not run on a few tokens with a DynamicCache: ValueError, no picture"
+    wanted = wanted if reason == "does not run" else reason
     with pytest.raises(cp.UnsupportedError, match=f"^{name} {wanted}") as error, PRESS(model):
         pytest.fail("the block was entered")
     assert "\n" not in str(error.value)
