@@ -60,7 +60,9 @@ def test_the_decoder_is_the_module_that_fills_the_cache(name):
 @pytest.mark.parametrize("make", MODELS)
 def test_the_text_decoder_of_an_image_text_model_is_not_its_encoder(make):
     model, _ = made(make)
-    assert text_decoder(model) is model.model.get_decoder()
+    decoder = text_decoder(model)
+    assert decoder.config is model.config.get_text_config(decoder=True)
+    assert decoder.get_input_embeddings() is model.get_input_embeddings()
 
 
 def test_a_head_that_is_called_decoder_is_none():
