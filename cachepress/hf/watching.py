@@ -76,7 +76,7 @@ class WatchedLayer(CompressedLayer):
         if query.dtype.itemsize < 4:
             try:
                 return self._compare(query.float(), _wide(mask), own, ours)
-            except RuntimeError:  # Some functions take half types only.
+            except (RuntimeError, TypeError, ValueError):  # Some functions take half types only.
                 pass
         self._compare(query, mask, own, ours)
 
@@ -87,7 +87,7 @@ class WatchedLayer(CompressedLayer):
         handles = layer.update(*new)  # pyright: ignore[reportAttributeAccessIssue]
         with torch.autocast(query.device.type, enabled=False):
             found, wanted = ours(query, *handles, mask)[0], own(query, keys, values, mask)[0]
-        if not close(found, wanted, _NEAR):
+        if not close(found, wanted, max(_NEAR, torch.finfo(wanted.dtype).eps ** 0.5)):
             raise Fault(
                 "tells attention more than keys, values and a mask, which a compressed cache does "
                 "not know"

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers
 
 from benchmarks.models import __main__ as command
 from benchmarks.models import records
@@ -33,7 +34,8 @@ def test_no_type_is_wrong_and_most_work():
     counts = counts_of(FOUND["types"])
     assert counts["wrong"] == 0
     assert counts["works"] >= 140
-    assert set(FOUND["types"]) == set(types())
+    if transformers.__version__ == FOUND["transformers"]:
+        assert set(FOUND["types"]) == set(types())
     for found in FOUND["types"].values():
         if found["status"] == "works":
             assert set(found["checks"].values()) <= {RIGHT, ITSELF}
