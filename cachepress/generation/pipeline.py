@@ -22,6 +22,13 @@ from cachepress.cache.batch import CacheSize, fork, size_of
 from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError
 from cachepress.generation.decode import Generated, generate
+from cachepress.generation.messages import (
+    Messages,
+    PicturePrompt,
+    as_messages,
+    picture_prompt,
+    read_pictures,
+)
 from cachepress.generation.options import (
     answers_each,
     check_generation,
@@ -105,6 +112,9 @@ class KVPressTextGenerationPipeline(Pipeline):
     they come; and the options of transformers' ``GenerationConfig``. Answers are greedy unless
     ``do_sample=True``.
 
+    A context may be the messages of a chat, each picture as ``{"type": "image", "image": ...}``, if
+    the pipeline was made with ``processor=``; the questions follow the last message.
+
     With ``num_return_sequences=n`` an answer is a list of ``n`` texts. With
     ``return_dict_in_generate=True`` there is also what transformers' ``generate`` returned, under
     "output", or a list with one for each question under "outputs"; questions are then answered one
@@ -119,8 +129,9 @@ class KVPressTextGenerationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = True
 
-    def __call__(self, inputs: str | list[str], **options: object) -> dict | list[dict]:
+    def __call__(self, inputs: str | list, **options: object) -> dict | list[dict]:
         """Answer questions on one context, or on each of a list of contexts."""
+        inputs = cast(str | list, as_messages(inputs))
         questions = options.get("questions")
         nested = isinstance(questions, list | tuple) and not all(
             isinstance(question, str) for question in questions
@@ -156,10 +167,13 @@ class KVPressTextGenerationPipeline(Pipeline):
         return preprocess, run, post
 
     def preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input_: str, options: PromptOptions | None = None
+        self, input_: str | Messages, options: PromptOptions | None = None
     ) -> dict:
         """Tokenise the context apart from its questions."""
         options = options or PromptOptions()
+        if isinstance(input_, Messages):
+            given = (self.processor, self._tokenizer, self.model)
+            return {"prompt": picture_prompt(*given, input_, options), "options": options}
         prompt = make_prompt(self._tokenizer, self.model, input_, options)
         if prompt.cut:
             n = prompt.context_ids.shape[1]
@@ -192,17 +206,13 @@ class KVPressTextGenerationPipeline(Pipeline):
         prefill_seconds, answering = 0.0, Stopwatch(self.model.device)
         decoding = press is not None and press.schedule.decodes
         for part in _prefills(prompt, options, press, cache):
-            held, seconds = read_context(
-                self.model,
-                part.ids,
-                press,
-                cache,
-                chunk_size=prefill_chunk_size,
-                mode=prefill_mode,
-                storage=storage,
-                question=part.question,
-                tokenizer=self.tokenizer,
-            )
+            stored = {"chunk_size": prefill_chunk_size, "storage": storage}
+            stored |= {"tokenizer": self.tokenizer}
+            if isinstance(prompt, PicturePrompt):
+                held, seconds = read_pictures(self.model, prompt, press, cache, **stored)
+            else:
+                stored |= {"mode": prefill_mode, "question": part.question}
+                held, seconds = read_context(self.model, part.ids, press, cache, **stored)
             sizes.append(size_of(held))
             prefill_seconds += seconds
             # Only a press that compresses while decoding acts on answers, and none on questions.
