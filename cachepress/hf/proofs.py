@@ -18,6 +18,7 @@ from cachepress.errors import UnsupportedError
 from cachepress.hf.angles import Angles, RotaryModule, last_position, rotary_modules
 from cachepress.hf.rotary import Found, NoRotary, PairRotary, find_rotary
 from cachepress.hf.wiring import attention_modules, text_decoder
+from cachepress.ops import wide_dtype
 from cachepress.view import Rotary
 
 _FREQUENCIES = (
@@ -114,8 +115,8 @@ class RotaryProofs:
             self._refuse(layer, _NONE if text.rises else _STEPS)
         if isinstance(found.rotary, PairRotary) and call.key.fresh is None:
             self._prove_earlier(call, found.rotary, text)
-        seen, width = call.key.snapshot.seen, key.shape[-1]
-        sample = _sample(found.rotary, seen, text.offsets, width, key.device)
+        seen = call.key.snapshot.seen
+        sample = _sample(found.rotary, seen, text.offsets, key)
         self._known[layer], held.rotated = found, Rotated(seen, text.offsets, sample)
         return found.rotary
 
@@ -128,7 +129,7 @@ class RotaryProofs:
         """Raise UnsupportedError unless the tokens of forwards before were rotated alike."""
         assert call.key is not None
         layer, known, device = call.place.layer, call.key.layer.rotated, call.query.device
-        start, width = call.key.snapshot.seen - call.query.shape[2], call.query.shape[-1]
+        start = call.key.snapshot.seen - call.query.shape[2]
         if known is None or known.seen > start:
             known = Rotated(0, text.offsets, ())
             if not text.plain:
@@ -136,7 +137,7 @@ class RotaryProofs:
         if known.offsets != text.offsets:
             self._refuse(layer, _EARLIER)
         if known.seen:
-            sample = _sample(rotary, known.seen, known.offsets, width, device)
+            sample = _sample(rotary, known.seen, known.offsets, call.query)
             if not all(abs(a - b) < 1e-3 for a, b in zip(known.sample, sample, strict=True)):
                 self._refuse(layer, _FREQUENCIES)
         if known.seen < start:
@@ -164,9 +165,8 @@ def _likely(known: Found | None, last: Tensor) -> Found | None:
     return known._replace(rotary=replace(known.rotary, cos_sin=angles.source.at(last)))
 
 
-def _sample(
-    rotary: Rotary, seen: int, offsets: tuple[int, ...], width: int, device: torch.device
-) -> tuple[float, ...]:
+def _sample(rotary: Rotary, seen: int, offsets: tuple[int, ...], like: Tensor) -> tuple[float, ...]:
     """Compute what an embedding makes of ones at two positions of the first ``seen`` tokens."""
-    positions = torch.tensor([[seen // 2, seen - 1]], device=device) + min(offsets)
-    return tuple(rotary(torch.ones(1, 2, width, device=device), positions).flatten().tolist())
+    positions = torch.tensor([[seen // 2, seen - 1]], device=like.device) + min(offsets)
+    ones = torch.ones(1, 2, like.shape[-1], dtype=wide_dtype(like), device=like.device)
+    return tuple(rotary(ones, positions).flatten().tolist())
