@@ -106,7 +106,7 @@ def test_padding_changes_nothing(stats):
 
 def test_it_observes_no_query_and_scores_decoded_pairs(stats):
     press = ExpectedAttentionStatsPress(0.5, 16, stats=stats)
-    assert not press.needs.observes and press.needs.rotary
+    assert not press.needs.queries and press.needs.moments_after is None and press.needs.rotary
     inner, seen = recording(press)
     model, cache = tiny(), DynamicCache()
     with cp.DecodingPress(inner, 2, 12)(model):
