@@ -266,7 +266,10 @@ def test_a_streamer_takes_one_answer(pipe, options, message):
         ({"output_scores": True}, "output_scores=True needs return_dict_in_generate"),
         ({"temperature": -1.0, "do_sample": True}, "temperature"),
         ({"prompt_lookup_num_tokens": 3, "repetition_penalty": 2.0}, LOOKUP or "leave one of them"),
-        ({"prompt_lookup_num_tokens": 3, "num_return_sequences": 2}, LOOKUP or "num_return_sequences"),
+        (
+            {"prompt_lookup_num_tokens": 3, "num_return_sequences": 2},
+            LOOKUP or "num_return_sequences",
+        ),
     ],
 )
 def test_what_transformers_refuses_is_one_line(pipe, options, message):

@@ -76,6 +76,7 @@ def _blank(dtype: torch.dtype, device: torch.device) -> Tensor:
 def _refuse(name: str) -> NoReturn:
     raise ForeignAttentionError(
         f"{name}() was called on the keys or values of a cachepress cache: only the attention "
-        "function that `with press(model)` selects can read them; enter `with press(model)` "
-        "again, or give the model a fresh cache"
+        "function that `with press(model)` selects on the model can read them, and another one is "
+        "selected, or this is another model or a copy of it; enter `with press(model)` again, or "
+        "give the model a fresh cache"
     )

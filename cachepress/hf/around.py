@@ -26,7 +26,8 @@ class Around:
 
     def __init__(self, module: nn.Module, own: Method, act: Act) -> None:
         update_wrapper(self, own)
-        self.module, self.own, self.act, self.users = weakref.ref(module), own, act, 0
+        self.module, self.own, self.act = weakref.ref(module), own, act
+        self.users: set[int] = set()
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Let the function decide about a call."""
@@ -45,24 +46,24 @@ def _decide(around: Around, args: tuple[object, ...], kwargs: Mapping[str, objec
     return around.act(module, around.own, args, kwargs)
 
 
-def put_around(module: nn.Module, name: str, act: Act) -> Around:
-    """Put a function around a method of a module, unless it is there already."""
+def put_around(module: nn.Module, name: str, act: Act, user: object) -> Around:
+    """Put a function around a method of a module, unless it is there already, for a user."""
     with _LOCK:
         around = module.__dict__.get(name)
         if not isinstance(around, Around) or around.act is not act:
             around = Around(module, getattr(module, name), act)
             module.__dict__[name] = around
-        around.users += 1
+        around.users.add(id(user))
         return around
 
 
-def take_away(module: nn.Module, name: str, around: Around) -> None:
-    """Undo one ``put_around``; after the last one the module has its method back.
+def take_away(module: nn.Module, name: str, around: Around, user: object) -> None:
+    """Take a function away for a user; after the last one the module has its method back.
 
     Where somebody else has put a function around the method since, ours stays, and lets calls pass.
     """
     with _LOCK:
-        around.users -= 1
+        around.users.discard(id(user))
         if around.users or module.__dict__.get(name) is not around:
             return
         bound = getattr(around.own, "__func__", None)

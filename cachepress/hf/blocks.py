@@ -55,20 +55,22 @@ _LOCK = threading.Lock()
 _UNOBSERVED: ContextVar[tuple[nn.Module, ...]] = ContextVar("cachepress_unobserved", default=())
 
 
-def enter(decoder: nn.Module, session: Session) -> Block:
+def enter(block: Block) -> None:
     """Open a block in this context."""
-    block = Block(decoder, session)
     _OWN.set((*block.around, block))
     with _LOCK:
         _OPEN.append(block)
-    return block
 
 
 def leave(block: Block) -> None:
-    """Close a block, in whatever context and order; others stay as they are."""
-    with _LOCK:
-        _OPEN.remove(block)
+    """Close a block, in whatever context and order; others stay as they are.
+
+    It may be called again, as after an interrupt.
+    """
     block.session = None
+    with _LOCK:
+        if block in _OPEN:
+            _OPEN.remove(block)
     _OWN.set(tuple(other for other in _OWN.get() if other.session is not None))
 
 

@@ -7,7 +7,7 @@ decides for each call whether a cache is compressed in it. What happens in one f
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from threading import RLock
@@ -25,7 +25,7 @@ from cachepress.cache.batch import compressed_layers
 from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError
 from cachepress.hf.angles import as_one_forward
-from cachepress.hf.around import Act, put_around, take_away
+from cachepress.hf.around import Act, Around, put_around, take_away
 from cachepress.hf.attention import Selection
 from cachepress.hf.blocks import Block, acting, enter, is_own, leave, tell
 from cachepress.hf.capture import Capture
@@ -47,6 +47,8 @@ from cachepress.press import BasePress
 
 _IDS: ContextVar[Tensor | None] = ContextVar("cachepress_ids", default=None)
 """Token ids that the whole model was given, whose decoder may be given embeddings of them."""
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+"""Options of ``generate`` that let it try candidates, of which some are rejected."""
 _END: ContextVar[int | None] = ContextVar("cachepress_end", default=None)
 """Text columns after the prompt that ``generate`` reads in chunks."""
 
@@ -109,14 +111,21 @@ class PressSession:
         )
         self.chunk: str | None = None
         self._blocks: list[Block] = []
-        self._exits, self._lock = ExitStack(), RLock()
+        self._around: list[tuple[nn.Module, str, Around]] = []
+        self._kind_is_aside, self._lock = False, RLock()
         self._selection: Selection | None = None
 
     def __enter__(self) -> None:
+        block = Block(self._setup.decoder, self)
         with self._lock:
-            if not self._blocks:
-                self._stand_around()
-            self._blocks.append(enter(self._setup.decoder, self))
+            try:
+                if not self._blocks:
+                    self._stand_around()
+                self._blocks.append(block)
+                enter(block)
+            except BaseException:  # Also an interrupt, after which nothing may stay.
+                self._end(block)
+                raise
 
     def __exit__(
         self,
@@ -124,32 +133,48 @@ class PressSession:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        block = None
         with self._lock:
-            # Its own one, where several threads or tasks are in blocks of this session.
-            own = [block for block in self._blocks if is_own(block)]
-            block = (own or self._blocks)[-1]
+            try:
+                block = self._innermost()
+                self._end(block)
+            except BaseException:  # An interrupt comes once: what it left is done, and it goes on.
+                self._end(self._innermost() if block is None else block)
+                raise
+
+    def _innermost(self) -> Block:
+        """Find the block that is left: an own one, where several threads or tasks are in one."""
+        own = [block for block in self._blocks if is_own(block)]
+        return (own or self._blocks)[-1]
+
+    def _end(self, block: Block) -> None:
+        """Close a block, and with the last one stand around the model no more."""
+        leave(block)
+        if block in self._blocks:
             self._blocks.remove(block)
-            leave(block)
-            if not self._blocks:
-                self._selection = None
-                self._exits.close()
+        if self._blocks:
+            return
+        self._selection = None
+        for module, name, around in self._around:
+            take_away(module, name, around, self)
+        self._around.clear()
+        if self._kind_is_aside:
+            self._kind_is_aside = False
+            bring_kind_back(cast(PreTrainedModel, unwrapped(self._setup.model)))
 
     def _stand_around(self) -> None:
         """Put functions around the methods of the model whose calls have to be known."""
         model, decoder = unwrapped(self._setup.model), self._setup.decoder
         try_out(model)
         self._selection = attach(model)
-        with ExitStack() as exits:
-            if isinstance(model, PreTrainedModel) and set_kind_aside(model):
-                exits.callback(bring_kind_back, model)
-            around: list[tuple[nn.Module, str, Act]] = [(decoder, "forward", _forward)]
-            if model is not decoder:
-                around.append((model, "forward", _outer_forward))
-            if hasattr(model, "generate"):
-                around.append((model, "generate", _generate))
-            for module, name, act in around:
-                exits.callback(take_away, module, name, put_around(module, name, act))
-            self._exits = exits.pop_all()
+        self._kind_is_aside = isinstance(model, PreTrainedModel) and set_kind_aside(model)
+        acts: list[tuple[nn.Module, str, Act]] = [(decoder, "forward", _forward)]
+        if model is not decoder:
+            acts.append((model, "forward", _outer_forward))
+        if hasattr(model, "generate"):
+            acts.append((model, "generate", _generate))
+        for module, name, act in acts:
+            self._around.append((module, name, put_around(module, name, act, self)))
 
     def forward(
         self, own: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
@@ -238,6 +263,7 @@ def _outer_forward(
 ) -> object:
     """Remember the token ids that a whole model was given while its forward runs."""
     given = _named(module, args, kwargs)
+    _cache_of(given)  # Two of them are refused.
     with _set(_IDS, cast(Tensor | None, given.get("input_ids"))):
         return own(*args, **kwargs)
 
@@ -252,12 +278,16 @@ def _generate(
 
     A forward cannot tell a chunk from a text of its own, and layers are compressed after the last.
     """
-    configs = (kwargs.get("generation_config"), getattr(module, "generation_config", None))
-    sizes = [kwargs.get("prefill_chunk_size")]
-    sizes += [getattr(config, "prefill_chunk_size", None) for config in configs]
+    if acting(text_decoder(module)) and any(_options(module, kwargs, name) for name in _ASSISTED):
+        raise CachepressError(
+            "assisted decoding inside `with press(model)` would compress candidates that are "
+            "rejected afterwards: do assisted decoding after the block, on a cache that "
+            "cachepress.prefill compressed"
+        )
     names = ("attention_mask", "inputs", "input_ids", "inputs_embeds")
     texts = [kwargs.get(name) for name in names] + list(args[:1])
     text = next((x for x in texts if isinstance(x, Tensor)), None)
+    sizes = _options(module, kwargs, "prefill_chunk_size")
     size = next((size for size in sizes if isinstance(size, int)), None)
     if text is None or size is None:
         with _set(_END, None):
@@ -267,6 +297,13 @@ def _generate(
     pressed = acting(decoder) is not None
     with _set(_END, end), as_one_forward(decoder, min(first, end - 1) if pressed else end, end - 1):
         return own(*args, **kwargs)
+
+
+def _options(module: nn.Module, kwargs: Mapping[str, object], name: str) -> list[object]:
+    """List the values that the arguments of ``generate`` and its configs give for an option."""
+    configs = (kwargs.get("generation_config"), getattr(module, "generation_config", None))
+    values = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+    return [value for value in values if value is not None]
 
 
 def _chunk_of_generate(cache: Cache, given: Mapping[str, object]) -> str | None:
@@ -321,8 +358,10 @@ def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
 
 
 def _cache_of(given: Mapping[str, object]) -> Cache | None:
-    found = (given.get(name) for name in CACHE_NAMES)
-    return cast(Cache | None, next((x for x in found if x is not None), None))
+    found = [x for name in CACHE_NAMES if (x := given.get(name)) is not None]
+    if len(found) > 1 and found[0] is not found[1]:
+        raise CachepressError(f"got two caches, as {' and as '.join(CACHE_NAMES)}: give one")
+    return cast(Cache, found[0]) if found else None
 
 
 def _checkpoints(decoder: PreTrainedModel) -> bool:

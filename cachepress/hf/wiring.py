@@ -85,7 +85,8 @@ def check_model(model: nn.Module) -> None:
     inner = unwrapped(model)
     name = type(inner).__name__
     if not isinstance(inner, PreTrainedModel):
-        raise UnsupportedError(f"got {name}, wanted a transformers PreTrainedModel")
+        inside = ", such as the one inside, ._orig_mod" if hasattr(inner, "_orig_mod") else ""
+        raise UnsupportedError(f"got {name}, wanted a transformers PreTrainedModel{inside}")
     if inner.config.is_encoder_decoder:
         raise UnsupportedError(f"{name} is an encoder-decoder model: wanted a decoder-only model")
     decoder = text_decoder(inner)

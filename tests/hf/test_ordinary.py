@@ -1,6 +1,7 @@
 """A pressed model is an ordinary model: copied, pickled, compiled, in the block and after it."""
 
 import copy
+import gc
 import inspect
 import io
 import pickle
@@ -13,7 +14,7 @@ from transformers import DynamicCache
 
 import cachepress as cp
 from cachepress.cache.batch import compressed_layers
-from cachepress.hf import cache_argument
+from cachepress.hf import cache_argument, session
 from cachepress.hf.around import Around, put_around, take_away
 from tests.tiny import tiny, tokens
 from tests.tiny_cache import forward, pressed
@@ -146,16 +147,42 @@ def test_another_wrapper_around_the_forward_stays(outer_leaves_first):
 
 
 def test_a_function_is_put_around_once_and_taken_away_by_the_last():
-    module = torch.nn.Linear(2, 2)
-    first, second = (
-        put_around(module, "forward", lambda_)
-        for lambda_ in [lambda m, own, a, k: own(*a, **k)] * 2
-    )
+    def passing(module, own, args, kwargs):
+        return own(*args, **kwargs)
+
+    module, users = torch.nn.Linear(2, 2), [object(), object()]
+    first, second = (put_around(module, "forward", passing, user) for user in users)
     assert first is second
-    take_away(module, "forward", first)
-    assert isinstance(module.forward, Around)
-    take_away(module, "forward", second)
+    for _ in range(2):
+        take_away(module, "forward", first, users[0])
+        assert isinstance(module.forward, Around)
+    take_away(module, "forward", first, users[1])
     assert "forward" not in vars(module)
+
+
+@pytest.mark.parametrize("step", ["enter", "put_around", "leave", "take_away"])
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupt_while_a_block_is_entered_or_left_leaves_nothing(step, after, monkeypatch):
+    model, real, calls = tiny(), getattr(session, step), []
+    with PRESS(model):
+        pass
+
+    def interrupted(*args):
+        calls.append(1)
+        found = real(*args) if after or len(calls) > 1 else None
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(session, step, interrupted)
+    with pytest.raises(KeyboardInterrupt), PRESS(model):
+        pass
+    gc.collect()
+    cache = DynamicCache()
+    forward(model, cache, input_ids=IDS)
+    assert not compressed_layers(cache)
+    if (step, after) != ("put_around", True):
+        assert is_plain(model)
 
 
 def test_a_compiled_model_is_whole_again_after_the_block():

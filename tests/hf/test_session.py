@@ -110,3 +110,21 @@ def test_embeddings_of_tokens_stand_for_the_tokens():
         with pytest.raises(cp.CachepressError, match="give input_ids, not embeddings"):
             model(inputs_embeds=embeds, past_key_values=DynamicCache())
     assert kept(cache) == kept(cp.prefill(other, IDS, cp.KVzipPress(0.5), tokenizer=tokenizer()))
+
+
+def test_two_caches_are_refused():
+    model = tiny()
+    with pytest.raises(cp.CachepressError, match="got two caches"), PRESS(model):
+        model(input_ids=IDS, past_key_values=DynamicCache(), cache=DynamicCache())
+
+
+@pytest.mark.parametrize("options", [{"assistant_model": tiny}, {"prompt_lookup_num_tokens": 3}])
+def test_assisted_decoding_in_a_block_is_refused_at_once(options):
+    model = tiny()
+    options = {name: x() if callable(x) else x for name, x in options.items()}
+    with (
+        pytest.raises(cp.CachepressError, match="do assisted decoding after the block"),
+        PRESS(model),
+    ):
+        model.generate(IDS, max_new_tokens=2, **options)
+    assert model.generate(IDS, max_new_tokens=2, do_sample=False, **options).shape[1] == 62
