@@ -47,6 +47,8 @@ from cachepress.press import BasePress
 
 _IDS: ContextVar[Tensor | None] = ContextVar("cachepress_ids", default=None)
 """Token ids that the whole model was given, whose decoder may be given embeddings of them."""
+_REACHED: ContextVar[list[bool] | None] = ContextVar("cachepress_reached", default=None)
+"""Grows when the decoder's forward is called inside the forward of the whole model."""
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 """Options of ``generate`` that let it try candidates, of which some are rejected."""
 _END: ContextVar[int | None] = ContextVar("cachepress_end", default=None)
@@ -246,6 +248,8 @@ def _forward(
     kwargs: Mapping[str, object],
 ) -> object:
     """Let the session that acts here and now run a decoder's forward; no other one sees it."""
+    if (reached := _REACHED.get()) is not None:
+        reached.append(True)
     session = acting(module)
     if session is not None:
         return session.forward(own, args, kwargs)
@@ -264,8 +268,15 @@ def _outer_forward(
     """Remember the token ids that a whole model was given while its forward runs."""
     given = _named(module, args, kwargs)
     _cache_of(given)  # Two of them are refused.
-    with _set(_IDS, cast(Tensor | None, given.get("input_ids"))):
-        return own(*args, **kwargs)
+    reached: list[bool] = []
+    with _set(_IDS, cast(Tensor | None, given.get("input_ids"))), _set(_REACHED, reached):
+        output = own(*args, **kwargs)
+    if not reached and acting(text_decoder(module)) is not None:
+        raise CachepressError(
+            f"the decoder's forward of this {type(module).__name__} was replaced while "
+            "`with press(model)` is open, and nothing was compressed: enter the block again"
+        )
+    return output
 
 
 def _generate(

@@ -1,6 +1,7 @@
 """A pressed model is an ordinary model: copied, pickled, compiled, in the block and after it."""
 
 import copy
+import functools
 import gc
 import inspect
 import io
@@ -144,6 +145,17 @@ def test_another_wrapper_around_the_forward_stays(outer_leaves_first):
     assert compressed_layers(cache)[0].lengths.tolist() == [[10, 10]]
     assert model.model.forward is wrapper
     assert len(calls) == 1
+
+
+def test_a_forward_that_is_put_back_in_the_block_is_told_of():
+    """As accelerate does where it removes a hook that was there before the block."""
+    model = tiny()
+    own = model.model.forward
+    model.model.forward = functools.wraps(own)(lambda *args, **kwargs: own(*args, **kwargs))
+    with pytest.raises(cp.CachepressError, match="was replaced while"), PRESS(model):
+        forward(model, input_ids=IDS)
+        model.model.forward = own
+        forward(model, input_ids=IDS)
 
 
 def test_a_function_is_put_around_once_and_taken_away_by_the_last():
