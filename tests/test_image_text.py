@@ -40,8 +40,8 @@ def _masked_attention(module, query, key, value, attention_mask, **kwargs):
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
 
-AttentionInterface.register("masked_reference", _masked_attention)
-AttentionMaskInterface.register("masked_reference", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+AttentionInterface.register("masked_by_a_compressed_cache", _masked_attention)
+AttentionMaskInterface.register("masked_by_a_compressed_cache", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def evicted(model: PreTrainedModel, cache: DynamicCache) -> Iterator[None]:
             for row, positions in zip(kept, layer.positions[0].tolist(), strict=True):
                 row[[p for p in positions if p >= 0]] = True
             KEPT[i] = kept
-    text_decoder(model).set_attn_implementation("masked_reference")
+    text_decoder(model).set_attn_implementation("masked_by_a_compressed_cache")
     try:
         yield
     finally:
