@@ -41,7 +41,9 @@ def _masked_attention(module, query, key, value, attention_mask, **kwargs):
 
 
 AttentionInterface.register("masked_by_a_compressed_cache", _masked_attention)
-AttentionMaskInterface.register("masked_by_a_compressed_cache", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+AttentionMaskInterface.register(
+    "masked_by_a_compressed_cache", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+)
 
 
 @contextmanager
