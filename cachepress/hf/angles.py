@@ -6,9 +6,7 @@ by the longest text that they have read (dynamic NTK), so that the same position
 rotated by the same angle.
 """
 
-import copy
 import inspect
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,12 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cachepress.hf.hooks import Hooks, unhooked
 from cachepress.hf.rotary import NOT_OF_TEXT
 
 _LAST: ContextVar[int | None] = ContextVar("last position of a prompt", default=None)
 """The position that a prompt read in chunks ends at, while a thread or task reads one."""
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
 
 
 @dataclass(frozen=True)
@@ -127,17 +124,15 @@ def as_one_forward(decoder: PreTrainedModel, first: int, last: int) -> Iterator[
     ends = [torch.tensor(end, device=decoder.device) for end in (first, last)]
     modules = rotary_modules(decoder) if first < last else []
     changing = {found.module for found in modules if found.changes(*ends)}
-    handles = []
-    for module in changing:
-        handles.append(module.register_forward_pre_hook(_show_last, with_kwargs=True))
-        handles.append(module.register_forward_hook(_hide_last))
     before = _LAST.set(last if changing else None)
     try:
-        yield
+        with Hooks() as hooks:
+            for module in changing:
+                hooks.before(module, _show_last)
+                hooks.after(module, _hide_last)
+            yield
     finally:
         _LAST.reset(before)
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -177,13 +172,12 @@ def _hide_last(module: nn.Module, args: object, output: object) -> object:
 
 def _copied(module: nn.Module) -> nn.Module:
     """Copy a rotary module with its state, but without hooks: some write to it when called."""
-    copied = copy.copy(module)
+    copied = unhooked(module)
     state = vars(copied)
     for name, x in list(state.items()):
         if isinstance(x, Tensor):
             state[name] = x.clone()
     state["_buffers"] = {k: None if x is None else x.clone() for k, x in module._buffers.items()}
-    state.update({name: OrderedDict() for name in _HOOKS})
     return copied
 
 

@@ -3,28 +3,19 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
-from threading import Lock
-from types import MappingProxyType
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from cachepress.call import AttentionCall
 from cachepress.errors import UnsupportedError
+from cachepress.hf.hooks import Hooks
 from cachepress.hf.projection import Projections
 from cachepress.hf.proofs import RotaryProofs
 from cachepress.hf.wiring import attention_modules, text_decoder
 from cachepress.press import BasePress
 from cachepress.view import Rotary
-
-_NOW: ContextVar["Capture | None"] = ContextVar("cachepress_capture", default=None)
-"""What is captured in this thread or task; hooks are called in every thread."""
-_LOCK = Lock()
-"""Torch numbers hooks without one, and two of a number would be one."""
-_NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
 class Capture:
@@ -59,28 +50,22 @@ class Capture:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Capture what a forward of this thread or task does, and forget it at the end."""
-        hooks: list[RemovableHandle] = []
-        token = _NOW.set(self)
         try:
-            with _LOCK:
+            with Hooks() as hooks:
                 for module in self._modules:
                     self._hook(module, hooks)
-            yield
+                yield
         finally:
-            for hook in hooks:
-                hook.remove()
-            _NOW.reset(token)
             self.clear()
 
-    def _hook(self, module: nn.Module, hooks: list[RemovableHandle]) -> None:
-        """Register hooks on an attention module and its children; the handles remove them."""
+    def _hook(self, module: nn.Module, hooks: Hooks) -> None:
+        """Register hooks on an attention module and its children."""
         if self._reads_hidden:
-            keep = self._keep_hidden
-            hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+            hooks.before(module, self._keep_hidden)
         for child in module.children() if self._rotates or self._projects else ():
-            hooks.append(child.register_forward_hook(partial(self._keep_output, module)))
+            hooks.after(child, partial(self._keep_output, module))
             if self._projects:
-                hooks.append(child.register_forward_pre_hook(self._verify))
+                hooks.before(child, self._projections.verify)
 
     def clear(self) -> None:
         """Forget what was captured of the forward."""
@@ -118,16 +103,9 @@ class Capture:
             )
         return hidden
 
-    def _verify(self, module: nn.Module, args: tuple[object, ...]) -> None:
-        if _NOW.get() is self:
-            self._projections.verify(module, args)
-
     def _keep_hidden(
-        self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object] = _NOTHING
+        self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> None:
-        # Without kwargs where another thread's forward has just removed its hook of this name.
-        if _NOW.get() is not self:
-            return
         given = args[0] if args else kwargs.get("hidden_states")
         if isinstance(given, Tensor) and given.ndim == 3:
             self._hidden[module] = given.detach()
@@ -135,5 +113,5 @@ class Capture:
     def _keep_output(
         self, attention: nn.Module, module: nn.Module, args: object, output: object
     ) -> None:
-        if _NOW.get() is self and isinstance(output, Tensor):
+        if isinstance(output, Tensor):
             self._outputs.setdefault(attention, {})[module] = output.detach()

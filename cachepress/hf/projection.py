@@ -45,7 +45,7 @@ class Projections:
             self._weights[module] = _matrix(module, width, output)
         return self._weights[module].view(heads, -1, e, self._weights[module].shape[-1])
 
-    def verify(self, module: nn.Module, args: tuple[object, ...]) -> None:
+    def verify(self, module: nn.Module, args: tuple[object, ...], kwargs: object) -> None:
         """Raise UnsupportedError unless a projection's input is the output of attention."""
         expected = self._expected.pop(module, None)
         if expected is None:

@@ -21,6 +21,7 @@ from cachepress.call import AttentionCall, Place
 from cachepress.hf.angles import rotary_state_kept
 from cachepress.hf.capture import Capture
 from cachepress.hf.chunks import Chunk, chunks, opening_of
+from cachepress.hf.hooks import Hooks
 from cachepress.hf.wiring import (
     attention_modules,
     cache_argument,
@@ -309,17 +310,15 @@ class Reconstructor:
         """
         added: dict[nn.Module, Tensor] = {}
         last: list[Tensor] = []
-        handles = [
-            module.register_forward_hook(lambda m, _, out: added.__setitem__(m, _first(out)))
-            for module in attention_modules(self._decoder)
-        ]
-        layer = last_layer(self._decoder)
-        handles.append(layer.register_forward_hook(lambda m, _, out: last.append(_first(out))))
         weights = [p for p in self._model.parameters() if p.requires_grad]
         try:
             for weight in weights:
                 weight.requires_grad_(False)
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad(), Hooks() as heard:
+                for module in attention_modules(self._decoder):
+                    heard.after(module, lambda m, _, out: added.__setitem__(m, _first(out)))
+                layer = last_layer(self._decoder)
+                heard.after(layer, lambda m, _, out: last.append(_first(out)))
                 ids = cast(Tensor, inputs.pop("input_ids"))
                 embeds = self._decoder.get_input_embeddings()(ids.clone())
                 self._decoder(**inputs, inputs_embeds=embeds.detach().requires_grad_())
@@ -328,8 +327,6 @@ class Reconstructor:
         finally:
             for weight in weights:
                 weight.requires_grad_(True)
-            for handle in handles:
-                handle.remove()
         norms = [wide(gradient).norm(dim=-1) for gradient in gradients]
         return [replace(hook.view, gradient=x) for hook, x in zip(hooks, norms, strict=True)]
 

@@ -1,8 +1,6 @@
 """Finds the parts of a transformers model: its cache layers and attention modules."""
 
-import copy
 import inspect
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -25,6 +23,7 @@ from cachepress.cache.layer import CompressedLayer
 from cachepress.errors import UnsupportedError
 from cachepress.hf.attention import Selection, deselect, select
 from cachepress.hf.blocks import unobserved
+from cachepress.hf.hooks import unhooked
 
 _Module = TypeVar("_Module", bound=nn.Module)
 CACHE_NAMES = ("cache", "past_key_values")
@@ -225,11 +224,10 @@ def run_alone(decoder: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
 def _without_hooks(module: _Module, done: dict[nn.Module, nn.Module]) -> _Module:
     """Copy a module and its parts, with the same weights but without hooks."""
     if module not in done:
-        done[module] = copied = copy.copy(module)
+        done[module] = copied = unhooked(module)
         parts = module._modules.items()
         inner = {name: part and _without_hooks(part, done) for name, part in parts}
-        hooks = {name: OrderedDict() for name in vars(module) if name.endswith("_hooks")}
-        vars(copied).update(_modules=inner, _buffers=dict(module._buffers), **hooks)
+        vars(copied).update(_modules=inner, _buffers=dict(module._buffers))
     return cast(_Module, done[module])
 
 

@@ -130,6 +130,14 @@ def test_300_calls_in_threads_each_get_their_own_press_or_none(switching):
     assert "forward" not in vars(model.model)
 
 
+def test_gradients_of_a_context_that_is_repeated_are_those_of_its_own_thread(switching):
+    model, press = tiny(), cp.KVgradPress(0.5)
+    wanted = [kept(pressed(model, press, ids)) for ids in TEXTS]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: kept(pressed(model, press, TEXTS[i % 5])), range(40)))
+    assert found == [wanted[i % 5] for i in range(40)]
+
+
 def test_threads_under_one_block_of_the_main_thread_are_compressed_by_it(switching):
     model, press = tiny(), PRESSES[0]
     wanted = [kept(pressed(model, press, ids)) for ids in TEXTS]
