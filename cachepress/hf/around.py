@@ -1,18 +1,47 @@
 """Puts a function around a method of a module, and takes it away when nobody wants it any more."""
 
 import copy
+import inspect
 import weakref
 from collections.abc import Callable, Mapping
-from functools import update_wrapper
+from functools import lru_cache, update_wrapper
 from threading import Lock
+from typing import NamedTuple
 
 from torch import nn
 
 from cachepress.compiling import untraced
 
 Method = Callable[..., object]
-Act = Callable[[nn.Module, Method, tuple[object, ...], Mapping[str, object]], object]
-"""Is called with a module, its own method, and the arguments that the method was called with."""
+
+
+class Call(NamedTuple):
+    """A call of a method of a module, which has not run yet.
+
+    Attributes:
+        module: the module.
+        method: its own method.
+        args: the arguments.
+        kwargs: those that are given by name.
+    """
+
+    module: nn.Module
+    method: Method
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+
+    def run(self) -> object:
+        """Call the method."""
+        return self.method(*self.args, **self.kwargs)
+
+    def named(self) -> dict[str, object]:
+        """Name all arguments of a module's forward."""
+        names = _parameters(type(self.module))
+        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
+
+
+Act = Callable[[Call], object]
+"""Decides what becomes of a call."""
 
 _LOCK = Lock()
 
@@ -43,7 +72,13 @@ def _decide(around: Around, args: tuple[object, ...], kwargs: Mapping[str, objec
     module = around.module()
     if module is None:
         return around.own(*args, **kwargs)
-    return around.act(module, around.own, args, kwargs)
+    return around.act(Call(module, around.own, args, kwargs))
+
+
+@lru_cache
+def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    """List the names of the arguments of a forward, in order."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def put_around(module: nn.Module, name: str, act: Act, user: object) -> Around:

@@ -8,12 +8,14 @@ block of any other thread never reaches it.
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
 
 from torch import nn
+
+from cachepress.hf.around import Call
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +23,8 @@ logger = logging.getLogger(__name__)
 class Session(Protocol):
     """Acts on the forwards of a model inside a block."""
 
-    def forward(
-        self, own: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> object:
-        """Run a forward of the model, which is ``own``, and compress its cache."""
+    def forward(self, call: Call) -> object:
+        """Run a forward of the model, and compress its cache."""
         ...
 
 

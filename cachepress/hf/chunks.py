@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
 from cachepress.models.chat import encode, template
+from cachepress.press import BasePress
 from cachepress.reconstruction import Reconstruction
 
 _LEAD = 8
@@ -70,12 +71,17 @@ def opening_of(ids: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> int:
     return start + alike if alike and alike >= len(before) - 1 else 0
 
 
-def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that was saved with a model.
+def tokenizer_for(
+    press: BasePress, model: PreTrainedModel, given: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that was given, or the one saved with a model if a press needs one.
 
     Raises:
-        CachepressError: if there is none.
+        CachepressError: if it needs one and there is none.
     """
+    reconstruction = press.needs.reconstruction
+    if given is not None or reconstruction is None or not reconstruction.speaks:
+        return given
     name = model.config.name_or_path
     try:
         return _load_tokenizer(name)

@@ -138,11 +138,7 @@ class PressedForward:
         ids: Tensor | None,
         chunk: str | None,
     ) -> None:
-        tokens = given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        if not isinstance(tokens, Tensor):
-            raise CachepressError("the forward got neither input_ids nor inputs_embeds")
-        self.setup, self._cache, self._tokens = setup, cache, tokens
+        self.setup, self._cache, self._tokens = setup, cache, tokens_of(given)
         self._given, self._ids, self._chunk = given, ids, chunk
         self._layers = install_layers(cache, setup.model)
         if len({layer.get_seq_length() for layer in self._layers.values()}) > 1:
@@ -155,6 +151,9 @@ class PressedForward:
         self.needs = self.press.needs
         self.observed = self.needs.observed
         self.due = chunk != "hold" and setup.press.schedule.due(self.step)
+        schedule = setup.press.schedule
+        observes = chunk == "hold" or (schedule.decodes and not self.step.prompt)
+        self._is_observed = self.due or (self.needs.observes and observes)
         self.capture = setup.capture.anew() if self._is_observed else setup.capture
         self._reconstructor: Reconstructor | None = None
         self._pending: dict[BasePress, list[Pending]] = {}
@@ -192,13 +191,6 @@ class PressedForward:
         prompt = n > 1 or self._chunk is not None
         later = prompt and self._chunk is None and seen > 0 and self.setup.turns == "first"
         return Step(seen, n, since, prompt, later)
-
-    @property
-    def _is_observed(self) -> bool:
-        """Whether the forward is compressed, or observed for a later one that is."""
-        schedule = self.setup.press.schedule
-        observes = self._chunk == "hold" or (schedule.decodes and not self.step.prompt)
-        return self.due or (self.needs.observes and observes)
 
     def _instruct(self) -> None:
         """Tell the layers how pairs are stored and read, and set hooks on them."""
@@ -279,6 +271,15 @@ def instruct(layers: Sequence[CompressedLayer], press: BasePress, codec: Codec |
         pages = needs.pages_read(depth)
         layer.codec = layer.codec if codec is None else codec
         layer.page_budget = layer.page_budget if pages is None else pages
+
+
+def tokens_of(given: Mapping[str, object]) -> Tensor:
+    """Return the token ids ``[B, n]`` of a forward's arguments, or embeddings ``[B, n, M]``."""
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(tokens, Tensor):
+        raise CachepressError("the forward got neither input_ids nor inputs_embeds")
+    return tokens
 
 
 def question_of(question: Sequence[int] | None, batch: Tensor) -> Tensor | None:

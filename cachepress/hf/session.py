@@ -5,11 +5,9 @@ decides for each call whether a cache is compressed in it. What happens in one f
 ``cachepress.hf.forward``; which block acts in which thread is in ``cachepress.hf.blocks``.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import lru_cache, partial
 from threading import RLock
 from types import TracebackType
 from typing import cast
@@ -25,12 +23,12 @@ from cachepress.cache.batch import compressed_layers
 from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError
 from cachepress.hf.angles import as_one_forward
-from cachepress.hf.around import Act, Around, put_around, take_away
+from cachepress.hf.around import Act, Around, Call, put_around, take_away
 from cachepress.hf.attention import Selection
 from cachepress.hf.blocks import Block, acting, enter, is_own, leave, tell
 from cachepress.hf.capture import Capture
-from cachepress.hf.chunks import tokenizer_of
-from cachepress.hf.forward import PressedForward, Setup
+from cachepress.hf.chunks import tokenizer_for
+from cachepress.hf.forward import PressedForward, Setup, tokens_of
 from cachepress.hf.kinds import bring_kind_back, set_kind_aside
 from cachepress.hf.probe import try_out
 from cachepress.hf.wiring import (
@@ -95,10 +93,7 @@ class PressSession:
         if turns not in ("all", "first"):
             raise CachepressError(f'turns: got {turns!r}, wanted "all" or "first"')
         press = prepared(press, model)
-        reconstruction = press.needs.reconstruction
         codec, asked = codec_of(press, storage), _question(press, question)
-        if reconstruction is not None and reconstruction.speaks and tokenizer is None:
-            tokenizer = tokenizer_of(model)
         self._setup = Setup(
             press=press,
             model=model,
@@ -106,7 +101,7 @@ class PressSession:
             turns=turns,
             codec=codec,
             question=asked,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer_for(press, model, tokenizer),
             stopwatch=nullcontext() if stopwatch is None else stopwatch,
             capture=Capture([press], model),
             prompts=WeakKeyDictionary(),
@@ -178,24 +173,19 @@ class PressSession:
         for module, name, act in acts:
             self._around.append((module, name, put_around(module, name, act, self)))
 
-    def forward(
-        self, own: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> object:
-        """Run a forward of the decoder, which is ``own``, and compress its cache."""
-        decoder = self._setup.decoder
-        given = _named(decoder, args, kwargs)
-        call, cache = partial(own, *args, **kwargs), _cache_of(given)
+    def forward(self, call: Call) -> object:
+        """Run a forward of the decoder, and compress its cache."""
+        decoder, given = self._setup.decoder, call.named()
+        cache = _cache_of(given)
         if cache is None and _uses_cache(given, decoder.config) and not _checkpoints(decoder):
             cache = DynamicCache(config=decoder.config)
             without = {name: x for name, x in given.items() if name not in CACHE_NAMES}
-            call = partial(own, **{**without, cache_argument(decoder): cache})
+            call = call._replace(args=(), kwargs={**without, cache_argument(decoder): cache})
         if cache is None:
-            return call()
-        chunk = self.chunk
-        if chunk is None:
-            chunk = _chunk_of_generate(cache, given)
+            return call.run()
+        chunk = _chunk_of_generate(cache, given) if self.chunk is None else self.chunk
         ids = _ids_of(given, decoder)
-        return PressedForward(self._setup, cache, given, ids, chunk).run(call)
+        return PressedForward(self._setup, cache, given, ids, chunk).run(call.run)
 
 
 def prepared(press: BasePress, model: PreTrainedModel) -> BasePress:
@@ -241,92 +231,75 @@ def _question(press: BasePress, question: int | Sequence[int] | None) -> list[in
     return numbers
 
 
-def _forward(
-    module: nn.Module,
-    own: Callable[..., object],
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-) -> object:
+def _forward(call: Call) -> object:
     """Let the session that acts here and now run a decoder's forward; no other one sees it."""
     if (reached := _REACHED.get()) is not None:
         reached.append(True)
-    session = acting(module)
+    session = acting(call.module)
     if session is not None:
-        return session.forward(own, args, kwargs)
-    cache = _cache_of(_named(module, args, kwargs))
+        return session.forward(call)
+    cache = _cache_of(call.named())
     if cache is None or not compressed_layers(cache):
-        tell(module)
-    return own(*args, **kwargs)
+        tell(call.module)
+    return call.run()
 
 
-def _outer_forward(
-    module: nn.Module,
-    own: Callable[..., object],
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-) -> object:
+def _outer_forward(call: Call) -> object:
     """Remember the token ids that a whole model was given while its forward runs."""
-    given = _named(module, args, kwargs)
+    given = call.named()
     _cache_of(given)  # Two of them are refused.
     reached: list[bool] = []
     with _set(_IDS, cast(Tensor | None, given.get("input_ids"))), _set(_REACHED, reached):
-        output = own(*args, **kwargs)
-    if not reached and acting(text_decoder(module)) is not None:
+        output = call.run()
+    if not reached and acting(text_decoder(call.module)) is not None:
         raise CachepressError(
-            f"the decoder's forward of this {type(module).__name__} was replaced while "
+            f"the decoder's forward of this {type(call.module).__name__} was replaced while "
             "`with press(model)` is open, and nothing was compressed: enter the block again"
         )
     return output
 
 
-def _generate(
-    module: nn.Module,
-    own: Callable[..., object],
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-) -> object:
+def _generate(call: Call) -> object:
     """Remember where the prompt ends that ``generate`` reads in chunks (``prefill_chunk_size``).
 
     A forward cannot tell a chunk from a text of its own, and layers are compressed after the last.
     """
-    if acting(text_decoder(module)) and any(_options(module, kwargs, name) for name in _ASSISTED):
+    decoder, given = text_decoder(call.module), call.kwargs
+    pressed = acting(decoder) is not None
+    if pressed and any(_options(call, name) for name in _ASSISTED):
         raise CachepressError(
             "assisted decoding inside `with press(model)` would compress candidates that are "
             "rejected afterwards: do assisted decoding after the block, on a cache that "
             "cachepress.prefill compressed"
         )
     names = ("attention_mask", "inputs", "input_ids", "inputs_embeds")
-    texts = [kwargs.get(name) for name in names] + list(args[:1])
+    texts = [given.get(name) for name in names] + list(call.args[:1])
     text = next((x for x in texts if isinstance(x, Tensor)), None)
-    sizes = _options(module, kwargs, "prefill_chunk_size")
+    sizes = _options(call, "prefill_chunk_size")
     size = next((size for size in sizes if isinstance(size, int)), None)
     if text is None or size is None:
         with _set(_END, None):
-            return own(*args, **kwargs)
-    decoder, cache, end = text_decoder(module), _cache_of(kwargs), text.shape[1]
+            return call.run()
+    cache, end = _cache_of(given), text.shape[1]
     first = (0 if cache is None else cache.get_seq_length()) + size - 1
-    pressed = acting(decoder) is not None
     with _set(_END, end), as_one_forward(decoder, min(first, end - 1) if pressed else end, end - 1):
-        return own(*args, **kwargs)
+        return call.run()
 
 
-def _options(module: nn.Module, kwargs: Mapping[str, object], name: str) -> list[object]:
+def _options(call: Call, name: str) -> list[object]:
     """List the values that the arguments of ``generate`` and its configs give for an option."""
-    configs = (kwargs.get("generation_config"), getattr(module, "generation_config", None))
-    values = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+    own = getattr(call.module, "generation_config", None)
+    configs = (call.kwargs.get("generation_config"), own)
+    values = [call.kwargs.get(name), *(getattr(config, name, None) for config in configs)]
     return [value for value in values if value is not None]
 
 
 def _chunk_of_generate(cache: Cache, given: Mapping[str, object]) -> str | None:
     """Tell whether a forward reads a chunk of a prompt that ``generate`` reads, and the last."""
-    end, tokens = _END.get(), given.get("input_ids")
-    tokens = given.get("inputs_embeds") if tokens is None else tokens
-    if end is None or not isinstance(tokens, Tensor):
+    end, seen = _END.get(), cache.get_seq_length()
+    if end is None or seen >= end:
         return None
-    seen, n = cache.get_seq_length(), tokens.shape[1]
-    if seen >= end:
-        return None
-    return "hold" if seen + n < end else "last"
+    return "hold" if seen + tokens_of(given).shape[1] < end else "last"
 
 
 def _ids_of(given: Mapping[str, object], decoder: PreTrainedModel) -> Tensor | None:
@@ -353,19 +326,6 @@ def _set(variable: ContextVar, value: object) -> Iterator[None]:
         yield
     finally:
         variable.reset(token)
-
-
-def _named(
-    module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
-) -> dict[str, object]:
-    """Name the arguments that a module's forward is called with."""
-    return {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
-
-
-@lru_cache
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    """List the names of the arguments of a forward, in order."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def _cache_of(given: Mapping[str, object]) -> Cache | None:

@@ -21,7 +21,7 @@ from cachepress.errors import CachepressError
 from cachepress.hf.angles import as_one_forward
 from cachepress.hf.blocks import unobserved
 from cachepress.hf.capture import Capture
-from cachepress.hf.chunks import tokenizer_of
+from cachepress.hf.chunks import tokenizer_for
 from cachepress.hf.forward import instruct
 from cachepress.hf.reconstruction import Reconstructor, Waiting
 from cachepress.hf.session import codec_of, prepared
@@ -193,13 +193,7 @@ class SharedPrefill:
 
     def _reconstruct(self, press: BasePress, layers: list[Waiting]) -> list[Waiting]:
         """Let the model repeat the prompt behind the whole cache, which stays as it is."""
-        tokenizer = self.tokenizer
-        if (
-            press.needs.reconstruction is not None
-            and press.needs.reconstruction.speaks
-            and tokenizer is None
-        ):
-            tokenizer = tokenizer_of(self.model)
+        tokenizer = tokenizer_for(press, self.model, self.tokenizer)
         reconstructor = Reconstructor(
             press, self.model, tokenizer, self.capture, self.cache, self._ids
         )

@@ -159,8 +159,8 @@ def test_a_forward_that_is_put_back_in_the_block_is_told_of():
 
 
 def test_a_function_is_put_around_once_and_taken_away_by_the_last():
-    def passing(module, own, args, kwargs):
-        return own(*args, **kwargs)
+    def passing(call):
+        return call.run()
 
     module, users = torch.nn.Linear(2, 2), [object(), object()]
     first, second = (put_around(module, "forward", passing, user) for user in users)
