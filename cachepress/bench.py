@@ -19,7 +19,7 @@ from tqdm import tqdm
 from cachepress.cache.batch import fork, size_of
 from cachepress.errors import CachepressError
 from cachepress.generation.prefill import check_prefill, prefill
-from cachepress.hf import cache_argument, text_decoder
+from cachepress.hf import cache_argument, trained_length
 from cachepress.hf.types import Cache, PreTrainedModel
 from cachepress.limits import check_whole
 from cachepress.measure import Stopwatch, machine_of, peak_memory
@@ -158,7 +158,7 @@ def write_json(result: BenchResult, path: str) -> None:
 
 
 def _check_lengths(model: PreTrainedModel, options: BenchOptions) -> None:
-    trained = getattr(text_decoder(model).config, "max_position_embeddings", None)
+    trained = trained_length(model)
     longest = max(options.lengths)
     if trained is not None and longest > trained and not options.beyond_trained_length:
         raise CachepressError(

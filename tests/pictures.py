@@ -7,21 +7,10 @@ import transformers as hf
 from torch import Tensor
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from tests.tiny import SMALL
+
 IMAGE = 99
-TEXT = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+TEXT = {**SMALL, "vocab_size": 100, "num_hidden_layers": 2}
 EYE = {
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -11,7 +11,7 @@ from cachepress.cache.batch import compressed_layers, fork, text_of
 from cachepress.errors import CachepressError
 from cachepress.generation.decode import generate
 from cachepress.generation.options import check_generation
-from cachepress.hf import text_decoder
+from cachepress.hf import trained_length
 from cachepress.limits import check_whole, shown
 from cachepress.models.chat import encode, template
 
@@ -70,7 +70,7 @@ def ask(
     ids = encode(tokenizer, question + after + answer_prefix, special=False)
     if not ids.shape[1]:
         raise CachepressError(f"question: got {shown(question)}, wanted a text that has tokens")
-    most = getattr(text_decoder(model).config, "max_position_embeddings", None)
+    most = trained_length(model)
     if most is not None and seen + ids.shape[1] + max_new_tokens > most:
         raise CachepressError(
             f"no room for an answer: {seen} tokens of text, {ids.shape[1]} of question and "

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError
 from cachepress.generation.prompt import Prompt, PromptOptions
-from cachepress.hf import cache_argument, text_decoder
+from cachepress.hf import cache_argument, text_decoder, trained_length
 from cachepress.limits import shown
 from cachepress.measure import Stopwatch
 from cachepress.models.chat import encode
@@ -171,7 +171,7 @@ def _check_room(model: PreTrainedModel, prompt: PicturePrompt, options: PromptOp
     n = prompt.context_ids.shape[1]
     each = zip(prompt.question_ids, options.limits, strict=True)
     needed = n + max(ids.shape[1] + limit for ids, limit in each)
-    most = getattr(text_decoder(model).config, "max_position_embeddings", None)
+    most = trained_length(model)
     if most is not None and needed > most and not options.beyond_trained_length:
         raise CachepressError(
             f"the messages have {n} tokens, and {needed} with question and answer, where the model "

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cachepress.errors import CachepressError
-from cachepress.hf import text_decoder
+from cachepress.hf import trained_length
 from cachepress.limits import MOST_TOKENS, check_whole
 from cachepress.models.chat import encode, template
 
@@ -114,7 +114,7 @@ def make_prompt(
     options: PromptOptions,
 ) -> Prompt:
     """Tokenise a context and its questions for a model that is loaded."""
-    positions = getattr(text_decoder(model).config, "max_position_embeddings", None)
+    positions = trained_length(model)
     return prompt_within(tokenizer, positions, context, options)
 
 

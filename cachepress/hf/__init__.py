@@ -20,6 +20,7 @@ from cachepress.hf.wiring import (
     n_compressed_layers,
     sample_cache,
     text_decoder,
+    trained_length,
 )
 
 __all__ = [
@@ -40,5 +41,6 @@ __all__ = [
     "shift_before",
     "shift_of",
     "text_decoder",
+    "trained_length",
     "use_shift",
 ]

@@ -43,23 +43,21 @@ def shift_of(cache: Cache, model: nn.Module) -> Tensor | None:
 
     That of a cache which no press observed is the shift of what the model read last.
     """
-    holder = _holder(model)
-    if holder is None:
-        return None
-    shift = getattr(cache, SHIFT, None)
-    return getattr(holder, SHIFT) if shift is None else shift
+    return _shift(cache, _holder(model))
 
 
 def shift_before(cache: Cache, model: nn.Module, batch: int) -> Tensor | None:
     """Return the shift ``[B, 1]`` of a text that goes on without pictures; a new text has none."""
-    if not cache.get_seq_length() and _holder(model) is not None:
+    holder = _holder(model)
+    if not cache.get_seq_length() and holder is not None:
         set_shift(cache, torch.zeros(batch, 1, dtype=torch.long))
-    return shift_of(cache, model)
+    return _shift(cache, holder)
 
 
 def use_shift(cache: Cache, model: nn.Module) -> None:
     """Let a model go on at the positions of the text that a cache holds."""
-    shift, holder = shift_of(cache, model), _holder(model)
+    holder = _holder(model)
+    shift = _shift(cache, holder)
     if holder is not None and shift is not None:
         setattr(holder, SHIFT, shift.to(next(model.parameters()).device))
 
@@ -70,6 +68,13 @@ def check_shift(shift: Tensor) -> None:
         raise ValueError(f"a shift of positions is no {shift.dtype} of shape {tuple(shift.shape)}")
 
 
+def _shift(cache: Cache, holder: nn.Module | None) -> Tensor | None:
+    if holder is None:
+        return None
+    shift = getattr(cache, SHIFT, None)
+    return getattr(holder, SHIFT) if shift is None else shift
+
+
 def _holder(model: nn.Module) -> nn.Module | None:
     """Find the part of a model that keeps the shift of the text that was read last."""
-    return next((module for module in model.modules() if hasattr(module, SHIFT)), None)
+    return next((module for module in model.modules() if SHIFT in vars(module)), None)

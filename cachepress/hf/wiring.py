@@ -247,13 +247,17 @@ def sample_tokens(decoder: PreTrainedModel, b: int, n: int) -> Tensor:
     return torch.tensor([(ids * n)[:n]], device=decoder.device).expand(b, n)
 
 
+def trained_length(model: PreTrainedModel) -> int | None:
+    """Return the most tokens of a text that the model was trained for; None if it does not say."""
+    return getattr(text_decoder(model).config, "max_position_embeddings", None)
+
+
 def learned_positions(model: PreTrainedModel) -> int | None:
     """Return the most tokens of a text where the model learned an embedding for each position.
 
     None for a model with rotary or other computed positions.
     """
-    decoder = text_decoder(model)
-    most = getattr(decoder.config, "max_position_embeddings", None)
+    decoder, most = text_decoder(model), trained_length(model)
     words = {id(decoder.get_input_embeddings()), id(model.get_input_embeddings())}
     tables = [m for m in decoder.modules() if isinstance(m, nn.Embedding) and id(m) not in words]
     # Some models reserve a few entries of the table for padding.

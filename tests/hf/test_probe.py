@@ -174,10 +174,16 @@ def test_an_interrupt_leaves_nothing_and_is_not_remembered(monkeypatch):
         pass
 
 
-def test_a_model_is_tried_out_once_for_each_attention_function(monkeypatch):
-    model, seen = tiny(), []
-    compare = probe._compare
-    monkeypatch.setattr(probe, "_compare", lambda d: (seen.append(d), compare(d)))
+@pytest.fixture
+def seen(monkeypatch):
+    """The decoders that are tried out."""
+    found, compare = [], probe._compare
+    monkeypatch.setattr(probe, "_compare", lambda d: (found.append(d), compare(d)))
+    return found
+
+
+def test_a_model_is_tried_out_once_for_each_attention_function(seen):
+    model = tiny()
     for _ in range(2):
         with PRESS(model):
             pass
@@ -201,10 +207,8 @@ def test_flex_attention_is_refused_when_the_block_is_entered():
         pass
 
 
-def test_threads_that_enter_together_try_it_out_once(monkeypatch):
-    model, seen = tiny(), []
-    compare = probe._compare
-    monkeypatch.setattr(probe, "_compare", lambda d: (seen.append(d), compare(d)))
+def test_threads_that_enter_together_try_it_out_once(seen):
+    model = tiny()
     threads = [threading.Thread(target=lambda: PRESS(model).__enter__()) for _ in range(4)]
     for thread in threads:
         thread.start()
