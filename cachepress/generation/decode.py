@@ -12,7 +12,7 @@ from transformers.utils.generic import ModelOutput
 
 from cachepress.errors import CachepressError
 from cachepress.generation.options import check_generation, looks_up, text_reader
-from cachepress.hf import cache_argument, shift_of, use_shift
+from cachepress.hf import cache_argument, check_continues, shift_of, use_shift
 from cachepress.limits import is_out_of_memory, said, shown
 from cachepress.ops import wide
 
@@ -100,6 +100,8 @@ def _generate(
     pad = tokenizer.pad_token_id
     pad = pad if isinstance(pad, int) else (ends or [0])[0]
     ids, mask = _padded(question_ids, cache.get_seq_length(), pad)
+    if ids.shape[1] > 1:
+        check_continues(model, cache)
     text = _text_read(model, generation, text_ids)
     if text is not None:
         # Padding counts as the last token of the text, so that it adds none.
@@ -214,6 +216,8 @@ def force(model: PreTrainedModel, cache: Cache, texts: Sequence[Forced]) -> list
         for text in texts
     ]
     ids, mask = _padded(whole, cache.get_seq_length(), 0)
+    if ids.shape[1] > 1:
+        check_continues(model, cache)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     shift = shift_of(cache, model)
     positions = positions if shift is None else positions + shift.to(positions)

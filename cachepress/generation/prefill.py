@@ -16,6 +16,7 @@ from cachepress.hf import (
     PressSession,
     as_one_forward,
     cache_argument,
+    check_continues,
     codec_of,
     shift_before,
     text_decoder,
@@ -71,10 +72,7 @@ def prefill(
         CachepressError: if an argument is wrong or the combination cannot work.
     """
     check_prefill(press, chunk_size, mode, storage)
-    if input_ids.ndim != 2 or not input_ids.shape[1]:
-        raise CachepressError(
-            f"input_ids: got shape {tuple(input_ids.shape)}, wanted [B, T] with T > 0"
-        )
+    _check_ids(input_ids)
     decoder = text_decoder(model)
     cache = DynamicCache(config=decoder.config) if cache is None else cache
     name = cache_argument(decoder)
@@ -86,10 +84,9 @@ def prefill(
         mask = torch.cat([mask.new_ones(mask.shape[0], seen), mask], dim=1)
     positions = _positions(mask, shift_before(cache, model, len(ids)), seen + n)
     chunk_size = n if chunk_size is None else chunk_size
-    ends = (min(chunk_size, n) - 1 + seen, n - 1 + seen)
-    if positions is not None:
-        ends = (int(positions[:, ends[0]].max()), int(positions.max()))
     starts = range(0, n, chunk_size)
+    if min(chunk_size, n) > 1 and (seen or len(starts) > 1):
+        check_continues(model, cache)
     bar = logging.tqdm(starts, unit="chunk", disable=not progress)
     session = None
     if press is not None:
@@ -101,6 +98,7 @@ def prefill(
             tokenizer=tokenizer,
             stopwatch=stopwatch,
         )
+    ends = _ends(positions, seen, chunk_size, n)
     with torch.no_grad(), _memory_explained(), as_one_forward(decoder, *ends):
         for start in bar:
             stop = min(start + chunk_size, n)
@@ -131,6 +129,14 @@ def _positions(mask: Tensor | None, shift: Tensor | None, length: int) -> Tensor
         return None if shift is None else torch.arange(length, device=shift.device) + shift
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     return positions if shift is None else positions + shift.to(positions)
+
+
+def _ends(positions: Tensor | None, seen: int, chunk_size: int, n: int) -> tuple[int, int]:
+    """Return the highest position of the first chunk, and of all ``n`` tokens of a prompt."""
+    first, last = min(chunk_size, n) - 1 + seen, n - 1 + seen
+    if positions is None:
+        return first, last
+    return int(positions[:, first].max()), int(positions.max())
 
 
 def read_context(
@@ -201,6 +207,13 @@ def _memory_explained() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(error) from error
+
+
+def _check_ids(input_ids: Tensor) -> None:
+    if input_ids.ndim != 2 or not input_ids.shape[1]:
+        raise CachepressError(
+            f"input_ids: got shape {tuple(input_ids.shape)}, wanted [B, T] with T > 0"
+        )
 
 
 def check_prefill(

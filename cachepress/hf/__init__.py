@@ -8,6 +8,7 @@ changes no model.
 """
 
 from cachepress.hf.angles import as_one_forward
+from cachepress.hf.probe import check_continues
 from cachepress.hf.session import PressSession, codec_of
 from cachepress.hf.shifts import SHIFT, check_shift, set_shift, shift_before, shift_of, use_shift
 from cachepress.hf.wiring import (
@@ -29,6 +30,7 @@ __all__ = [
     "as_one_forward",
     "attach",
     "cache_argument",
+    "check_continues",
     "check_model",
     "check_shift",
     "codec_of",

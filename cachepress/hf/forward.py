@@ -23,6 +23,7 @@ from cachepress.engine import Pending, compress, compress_together
 from cachepress.errors import CachepressError, cache_dropped
 from cachepress.hf.blocks import unobserved
 from cachepress.hf.capture import Capture
+from cachepress.hf.probe import check_continues
 from cachepress.hf.reconstruction import Reconstructor, Waiting
 from cachepress.hf.shifts import note_shift
 from cachepress.hf.wiring import install_layers
@@ -147,6 +148,8 @@ class PressedForward:
                 "texts; start again with a fresh cache"
             )
         self.step = self._step()
+        if self.step.new > 1 and (self.step.seen or chunk == "hold"):
+            check_continues(setup.model, cache)
         self.press = setup.press.acting(self.step)
         self.needs = self.press.needs
         self.observed = self.needs.observed

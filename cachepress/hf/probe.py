@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
 from cachepress.errors import CachepressError, UnsupportedError
 from cachepress.hf.blocks import unobserved
@@ -33,6 +33,11 @@ _TOKENS = (5, 1)
 _LOCK = RLock()
 _PASSED: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()
 """The attention functions with which each decoder was tried out."""
+_CONTINUES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+"""Whether the recurrent layers of each decoder go on where an earlier forward ended."""
+_LOST = 0.05
+"""A token that recurrent layers read without what came before differs by more than this, relative
+to its size. Rounding in half types stays below for most tokens."""
 
 
 def try_out(model: nn.Module) -> None:
@@ -62,6 +67,38 @@ def try_out(model: nn.Module) -> None:
         finally:
             del selection  # An error that somebody keeps would keep it.
         passed.add(base)
+
+
+def check_continues(model: nn.Module, cache: Cache) -> None:
+    """Raise UnsupportedError if recurrent layers forget their state in a forward of several tokens.
+
+    transformers' own layers of some models (Jamba) go on from a state by one token at a time only:
+    chunks of a prompt, and a question after a text, would be read without what came before.
+    """
+    if not any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers):
+        return
+    decoder = text_decoder(model)
+    with _LOCK:
+        if decoder not in _CONTINUES:
+            with _evaluating(decoder), torch.no_grad(), unobserved(decoder):
+                _CONTINUES[decoder] = _continues(decoder)
+    if not _CONTINUES[decoder]:
+        raise UnsupportedError(
+            f"the recurrent layers of {type(unwrapped(model)).__name__} forget what they have read "
+            "when a further forward has several tokens: read a text in one forward, without "
+            "chunks, and what follows token by token"
+        )
+
+
+def _continues(decoder: PreTrainedModel) -> bool:
+    """Compare the last tokens of a text that is read in one forward and in two."""
+    tokens = sample_tokens(decoder, 1, sum(_TOKENS))
+    half = sum(_TOKENS) // 2
+    whole, parts = (DynamicCache(config=decoder.config) for _ in range(2))
+    wanted = run_alone(decoder, tokens, whole)[:, half:].float()
+    found = [run_alone(decoder, chunk, parts) for chunk in tokens.split(half, dim=1)]
+    errors = (found[1].float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    return not float(errors.min()) > _LOST
 
 
 def _compare(decoder: PreTrainedModel) -> None:

@@ -7,8 +7,9 @@ import torch
 import transformers as hf
 
 import cachepress as cp
+from benchmarks.models.tiny import tiny as tiny_type
 from cachepress.cache.batch import compressed_layers
-from cachepress.hf import probe
+from cachepress.hf import probe, watching
 from cachepress.hf.probe import try_out
 from tests.bounds import close
 from tests.tiny import ARCHITECTURES, SMALL, tiny, tokens
@@ -277,3 +278,33 @@ def test_hooks_of_the_model_hear_nothing_of_the_trial():
     assert all(torch.equal(x, state[name]) for name, x in model.named_buffers())
     model(tokens(3))
     assert heard
+
+
+@pytest.mark.parametrize("kind", ["jamba", "zamba"])
+def test_recurrent_layers_that_forget_are_refused_where_a_text_is_not_read_in_one_forward(kind):
+    model, ids = tiny_type(kind), tokens(12)
+    cache = pressed(model, PRESS, ids)
+    for press in (PRESS, None):
+        with pytest.raises(cp.CachepressError, match=r"recurrent layers of \w+ForCausalLM forget"):
+            cp.prefill(model, ids, press, chunk_size=5)
+        with pytest.raises(cp.CachepressError, match="forget"):
+            cp.prefill(model, ids, press, cp.fork(cache))
+    with pytest.raises(cp.CachepressError, match="forget"), PRESS(model):
+        model(ids, past_key_values=cp.fork(cache))
+    with pytest.raises(cp.CachepressError, match="forget"), PRESS(model):
+        model.generate(ids, prefill_chunk_size=5, max_new_tokens=2)
+    by_token = cp.prefill(model, ids, PRESS, chunk_size=1)
+    assert same_step(model, by_token, cache)
+
+
+def test_recurrent_layers_that_go_on_are_read_in_chunks():
+    model, ids = tiny("qwen3_next"), tokens(24)
+    in_chunks = cp.prefill(model, ids, PRESS, chunk_size=9)
+    whole = pressed(model, PRESS, ids)
+    assert same_step(model, in_chunks, whole)
+
+
+def same_step(model, *caches) -> bool:
+    """Whether a further token gives the same after each of two caches, but for rounding."""
+    ours, wanted = (forward(model, cache, input_ids=tokens(1)).logits for cache in caches)
+    return watching.close(ours, wanted, 1e-3)
