@@ -122,6 +122,18 @@ def test_the_given_cache_keeps_the_compressed_context_and_answers_again(pipe):
         pipe(words(30), question="w9", cache=cache)
 
 
+@pytest.mark.parametrize("press", [PRESS, cp.DecodingPress(PRESS, 4, target_size=30)], ids=str)
+def test_a_press_of_its_own_acts_alone_inside_the_block_of_another(pipe, press):
+    options = {"press": press, "max_new_tokens": 12, "suppress_tokens": [0, 1, 2, 96]}
+    cache, inner = DynamicCache(), DynamicCache()
+    alone = pipe(CONTEXT, questions=QUESTIONS, cache=cache, **options)
+    with cp.RandomPress(0.9)(pipe.model):
+        inside = pipe(CONTEXT, questions=QUESTIONS, cache=inner, **options)
+    assert inside == alone
+    for layer, other in zip(compressed_layers(cache), compressed_layers(inner), strict=True):
+        assert torch.equal(layer.positions, other.positions)
+
+
 def test_stats_are_measured(pipe):
     stats = pipe(CONTEXT, questions=QUESTIONS, press=PRESS, max_new_tokens=5, return_stats=True)[
         "stats"

@@ -38,7 +38,7 @@ from cachepress.generation.options import (
 )
 from cachepress.generation.prefill import read_context
 from cachepress.generation.prompt import MIDDLE, Prompt, PromptOptions, make_prompt
-from cachepress.hf import has_only_full_attention
+from cachepress.hf import has_only_full_attention, text_decoder, unobserved
 from cachepress.measure import Stopwatch
 from cachepress.models.chat import encode
 from cachepress.press import BasePress
@@ -215,8 +215,11 @@ class KVPressTextGenerationPipeline(Pipeline):
                 held, seconds = read_context(self.model, part.ids, press, cache, **stored)
             sizes.append(size_of(held))
             prefill_seconds += seconds
-            # Only a press that compresses while decoding acts on answers, and none on questions.
-            acting = press(self.model, turns="first") if press and decoding else nullcontext()
+            # Only a press that compresses while decoding acts on answers, and none on questions;
+            # nor does one whose block the pipeline is called in, when it has a press of its own.
+            acting = nullcontext() if press is None else unobserved(text_decoder(self.model))
+            if press is not None and decoding:
+                acting = press(self.model, turns="first")
             with answering, acting:
                 answered += self.generate_answer(held, part, generation, streamer)
         tokens = [ids for found in answered for ids in found.tokens]

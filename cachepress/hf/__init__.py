@@ -8,6 +8,7 @@ changes no model.
 """
 
 from cachepress.hf.angles import as_one_forward
+from cachepress.hf.blocks import unobserved
 from cachepress.hf.probe import check_continues
 from cachepress.hf.session import PressSession, codec_of
 from cachepress.hf.shifts import SHIFT, check_shift, set_shift, shift_before, shift_of, use_shift
@@ -44,5 +45,6 @@ __all__ = [
     "shift_of",
     "text_decoder",
     "trained_length",
+    "unobserved",
     "use_shift",
 ]
