@@ -136,7 +136,7 @@ class AttentionCall:
         return self.features.hidden(self)
 
     def when_over(self, rotates: bool, projects: bool) -> "AttentionCall":
-        """Make a call that can be kept until the forward is over, without what is large.
+        """Copy the call without its large tensors, to be kept until the forward is over.
 
         Layers that wait for a context reconstruction, or for a press to be chosen, are compressed
         later than their attention call. Queries, output and pairs of every layer would not fit into

@@ -186,7 +186,7 @@ class BasePress:
             turns: "all" compresses after every forward of several tokens, "first" only after the
                 first of a text, so that later prompts are kept whole.
             storage: how kept pairs are stored: "full" in the model's type, or as the press
-                declares; "int8", "int4", "int2", or a ``Codec``. Keys are quantized by channel,
+                declares; "int8", "int4", "int2", or a ``Codec``. Keys are quantised by channel,
                 values by token; the newest 64 tokens of a head stay in the model's type.
             question: number of tokens at the end of the prompt that are the question, one number
                 or one for each sequence; for presses that need it.

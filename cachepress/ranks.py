@@ -51,7 +51,7 @@ def pin(scores: Tensor, tokens: Tensor) -> Tensor:
 
 
 def choose(scores: Tensor, tokens: Tensor) -> Tensor:
-    """Put the tokens ``[B, H, T]`` above every other one, pinned or free."""
+    """Put the tokens ``[B, H, T]`` above all others, whatever these scored or were pinned to."""
     return torch.where(tokens, TAKEN, wide(scores).clamp(max=FREE))
 
 

@@ -144,7 +144,7 @@ def _of_these_weights(told: Mapping[str, str], model: PreTrainedModel, path: str
     """Tell whether an artefact was learned of a model's weights, as far as it says so.
 
     They are the same if they are equal, bit for bit, in one of the types that both can be cast to.
-    Weights that were rounded twice or quantized never are; these count as the same if they come
+    Weights that were rounded twice or quantised never are; these count as the same if they come
     from the same files.
     """
     types = [name for name in _TYPES if f"weights_{name}" in told]

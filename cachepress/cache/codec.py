@@ -29,7 +29,7 @@ VALUE_GROUP = 32
 
 @dataclass(frozen=True)
 class Codec:
-    """Quantizes kept pairs: how many bits a number has, and which numbers share a scale.
+    """Quantises kept pairs: how many bits a number has, and which numbers share a scale.
 
     Attributes:
         bits: of a number, 8, 4 or 2.
@@ -68,7 +68,7 @@ class Codec:
         return cls(bits, value_group=VALUE_GROUP if bits == 2 else None)
 
     def encode_keys(self, pages: Tensor, used: Tensor) -> "Quantized":
-        """Quantize pages of keys ``[P, C, D]`` with a scale for each channel of a page.
+        """Quantise pages of keys ``[P, C, D]`` with a scale for each channel of a page.
 
         ``used [P, C]`` says which slots count.
         """
@@ -78,7 +78,7 @@ class Codec:
         return self._encode(pages, low.amin(1, keepdim=True), high.amax(1, keepdim=True))
 
     def encode_values(self, pages: Tensor) -> "Quantized":
-        """Quantize pages of values ``[P, C, E]``, each with a scale for each group of channels."""
+        """Quantise pages of values ``[P, C, E]``, each with a scale for each group of channels."""
         self.check(pages.shape[-1])
         size = self.value_group or pages.shape[-1]
         low, high = _range(pages.detach(), torch.zeros_like(pages, dtype=torch.bool))
@@ -167,7 +167,7 @@ class Quantized:
         return self.codes.shape[-1] * 8 // self.bits
 
     def decode(self) -> Tensor:
-        """Dequantize the pages, ``[P, C, D]``."""
+        """Dequantise the pages, ``[P, C, D]``."""
         codes = _unpacked(self.codes, self.bits)
         zero, scale = (
             _each(x.float(), self.group, codes.shape[-1]) for x in (self.zero, self.scale)
@@ -191,7 +191,7 @@ class Quantized:
 
 
 Stored = Tensor | Quantized
-"""Pages of keys or values, as they are or quantized."""
+"""Pages of keys or values, as they are or quantised."""
 
 
 def floats(x: Stored) -> Tensor:

@@ -361,7 +361,7 @@ class CompressedLayer(GrowingLayer):
 
     @property
     def _bounded(self) -> bool:
-        """Whether the keys of each page get bounds."""
+        """Whether pages record the range of each key channel, for a page budget."""
         return self.page_budget is not None
 
     @property

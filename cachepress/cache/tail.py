@@ -86,7 +86,7 @@ class Tail:
         return Tail.of(keys, values)
 
     def exact(self) -> "Tail":
-        """Return a tail without free slots."""
+        """Return the tail in a buffer of exactly its length."""
         if self.keys.shape[2] == self.n:
             return self
         rows = self.read()

@@ -74,9 +74,9 @@ class Rest:
 
 
 def given(*kinds: type, without: Sequence[str] = (), **aliases: str) -> dict[str, Rest]:
-    """Make the metadata of a field that collects the given options of other dataclasses.
+    """Make metadata by which a command's field takes the options of other dataclasses as a mapping.
 
-    What was not given is not in it, so that it comes before a file, and that before the defaults.
+    Only options that were given are in it: a file stands in for the others, then the defaults.
     """
     return {_REST: Rest(kinds, without, aliases)}
 

@@ -311,7 +311,7 @@ def _doubt(found: Moments, near: np.ndarray, trust: tuple[np.ndarray, np.ndarray
 def _farthest(
     values: np.ndarray, whole: Moments, changed: Moments, agree: np.ndarray
 ) -> np.ndarray:
-    """Bound how large a change can be that no sample shows.
+    """Bound how far the scores of two runs may differ on a sample that was not drawn.
 
     Of ``k`` changes the largest was found, and another is larger with probability
     ``1 / (k + 1)``: it moves that far on to 1, if most samples agree or all changes go one way,

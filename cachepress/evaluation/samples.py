@@ -84,7 +84,7 @@ class Context:
         )
 
     def departures(self, config: EvaluationConfig) -> dict[str, object]:
-        """Return the prompt options that differ from those before they existed.
+        """Return the prompt options that change a prompt of version 0.1.0, which did not have them.
 
         A record's key has only these, so that answers from before are still found.
         """

@@ -276,7 +276,7 @@ def _check_length(layer: object, keys: Tensor, values: object) -> None:
 
 
 def _is_like(value: object, one: object, two: object, batch: int, grown: bool) -> bool:
-    """Tell whether a value can be where two sample caches have ``one`` and ``two``.
+    """Tell whether a value is possible where two sample caches have ``one`` and ``two``.
 
     What the samples have in common is the same in every cache; where they differ it is a number of
     sequences or tokens. ``grown`` is for layers that hold more of the past than they need.

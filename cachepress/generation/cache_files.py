@@ -203,7 +203,7 @@ def _device_of(layer: object, model: PreTrainedModel) -> torch.device:
 
 
 def _fitting(model: PreTrainedModel) -> Fitting:
-    """Let the model fill samples, which say what a cache of it has to be like."""
+    """Find what every cache of a model looks like, from sample caches that it fills."""
     return Fitting(
         compressed=sample_cache(model, 1, ours=True),
         one=sample_cache(model, 1, ours=False),
@@ -303,7 +303,7 @@ def _dtype_named(name: str) -> torch.dtype:
 
 
 def _part(kind: str, columns: object) -> object:
-    """A part of a layer of what it is made of."""
+    """Rebuild a segment, codec or other part of a layer from its saved fields."""
     columns = _named_today(cast(dict[str, Any], columns))
     if kind == "Block":
         check_pages(columns)

@@ -93,7 +93,7 @@ def put_around(module: nn.Module, name: str, act: Act, user: object) -> Around:
 
 
 def take_away(module: nn.Module, name: str, around: Around, user: object) -> None:
-    """Take a function away for a user; after the last one the module has its method back.
+    """Remove a function for one user; after the last user the module has its method back.
 
     Where somebody else has put a function around the method since, ours stays, and lets calls pass.
     """

@@ -158,7 +158,7 @@ class RotaryProofs:
 
 
 def _likely(known: Found | None, last: Tensor) -> Found | None:
-    """Return what was found in a forward before, as it is in one that ends at ``last``."""
+    """Return the embedding of an earlier forward, as it rotates in one that ends at ``last``."""
     if known is None or isinstance(known.rotary, NoRotary):
         return known
     angles = cast(Angles, known.rotary.cos_sin)

@@ -145,7 +145,7 @@ class PressSession:
         return (own or self._blocks)[-1]
 
     def _end(self, block: Block) -> None:
-        """Close a block, and with the last one stand around the model no more."""
+        """Close a block; after the last one the model has its own methods back."""
         leave(block)
         if block in self._blocks:
             self._blocks.remove(block)

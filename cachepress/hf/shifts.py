@@ -76,5 +76,5 @@ def _shift(cache: Cache, holder: nn.Module | None) -> Tensor | None:
 
 
 def _holder(model: nn.Module) -> nn.Module | None:
-    """Find the part of a model that keeps the shift of the text that was read last."""
+    """Find the module of a model that has ``rope_deltas``: the shift of the text read last."""
     return next((module for module in model.modules() if SHIFT in vars(module)), None)

@@ -37,7 +37,7 @@ class WatchedLayer(CompressedLayer):
 
     @classmethod
     def instead_of(cls, layer: object, index: int) -> "WatchedLayer":
-        """Make the layer that watches in the place of an empty one of transformers' own."""
+        """Make a layer that watches, in place of an empty cache layer of transformers."""
         hybrid = isinstance(layer, LinearAttentionLayer)
         made = WatchedHybridLayer.adopt_layer(layer) if hybrid else cls()
         made.index = index
@@ -45,12 +45,12 @@ class WatchedLayer(CompressedLayer):
 
     @property
     def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What can be asked only whether there are any: their number is what is left of a text."""
+        """A stand-in for the keys: it tells whether there are any, and raises a fault if read."""
         return cast(Tensor, _Some("keys", self.plain[0].numel())) if self.plain else None
 
     @property
     def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What can be asked only whether there are any."""
+        """A stand-in for the values: it tells whether there are any, and raises a fault if read."""
         return cast(Tensor, _Some("values", self.plain[1].numel())) if self.plain else None
 
     def update(

@@ -248,12 +248,12 @@ def sample_tokens(decoder: PreTrainedModel, b: int, n: int) -> Tensor:
 
 
 def trained_length(model: PreTrainedModel) -> int | None:
-    """Return the most tokens of a text that the model was trained for; None if it does not say."""
+    """Return how many tokens of text the model was trained for; None if its config does not say."""
     return getattr(text_decoder(model).config, "max_position_embeddings", None)
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
-    """Return the most tokens of a text where the model learned an embedding for each position.
+    """Return how many positions the model learned embeddings for: a text can be no longer.
 
     None for a model with rotary or other computed positions.
     """

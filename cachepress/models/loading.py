@@ -147,7 +147,7 @@ def groups_of(name: str) -> int | None:
 
 
 def positions_of(name: str, model_kwargs: Mapping[str, object] | None = None) -> int | None:
-    """Return the most positions of a model from its config, without loading its weights.
+    """Return how many positions a model has by its config, without loading its weights.
 
     None where it has no such limit, or no config can be read; loading the model then says why.
     """

@@ -17,7 +17,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Suspend autocast on a device: what was made wide would be multiplied in a half type."""
+    """Suspend autocast on a device, which would multiply float32 numbers as a half type."""
     kind = device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)

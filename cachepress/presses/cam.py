@@ -59,7 +59,7 @@ class CAMPress(DecodingPress, alias="cam"):
         *,
         base_press: BasePress | None = None,
     ) -> None:
-        """Set the options; ``base_press`` is kvpress's name for ``press``."""
+        """Take ``base_press``, kvpress's name, for ``press``, too."""
         values = {
             "press": either("press", press, "base_press", base_press),
             "compression_interval": compression_interval,

@@ -85,7 +85,7 @@ class DecodingPress(_WhileDecodingPress, alias="decoding"):
         *,
         base_press: BasePress | None = None,
     ) -> None:
-        """Set the options; ``base_press`` is kvpress's name for ``press``."""
+        """Take ``base_press``, kvpress's name, for ``press``, too."""
         values = {
             "press": either("press", press, "base_press", base_press),
             "compression_interval": compression_interval,
@@ -140,7 +140,7 @@ class CompressionRatioDecodingPress(_WhileDecodingPress, alias="compression_rati
         *,
         base_press: BasePress | None = None,
     ) -> None:
-        """Set the options; ``base_press`` is kvpress's name for ``press``."""
+        """Take ``base_press``, kvpress's name, for ``press``, too."""
         values = {
             "press": either("press", press, "base_press", base_press),
             "compression_interval": compression_interval,

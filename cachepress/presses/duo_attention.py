@@ -101,7 +101,7 @@ class DuoAttentionPress(BasePress, alias="duo_attention"):
         return {"pattern": [path, beside] if beside.is_file() else [path]}
 
     def for_model(self, model: PreTrainedModel) -> Self:
-        """Find the scores of a model's heads, and both sizes."""
+        """Find the scores of a model's heads, and how many tokens its streaming heads keep."""
         sizes = dict(_SIZES)
         if isinstance(self.pattern, str):
             sizes |= _published_sizes(self.pattern)

@@ -59,7 +59,7 @@ class ExpectedAttentionStatsPress(ExpectedAttentionPress, alias="expected_attent
         num_samples: int | None = None,
         sample_seq_len: int | None = None,
     ) -> None:
-        """Set the options; the last four are kvpress's ways to name a file of ``stats``."""
+        """Take the ways in which kvpress names a file of statistics, too."""
         text = (dataset_name, num_samples, sample_seq_len)
         given = any(x is not None for x in text)
         values = {

@@ -80,7 +80,7 @@ class LUKVPress(WrapperPress, alias="lukv"):
         layers: tuple[int, ...] | None = None,
         compression_ratio: float | None = None,
     ) -> None:
-        """Set the options; ``compression_ratio`` sets the ratio of ``press``."""
+        """Take ``compression_ratio``, too, which sets the ratio of ``press``."""
         press = ExpectedAttentionPress(epsilon=0.02) if press is None else press
         if compression_ratio is not None and isinstance(press, BasePress):
             press = press.with_ratio(compression_ratio)

@@ -113,7 +113,7 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
 
 @dataclass(frozen=True)
 class _Limited(WrapperPress):
-    """A press whose pairs have to fit into a number of bytes besides.
+    """The press for prompts, where the bytes that ``decoding_press`` allows limit it, too.
 
     Attributes:
         amount: the bytes, and what the press keeps of what fits.
@@ -123,7 +123,7 @@ class _Limited(WrapperPress):
 
     @property
     def budget(self) -> TopK:
-        """The inner budget, of the amount."""
+        """The inner press's budget, for no more pairs than fit."""
         return replace(_counted(self.press), amount=self.amount)
 
 

@@ -12,34 +12,34 @@ Fits = Callable[[Sequence[str], Sequence[str]], str | None]
 
 
 def some_answer(answers: Sequence[str], choices: Sequence[str]) -> str | None:
-    """Want any text to compare with, as every metric does."""
+    """Require any text to compare with, as every metric does."""
     return None if answers else "an answer"
 
 
 def some_choices(answers: Sequence[str], choices: Sequence[str]) -> str | None:
-    """Want all classes, in the column "choices" or "all_classes"."""
+    """Require all classes, in the column "choices" or "all_classes"."""
     return None if choices else 'all classes, in a column "choices" or "all_classes"'
 
 
 def listed_choice(answers: Sequence[str], choices: Sequence[str]) -> str | None:
-    """Want an answer that is one of the choices."""
+    """Require an answer that is one of the choices."""
     fits = not set(answers).isdisjoint(choices)
     return None if fits else 'choices, in a column "choices", with the answer among them'
 
 
 def some_letter(answers: Sequence[str], choices: Sequence[str]) -> str | None:
-    """Want the letter of an option, with its text or without."""
+    """Require the letter of an option, with its text or without."""
     return None if any(a in tuple("ABCD") for a in answers) else "a letter from A to D"
 
 
 def text_and_letter(answers: Sequence[str], choices: Sequence[str]) -> str | None:
-    """Want the text of an option, and then its letter."""
+    """Require the text of an option, and then its letter."""
     fits = len(answers) == 2 and re.fullmatch("[A-J]", answers[1])
     return None if fits else "two texts, what the right option says and its letter"
 
 
 def matching(pattern: str, wanted: str, every: bool = True) -> Fits:
-    """Want answers that a pattern matches as a whole.
+    """Require answers that a pattern matches as a whole.
 
     Args:
         pattern: the pattern.
@@ -57,7 +57,7 @@ def matching(pattern: str, wanted: str, every: bool = True) -> Fits:
 
 
 def mapping(answers: Sequence[str], choices: Sequence[str]) -> str | None:
-    """Want a mapping from masks to names, as JSON."""
+    """Require a mapping from masks to names, as JSON."""
     try:
         value = json.loads(answers[0])
     except (ValueError, IndexError, RecursionError):
