@@ -22,7 +22,7 @@ from cachepress.spec import NO_PRESS, brief
 
 LONGEST_NAME = 72
 HOW_TO_READ = (
-    "Ratio: share of key-value pairs dropped, measured. Score: mean, with a 95 % interval "
+    "Ratio: share of key-value pairs evicted, measured. Score: mean, with a 95 % interval "
     "clustered by context. Difference: to no press on the same samples, with its interval. Flips: "
     "share of samples that are right in one and wrong in the other. KL: divergence from what the "
     "uncompressed model expects while it says its own answer, nats a token. Cache: bytes allocated "

@@ -88,7 +88,7 @@ _NAMES: tuple[Column[Entry], ...] = (
 _HINTS = {
     "press": "Name of the press.",
     "nominal ratio": "Ratio that was asked for.",
-    "ratio": "Share of pairs dropped, measured.",
+    "ratio": "Share of pairs evicted, measured.",
     "kept bytes": "Bytes after, of those without a press.",
     "score": "Mean score, 95 % interval.",
     "vs no_press": "Difference on the same samples, 95 % interval.",

@@ -85,7 +85,7 @@ function shade() {
   const dropped = counts.filter((n) => n === 0).length;
   const held = counts.reduce((sum, n) => sum + n, 0) / Math.max(1, heads * counts.length);
   STATUS.textContent = `${heads} ${heads === 1 ? "head keeps" : "heads keep"} `
-    + `${(100 * held).toFixed(1)} % of ${counts.length} tokens; ${dropped} dropped by all of them`;
+    + `${(100 * held).toFixed(1)} % of ${counts.length} tokens; ${dropped} evicted by all of them`;
   document.querySelectorAll("button[data-layer]").forEach((button) =>
     button.setAttribute("aria-pressed", String(button.dataset.layer === LAYER.value)));
 }
