@@ -50,7 +50,7 @@ class RowsHandle(Tensor):
     ) -> "RowsHandle":
         """Make a handle of ``layer`` with the type of ``like``, in the shape of the whole text."""
         b, h, _, d = like.shape
-        handle = _blank(like.dtype, like.device).expand(b, h, snapshot.seen, d).as_subclass(cls)
+        handle = blank(like.dtype, like.device).expand(b, h, snapshot.seen, d).as_subclass(cls)
         handle.layer, handle.snapshot = layer, snapshot
         handle.fresh = added if snapshot.seen == like.shape[2] else None
         return handle
@@ -67,7 +67,7 @@ class RowsHandle(Tensor):
 
 
 @lru_cache
-def _blank(dtype: torch.dtype, device: torch.device) -> Tensor:
+def blank(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Make the one number that all handles of a type and device expand."""
     with torch.inference_mode(False):
         return torch.full((1,), float("nan"), dtype=dtype, device=device)

@@ -79,7 +79,7 @@ class JoinedLayer(CompressedLayer):
     def snapshot(self) -> JoinedSnapshot:
         """Snapshot of what the layer holds now, which attention reads."""
         parts = tuple(group.snapshot for group in self.groups)
-        return JoinedSnapshot((), None, self._seen, self._batch, None, None, parts)
+        return JoinedSnapshot((), None, self._seen, self._batch, None, parts=parts)
 
     @property
     def whole_nbytes(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from cachepress.cache.bytes import allocated_bytes, bytes_of_pairs
 from cachepress.cache.codec import Codec
 from cachepress.cache.handle import RowsHandle
+from cachepress.cache.kernel import Plans
 from cachepress.cache.masks import MaskReader
 from cachepress.cache.pairs import PairBytes, Pairs
 from cachepress.cache.protocol import GrowingLayer
@@ -62,7 +63,7 @@ class CompressedLayer(GrowingLayer):
         self.page_budget: int | None = None
         self.hook: Hook | None = None
         self.reads_whole = self._encoded = False
-        self.masks = MaskReader()
+        self.masks, self._plans = MaskReader(), Plans()
         self.selection: object = None
         self._task: int | None = None
         self.text_valid: Tensor | None = None
@@ -114,7 +115,9 @@ class CompressedLayer(GrowingLayer):
             raise CachepressError("the cache is empty: run a forward with it first")
         tail = None if self._tail is None else self._tail.read()
         shape = (self._seen, self._batch)
-        return Snapshot(self._segments, tail, *shape, self.text_valid, self.page_budget)
+        return Snapshot(
+            self._segments, tail, *shape, self.text_valid, self.page_budget, self._plans
+        )
 
     @property
     def nbytes(self) -> int:
@@ -219,7 +222,8 @@ class CompressedLayer(GrowingLayer):
             self._freeze()
         forked = copy.copy(self)
         forked._tail = None if self._tail is None else self._tail.copy()
-        forked.hook, forked.reads_whole, forked.masks = None, False, MaskReader()
+        forked.hook, forked.reads_whole = None, False
+        forked.masks, forked._plans = MaskReader(), self._plans.anew()
         forked._task = backward_task()
         if self.query_stats is not None:
             forked.query_stats = self.query_stats.select(torch.arange(self._batch))
@@ -244,7 +248,8 @@ class CompressedLayer(GrowingLayer):
         with following(*(x for layer in layers for x in layer.tensors())):
             stacked._segments = tuple(Segment.stack(segments) for segments in parts)
         stacked._batch, stacked.text_ids = len(layers) * n, None
-        stacked.query_stats = stacked.rotated = None
+        stacked.query_stats, stacked.rotated = None, None
+        stacked._plans = layers[0]._plans.anew()
         stacked._compressed_at = max(layer._compressed_at for layer in layers)
         return stacked
 

@@ -50,6 +50,11 @@ class TextMask:
         return cast(T, self._memo[name])
 
     @property
+    def is_causal(self) -> bool:
+        """Whether each query sees all tokens up to itself, since the model made no mask."""
+        return self._mask is None
+
+    @property
     def per_head(self) -> bool:
         """Whether each head has a mask of its own."""
         return self._mask is not None and self._mask.ndim == 4 and self._mask.shape[1] > 1

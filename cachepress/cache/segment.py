@@ -22,7 +22,7 @@ from cachepress.ops.paged_attention import PAGE, DensePart, Layout, PagedPart, P
 from cachepress.ops.paged_attention.parts import LOWEST, apart, of_channels, together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
     """Key-value pairs of each sequence and KV head, every head with its own number, in pages.
 

@@ -1,10 +1,13 @@
 """Snapshot of a compressed layer: what it holds at one moment, and attention over that."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from weakref import ref
 
 import torch
 from torch import Tensor
 
+from cachepress.cache import kernel
 from cachepress.cache.codec import floats
 from cachepress.cache.masks import TextMask
 from cachepress.cache.pairs import Pairs
@@ -27,6 +30,7 @@ class Snapshot:
         batch: number of sequences.
         text_valid: ``[B, S]`` of the compressed text columns, those that are tokens; None if all.
         page_budget: pages of the segments that one query reads in each head; None for all.
+        plans: what the kernel was told of the layer's storage.
     """
 
     segments: tuple[Segment, ...]
@@ -35,6 +39,7 @@ class Snapshot:
     batch: int
     text_valid: Tensor | None
     page_budget: int | None = None
+    plans: kernel.Plans = field(default_factory=kernel.Plans, compare=False)
 
     @property
     def start(self) -> int:
@@ -61,6 +66,23 @@ class Snapshot:
         if self.tail is not None:
             return self.tail.keys.shape[1]
         return self.segments[0].shape[1]
+
+    @property
+    def value_width(self) -> int:
+        """Numbers of a value."""
+        values = self.segments[0].values if self.tail is None else self.tail.values
+        return values.shape[-1] if isinstance(values, Tensor) else values.width
+
+    @property
+    def storage(self) -> tuple[object, ...]:
+        """What is another one as soon as pairs are stored elsewhere; it keeps nothing alive."""
+        tail = () if self.tail is None else (self.tail.keys.data_ptr(), self.tail.keys.stride(1))
+        return (*map(ref, self.segments), *tail)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pairs are."""
+        return self.segments[0].layout.device if self.tail is None else self.tail.keys.device
 
     def rows(self) -> Pairs:
         """Return all pairs as one table ``[B, H, T, ...]``, those of the tail last."""
@@ -114,6 +136,11 @@ class Snapshot:
             return self._attend(query, mask, rule)
 
     def _attend(self, query: Tensor, mask: TextMask, rule: AttentionRule) -> Tensor:
+        self.plans.group = query.shape[1] // self.heads
+        if kernel.is_usable(query):
+            out = kernel.attend(self, query, mask, rule)
+            if out is not None:
+                return out
         b, hq, n, d = query.shape
         bias = mask.of_rows(self.start, self.text_valid)
         if self.page_budget is None or n > 1:
@@ -126,6 +153,11 @@ class Snapshot:
         grouped = query.reshape(b, self.heads, hq // self.heads, n, d)
         out = paged_attention(grouped, parts, rule)
         return out.view(b, hq, n, -1).transpose(1, 2).to(query.dtype).contiguous()
+
+    def records_gradients(self, query: Tensor, rule: AttentionRule) -> bool:
+        """Tell whether gradients of attention are recorded."""
+        given = [query, *self._floats()] + ([] if rule.sinks is None else [rule.sinks])
+        return torch.is_grad_enabled() and any(x.requires_grad for x in given)
 
     def whole(self) -> "Snapshot":
         """Return the same snapshot without its page budget."""
@@ -142,17 +174,23 @@ class Snapshot:
         if sum(segment.layout.most_pages for segment in segments) <= page_budget:
             return [segment.part(mask) for segment in self.segments]
         parts = [segment.part(mask) for segment in self.segments if not segment.bounded]
+        some = self.chosen_pages(segments, query, mask, page_budget)
+        return parts + [
+            segment.part_of(pages, mask) for segment, pages in zip(segments, some, strict=True)
+        ]
+
+    def chosen_pages(
+        self, segments: Sequence[Segment], query: Tensor, mask: Tensor | None, page_budget: int
+    ) -> list[Tensor]:
+        """Tell for each segment ``[X, pages]`` which pages of a span one query reads."""
         worth = torch.cat([segment.worth(query, mask) for segment in segments], dim=1)  # [X, pages]
         real = worth > LOWEST
         rank = torch.arange(worth.shape[1], device=worth.device).expand_as(worth)
         last = rank.masked_fill(~real, -1).amax(-1, keepdim=True)
         worth = worth.masked_fill(rank == last, float("inf"))
-        best = worth.topk(page_budget, dim=-1).indices
+        best = worth.topk(min(page_budget, worth.shape[1]), dim=-1).indices
         chosen = torch.zeros_like(real).scatter_(-1, best, True) & real
-        some = chosen.split([segment.layout.most_pages for segment in segments], dim=1)
-        return parts + [
-            segment.part_of(pages, mask) for segment, pages in zip(segments, some, strict=True)
-        ]
+        return list(chosen.split([segment.layout.most_pages for segment in segments], dim=1))
 
     def _expanded(self, rows: Pairs) -> Pairs:
         """Repeat a table that sequences share for every sequence."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cachepress.cache.pairs import Pairs
 from cachepress.ops import following
-from cachepress.ops.paged_attention import DensePart
+from cachepress.ops.paged_attention import DensePart, Spans
 
 SLACK = 64
 """Slots that a buffer has more than a decoded token needs, so that the next ones do not copy it."""
@@ -66,6 +66,11 @@ class Tail:
         self.values[:, :, self.n : n] = values
         self.n = n
 
+    def make_room(self) -> None:
+        """Make room for one more token, without gradients."""
+        if self.n == self.keys.shape[2]:
+            self.keys, self.values = (_with_room(x, SLACK) for x in (self.keys, self.values))
+
     def read(self) -> "TailRows":
         """Return the pairs of now; pairs that are appended later do not show."""
         if self.fixed:
@@ -114,6 +119,12 @@ class TailRows:
         b, h, n = self.keys.shape[:3]
         positions = torch.arange(seen - n, seen, dtype=torch.int32, device=self.keys.device)
         return Pairs(self.keys, self.values, positions.expand(b, h, n))
+
+    def spans(self, seen: int) -> Spans:
+        """Tell a kernel where the pairs are, when ``seen`` text columns were seen."""
+        b, _, n = self.keys.shape[:3]
+        room = self.keys.stride(1) // self.keys.shape[3]
+        return Spans(self.keys, self.values, b, n, stride=room, grows=True, column=seen - n)
 
     def part(self, mask: Tensor | None) -> DensePart:
         """Lay out the pairs for the attention function, with a mask ``[B or 1, n, pairs]``."""

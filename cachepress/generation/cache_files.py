@@ -66,7 +66,7 @@ _NAMES_ON_DISK = {
 }
 """The names in a file of the fields that were renamed since version 0.1.0. A file keeps the names
 of that version, classes included, so that its caches can still be read."""
-_UNSAVED = (TEXT, "hook", "reads_whole", "masks", "selection", "_task", "rotated")
+_UNSAVED = (TEXT, "hook", "reads_whole", "masks", "selection", "_task", "_plans", "rotated")
 _TODAY = {on_disk: today for today, on_disk in _NAMES_ON_DISK.items()}
 
 

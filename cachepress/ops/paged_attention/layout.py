@@ -10,6 +10,10 @@ PAGE = 32
 """Slots of a page. A span ends with a page that is not full, so fewer than this are unused."""
 
 
+_OF_KERNEL = ("starts", "counts")
+_OF_PRODUCTS = ("span", "page", "last_page", "last_bias")
+
+
 @dataclass(frozen=True)
 class Layout:
     """Page table of spans of rows: a page belongs to one span, whose pages are in order.
@@ -87,8 +91,23 @@ class Layout:
         real = column < lengths
         return torch.where(real, self.first_page[:, None] * PAGE + column, 0), real
 
+    @cached_property
+    def starts(self) -> Tensor:
+        """The first row of each span among all slots, ``[X]`` int32."""
+        return (self.first_page * PAGE).int()
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """The rows of each span, ``[X]`` int32."""
+        return torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
+
     def tensors(self) -> list[Tensor]:
-        """List the index tensors that attention over spans of different lengths reads."""
+        """List the index tensors that attention over spans of different lengths reads.
+
+        Those that it reads on this device are made now, others where something asks for them.
+        """
         if self.even is not None:
             return []
-        return [self.span, self.page, self.last_page, self.last_bias]
+        for name in _OF_KERNEL if self.device.type == "cuda" else _OF_PRODUCTS:
+            getattr(self, name)
+        return [vars(self)[name] for name in (*_OF_KERNEL, *_OF_PRODUCTS) if name in vars(self)]

@@ -1,7 +1,7 @@
 """Parts of a layer's pairs, dense or paged: their logits and weighted sums of values."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -9,24 +9,6 @@ from torch import Tensor
 from cachepress.ops.paged_attention.layout import PAGE, Layout
 
 LOWEST = torch.finfo(torch.float32).min
-
-
-class Spans(NamedTuple):
-    """Rows of each span one after the other, for kernels.
-
-    Attributes:
-        keys: memory of rows of D numbers.
-        values: memory of rows of E numbers.
-        starts: ``[X]`` the first row of each span in that memory.
-        lengths: ``[X]`` rows of each span.
-        longest: rows of the longest span.
-    """
-
-    keys: Tensor
-    values: Tensor
-    starts: Tensor
-    lengths: Tensor
-    longest: int
 
 
 class Part(Protocol):
@@ -64,10 +46,6 @@ class Part(Protocol):
         """Restrict the bias to some of the queries."""
         ...
 
-    def spans(self) -> Spans:
-        """Describe where in memory the rows of each span are, for kernels."""
-        ...
-
     def logits(self, query: Tensor, softcap: float | None) -> Tensor:
         """Compute the logits ``[X, M, N]`` of ``query [X, M, D]``; lowest in empty columns."""
         ...
@@ -101,13 +79,6 @@ class DensePart:
     def of_queries(self, some: slice) -> "DensePart":
         """Restrict the bias to some of the queries."""
         return self if self.bias is None else replace(self, bias=self.bias[..., some, :])
-
-    def spans(self) -> Spans:
-        """Describe where the rows are; both buffers have the same number of slots for each span."""
-        x, n, d = self.keys.shape
-        room = self.keys.stride(0) // d
-        starts = torch.arange(x, device=self.keys.device) * room
-        return Spans(self.keys, self.values, starts, torch.full_like(starts, n), n)
 
     def logits(self, query: Tensor, softcap: float | None) -> Tensor:
         """Compute the logits ``[X, M, N]``; shared keys are read once for all sequences."""
@@ -147,13 +118,6 @@ class PagedPart:
     def of_queries(self, some: slice) -> "PagedPart":
         """Restrict the bias to some of the queries."""
         return self if self.bias is None else replace(self, bias=self.bias[..., some, :])
-
-    def spans(self) -> Spans:
-        """Describe where in memory the rows of each span are, for kernels."""
-        layout = self.layout
-        lengths = torch.tensor(layout.lengths, device=layout.device)
-        starts = layout.first_page * PAGE
-        return Spans(self.keys, self.values, starts, lengths, max(layout.lengths))
 
     def logits(self, query: Tensor, softcap: float | None) -> Tensor:
         """Compute the logits ``[X, M, N]``, where N is the number of slots of the longest span."""

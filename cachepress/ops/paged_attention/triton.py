@@ -1,162 +1,157 @@
-"""Attention for decoding on a GPU: a split-K kernel over spans of any length.
+"""Attention for decoding on a GPU: one launch over all pairs of a layer, and one that merges.
 
-Every program reads some rows of one span for all queries of that span, so keys and values are read
-once, and long spans keep as many programs busy as short ones.
+Every program reads some blocks of rows of one span for all queries of that span, so that keys and
+values are read once, and long spans keep as many programs busy as short ones. Where the rows are is
+read from a table on the device, see ``cachepress.ops.paged_attention.plan``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from cachepress.ops.attention import AttentionRule
-from cachepress.ops.paged_attention.parts import Part, Spans, apart, together
+from cachepress.ops.paged_attention.plan import Plan, RecordedPlan
+from cachepress.ops.paged_attention.triton_kernels import attend, merge
 
-_ROWS_OF_A_SPLIT = 1024
+_INTERPRETED = knobs.runtime.interpret
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
 
 
-class Partial(NamedTuple):
-    """Attention over some of the rows with its log-sum-exp, by which it is merged with others.
+class NewToken(NamedTuple):
+    """A decoded token that the kernel appends to the part that grows.
 
     Attributes:
-        out: ``[X, M, E]`` weighted mean of the values, float32.
-        lse: ``[X, M]`` log of the summed exponentials of the logits; very low for no rows.
+        keys: ``[B, H, 1, D]``.
+        values: ``[B, H, 1, E]``.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+class Partials(NamedTuple):
+    """Attention over some of the rows each, by whose log-sum-exp it is merged with the others.
+
+    Attributes:
+        out: ``[partials, E]`` weighted means of values, float32.
+        lse: ``[partials]`` log of the summed exponentials of the logits; very low for no rows.
     """
 
     out: Tensor
     lse: Tensor
 
 
-def triton_attention(query: Tensor, parts: Sequence[Part], rule: AttentionRule) -> Tensor:
-    """Compute attention of the queries over all parts, all of which are visible to them.
+def triton_attention(
+    query: Tensor,
+    plan: Plan | RecordedPlan,
+    rule: AttentionRule,
+    heads: int,
+    value_dim: int,
+    added: Tensor,
+    *,
+    bias: Tensor | None = None,
+    new: NewToken | None = None,
+) -> Tensor:
+    """Compute attention of the queries over all parts of a plan, ``[B, n, H * G, E]``.
 
     Args:
-        query: ``[B, H, G, n, D]``.
-        parts: the rows, without bias.
+        query: ``[B, H * G, n, D]``.
+        plan: where the rows are.
         rule: the layer's rule.
-
-    Returns:
-        ``[B, H, G, n, E]`` in float32.
+        heads: KV heads H.
+        value_dim: numbers of a value, E.
+        added: ``[1]`` int32, the tokens that the growing part got since the plan was made.
+        bias: ``[B or 1, n, S]`` float32 over text columns, added to the logits; None where each
+            query sees all tokens up to itself.
+        new: a token that is appended, and attended to.
     """
-    b, h, g, n, d = query.shape
-    flat = query.reshape(b * h, g * n, d)
-    partials = [_attend(flat, part.spans(), rule) for part in parts]
-    if rule.sinks is not None:
-        sinks = rule.sinks.float().view(1, h, g, 1).expand(b, h, g, n).reshape(b * h, g * n)
-        partials.append(Partial(torch.zeros_like(partials[0].out), sinks))
-    return merge(partials).out.view(b, h, g, n, -1)
-
-
-def merge(partials: Sequence[Partial]) -> Partial:
-    """Merge attention over some rows each into attention over all of them."""
-    lse = torch.stack([partial.lse for partial in partials])
-    total = lse.logsumexp(0)
-    weights = (lse - total).exp().unsqueeze(-1)
-    out = sum(partial.out * weight for partial, weight in zip(partials, weights, strict=True))
-    return Partial(out, total)  # type: ignore
-
-
-def _attend(query: Tensor, rows: Spans, rule: AttentionRule) -> Partial:
-    spans, sequences = len(rows.starts), query.shape[0]
-    shared = together(query, spans).contiguous()
-    m, d, e = shared.shape[1], shared.shape[2], rows.values.shape[-1]
-    splits = max(1, triton.cdiv(rows.longest, _ROWS_OF_A_SPLIT))
-    out = shared.new_empty(spans, splits, m, e, dtype=torch.float32)
-    lse = shared.new_empty(spans, splits, m, dtype=torch.float32)
+    _, hq, n, d = query.shape
+    m, form = hq // heads * n, plan.form
+    query = query.contiguous()
+    partials = Partials(
+        query.new_empty(plan.partials, value_dim, dtype=torch.float32),
+        query.new_empty(plan.partials, dtype=torch.float32),
+    )
+    rounds = torch.promote_types(query.dtype, form.dtype)
+    # Triton's interpreter multiplies no bfloat16; in float32 the products are the same.
+    work = torch.float32 if rounds == torch.bfloat16 and _INTERPRETED else rounds
     # A jitted function has the types of its kernel's arguments, not those of what it is given.
-    launch = cast(Callable[..., None], _decode[(spans, splits)])
+    launch = cast(Callable[..., None], attend[(plan.programs,)])
     launch(
-        shared,
-        rows.keys,
-        rows.values,
-        rows.starts,
-        rows.lengths,
-        out,
-        lse,
+        query,
+        query if new is None else new.keys.contiguous(),
+        query if new is None else new.values.contiguous(),
+        plan.table,
+        added,
+        query if bias is None else bias.contiguous(),
+        *partials,
+        heads,
         m,
-        d,
-        e,
+        n,
+        1 if bias is None else bias.shape[0],
+        1 if bias is None else bias.shape[2],
         rule.scaling,
         rule.softcap or 1.0,
-        ROWS=_ROWS_OF_A_SPLIT,
+        D=d,
+        E=value_dim,
+        BLOCK_D=_power(d),
+        BLOCK_E=_power(value_dim),
+        BLOCK_M=form.tile,
+        BLOCK_N=form.block,
+        STORED=_TYPES[form.dtype],
+        ROUNDS=_TYPES[rounds],
+        WORK=_TYPES[work],
+        BITS=form.bits,
+        KEY_STEPS=_TYPES[form.key_steps],
+        VALUE_STEPS=_TYPES[form.value_steps],
+        VALUE_GROUP=form.value_group,
         CAPPED=rule.softcap is not None,
-        BLOCK_M=max(16, triton.next_power_of_2(m)),
-        BLOCK_N=64,
-        BLOCK_D=max(16, triton.next_power_of_2(d)),
-        BLOCK_E=max(16, triton.next_power_of_2(e)),
+        MASKED=bias is not None,
+        BIASED=form.biased,
+        PAGED=form.paged,
+        APPENDS=new is not None,
+        CAUSAL=n > 1 and bias is None,
+        PRECISION="ieee" if work == torch.float32 else "tf32",
     )
-    joined = merge([Partial(out[:, i], lse[:, i]) for i in range(splits)])
-    return Partial(apart(joined.out, sequences), apart(joined.lse, sequences))
+    return _merged(partials, query, plan, rule, heads, value_dim)
 
 
-@triton.jit
-def _decode(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    start_ptr,
-    length_ptr,
-    out_ptr,
-    lse_ptr,
-    m,
-    d,
-    e,
-    scaling,
-    softcap,
-    ROWS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    span, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    start = tl.load(start_ptr + span)
-    length = tl.load(length_ptr + span)
-    first = split * ROWS
-    stop = tl.minimum(first + ROWS, length)
-    im, in_ = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    id_, ie = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    query = tl.load(
-        query_ptr + (span * m + im[:, None]) * d + id_[None, :],
-        mask=(im[:, None] < m) & (id_[None, :] < d),
-        other=0.0,
+def _merged(
+    partials: Partials,
+    query: Tensor,
+    plan: Plan | RecordedPlan,
+    rule: AttentionRule,
+    heads: int,
+    value_dim: int,
+) -> Tensor:
+    b, hq, n, _ = query.shape
+    out = query.new_empty(b, n, hq, value_dim)
+    launch = cast(Callable[..., None], merge[(b * hq * n,)])
+    launch(
+        *partials,
+        plan.table,
+        out if rule.sinks is None else rule.sinks.float(),
+        out,
+        heads,
+        hq // heads * n,
+        n,
+        E=value_dim,
+        BLOCK_E=_power(value_dim),
+        SPLITS=triton.next_power_of_2(plan.splits),
+        SINKS=rule.sinks is not None,
     )
-    query = query.to(tl.float32) * scaling
-    top = tl.full([BLOCK_M], -1e30, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    sums = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    for row in range(first, stop, BLOCK_N):
-        rows = row + in_
-        real = rows < stop
-        keys = tl.load(
-            key_ptr + (start + rows[None, :]) * d + id_[:, None],
-            mask=real[None, :] & (id_[:, None] < d),
-            other=0.0,
-        )
-        logits = tl.dot(query, keys.to(tl.float32), input_precision="ieee")
-        if CAPPED:
-            logits = softcap * (2 * tl.sigmoid(2 * logits / softcap) - 1)
-        logits = tl.where(real[None, :], logits, -1e30)
-        higher = tl.maximum(top, tl.max(logits, 1))
-        weights = tl.where(real[None, :], tl.exp(logits - higher[:, None]), 0.0)
-        fade = tl.exp(top - higher)
-        values = tl.load(
-            value_ptr + (start + rows[:, None]) * e + ie[None, :],
-            mask=real[:, None] & (ie[None, :] < e),
-            other=0.0,
-        )
-        sums = sums * fade[:, None] + tl.dot(weights, values.to(tl.float32), input_precision="ieee")
-        total = total * fade + tl.sum(weights, 1)
-        top = higher
-    place = (span * splits + split) * m + im
-    lse = tl.where(total > 0, top + tl.log(tl.maximum(total, 1e-37)), -1e30)
-    tl.store(lse_ptr + place, lse, mask=im < m)
-    tl.store(
-        out_ptr + place[:, None] * e + ie[None, :],
-        sums / tl.maximum(total, 1e-37)[:, None],
-        mask=(im[:, None] < m) & (ie[None, :] < e),
-    )
+    return out
+
+
+def _power(size: int) -> int:
+    """Round up to what the kernel can multiply."""
+    return max(16, triton.next_power_of_2(size))
