@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cachepress.generation.prefill import prefill as prefill
     from cachepress.hf import detach as detach
     from cachepress.presses import *  # noqa: F403
+    from cachepress.settings import configure as configure
     from cachepress.spec import SpecError as SpecError
     from cachepress.spec import parse as parse
     from cachepress.view import LayerView as LayerView
@@ -43,6 +44,7 @@ _HOMES = {
     "SpecError": "spec",
     "UnsupportedError": "errors",
     "ask": "generation.ask",
+    "configure": "settings",
     "detach": "hf",
     "fork": "cache.batch",
     "load_cache": "generation.cache_files",

@@ -10,7 +10,17 @@ import cachepress
 
 ROOT = Path(cachepress.__file__).parent
 FLOORS = (
-    ("errors", "limits", "files", "structured", "interrupts", "deprecated", "version", "compiling"),
+    (
+        "errors",
+        "limits",
+        "files",
+        "structured",
+        "interrupts",
+        "deprecated",
+        "version",
+        "compiling",
+        "settings",
+    ),
     ("checks", "ops", "kvpress_names", "options"),
     ("measure", "reconstruction", "cache"),
     ("view", "ranks", "budgets", "schedules"),
@@ -31,7 +41,7 @@ CACHE_LAYER = ("cache.layer", "cache.protocol", "cache.batch", "cache.joined", "
 LONGEST_FILE, LONGEST_FUNCTION = 400, 50
 STILL_LONG: set[str] = set()
 """Files that are longer until they are split; nothing is ever added."""
-KERNELS = {"ops.paged_attention.triton"}
+KERNELS = {"ops.paged_attention.triton_kernels"}
 """A kernel is one function, whatever it takes."""
 
 

@@ -99,10 +99,14 @@ def take_away(module: nn.Module, name: str, around: Around, user: object) -> Non
     """
     with _LOCK:
         around.users.discard(id(user))
-        if around.users or module.__dict__.get(name) is not around:
-            return
-        bound = getattr(around.own, "__func__", None)
-        if bound is not None and bound is getattr(type(module), name, None):
-            del module.__dict__[name]
-        else:
-            module.__dict__[name] = around.own
+        # Below it may be one that nobody wants either, but that could not be taken away then.
+        unwanted: Method = around
+        while isinstance(unwanted, Around) and not unwanted.users:
+            if module.__dict__.get(name) is not unwanted:
+                return
+            own = unwanted.own
+            bound = getattr(own, "__func__", None)
+            if bound is not None and bound is getattr(type(module), name, None):
+                del module.__dict__[name]
+                return
+            module.__dict__[name] = unwanted = own

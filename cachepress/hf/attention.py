@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from threading import Lock
 from typing import cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from cachepress.cache.snapshot import Snapshot
 from cachepress.call import AttentionCall
 from cachepress.compiling import untraced
 from cachepress.errors import UnsupportedError, cache_dropped
+from cachepress.hf.step_cache import StepHandle
 from cachepress.hf.watching import Attend, Watched
 from cachepress.ops import AttentionRule, narrowest, without_autocast
 from cachepress.ops.paged_attention.parts import LOWEST
@@ -62,9 +64,13 @@ class Selection:
 
     Open blocks refer to it, and the compressed layers that the model filled, since only our
     function can read them. With the last of them the model has its own function back.
+
+    Attributes:
+        recorded: the models whose steps are recorded meanwhile.
     """
 
     def __init__(self, config: PretrainedConfig, base: str) -> None:
+        self.recorded: WeakSet[nn.Module] = WeakSet()
         name = _register(base)
         name.selection = weakref.ref(self)
         config._attn_implementation_internal = name
@@ -139,6 +145,8 @@ def _attention(
         own = partial(function, module, **kwargs)
         ours = partial(_attention, module, base=base, **kwargs)
         return key.watch(query, value, attention_mask, own, cast(Attend, ours))
+    if isinstance(key, StepHandle):
+        return key.read(query, _rule(module, query, kwargs, base)), None
     layer, n, bias = key.layer, query.shape[2], kwargs.pop("position_bias", None)
     hook, layer.hook = layer.hook, None
     mask, rule = layer.masks.read(attention_mask, n, module), _rule(module, query, kwargs, base)

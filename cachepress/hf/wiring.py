@@ -24,6 +24,7 @@ from cachepress.errors import UnsupportedError
 from cachepress.hf.attention import Selection, deselect, select
 from cachepress.hf.blocks import unobserved
 from cachepress.hf.hooks import unhooked
+from cachepress.hf.steps import stand_around
 
 _Module = TypeVar("_Module", bound=nn.Module)
 CACHE_NAMES = ("cache", "past_key_values")
@@ -127,7 +128,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def attach(model: nn.Module) -> Selection:
     """Select our attention function on a model, for as long as the selection is referred to."""
-    return select(text_decoder(model))
+    decoder = text_decoder(model)
+    selection = select(decoder)
+    stand_around(unwrapped(model), decoder, selection)
+    return selection
 
 
 def detach(model: nn.Module) -> None:

@@ -1,0 +1,322 @@
+"""One recorded step of a model: static inputs, tables on the device, and a CUDA graph."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple, cast
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.utils.generic import ModelOutput
+
+from cachepress.cache.kernel import plan_of
+from cachepress.cache.layer import CompressedLayer
+from cachepress.cache.masks import TextMask
+from cachepress.cache.stepping import count_appended, make_room, with_token
+from cachepress.hf.around import Call
+from cachepress.hf.step_cache import step_cache
+from cachepress.hf.types import PreTrainedModel
+from cachepress.hf.unchanged import Unchanged
+from cachepress.hf.watching import close
+from cachepress.ops import AttentionRule
+from cachepress.ops.paged_attention.plan import (
+    MOST_SPLITS,
+    WORDS,
+    Plan,
+    RecordedPlan,
+    UnplannedError,
+)
+from cachepress.ops.paged_attention.plan import Form as KernelForm
+
+_COLUMNS = 1024
+"""Text columns of a mask are recorded for a multiple of this."""
+_LOWEST = torch.finfo(torch.float32).min
+_ELSEWHERE = 5
+"""What is recorded is told that the text is longer by this. A model whose numbers depend on it in
+other ways than by positions and keys gives something else, and is found out."""
+
+
+class UnrecordableError(Exception):
+    """Says why a step cannot be recorded."""
+
+
+class Asked(NamedTuple):
+    """A forward of one token that can be recorded, as far as its arguments go.
+
+    Attributes:
+        ids: ``[B, 1]`` the tokens.
+        positions: ``[B, 1]``; None for the number of tokens seen.
+        mask: ``[B, S]``, which text columns can be attended to; None for all.
+        cache: the cache.
+        cache_name: the argument that it came by.
+        options: what else the forward is given.
+    """
+
+    ids: Tensor
+    positions: Tensor | None
+    mask: Tensor | None
+    cache: Cache
+    cache_name: str
+    options: tuple[tuple[str, object], ...]
+
+
+class _LayerForm(NamedTuple):
+    """What of a layer's storage a recording is made for.
+
+    Attributes:
+        kernel: what the kernel is compiled for.
+        heads: KV heads.
+        programs: programs of a launch, at least those that the table needs.
+        partials: partial results, at least those that the table needs.
+        width: numbers of a value.
+    """
+
+    kernel: KernelForm
+    heads: int
+    programs: int
+    partials: int
+    width: int
+
+
+class Form(NamedTuple):
+    """What a recording is made for: all steps of one form replay the same recording.
+
+    Attributes:
+        batch: sequences.
+        columns: room for text columns of a mask; 0 without one.
+        options: what else the forward is given.
+        function: the model's own attention function.
+        layers: what of each layer's storage matters.
+    """
+
+    batch: int
+    columns: int
+    options: tuple[tuple[str, object], ...]
+    function: str
+    layers: tuple[_LayerForm, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, asked: Asked) -> "Form | None":
+        """Return the form of a step; None where it cannot be recorded, or not yet."""
+        layers = layers_of(asked.cache)
+        if not all(make_room(layer) for layer in layers):
+            return None
+        try:
+            forms = tuple(map(_layer_form, layers))
+        except UnplannedError:
+            return None
+        name = str.__str__(cast(PreTrainedModel, model).config._attn_implementation or "eager")
+        return cls(len(asked.ids), _columns(asked), asked.options, name, forms)
+
+
+class Recording:
+    """A step that was recorded, and is replayed for any cache of its form.
+
+    Args:
+        call: the forward.
+        asked: its arguments.
+        form: what it is recorded for.
+    """
+
+    def __init__(self, call: Call, asked: Asked, form: Form) -> None:
+        self._method, self._form = call.method, form
+        self._model, self._unchanged = cast(PreTrainedModel, call.module), Unchanged(call.module)
+        device, n_layers = asked.ids.device, len(form.layers)
+        with torch.inference_mode(False):
+            self._ids, self._positions = (torch.zeros_like(asked.ids) for _ in range(2))
+            self._tables = torch.zeros(n_layers, WORDS, dtype=torch.int64, device=device)
+            self._added = torch.zeros(1, dtype=torch.int32, device=device)
+            self._mask = torch.zeros(form.batch, 1, form.columns, device=device)
+        self._storage: list[tuple[object, ...]] = []
+        self._bound: Callable[[], Cache | None] = lambda: None
+        self._since = 0
+        self._layers: list[CompressedLayer] = []
+        self._given_mask: Tensor | None = None
+        seen = asked.cache.get_seq_length() + _ELSEWHERE
+        self._cache = step_cache(n_layers, form.batch, seen, self._attend)
+        self._given = {asked.cache_name: self._cache, **dict(asked.options)}
+        self._output: ModelOutput | None = None
+        self._replay: Callable[[], object] = self._run
+
+    def serves(self, asked: Asked) -> bool:
+        """Tell whether this is a further step of the cache that the last one was for."""
+        layers = layers_of(asked.cache)
+        return (
+            self._bound() is asked.cache
+            and asked.options == self._form.options
+            and _columns(asked) == self._form.columns
+            and all(make_room(layer) for layer in layers)
+            and self._storage == [layer.snapshot.storage for layer in layers]
+            and self.holds()
+        )
+
+    def holds(self) -> bool:
+        """Tell whether the model is still the one that was recorded."""
+        return self._unchanged.holds()
+
+    def first(self, asked: "Asked") -> ModelOutput:
+        """Record the step, and return what it gives, without counting its token."""
+        self._prepare(asked)
+        if self._tables.is_cuda:
+            self._capture()
+            self._replay()
+            replayed = self._copied(asked.cache)
+            self._added.zero_()
+            self._run()
+            if not _equal(replayed, self._copied(asked.cache)):
+                raise UnrecordableError("a replay gives something else than the step itself")
+        else:
+            self._run()
+            replayed = self._copied(asked.cache)
+        self._storage, self._layers = (
+            [],
+            [],
+        )  # The token is counted where the forward runs as it is.
+        return replayed
+
+    def same(self, recorded: ModelOutput, output: object) -> bool:
+        """Tell whether a forward that ran as it is gave the same, but for rounding."""
+        if type(output) is not type(recorded):
+            return False
+        found = cast(ModelOutput, output)
+        pairs = [(x, found.get(name)) for name, x in recorded.items() if isinstance(x, Tensor)]
+        bound = torch.finfo(self._model.dtype).eps ** 0.5
+        return all(isinstance(y, Tensor) and close(x, y, bound) for x, y in pairs)
+
+    def step(self, asked: "Asked") -> ModelOutput:
+        """Replay the step for a token of a cache, and count it."""
+        self._prepare(asked)
+        self._replay()
+        self._since += 1
+        for layer in self._layers:
+            count_appended(layer)
+        self._layers = []  # Nothing of the cache stays here.
+        return self._copied(asked.cache)
+
+    def _prepare(self, asked: Asked) -> None:
+        """Write the inputs of a step, and the tables if pairs are stored elsewhere than before.
+
+        Nothing is asked of the device, and only the tables come from the host.
+        """
+        self._layers, seen = layers_of(asked.cache), asked.cache.get_seq_length()
+        self._bound = ref(asked.cache)
+        storage = [layer.snapshot.storage for layer in self._layers]
+        if storage != self._storage or self._since != _since(self._layers):
+            self._write_tables()
+            self._storage = storage
+        self._ids.copy_(asked.ids)
+        if asked.positions is None:
+            self._positions.fill_(seen)
+        else:
+            self._positions.copy_(asked.positions)
+        self._given_mask = asked.mask
+        if asked.mask is not None:
+            self._mask[:, 0, : seen + 1] = torch.where(asked.mask.bool(), 0.0, _LOWEST)
+
+    def _write_tables(self) -> None:
+        """Tell the device where the pairs of each layer are."""
+        if _since(self._layers) is None:
+            for layer in self._layers:
+                layer.snapshot.plans.forget()
+        plans = [_plan(layer) for layer in self._layers]
+        words = torch.tensor([plan.words for plan, _ in plans], dtype=torch.int64)
+        words = words.pin_memory() if self._tables.is_cuda else words
+        self._tables.copy_(words, non_blocking=True)
+        self._since = plans[0][1]
+        self._added.fill_(self._since)
+
+    def _run(self) -> None:
+        """Run the model on the static inputs."""
+        with torch.no_grad():
+            output = self._method(
+                input_ids=self._ids, position_ids=self._positions, use_cache=True, **self._given
+            )
+        if not isinstance(output, ModelOutput):
+            raise UnrecordableError(f"the forward returns a {type(output).__name__}")
+        self._output = output
+
+    def _capture(self) -> None:
+        """Record the step on the device, after it ran twice for what is made at first use."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        pool = {"pool": _pool(self._tables.device)}
+        with torch.cuda.graph(graph, capture_error_mode="thread_local", **pool):  # pyright: ignore
+            self._run()
+            self._added.add_(1)
+        self._replay = graph.replay
+
+    def _attend(
+        self, index: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule
+    ) -> Tensor:
+        """Append a token of a layer, and attend."""
+        if not query.is_cuda:
+            held = with_token(self._layers[index], keys, values)
+            return held.attend(query, TextMask(self._given_mask, 1), rule)
+        from cachepress.ops.paged_attention.triton import NewToken, triton_attention
+
+        form = self._form.layers[index]
+        sizes = form.programs, form.partials, MOST_SPLITS
+        plan = RecordedPlan(self._tables[index], form.kernel, *sizes)
+        return triton_attention(
+            query,
+            plan,
+            rule,
+            form.heads,
+            form.width,
+            self._added,
+            bias=self._mask if self._mask.shape[2] else None,
+            new=NewToken(keys, values),
+        )
+
+    def _copied(self, cache: Cache) -> ModelOutput:
+        """Copy what the step gave, with the cache of the call in place of the one that stood."""
+        assert self._output is not None
+        given = {
+            name: cache if x is self._cache else x.clone() if isinstance(x, Tensor) else x
+            for name, x in self._output.items()
+        }
+        return type(self._output)(**given)
+
+
+def layers_of(cache: Cache) -> list[CompressedLayer]:
+    """Return the layers of a cache, all of which are compressed ones."""
+    return cast(list[CompressedLayer], cache.layers)
+
+
+def _plan(layer: CompressedLayer) -> tuple[Plan, int]:
+    held = layer.snapshot
+    shape = (held.batch, held.heads, held.plans.group)
+    return plan_of(held, held.device, shape, appends=True)
+
+
+def _since(layers: list[CompressedLayer]) -> int | None:
+    """Return the tokens since the layers' plans were made; None if they differ in that."""
+    found = {_plan(layer)[1] for layer in layers}
+    return found.pop() if len(found) == 1 else None
+
+
+def _layer_form(layer: CompressedLayer) -> _LayerForm:
+    plan, held = _plan(layer)[0], layer.snapshot
+    programs, partials = (1 << (n - 1).bit_length() for n in (plan.programs, plan.partials))
+    return _LayerForm(plan.form, held.heads, programs, partials, held.value_width)
+
+
+def _columns(asked: Asked) -> int:
+    return 0 if asked.mask is None else -(-asked.mask.shape[1] // _COLUMNS) * _COLUMNS
+
+
+def _equal(one: ModelOutput, other: ModelOutput) -> bool:
+    return all(torch.equal(x, other[name]) for name, x in one.items() if isinstance(x, Tensor))
+
+
+@lru_cache
+def _pool(device: torch.device) -> object:
+    """Return the memory that all recordings on a device share."""
+    with torch.cuda.device(device):
+        return torch.cuda.graph_pool_handle()

@@ -1,0 +1,73 @@
+"""The cache that a model sees while a decoded step is recorded, in place of any one cache.
+
+Its layers hold no pairs. They pass a token's keys and values on to attention, which appends them
+where tables on the device say, so that one recording serves every cache that the tables describe.
+"""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from cachepress.cache.handle import RowsHandle, blank
+from cachepress.cache.protocol import GrowingLayer
+from cachepress.ops import AttentionRule
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionRule], Tensor]
+"""Appends a token of a layer and attends: ``(layer, query, keys, values, rule)``."""
+
+
+class StepHandle(RowsHandle):
+    """Stands for a layer's keys or values in a recorded step.
+
+    Attributes:
+        read: attends for a query by the layer's rule, ``[B, 1, H * G, E]``.
+    """
+
+    read: Callable[[Tensor, AttentionRule], Tensor]
+
+    @classmethod
+    def standing(cls, like: Tensor, seen: int, read: Callable[..., Tensor]) -> Self:
+        """Make a handle with the type of ``like [B, H, 1, D]``, in the shape of a whole text."""
+        b, h, _, d = like.shape
+        handle = blank(like.dtype, like.device).expand(b, h, seen + 1, d).as_subclass(cls)
+        handle.read = read
+        return handle
+
+
+class _StepLayer(GrowingLayer):
+    """Layer that passes the pairs of one token on."""
+
+    is_initialized = True
+    keys = values = None
+
+    def __init__(self, index: int, batch: int, seen: int, attend: Attend) -> None:
+        self._index, self._batch, self._seen, self._attend = index, batch, seen, attend
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch
+
+    def get_seq_length(self) -> int:
+        return self._seen
+
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        def read(query: Tensor, rule: AttentionRule) -> Tensor:
+            return self._attend(self._index, query, key_states, value_states, rule)
+
+        keys = StepHandle.standing(key_states, self._seen, read)
+        if key_states.shape == value_states.shape:
+            return keys, keys
+        return keys, StepHandle.standing(value_states, self._seen, read)
+
+
+def step_cache(n_layers: int, batch: int, seen: int, attend: Attend) -> DynamicCache:
+    """Make a cache that stands for one of ``batch`` texts of ``seen`` tokens in a recorded step."""
+    with torch.inference_mode(False):
+        cache = DynamicCache()
+    cache.layers.extend(_StepLayer(i, batch, seen, attend) for i in range(n_layers))
+    return cache
