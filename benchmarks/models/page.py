@@ -29,11 +29,12 @@ Every causal model type of transformers {transformers} was built tiny, with rand
 tried by `make models`: {counts}.
 
 A type **works** if it passes seven checks against the model itself: ratio 0 is no press; decoding
-after eviction is that of the uncompressed model with the evicted pairs masked, head by head; a row
-of a padded batch is that row alone; a prompt in chunks is the prompt in one forward; a saved and
-loaded cache, a fork and beams give the same. What a type does not do without a press either is
-named. A type that is **refused** raises `UnsupportedError` when `with press(model)` is entered,
-with the line that stands here.
+after eviction is that of the uncompressed model with the evicted pairs masked, head by head; a
+sequence of a padded batch is that sequence alone; a prompt in chunks is the prompt in one forward;
+a saved and loaded cache, a fork and beams give the same. What a type does not do without a press
+either is named. A type that is **refused** raises `UnsupportedError` when `with press(model)` is
+entered, with the line that stands here. What is tried is the class that `AutoModelForCausalLM`
+makes: of `bart`, `whisper` and other encoder-decoders that is the decoder by itself.
 """
 
 

@@ -154,14 +154,13 @@ NO_LAYER_INPUT |= {"vocab_size": VOCABULARY, "num_hidden_layers": LAYERS, "inter
 BYTES: Options = {"vocab_size": 260, "num_hidden_layers": 1, "num_key_value_heads": HEADS}
 LOCAL: Options = {**BYTES, "cross_attn_k": 1, "hidden_size_global": WIDTH}
 NO_WINDOW: Options = {"sliding_window": None}
-"""The window that a config class sets for all layers, and most checkpoints of the type do not."""
+"""Full attention, where a type may have a window in all of its layers or in none."""
 EXCEPTIONS: dict[str, Options] = {
     "doge": NO_WINDOW,
-    "ministral": NO_WINDOW,
+    "ministral": {"layer_types": HALF_SLIDING},
     "ministral3": NO_WINDOW,
     "mistral": NO_WINDOW,
     "mixtral": NO_WINDOW,
-    "moshi": NO_WINDOW,
     "phi3": NO_WINDOW,
     "phi4_multimodal": NO_WINDOW,
     "phimoe": NO_WINDOW,
@@ -197,7 +196,7 @@ EXCEPTIONS: dict[str, Options] = {
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""Options of a type that its names do not give; None leaves one out."""
+"""Options of a type that its names do not give."""
 
 
 def types() -> list[str]:
@@ -234,8 +233,8 @@ def config_of(kind: type[PreTrainedConfig], options: Options) -> PreTrainedConfi
         if isinstance(own, dict) and isinstance(part, type) and hasattr(part, "model_type"):
             chosen[name] = config_of(part, own)
     parts = {name for name in options if name in chosen and name in kind.sub_configs}
-    chosen |= {name: x for name, x in options.items() if name not in parts}
-    return kind(**{name: x for name, x in chosen.items() if x is not None})
+    chosen = {name: x for name, x in chosen.items() if x is not None}
+    return kind(**chosen | {name: x for name, x in options.items() if name not in parts})
 
 
 def _usual(kind: type[PreTrainedConfig]) -> PreTrainedConfig | None:

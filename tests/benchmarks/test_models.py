@@ -11,7 +11,7 @@ from benchmarks.models import __main__ as command
 from benchmarks.models import records
 from benchmarks.models.checks import CHECKS, ITSELF, RIGHT
 from benchmarks.models.page import DATA, MARK, PAGE, counts_of, page, sentence_of
-from benchmarks.models.tiny import SMALL, config_of, tiny, types
+from benchmarks.models.tiny import EXCEPTIONS, NO_WINDOW, SMALL, config_of, tiny, types
 
 FOUND = json.loads(DATA.read_text(encoding="utf-8"))
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -98,3 +98,8 @@ def test_a_tiny_model_has_every_kind_of_layer():
     assert sum(p.numel() for p in model.parameters()) < 100_000
     text = config_of(type(model.config), {"num_hidden_layers": 2, "layer_types": None})
     assert text.num_hidden_layers == 2 and text.hidden_size == SMALL["hidden_size"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind, own in EXCEPTIONS.items() if own is NO_WINDOW])
+def test_a_type_that_is_tried_without_a_window_has_none(kind):
+    assert tiny(kind).config.sliding_window is None
