@@ -1,6 +1,7 @@
 """What a recorded step does to a compressed layer: its kernel appends, and the host only counts."""
 
 from dataclasses import replace
+from weakref import ref
 
 from torch import Tensor
 
@@ -21,6 +22,13 @@ def make_room(layer: CompressedLayer) -> bool:
         layer._page_tail()
     layer._tail.make_room()
     return True
+
+
+def storage_of(layer: CompressedLayer) -> tuple[object, ...]:
+    """Return what is another one as soon as pairs are stored elsewhere; it keeps nothing alive."""
+    tail = layer._tail
+    assert tail is not None
+    return (*map(ref, layer._segments), tail.keys.data_ptr(), tail.keys.shape[2])
 
 
 def with_token(layer: CompressedLayer, keys: Tensor, values: Tensor) -> Snapshot:

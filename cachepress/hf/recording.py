@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from types import MethodType
 from typing import NamedTuple, cast
-from weakref import ref
+from weakref import WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from transformers.utils.generic import ModelOutput
 from cachepress.cache.kernel import plan_of
 from cachepress.cache.layer import CompressedLayer
 from cachepress.cache.masks import TextMask
-from cachepress.cache.stepping import count_appended, make_room, with_token
-from cachepress.hf.around import Call
+from cachepress.cache.stepping import count_appended, make_room, storage_of, with_token
+from cachepress.hf.around import Call, Method
 from cachepress.hf.step_cache import step_cache
 from cachepress.hf.types import PreTrainedModel
 from cachepress.hf.unchanged import Unchanged
@@ -120,8 +121,9 @@ class Recording:
     """
 
     def __init__(self, call: Call, asked: Asked, form: Form) -> None:
-        self._method, self._form = call.method, form
-        self._model, self._unchanged = cast(PreTrainedModel, call.module), Unchanged(call.module)
+        self._method, self._form = _method(call), form
+        self._unchanged = Unchanged(call.module)
+        self._rounding = torch.finfo(cast(PreTrainedModel, call.module).dtype).eps ** 0.5
         device, n_layers = asked.ids.device, len(form.layers)
         with torch.inference_mode(False):
             self._ids, self._positions = (torch.zeros_like(asked.ids) for _ in range(2))
@@ -129,8 +131,8 @@ class Recording:
             self._added = torch.zeros(1, dtype=torch.int32, device=device)
             self._mask = torch.zeros(form.batch, 1, form.columns, device=device)
         self._storage: list[tuple[object, ...]] = []
-        self._bound: Callable[[], Cache | None] = lambda: None
-        self._since = 0
+        self._bound: Callable[[], Cache | None] = _nothing
+        self._since = self._seen = 0
         self._layers: list[CompressedLayer] = []
         self._given_mask: Tensor | None = None
         seen = asked.cache.get_seq_length() + _ELSEWHERE
@@ -144,10 +146,11 @@ class Recording:
         layers = layers_of(asked.cache)
         return (
             self._bound() is asked.cache
+            and asked.cache.get_seq_length() == self._seen
             and asked.options == self._form.options
             and _columns(asked) == self._form.columns
             and all(make_room(layer) for layer in layers)
-            and self._storage == [layer.snapshot.storage for layer in layers]
+            and self._storage == [storage_of(layer) for layer in layers]
             and self.holds()
         )
 
@@ -155,24 +158,39 @@ class Recording:
         """Tell whether the model is still the one that was recorded."""
         return self._unchanged.holds()
 
-    def first(self, asked: "Asked") -> ModelOutput:
+    def bind(self, cache: Cache) -> None:
+        """Write down in the tables where the pairs of a cache are, which steps are for from now."""
+        layers = layers_of(cache)
+        found = [_plan(layer) for layer in layers]
+        if len({since for _, since in found}) > 1:
+            for layer in layers:
+                layer.snapshot.plans.forget()
+            found = [_plan(layer) for layer in layers]
+        words = torch.tensor([plan.words for plan, _ in found], dtype=torch.int64)
+        words = words.pin_memory() if self._tables.is_cuda else words
+        self._tables.copy_(words, non_blocking=True)
+        self._since = found[0][1]
+        self._added.fill_(self._since)
+        self._bound, self._seen = ref(cache), cache.get_seq_length()
+        self._storage = [storage_of(layer) for layer in layers]
+
+    def first(self, asked: Asked) -> ModelOutput:
         """Record the step, and return what it gives, without counting its token."""
-        self._prepare(asked)
+        self.bind(asked.cache)
+        self._write(asked)
         if self._tables.is_cuda:
             self._capture()
             self._replay()
             replayed = self._copied(asked.cache)
-            self._added.zero_()
+            self._added.fill_(self._since)
             self._run()
             if not _equal(replayed, self._copied(asked.cache)):
                 raise UnrecordableError("a replay gives something else than the step itself")
         else:
             self._run()
             replayed = self._copied(asked.cache)
-        self._storage, self._layers = (
-            [],
-            [],
-        )  # The token is counted where the forward runs as it is.
+        # The token is counted where the forward runs as it is, and tables are written after that.
+        self._bound, self._layers = _nothing, []
         return replayed
 
     def same(self, recorded: ModelOutput, output: object) -> bool:
@@ -181,30 +199,24 @@ class Recording:
             return False
         found = cast(ModelOutput, output)
         pairs = [(x, found.get(name)) for name, x in recorded.items() if isinstance(x, Tensor)]
-        bound = torch.finfo(self._model.dtype).eps ** 0.5
-        return all(isinstance(y, Tensor) and close(x, y, bound) for x, y in pairs)
+        return all(isinstance(y, Tensor) and close(x, y, self._rounding) for x, y in pairs)
 
-    def step(self, asked: "Asked") -> ModelOutput:
-        """Replay the step for a token of a cache, and count it."""
-        self._prepare(asked)
+    def step(self, asked: Asked) -> ModelOutput:
+        """Replay the step for a token of the cache that it is bound to, and count the token.
+
+        Nothing is asked of the device.
+        """
+        self._write(asked)
         self._replay()
-        self._since += 1
         for layer in self._layers:
             count_appended(layer)
+        self._seen += 1
         self._layers = []  # Nothing of the cache stays here.
         return self._copied(asked.cache)
 
-    def _prepare(self, asked: Asked) -> None:
-        """Write the inputs of a step, and the tables if pairs are stored elsewhere than before.
-
-        Nothing is asked of the device, and only the tables come from the host.
-        """
-        self._layers, seen = layers_of(asked.cache), asked.cache.get_seq_length()
-        self._bound = ref(asked.cache)
-        storage = [layer.snapshot.storage for layer in self._layers]
-        if storage != self._storage or self._since != _since(self._layers):
-            self._write_tables()
-            self._storage = storage
+    def _write(self, asked: Asked) -> None:
+        """Write the inputs of a step."""
+        self._layers, seen = layers_of(asked.cache), self._seen
         self._ids.copy_(asked.ids)
         if asked.positions is None:
             self._positions.fill_(seen)
@@ -214,22 +226,10 @@ class Recording:
         if asked.mask is not None:
             self._mask[:, 0, : seen + 1] = torch.where(asked.mask.bool(), 0.0, _LOWEST)
 
-    def _write_tables(self) -> None:
-        """Tell the device where the pairs of each layer are."""
-        if _since(self._layers) is None:
-            for layer in self._layers:
-                layer.snapshot.plans.forget()
-        plans = [_plan(layer) for layer in self._layers]
-        words = torch.tensor([plan.words for plan, _ in plans], dtype=torch.int64)
-        words = words.pin_memory() if self._tables.is_cuda else words
-        self._tables.copy_(words, non_blocking=True)
-        self._since = plans[0][1]
-        self._added.fill_(self._since)
-
     def _run(self) -> None:
         """Run the model on the static inputs."""
         with torch.no_grad():
-            output = self._method(
+            output = self._method()(
                 input_ids=self._ids, position_ids=self._positions, use_cache=True, **self._given
             )
         if not isinstance(output, ModelOutput):
@@ -295,10 +295,15 @@ def _plan(layer: CompressedLayer) -> tuple[Plan, int]:
     return plan_of(held, held.device, shape, appends=True)
 
 
-def _since(layers: list[CompressedLayer]) -> int | None:
-    """Return the tokens since the layers' plans were made; None if they differ in that."""
-    found = {_plan(layer)[1] for layer in layers}
-    return found.pop() if len(found) == 1 else None
+def _method(call: Call) -> Callable[[], Method]:
+    """Return the method of a call, without keeping its module alive."""
+    if isinstance(call.method, MethodType):
+        return cast(Callable[[], Method], WeakMethod(call.method))
+    return lambda: call.method
+
+
+def _nothing() -> None:
+    """Return None, as a weak reference to a deleted object does."""
 
 
 def _layer_form(layer: CompressedLayer) -> _LayerForm:

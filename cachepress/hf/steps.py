@@ -34,7 +34,7 @@ MOST_RECORDINGS = 16
 _CACHES = ("cache", "past_key_values")
 _UNDERSTOOD = {"input_ids", "position_ids", "attention_mask", "use_cache", "return_dict", *_CACHES}
 _UNDERSTOOD |= {"logits_to_keep", "cache_position"}
-_LATEST: OrderedDict[object, Recording] = OrderedDict()
+_LATEST: OrderedDict[tuple[ref[nn.Module], Form], Recording] = OrderedDict()
 """The recordings of all models, the last used last."""
 _LOCK = threading.Lock()
 
@@ -72,6 +72,7 @@ class Steps:
         recording = _recalled(call.module, form)
         if recording is not None and recording.holds():
             self._last = recording
+            recording.bind(asked.cache)
             return recording.step(asked)
         self._ran[form] = self._ran.get(form, 0) + 1
         if self._ran[form] <= EAGER_STEPS:
@@ -102,6 +103,8 @@ class Steps:
 
 def _recalled(model: nn.Module, form: Form) -> Recording | None:
     with _LOCK:
+        for key in [key for key in _LATEST if key[0]() is None]:
+            del _LATEST[key]  # With its model, whatever a recording needs is gone.
         recording = _LATEST.get((ref(model), form))
         if recording is not None:
             _LATEST.move_to_end((ref(model), form))

@@ -1,40 +1,44 @@
 """Tells, in a moment, whether a model is still the one that was recorded."""
 
 from collections.abc import Iterator
-from operator import is_
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 _OF_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters")
-"""What a layer with adapters goes by in its forward."""
 
 
 class Unchanged:
     """A model's parts, weights and switches as they are now, to be compared with those of later.
 
-    Lists of what to look at are made once: walking through a model takes as long as a step.
+    Lists of what to look at are made once: walking through a model takes as long as a step. The
+    model is not kept alive.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = list(model.modules())
-        self._parts = [x for m in self._modules for x in m._modules.values()]
-        self._weights = list(_weights(self._modules))
-        self._addresses = [x.data_ptr() for x in self._weights]
-        self._adapted = [m for m in self._modules if hasattr(m, _OF_ADAPTERS[0])]
-        self._switches = list(_switches(self._adapted))
+        modules = list(model.modules())
+        self._modules = [ref(module) for module in modules]
+        self._parts = [ref(part) for part in _parts(modules)]
+        self._weights = [(ref(x), x.data_ptr()) for x in _weights(modules)]
+        self._switches = list(_switches(modules))
 
     def holds(self) -> bool:
         """Tell whether nothing was replaced, switched, or hooked since."""
-        parts = [x for m in self._modules for x in m._modules.values()]
-        weights = list(_weights(self._modules))
+        modules = [module for of in self._modules if (module := of()) is not None]
         return (
-            _same(parts, self._parts)
-            and _same(weights, self._weights)
-            and [x.data_ptr() for x in weights] == self._addresses
-            and list(_switches(self._adapted)) == self._switches
-            and is_plain(self._modules)
+            len(modules) == len(self._modules)
+            and _same(list(_parts(modules)), self._parts)
+            and self._same_weights(list(_weights(modules)))
+            and list(_switches(modules)) == self._switches
+            and is_plain(modules)
+        )
+
+    def _same_weights(self, weights: list[Tensor]) -> bool:
+        pairs = zip(weights, self._weights, strict=False)
+        return len(weights) == len(self._weights) and all(
+            of() is x and x.data_ptr() == address for x, (of, address) in pairs
         )
 
 
@@ -58,6 +62,11 @@ def is_plain(modules: list[nn.Module]) -> bool:
     )
 
 
+def _parts(modules: list[nn.Module]) -> Iterator[nn.Module]:
+    for module in modules:
+        yield from (x for x in module._modules.values() if x is not None)
+
+
 def _weights(modules: list[nn.Module]) -> Iterator[Tensor]:
     for module in modules:
         for of in (module._parameters, module._buffers):
@@ -65,9 +74,11 @@ def _weights(modules: list[nn.Module]) -> Iterator[Tensor]:
 
 
 def _switches(modules: list[nn.Module]) -> Iterator[object]:
+    """List what layers with adapters go by in their forward."""
     for module in modules:
-        yield tuple(repr(getattr(module, name, None)) for name in _OF_ADAPTERS)
+        if "_active_adapter" in module.__dict__:
+            yield repr([getattr(module, name, None) for name in _OF_ADAPTERS])
 
 
-def _same(ours: list, others: list) -> bool:
-    return len(ours) == len(others) and all(map(is_, ours, others))
+def _same(ours: list[nn.Module], others: list[ref[nn.Module]]) -> bool:
+    return len(ours) == len(others) and all(of() is x for x, of in zip(ours, others, strict=True))

@@ -314,6 +314,18 @@ def test_nothing_is_left_when_the_last_cache_is_gone(replays):
     assert "forward" not in vars(model) and model.forward == plain
 
 
+def test_a_recording_does_not_keep_its_model(replays):
+    model = exact_tiny("llama")
+    stepped(model, cp.prefill(model, tokens(40), PRESS), 8)
+    assert replays
+    gone, other = weakref.ref(model), exact_tiny("llama")
+    del model
+    gc.collect()
+    assert gone() is None
+    stepped(other, cp.prefill(other, tokens(40), PRESS), 8)
+    assert [of() for of, _ in steps._LATEST] == [other]
+
+
 def test_at_most_sixteen_recordings_stay(replays, monkeypatch):
     monkeypatch.setattr(steps, "MOST_RECORDINGS", 2)
     model = exact_tiny("llama")
