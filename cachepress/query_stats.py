@@ -167,7 +167,9 @@ class QueryStats:
         self._queries, self._voters = queries, voters
 
     def _add_attention(self, query: Tensor, counted: Tensor, call: AttentionCall) -> None:
-        keys, valid = call.pairs.keys.detach(), _valid(call)
+        keys = call.pairs.keys.detach()
+        whole = call.text_valid is None and call.pairs.full
+        valid = None if whole else _valid(call)
         sums = attention_column_sums(query, keys, valid, counted, call.rule)
         self._sums = sums if self._sums is None else sums + _widened(self._sums, sums)
 

@@ -2,6 +2,7 @@
 
 from cachepress.ops.attention import (
     AttentionRule,
+    attention_column_peaks,
     attention_column_sums,
     attention_weights,
 )
@@ -13,6 +14,7 @@ from cachepress.ops.solve import cholesky
 
 __all__ = [
     "AttentionRule",
+    "attention_column_peaks",
     "attention_column_sums",
     "attention_weights",
     "backward_task",

@@ -6,11 +6,20 @@ queries, so causality only ever touches the last Q columns.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cachepress.ops.precision import wide, wide_dtype
+
+_BYTES = 1 << 24
+"""Bytes of the weights that are in memory at once."""
+_ROWS = 128
+"""Queries of a head beyond which larger products gain nothing."""
+_HAS_TRITON = find_spec("triton") is not None
+_HAS_WIDE_PRODUCTS = hasattr(torch.ops.aten.bmm, "dtype")
 
 
 @dataclass(frozen=True)
@@ -31,96 +40,173 @@ class AttentionRule:
 def attention_column_sums(
     queries: Tensor,
     keys: Tensor,
-    valid: Tensor,
+    valid: Tensor | None,
     counted: Tensor,
     rule: AttentionRule,
-    block: int = 128,
+    block: int | None = None,
+    columns: slice = slice(None),
 ) -> Tensor:
-    """Sum the attention that each row receives over the queries, one block of queries at a time.
+    """Sum the attention that each row receives over the queries, without a matrix of weights.
 
     Args:
         queries: ``[B, H, G, Q, D]`` of the last Q rows.
         keys: ``[B, H, T, D]``.
-        valid: ``[B, H, T]`` bool, which rows can be attended to.
-        counted: ``[B, Q]`` bool, which queries count.
+        valid: ``[B, H, T]`` bool, which rows can be attended to; None where all can.
+        counted: ``[B, Q]`` how much each query counts.
         rule: the layer's rule.
-        block: queries per block; the largest intermediate is ``[B, H, G, block, T]``.
+        block: queries whose weights are in memory at once; None for as many as memory is set aside.
+        columns: the rows that are asked for.
 
     Returns:
-        ``[B, H, G, T]`` in float32; in float64 of float64.
+        ``[B, H, G, T]`` in float32, of the rows that are asked for; in float64 of float64.
     """
-    b, h, g, q, _ = queries.shape
-    t = keys.shape[2]
-    sums = torch.zeros(b, h, g, t, dtype=wide_dtype(keys), device=keys.device)
-    for start in range(0, q, block):
-        stop = min(start + block, q)
-        end = t - q + stop
-        part, votes = queries[..., start:stop, :], counted[:, None, None, start:stop, None]
-        sums[..., :end] += _block_sums(part, keys[:, :, :end], valid[:, :, :end], votes, rule)
-    return sums
+    return _reduced(queries, keys, valid, counted, rule, block, columns, peaks=False)
+
+
+def attention_column_peaks(
+    queries: Tensor,
+    keys: Tensor,
+    valid: Tensor | None,
+    counted: Tensor,
+    rule: AttentionRule,
+    block: int | None = None,
+    columns: slice = slice(None),
+) -> Tensor:
+    """Find the most attention that each row receives from one query, times what it counts.
+
+    Arguments and shapes are those of ``attention_column_sums``; no query counts less than 0.
+    """
+    return _reduced(queries, keys, valid, counted, rule, block, columns, peaks=True)
 
 
 def attention_weights(
-    queries: Tensor, keys: Tensor, valid: Tensor, rule: AttentionRule, block: int = 128
+    queries: Tensor,
+    keys: Tensor,
+    valid: Tensor | None,
+    rule: AttentionRule,
+    block: int | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Iterate over attention weights, one block of queries at a time.
 
     Args:
         queries: ``[B, H, G, Q, D]`` of the last Q rows.
         keys: ``[B, H, T, D]``.
-        valid: ``[B, H, T]`` bool, which rows can be attended to.
+        valid: ``[B, H, T]`` bool, which rows can be attended to; None where all can.
         rule: the layer's rule.
-        block: queries per block.
+        block: queries per block; None for as many as memory is set aside.
 
     Yields:
         Which queries, and their weights ``[B, H, G, q, t]`` over the first ``t`` rows, those that
         the last of them can see; memory that may be written to.
     """
-    q, t = queries.shape[3], keys.shape[2]
-    for start in range(0, q, block):
-        some = slice(start, min(start + block, q))
-        end = t - q + some.stop
-        shares, total = _shares(queries[..., some, :], keys[:, :, :end], valid[:, :, :end], rule)
-        yield some, shares.div_(total)
+    b, h, g, q, _ = queries.shape
+    t = keys.shape[2]
+    rows = block or _fitting(b * h * g * t * wide_dtype(keys).itemsize, min(q, _ROWS))
+    everything = slice(None), slice(None)
+    for start in range(0, q, rows):
+        stop = min(start + rows, q)
+        part = _Block(*everything, slice(start, stop), t - q + stop)
+        yield part.queries, part.weights(queries, keys, valid, rule)
 
 
-def _block_sums(
-    queries: Tensor, keys: Tensor, valid: Tensor, counted: Tensor, rule: AttentionRule
+def _reduced(
+    queries: Tensor,
+    keys: Tensor,
+    valid: Tensor | None,
+    counted: Tensor,
+    rule: AttentionRule,
+    block: int | None,
+    columns: slice,
+    peaks: bool,
 ) -> Tensor:
-    """Sum one block's attention over its queries, in as few passes over the logits as possible."""
-    shares, total = _shares(queries, keys, valid, rule)
-    return ((counted / total).mT @ shares).squeeze(-2)
+    """Reduce the attention to each row over the queries, ``[B, H, G, T]``."""
+    votes = counted.to(wide_dtype(keys))
+    if keys.is_cuda and _HAS_TRITON and keys.dtype.itemsize == 2:
+        from cachepress.ops.column_kernel import Attention
+
+        attention = Attention(queries, keys, valid, rule)
+        return attention.peaks(votes, columns) if peaks else attention.sums(votes, columns)
+    b, h, g, *_ = queries.shape
+    first, stop, _ = columns.indices(keys.shape[2])
+    reduced = votes.new_zeros(b, h, g, max(0, stop - first))
+    for part in _blocks(queries, keys, block):
+        weights = part.weights(queries, keys, valid, rule)[..., first:stop]
+        here = reduced[part.sequences, part.heads, :, : weights.shape[-1]]
+        own = votes[part.sequences, None, None, None, part.queries]  # [B, 1, 1, 1, q]
+        if peaks:
+            torch.maximum(here, weights.mul_(own.mT).amax(-2), out=here)
+        else:
+            here += (own @ weights).squeeze(-2)
+    return reduced
 
 
-def _shares(
-    queries: Tensor, keys: Tensor, valid: Tensor, rule: AttentionRule
-) -> tuple[Tensor, Tensor]:
-    """Compute the softmax's numerators ``[B, H, G, Q, T]`` and their sum ``[B, H, G, Q, 1]``."""
-    logits = _logits(queries, keys, valid, rule)
-    top = logits.amax(-1, keepdim=True)
-    if rule.sinks is not None:
-        top = torch.maximum(top, _sinks(rule.sinks, queries))
-    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-    if rule.sinks is not None:
-        total = total + (_sinks(rule.sinks, queries) - top).exp()
-    return logits, total
+class _Block(NamedTuple):
+    """Weights that are in memory at once: of which sequences, KV heads and queries.
+
+    Attributes:
+        sequences: which sequences.
+        heads: which KV heads.
+        queries: which queries.
+        end: rows that the last of these queries can see.
+    """
+
+    sequences: slice
+    heads: slice
+    queries: slice
+    end: int
+
+    def weights(
+        self, queries: Tensor, keys: Tensor, valid: Tensor | None, rule: AttentionRule
+    ) -> Tensor:
+        """Compute attention weights ``[B, H, G, q, t]`` in new memory, at least float32."""
+        queries = queries[self.sequences, self.heads, :, self.queries]
+        keys = keys[self.sequences, self.heads, : self.end]
+        b, h, g, q, d = queries.shape
+        scaled = (queries * rule.scaling).reshape(b, h, g * q, d)
+        logits = _products(scaled, keys.mT).view(b, h, g, q, self.end)
+        if rule.softcap is not None:
+            logits = logits.div_(rule.softcap).tanh_().mul_(rule.softcap)
+        lowest = torch.finfo(logits.dtype).min
+        future = torch.ones(q, q, dtype=torch.bool, device=keys.device).triu_(1)
+        logits[..., -q:].masked_fill_(future, lowest)
+        if valid is not None:
+            hidden = ~valid[self.sequences, self.heads, None, None, : self.end]
+            logits.masked_fill_(hidden, lowest)
+        if rule.sinks is None:
+            return logits.softmax(-1)
+        sinks = wide(rule.sinks).view(-1, g, 1, 1)[self.heads].to(logits.dtype)
+        logits = torch.cat([logits, sinks.expand(*logits.shape[:-1], 1)], dim=-1)
+        return logits.softmax(-1)[..., :-1]
 
 
-def _logits(queries: Tensor, keys: Tensor, valid: Tensor, rule: AttentionRule) -> Tensor:
-    """Compute masked logits ``[B, H, G, Q, T]`` in new memory, at least float32."""
-    b, h, g, q, d = queries.shape
-    scaled = (queries * rule.scaling).reshape(b, h, g * q, d)
-    logits = wide(scaled @ keys.mT).view(b, h, g, q, -1)
-    if rule.softcap is not None:
-        logits = logits.div_(rule.softcap).tanh_().mul_(rule.softcap)
-    lowest = torch.finfo(logits.dtype).min
-    future = torch.ones(q, q, dtype=torch.bool, device=keys.device).triu_(1)
-    logits[..., -q:].masked_fill_(future, lowest)
-    if not bool(valid.all()):
-        logits.masked_fill_(~valid[:, :, None, None], lowest)
-    return logits
+def _blocks(queries: Tensor, keys: Tensor, block: int | None) -> Iterator[_Block]:
+    """Cut the weights into blocks that fit into memory: few, for few and large products.
+
+    Only the rows that a block's last query can see are in it. Where not all heads fit, a block has
+    fewer of them rather than fewer queries, so that keys are read once for many queries.
+    """
+    b, h, g, q, _ = queries.shape
+    t = keys.shape[2]
+    per_query = g * t * wide_dtype(keys).itemsize
+    rows = block or _fitting(per_query, min(q, _ROWS))
+    heads = _fitting(rows * per_query, b * h)
+    sequences, heads = (b, h) if heads == b * h else (1, min(heads, h))
+    for start in range(0, q, max(rows, 1)):
+        stop = min(start + rows, q)
+        for i in range(0, b, sequences):
+            for j in range(0, h, heads):
+                end = t - q + stop
+                yield _Block(slice(i, i + sequences), slice(j, j + heads), slice(start, stop), end)
 
 
-def _sinks(sinks: Tensor, queries: Tensor) -> Tensor:
-    """Lay out the learned sink logits, ``[1, H, G, 1, 1]``."""
-    return wide(sinks).view(1, *queries.shape[1:3], 1, 1)
+def _fitting(size: int, most: int) -> int:
+    """Count how many pieces of ``size`` bytes are in memory at once, from 1 to ``most``."""
+    return max(1, min(most, _BYTES // max(size, 1)))
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply matrices, half types as such, into float32; float64 stays float64."""
+    if a.is_cuda and a.dtype.itemsize == 2 and _HAS_WIDE_PRODUCTS:
+        found = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
+        return found.unflatten(0, a.shape[:2])
+    return wide(a @ b)

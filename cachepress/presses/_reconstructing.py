@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cachepress.budgets import TopK
 from cachepress.checks import check_count
-from cachepress.ops import attention_weights, wide_dtype
+from cachepress.ops import attention_column_peaks, wide_dtype
 from cachepress.press import ScorerPress
 from cachepress.presses._scores import feature_or_state, nan_as_average
 from cachepress.ranks import pin_first, pin_sinks
@@ -59,11 +59,9 @@ class _ReconstructionPress(ScorerPress):
     def reconstructed(self, view: ReconstructionView) -> Tensor:
         """Take the largest weighted attention to each pair of the chunk, ``[H, chunk]``."""
         of_keys, of_queries = self.weights(view)
-        peaks = view.keys.new_zeros((), dtype=wide_dtype(view.keys))
-        for some, weights in attention_weights(view.queries, view.keys, view.valid, view.rule):
-            weights = weights[..., view.chunk] * of_queries[:, None, None, some, None]
-            peaks = torch.maximum(peaks, weights.amax(-2) * of_keys)  # [1, H, G, chunk]
-        return peaks.amax(2)[0]
+        inputs = view.queries, view.keys, view.valid, of_queries, view.rule
+        peaks = attention_column_peaks(*inputs, columns=view.chunk)  # [1, H, G, chunk]
+        return (peaks * of_keys).amax(2)[0]
 
     def weights(self, view: ReconstructionView) -> tuple[Tensor, Tensor]:
         """Factors of the chunk's pairs ``[1, H or 1, G or 1, chunk or 1]`` and of the queries."""

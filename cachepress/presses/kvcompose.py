@@ -8,7 +8,7 @@ from torch import Tensor
 from cachepress.budgets import TopK
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
-from cachepress.ops import attention_weights, wide, wide_dtype
+from cachepress.ops import attention_column_peaks, attention_column_sums, wide, wide_dtype
 from cachepress.press import ScorerPress
 from cachepress.presses._reconstructing import reconstructed_or_state
 from cachepress.presses._scores import mean_of_token, nan_as_average
@@ -105,16 +105,14 @@ class KVComposePress(ScorerPress, alias="kvcompose"):
         Before the last chunk by query head, ``[H, G, T]``: groups are aggregated only at the end,
         because mean and maximum cannot be swapped.
         """
-        shape = *view.queries.shape[1:3], view.chunk.stop - view.chunk.start
-        received = view.keys.new_zeros(shape, dtype=wide_dtype(view.keys))  # [H, G, T]
+        every = view.keys.new_ones(1, view.queries.shape[3], dtype=wide_dtype(view.keys))
+        inputs = view.queries, view.keys, view.valid, every, view.rule
+        most = self.agg_task == "max"
+        reduced = attention_column_peaks if most else attention_column_sums
+        received = reduced(*inputs, columns=view.chunk)[0]  # [H, G, T]
         if view.before is not None:
-            received = view.before
-        for _, weights in attention_weights(view.queries, view.keys, view.valid, view.rule):
-            new = weights[0, ..., view.chunk]  # [H, G, q, T]
-            if self.agg_task == "max":
-                received = torch.maximum(received, new.amax(-2))
-            else:
-                received = received + new.sum(-2)
+            joined = torch.maximum if most else torch.add
+            received = joined(received, view.before)
         if not view.last:
             return received
         if self.agg_task == "mean":
