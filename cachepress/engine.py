@@ -12,9 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cachepress.budgets import Budget, TopK
 from cachepress.cache.pairs import PairBytes, Pairs
 from cachepress.call import AttentionCall
-from cachepress.ops import following, gather, valid_last, wide, without_autocast, without_gradient
+from cachepress.ops import (
+    following,
+    gather,
+    on_device,
+    valid_last,
+    wide,
+    without_autocast,
+    without_gradient,
+)
 from cachepress.press import BasePress
 from cachepress.query_stats import QueryStats
 from cachepress.view import LayerView, Rotary
@@ -45,12 +54,19 @@ class CacheLayer(Protocol):
         ...
 
     def keep(
-        self, pairs: Pairs, mask: Tensor, text_valid: Tensor | None, key_channels: Tensor | None, /
+        self,
+        pairs: Pairs,
+        mask: Tensor,
+        text_valid: Tensor | None,
+        key_channels: Tensor | None,
+        lengths: tuple[int, ...] | None,
+        /,
     ) -> None:
         """Store exactly the pairs of ``mask [B, H, T]``, in their order.
 
         ``text_valid [B, S]`` says which text columns are tokens; None for all.
         ``key_channels [B, H, D]`` says which channels of the keys are stored; None for all.
+        ``lengths`` says how many pairs each head keeps; None if that is not known.
         """
         ...
 
@@ -92,20 +108,46 @@ def _compress(
 ) -> Pending | None:
     budget = press.budget
     view = replace(_view_of(call), pair_bytes=_pair_bytes(press, layer, call))
-    n_kept = budget.count(view)
+    counted = _counted(view, call)
+    n_kept = budget.count(counted)
+    lengths = _lengths(budget, counted, n_kept)
+    idle = not press.needs.always and budget.holds_all(counted.valid, n_kept)
+    n_kept = on_device(n_kept, view.keys.device)
     average = n_kept if n_kept.ndim == 1 else n_kept.double().mean(-1)
     view = replace(view, n_kept=average)
-    idle = not press.needs.always and budget.holds_all(view.valid, n_kept)
     if idle and budget.scope != "model":
-        _keep_all(press, layer, view, call.text_valid)
+        _keep_all(press, layer, view, counted.valid, call.text_valid)
         return None
     view = query_stats.show(view, call)
     scores = press.score(_detached(view))
     if budget.scope == "model":
         return Pending(layer, view, scores, call.text_valid)
     mask = budget.select(scores, view.valid, n_kept)
-    _keep(press, layer, view, mask, call.text_valid)
+    _keep(press, layer, view, mask, call.text_valid, lengths)
     return None
+
+
+def _counted(view: LayerView, call: AttentionCall) -> LayerView:
+    """Return what a budget counts by: numbers on the host, where all pairs are known to be tokens.
+
+    Then nothing is asked of the device to find out how many pairs are kept.
+    """
+    if call.pairs.positions is not None or call.text_valid is not None:
+        return view
+    b, h, t = view.valid.shape
+    return replace(
+        view, n_seen=torch.full((b,), t), valid=torch.ones(1, dtype=torch.bool).expand(b, h, t)
+    )
+
+
+def _lengths(budget: Budget, counted: LayerView, n_kept: Tensor) -> tuple[int, ...] | None:
+    """Return how many pairs each head keeps, where that is known before they are scored."""
+    chooses = isinstance(budget, TopK) and type(budget).select is TopK.select
+    if not chooses or budget.scope != "head" or counted.valid.stride() != (0, 0, 0):
+        return None
+    b, h, t = counted.valid.shape
+    counts = n_kept.view(b, -1).expand(b, h).clamp(max=t)
+    return tuple(int(n) for n in counts.flatten().tolist())
 
 
 def _pair_bytes(press: BasePress, layer: CacheLayer, call: AttentionCall) -> PairBytes:
@@ -143,7 +185,7 @@ def _compress_together(press: BasePress, layers: list[Pending], device: torch.de
     n_kept = counts.double().mean(0)
     if not press.needs.always and press.budget.holds_all(valid, n_kept):
         for layer in layers:
-            _keep_all(press, layer.layer, layer.view, layer.text_valid)
+            _keep_all(press, layer.layer, layer.view, layer.view.valid, layer.text_valid)
         return
     mask = press.budget.select(scores, valid, n_kept)
     for layer, part in zip(layers, mask.split(h, dim=1), strict=True):
@@ -152,17 +194,22 @@ def _compress_together(press: BasePress, layers: list[Pending], device: torch.de
 
 
 def _keep_all(
-    press: BasePress, layer: CacheLayer, view: LayerView, text_valid: Tensor | None
+    press: BasePress, layer: CacheLayer, view: LayerView, valid: Tensor, text_valid: Tensor | None
 ) -> None:
     """Keep every pair, stored as the model computed it unless it is padding or recoded."""
-    if layer.recodes or not bool(view.valid.all()):
+    if layer.recodes or not bool(valid.all()):
         _keep(press, layer, view, view.valid, text_valid)
     else:
         layer.restore()
 
 
 def _keep(
-    press: BasePress, layer: CacheLayer, view: LayerView, mask: Tensor, text_valid: Tensor | None
+    press: BasePress,
+    layer: CacheLayer,
+    view: LayerView,
+    mask: Tensor,
+    text_valid: Tensor | None,
+    lengths: tuple[int, ...] | None = None,
 ) -> None:
     """Keep the pairs of ``mask [B, H, T]`` and evict all others.
 
@@ -183,7 +230,7 @@ def _keep(
             keys, rope = _compacted(view, view.rotary, mask)
         pairs = replace(pairs, keys=keys, rope=rope)
     stored = _detached(replace(view, keys=pairs.keys))
-    layer.keep(pairs, mask, text_valid, press.key_channels(stored, mask))
+    layer.keep(pairs, mask, text_valid, press.key_channels(stored, mask), lengths)
 
 
 def _merged(held: Tensor, given: Tensor, merged: Tensor) -> Tensor:

@@ -16,15 +16,20 @@ WAITING = {
 
 
 class Waits(TorchDispatchMode):
-    """Remembers the operations whose result, or its shape, the host has to know."""
+    """Remembers the operations whose result, or its shape, the host has to know.
 
-    def __init__(self) -> None:
+    Those of the CPU count only where it stands for a device.
+    """
+
+    def __init__(self, cpu_counts: bool = True) -> None:
         super().__init__()
         self.found: list[str] = []
+        self._cpu_counts = cpu_counts
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().partition(".")[0]
-        if name in WAITING or (name == "aten::index" and _by_mask(args[1])):
+        waits = name in WAITING or (name == "aten::index" and _by_mask(args[1]))
+        if waits and (self._cpu_counts or args[0].device.type != "cpu"):
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 

@@ -160,6 +160,7 @@ class CompressedLayer(GrowingLayer):
         mask: Tensor,
         text_valid: Tensor | None = None,
         key_channels: Tensor | None = None,
+        lengths: tuple[int, ...] | None = None,
     ) -> None:
         """Evict all pairs but those of ``mask [B, H, T]``, and copy these to new storage in order.
 
@@ -169,8 +170,10 @@ class CompressedLayer(GrowingLayer):
             text_valid: ``[B, S]`` which text columns are tokens; None where all are.
             key_channels: ``[B, H, D]`` which channels of the keys are stored, as many in every
                 head; None for all.
+            lengths: how many pairs each of the ``B * H`` heads keeps; None if that is not known.
         """
-        self._segments = segments_of(pairs, mask, self.codec, key_channels, self._bounded)
+        stored = (self.codec, key_channels, self._bounded)
+        self._segments = segments_of(pairs, mask, *stored, lengths)
         self._tail, self._encoded = None, False
         self._compressed_at, self.text_valid = self._seen, text_valid
 

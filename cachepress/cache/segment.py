@@ -17,7 +17,7 @@ from cachepress.cache.codec import (
     stacked_pages,
 )
 from cachepress.cache.pairs import Pairs
-from cachepress.ops import following, wide_dtype
+from cachepress.ops import entries_of, following, wide_dtype
 from cachepress.ops.paged_attention import PAGE, DensePart, Layout, PagedPart, Part
 from cachepress.ops.paged_attention.parts import LOWEST, apart, of_channels, together
 
@@ -68,20 +68,21 @@ class Segment:
         codec: Codec | None = None,
         key_channels: Tensor | None = None,
         bounded: bool = False,
+        lengths: tuple[int, ...] | None = None,
     ) -> "Segment":
         """Store the pairs of ``mask [B, H, T]`` in order, with some ``key_channels [B, H, D]``.
 
-        ``bounded`` says that the keys of each page get bounds.
+        ``bounded`` says that the keys of each page get bounds, and ``lengths`` how many pairs each
+        head has, where that is known; else the device is asked.
         """
         b, h, _ = mask.shape
-        layout = Layout(tuple(mask.sum(-1).flatten().tolist()), mask.device)
-        slots = layout.slots
+        layout = Layout.of(mask, lengths)
+        source, used = layout.sources(mask)
 
         def paged(x: Tensor, empty: int = 0) -> Tensor:
-            size = (layout.n_pages * PAGE, *x.shape[3:])
-            pages = torch.full(size, empty, dtype=x.dtype, device=x.device)
-            pages[slots] = x[mask]
-            return pages.view(layout.n_pages, PAGE, *x.shape[3:])
+            rows = entries_of(x, source)
+            unused = ~used.view(-1, *[1] * (rows.ndim - 1))
+            return rows.masked_fill(unused, empty).unflatten(0, (layout.n_pages, PAGE))
 
         chosen = None if key_channels is None else _indices(key_channels)
         with following(rows.keys, rows.values):
@@ -375,12 +376,18 @@ def segments_of(
     codec: Codec | None,
     key_channels: Tensor | None = None,
     bounded: bool = False,
+    lengths: tuple[int, ...] | None = None,
 ) -> tuple[Segment, ...]:
     """Store the pairs of ``mask [B, H, T]`` in segments, the newest of a codec's as they are."""
     if codec is None:
-        return (Segment.of(rows, mask, None, key_channels, bounded),)
+        return (Segment.of(rows, mask, None, key_channels, bounded, lengths),)
     rank = mask.flip(-1).cumsum(-1).flip(-1)  # 1 for the last pair that stays
     newest = mask & (rank <= codec.residual)
     old = mask & ~newest
-    segments = [Segment.of(rows, old, codec, key_channels, bounded)] if bool(old.any()) else []
-    return (*segments, Segment.of(rows, newest, None, key_channels, bounded))
+    counts = tuple(mask.sum(-1).flatten().tolist()) if lengths is None else lengths
+    of_newest = tuple(min(n, codec.residual) for n in counts)
+    of_old = tuple(n - m for n, m in zip(counts, of_newest, strict=True))
+    last = Segment.of(rows, newest, None, key_channels, bounded, of_newest)
+    if not any(of_old):
+        return (last,)
+    return Segment.of(rows, old, codec, key_channels, bounded, of_old), last

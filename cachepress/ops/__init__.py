@@ -6,9 +6,9 @@ from cachepress.ops.attention import (
     attention_column_sums,
     attention_weights,
 )
-from cachepress.ops.device import wait
+from cachepress.ops.device import on_device, wait
 from cachepress.ops.gradients import backward_task, following, storing, without_gradient
-from cachepress.ops.order import gather, valid_last
+from cachepress.ops.order import entries_of, gather, valid_last
 from cachepress.ops.precision import narrowest, wide, wide_dtype, without_autocast
 from cachepress.ops.solve import cholesky
 
@@ -19,9 +19,11 @@ __all__ = [
     "attention_weights",
     "backward_task",
     "cholesky",
+    "entries_of",
     "following",
     "gather",
     "narrowest",
+    "on_device",
     "storing",
     "valid_last",
     "wait",

@@ -1,9 +1,20 @@
-"""Synchronisation with a device."""
+"""Synchronisation with a device, and numbers that get there without."""
 
 import torch
+from torch import Tensor
 
 
 def wait(device: torch.device) -> None:
     """Wait until a device finished all queued work, so that times measured are true."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def on_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """Bring a few numbers from the host to a device, which is not waited for."""
+    if numbers.device == device or device.type != "cuda":
+        return numbers.to(device)
+    found = set(numbers.flatten().tolist())
+    if len(found) == 1:
+        return torch.full(numbers.shape, found.pop(), dtype=numbers.dtype, device=device)
+    return numbers.pin_memory().to(device, non_blocking=True)

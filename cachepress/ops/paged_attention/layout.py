@@ -26,6 +26,19 @@ class Layout:
     lengths: tuple[int, ...]
     device: torch.device
 
+    @classmethod
+    def of(cls, mask: Tensor, lengths: tuple[int, ...] | None = None) -> "Layout":
+        """Make the page table of the rows of ``mask [B, H, T]``.
+
+        ``lengths`` are those of each span where they are known: else they are the one thing that
+        the device is asked for.
+        """
+        counts = mask.sum(-1).flatten()
+        made = cls(tuple(counts.tolist()) if lengths is None else lengths, mask.device)
+        if made.even is None and mask.device.type == "cuda":
+            vars(made)["counts"] = counts.int()
+        return made
+
     @cached_property
     def pages_of(self) -> tuple[int, ...]:
         """Number of pages of each span."""
@@ -61,8 +74,13 @@ class Layout:
     @property
     def first_page(self) -> Tensor:
         """The first page of each span, ``[X]``."""
-        pages = torch.tensor(self.pages_of)
-        return (pages.cumsum(0) - pages).to(self.device)
+        if self.even is not None:
+            return torch.arange(len(self.lengths), device=self.device) * self.pages_of[0]
+        if self.device.type != "cuda":
+            pages = torch.tensor(self.pages_of)
+            return (pages.cumsum(0) - pages).to(self.device)
+        pages = (self.counts.long() + PAGE - 1) // PAGE
+        return pages.cumsum(0) - pages
 
     @cached_property
     def last_page(self) -> Tensor:
@@ -78,11 +96,17 @@ class Layout:
         bias = torch.zeros(unused.shape, dtype=torch.float32)
         return bias.masked_fill_(unused, torch.finfo(bias.dtype).min).to(self.device)
 
-    @property
-    def slots(self) -> Tensor:
-        """The slot among all slots of each row, spans one after the other, ``[rows]``."""
-        table, real = self.padded()
-        return table[real]
+    def sources(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Find which of all entries of ``mask [B, H, T]`` each slot gets, and which slots get one.
+
+        Nothing is asked of the device, as it would be for the entries that are True.
+        """
+        rows, n = mask.flatten(0, 1), self.n_pages * PAGE
+        first = self.first_page[:, None] * PAGE
+        slot = torch.where(rows, first + rows.cumsum(-1) - 1, n).flatten()  # The last is no slot.
+        entry = torch.arange(rows.numel(), device=mask.device)
+        source = torch.full((n + 1,), -1, device=mask.device).scatter_(0, slot, entry)[:-1]
+        return source.clamp(min=0), source >= 0
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Return the slot of each row, ``[X, longest]``, and which of these entries are rows."""
@@ -98,7 +122,7 @@ class Layout:
 
     @cached_property
     def counts(self) -> Tensor:
-        """The rows of each span, ``[X]`` int32."""
+        """The rows of each span, ``[X]`` int32, of spans of different lengths."""
         return torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
 
     def tensors(self) -> list[Tensor]:
