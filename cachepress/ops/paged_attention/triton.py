@@ -5,6 +5,7 @@ values are read once, and long spans keep as many programs busy as short ones. W
 read from a table on the device, see ``cachepress.ops.paged_attention.plan``.
 """
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -12,13 +13,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
 from cachepress.ops.attention import AttentionRule
 from cachepress.ops.paged_attention.plan import Plan, RecordedPlan
 from cachepress.ops.paged_attention.triton_kernels import attend, merge
 
-_INTERPRETED = knobs.runtime.interpret
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 _TYPES = {
     torch.float32: tl.float32,
     torch.float16: tl.float16,
