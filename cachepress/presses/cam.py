@@ -25,15 +25,15 @@ class CAMPress(DecodingPress, alias="cam"):
     Zhang et al., "CaM: Cache Merging for Memory-efficient LLMs Inference" (ICML 2024, openreview
     LCTmppB165). A ``DecodingPress``; the merge window of an evicted token is the next
     ``merge_budget`` kept tokens of its head, fewer at the end of the text. With probability
-    min(1, a / mean of a over the window) each of them gets an equal share of its value, by a draw
-    that depends on the seed, the layer, the head and the token's index only. As in the paper a is
-    the attention that a token received in total, whatever the inner press scores by; the mean of
-    the query heads of a KV head, the prompt's queries included, and of the decoded ones those that
-    the buffer holds. It is kept with each token, unless the inner press keeps a state of its own:
-    then a counts the queries since the last compression. ``compression_interval=1`` is the paper's
-    algorithm, which evicts a token with every decoded one; with more, all tokens that are evicted
-    at once are merged. Needs what the inner press needs, the attention sums, and 4 bytes with each
-    pair (8 in float64).
+    ``min(1, a / mean of a over the window)`` each of them gets an equal share of its value, by a
+    draw that depends on the seed, the layer, the head and the token's index only. As in the paper
+    ``a`` is the attention that a token received in total, whatever the inner press scores by; the
+    mean of the query heads of a KV head, the prompt's queries included, and of the decoded ones
+    those that the buffer holds. It is kept with each token, unless the inner press keeps a state of
+    its own: then ``a`` counts the queries since the last compression. ``compression_interval=1`` is
+    the paper's algorithm, which evicts a token with every decoded one; with more, all tokens that
+    are evicted at once are merged. Needs what the inner press needs, the attention sums, and 4
+    bytes with each pair (8 in float64).
     Best for small targets, where much attention falls on tokens that are evicted.
 
     Attributes:
