@@ -198,7 +198,7 @@ class Pyramid:
         return self._shared(average, seen, 1, depth, n_layers)
 
     def _shared(self, average: int, seen: int, unit: int, depth: int, n_layers: int) -> int:
-        """Compute a layer's share, as ``average`` and ``seen`` in units of ``unit`` pairs.
+        """Compute a layer's share of the pairs, in the ``unit`` of ``average`` and ``seen``.
 
         It is computed in exact fractions, so that all layers together get what the user said.
         """

@@ -25,7 +25,7 @@ def make_room(layer: CompressedLayer) -> bool:
 
 
 def storage_of(layer: CompressedLayer) -> tuple[object, ...]:
-    """Return what is another one as soon as pairs are stored elsewhere; it keeps nothing alive."""
+    """Return a key of where a layer's pairs are stored, which changes as soon as they are moved."""
     tail = layer._tail
     assert tail is not None
     return (*map(ref, layer._segments), tail.keys.data_ptr(), tail.keys.shape[2])

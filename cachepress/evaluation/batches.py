@@ -62,7 +62,7 @@ class Reference:
     expected: list[Tensor]
 
     def parts(self) -> "list[Reference]":
-        """Split it by question."""
+        """Split the batch by question."""
         pairs = zip(self.answers, self.expected, strict=True)
         return [Reference([answer], [expected]) for answer, expected in pairs]
 

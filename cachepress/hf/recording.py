@@ -275,7 +275,7 @@ class Recording:
         )
 
     def _copied(self, cache: Cache) -> ModelOutput:
-        """Copy what the step gave, with the cache of the call in place of the one that stood."""
+        """Copy what the step gave, with the caller's cache in place of the stand-in."""
         assert self._output is not None
         given = {
             name: cache if x is self._cache else x.clone() if isinstance(x, Tensor) else x

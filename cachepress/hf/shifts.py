@@ -39,7 +39,7 @@ def set_shift(cache: Cache, shift: Tensor | None) -> None:
 
 
 def shift_of(cache: Cache, model: nn.Module) -> Tensor | None:
-    """Return the shift ``[B, 1]`` of a cache's text; None in a model that knows none.
+    """Return by how much positions differ from the number of tokens, ``[B, 1]``; None if never.
 
     That of a cache which no press observed is the shift of what the model read last.
     """
@@ -47,7 +47,7 @@ def shift_of(cache: Cache, model: nn.Module) -> Tensor | None:
 
 
 def shift_before(cache: Cache, model: nn.Module, batch: int) -> Tensor | None:
-    """Return the shift ``[B, 1]`` of a text that goes on without pictures; a new text has none."""
+    """Return the shift ``[B, 1]`` of text without pictures: 0 for a new text, else the cache's."""
     holder = _holder(model)
     if not cache.get_seq_length() and holder is not None:
         set_shift(cache, torch.zeros(batch, 1, dtype=torch.long))

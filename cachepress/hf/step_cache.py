@@ -38,7 +38,7 @@ class StepHandle(RowsHandle):
 
 
 class _StepLayer(GrowingLayer):
-    """Layer that passes the pairs of one token on."""
+    """Stand-in for a cache layer: hands the keys and values of one token to attention."""
 
     is_initialized = True
     keys = values = None

@@ -24,7 +24,7 @@ class Fault(Exception):
 
 
 class WatchedLayer(CompressedLayer):
-    """Compressed layer that computes attention as an uncompressed one, and as it would itself.
+    """Cache layer that computes attention twice, as without compression and as with it, to compare.
 
     The model goes on with the former, so that its results must be those of an ordinary cache, bit
     for bit, whatever hangs on rounding.

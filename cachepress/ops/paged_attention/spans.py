@@ -17,7 +17,7 @@ class Coded(Protocol):
 
     @property
     def scale(self) -> Tensor:
-        """What a step is worth."""
+        """What one step between codes is worth."""
         ...
 
     @property
