@@ -4,6 +4,7 @@ It is told where pairs are by a table, which is made when the layer's storage ch
 token is decoded. Nothing here asks the device for a number.
 """
 
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,6 @@ class Plans:
         self.group = 0
         self._key: object = None
         self._plan: Plan | None = None
-        self._counts: Tensor | None = None
         self.pages: list[tuple[Tensor, ...]] = []
 
     def __reduce__(self) -> tuple[type["Plans"], tuple[()]]:
@@ -61,11 +61,10 @@ class Plans:
         made.group = self.group
         return made
 
-    def count(self, n: int, device: torch.device) -> Tensor:
-        """Return ``n`` as a number ``[1]`` on the device."""
-        if self._counts is None or self._counts.device != device:
-            self._counts = torch.arange(_MOST_ADDED, dtype=torch.int32, device=device)
-        return self._counts[n : n + 1]
+    def tensors(self) -> list[Tensor]:
+        """List what is allocated on the device for the kernel."""
+        found = [x for pages in self.pages for x in pages]
+        return found if self._plan is None else [*found, *self._plan.tensors()]
 
 
 def is_usable(query: Tensor) -> bool:
@@ -92,7 +91,7 @@ def attend(held: "Snapshot", query: Tensor, mask: TextMask, rule: AttentionRule)
     except UnplannedError:
         return None
     bias = None if mask.is_causal else mask.by_head[:, 0]
-    count = held.plans.count(added, query.device)
+    count = _counts(query.device)[added : added + 1]
     return triton_attention(query, found, rule, held.heads, held.value_width, count, bias=bias)
 
 
@@ -168,6 +167,13 @@ def spans_of(segment: Segment, pages: Tensor | None = None, lengths: Tensor | No
         positions=segment.positions,
         pages=pages,
     )
+
+
+@lru_cache
+def _counts(device: torch.device) -> Tensor:
+    """Return the numbers from 0 on, on a device: none of them has to be brought there later."""
+    with torch.inference_mode(False):
+        return torch.arange(_MOST_ADDED, dtype=torch.int32, device=device)
 
 
 def _cores(device: torch.device) -> int:

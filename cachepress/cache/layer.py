@@ -139,6 +139,7 @@ class CompressedLayer(GrowingLayer):
         """List all tensors that are allocated; layers of one cache can share the padding mask."""
         found = [x for segment in self._segments for x in segment.tensors()]
         found += [] if self._tail is None else self._tail.tensors()
+        found += self._plans.tensors()
         return found if self.text_valid is None else [*found, self.text_valid]
 
     @untraced

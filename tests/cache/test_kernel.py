@@ -109,6 +109,8 @@ def test_a_plan_holds_until_the_storage_changes(monkeypatch, launches):
         forward(model, cache, input_ids=tokens(1, seed=i))
     layers = len(cache.layers)
     assert launches[layers] is launches[2 * layers]
+    allocated = compressed_layers(cache)[0].tensors()
+    assert sum(x is launches[2 * layers].table for x in allocated) == 1
     for layer in compressed_layers(cache):
         layer.crop(-2)
     forward(model, cache, input_ids=tokens(1, seed=5))

@@ -89,6 +89,10 @@ class Plan:
             return table
         return table.pin_memory().to(self.device, non_blocking=True)
 
+    def tensors(self) -> list[Tensor]:
+        """List what is allocated on the device: the table, once a launch has asked for it."""
+        return [self.table] if "table" in vars(self) else []
+
 
 class RecordedPlan(NamedTuple):
     """A plan whose table is written anew for each cache; sizes are the most that it may need."""
