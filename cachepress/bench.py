@@ -1,4 +1,4 @@
-"""Benchmarks presses on one machine: seconds and bytes (``cachepress bench``).
+"""Benchmarks presses on one machine: seconds, bytes and bandwidth (``cachepress bench``).
 
 Runs are interleaved and repeated, and medians are compared: a shared machine is never quiet.
 """
@@ -22,7 +22,13 @@ from cachepress.generation.prefill import check_prefill, prefill
 from cachepress.hf import cache_argument, trained_length
 from cachepress.hf.types import Cache, PreTrainedModel
 from cachepress.limits import check_whole
-from cachepress.measure import Stopwatch, machine_of, peak_memory
+from cachepress.measure import (
+    Stopwatch,
+    bytes_of_step,
+    copy_bandwidth,
+    machine_of,
+    peak_memory,
+)
 from cachepress.models.loading import load
 from cachepress.models.shapes import random_model
 from cachepress.options import BenchFields
@@ -32,7 +38,7 @@ from cachepress.spec import NO_PRESS, parse
 MIB = 2**20
 HEADERS = (
     *("press", "tokens", "batch", "forks", "prefill s", "press %", "ms a step", "middle half"),
-    *("ratio", "held MiB", "peak MiB"),
+    *("ratio", "held MiB", "peak MiB", "% of copy"),
 )
 _QUESTION = 32
 """Tokens at the end of a context that stand for a question, for presses that look at one."""
@@ -76,6 +82,7 @@ class Timing:
         decode: seconds of each decoded step.
         held: bytes of the cache after prefill.
         peak: most bytes that a prefill needed above what was there before.
+        read: bytes that a step has to read: the weights, and the pairs held.
     """
 
     press: str
@@ -87,6 +94,7 @@ class Timing:
     decode: list[float] = field(default_factory=list)
     held: int = 0
     peak: int = 0
+    read: int = 0
 
     @property
     def share(self) -> float:
@@ -99,6 +107,11 @@ class Timing:
         """Median seconds of a decoded step."""
         return statistics.median(self.decode)
 
+    @property
+    def bandwidth(self) -> float:
+        """Bytes that a decoded step has to read, a second of its median."""
+        return self.read / self.step
+
 
 @dataclass(frozen=True)
 class BenchResult:
@@ -108,11 +121,13 @@ class BenchResult:
         machine: the model, and what it ran on.
         options: what was asked for.
         cells: a timing for each press and kind of context.
+        copy: bytes a second that a copy on the device reads and writes; 0 in an old file.
     """
 
     machine: str
     options: Mapping[str, object]
     cells: list[Timing]
+    copy: float = field(default=0.0, kw_only=True)
 
 
 def run_bench(options: BenchOptions, quiet: bool = False) -> BenchResult:
@@ -124,7 +139,7 @@ def run_bench(options: BenchOptions, quiet: bool = False) -> BenchResult:
     presses: list[BasePress | None] = [*([None] if options.baseline else []), *options.made()]
     model, ids = _model_and_text(options)
     _check_lengths(model, options)
-    found = []
+    found, copy = [], copy_bandwidth(model.device)
     kinds = list(itertools.product(options.lengths, options.batch_sizes, options.forks))
     total = len(kinds) * options.repeats * len(presses)
     with tqdm(total=total, unit="run", disable=quiet) as bar:
@@ -133,23 +148,27 @@ def run_bench(options: BenchOptions, quiet: bool = False) -> BenchResult:
             for _ in range(options.repeats):
                 _repeat(model, ids, presses, group, options, bar)
             found += group
-    return BenchResult(machine_of(model), asdict(options), found)
+    return BenchResult(machine_of(model), asdict(options), found, copy=copy)
 
 
 def bench_table(result: BenchResult) -> str:
-    """Format a result as a table, each press compared with the cache without one."""
+    """Format a result as a table, each press compared with the cache without one.
+
+    The last column is the bandwidth of a step as a share of that of a copy.
+    """
     lines, base = [], None
     for one in result.cells:
         base = one.step if one.press == NO_PRESS else base
         ratio = "" if base is None else f"{one.step / base:.2f}"
         spread, sizes = _spread(one.decode), (one.held / MIB, one.peak / MIB)
+        of_copy = 100 * one.bandwidth / result.copy
         seconds = (statistics.median(one.prefill), 100 * one.share, 1000 * one.step)
         what = (one.press, one.length, one.batch_size, one.forks)
-        lines.append((*what, *seconds, spread, ratio, *sizes))
+        lines.append((*what, *seconds, spread, ratio, *sizes, of_copy))
     widths = [48, *[None] * (len(HEADERS) - 1)]
-    formats = ("", "", "", "", ".2f", ".2f", ".1f", "", "", ".1f", ".0f")
+    formats = ("", "", "", "", ".2f", ".2f", ".1f", "", "", ".1f", ".0f", ".0f")
     table = tabulate(lines, headers=HEADERS, floatfmt=formats, maxcolwidths=widths)
-    return f"{result.machine}\n\n{table}"
+    return f"{result.machine}; a copy moves {result.copy / 1e9:.0f} GB/s\n\n{table}"
 
 
 def write_json(result: BenchResult, path: str) -> None:
@@ -184,6 +203,8 @@ def _repeat(
         caches.append(_prefill(model, context, press, timing, options))
         bar.update()
     caches = [fork(cache, forks) if forks > 1 else cache for cache in caches]
+    for cache, timing in zip(caches, timings, strict=True):
+        timing.read = bytes_of_step(model, cache)
     token = context[:, :1].repeat_interleave(forks, dim=0)
     with torch.no_grad():
         for step in range(options.steps + 1):

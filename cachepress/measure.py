@@ -1,4 +1,4 @@
-"""Measures seconds and peak memory, on a CPU or a GPU, and names the machine.
+"""Measures seconds, bandwidth and peak memory, on a CPU or a GPU, and names the machine.
 
 Every time that cachepress reports is taken by one ``Stopwatch``, so that all are comparable.
 """
@@ -19,10 +19,15 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 import cachepress
+from cachepress.cache.layer import CompressedLayer
 from cachepress.ops import wait
+from cachepress.ops.paged_attention import PAGE
 
 if TYPE_CHECKING:
-    from cachepress.hf.types import PreTrainedModel
+    from cachepress.hf.types import Cache, PreTrainedModel
+
+COPIED = {"cuda": 2**31, "cpu": 2**27}
+"""Bytes that are copied to measure a bandwidth: many times what caches of a chip hold."""
 
 
 class Stopwatch:
@@ -46,6 +51,53 @@ class Stopwatch:
     def __exit__(self, *error: object) -> None:
         wait(self.device)
         self.seconds += time.perf_counter() - self._start
+
+
+def copy_bandwidth(device: torch.device, repeats: int = 5) -> float:
+    """Measure the bandwidth of a copy on a device, in bytes a second: those read and those written.
+
+    The best of ``repeats``, since nothing makes a copy faster than the memory is.
+    """
+    size = COPIED.get(device.type, COPIED["cpu"])
+    if device.type == "cuda":
+        size = min(size, torch.cuda.mem_get_info(device)[0] // 8)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    best = 0.0
+    for _ in range(repeats):
+        with Stopwatch(device) as stopwatch:
+            target.copy_(source)
+        best = max(best, 2 * size / stopwatch.seconds)
+    return best
+
+
+def bytes_of_step(model: "PreTrainedModel", cache: "Cache") -> int:
+    """Compute the bytes that decoding a token has to read: the weights, and the pairs held.
+
+    Of the table of embeddings it reads a row. Pairs that sequences share count once. Of pages of
+    which a few are chosen, it reads those, and the bounds of all.
+    """
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    weights = sum(x.nbytes for x in model.parameters())
+    if head is not None and head.weight is not table:
+        weights -= table.nbytes
+    return weights + sum(_bytes_of_layer(layer) for layer in cache.layers)
+
+
+def _bytes_of_layer(layer: object) -> int:
+    """Compute the bytes of pairs that a step reads of a cache layer."""
+    if not isinstance(layer, CompressedLayer):
+        found = (getattr(layer, name, None) for name in ("keys", "values"))
+        return sum(x.nbytes for x in found if x is not None)
+    if layer.codec is not None:
+        return layer.nbytes
+    lengths = layer.lengths
+    pair = layer.whole_nbytes // (layer.get_seq_length() * lengths.numel())
+    if layer.page_budget is None:
+        return min(int(lengths.sum()) * pair, layer.nbytes)
+    chosen, pages = lengths.clamp(max=layer.page_budget * PAGE), -(-lengths // PAGE)
+    # The bounds of a page are two numbers for each channel of its keys, as many as a pair has.
+    return int((chosen + pages).sum()) * pair
 
 
 @contextmanager

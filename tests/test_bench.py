@@ -3,10 +3,18 @@
 import json
 
 import pytest
+import torch
 
-from cachepress.bench import BenchOptions, bench_table, run_bench
+import cachepress as cp
+from cachepress import measure
+from cachepress.bench import BenchOptions, BenchResult, Timing, bench_table, run_bench
 from cachepress.cli import main
 from cachepress.errors import CachepressError
+from cachepress.measure import bytes_of_step, copy_bandwidth
+from tests.tiny import tiny, tokens
+
+PAIR = 2 * 8 * 4
+"""Bytes of a pair of a tiny model's head in float32."""
 
 
 def options(model_dir, **more):
@@ -25,11 +33,67 @@ def test_every_press_and_context_is_timed_and_weighed(model_dir):
         assert min(cell.prefill) > 0 and min(cell.decode) > 0
     assert cells[0].scoring == [0, 0]
     assert 0 < cells[1].scoring[0] < cells[1].prefill[0]
-    row = 2 * 8 * 4
-    assert cells[0].held == 4 * 2 * 60 * row
-    assert cells[1].held == 4 * 2 * 32 * (row + 4)
+    assert cells[0].held == 4 * 2 * 60 * PAIR
+    assert cells[1].held == 4 * 2 * 32 * (PAIR + 4)
+    assert [c.read - cells[0].read for c in cells] == [0, *2 * (-4 * 2 * 30 * PAIR,)]
+    assert result.copy > 0
     assert result.options["lengths"] == (60,)
     assert "LlamaForCausalLM" in bench_table(result)
+
+
+def test_the_last_column_is_the_bandwidth_of_a_step_as_a_share_of_that_of_a_copy():
+    cell = Timing("knorm", 60, 1, 1, [1.0], [0.5], [0.2, 0.1, 0.3], read=3 * 10**9)
+    assert cell.bandwidth == 15e9
+    table = bench_table(BenchResult("a machine", {}, [cell], copy=60e9))
+    heading, _, line = table.splitlines()[2:]
+    assert heading.endswith("% of copy") and line.split()[-1] == "25"
+    assert table.startswith("a machine; a copy moves 60 GB/s\n")
+
+
+def test_a_step_reads_the_weights_and_the_pairs_that_are_held():
+    model, ids = tiny(), tokens(60)
+    weights = 4 * (sum(x.numel() for x in model.parameters()) - 97 * 32)
+
+    def pairs(cache):
+        return bytes_of_step(model, cache) - weights
+
+    half = cp.prefill(model, ids, cp.KnormPress(0.5))
+    assert pairs(cp.prefill(model, ids)) == 4 * 2 * 60 * PAIR
+    assert pairs(half) == 4 * 2 * 30 * PAIR
+    # A fork shares its pairs with the others: a page of 32 slots for each head, with positions.
+    assert pairs(cp.fork(half, 5)) == 4 * 2 * 32 * (PAIR + 4)
+    packed = cp.prefill(model, ids, cp.KnormPress(0.0), storage="int8")
+    assert pairs(packed) == cp.size_of(packed).bytes_after
+    long = cp.prefill(model, tokens(200), cp.QuestPress(pages=1, skip_layers=1))
+    # Of 7 pages of a head the bounds are read, each as large as a pair, and one page's pairs.
+    assert pairs(long) == 2 * PAIR * (200 + 3 * (32 + 7))
+
+
+def test_a_tied_table_of_embeddings_is_read_as_the_head():
+    model = tiny()
+    cache = cp.prefill(model, tokens(8))
+    before = bytes_of_step(model, cache)
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    assert bytes_of_step(model, cache) == before
+
+
+def test_the_bandwidth_of_a_copy_is_that_of_the_best_of_some(monkeypatch):
+    taken = iter([4.0, 0.5, 2.0])
+
+    class Stopwatch:
+        def __init__(self, device):
+            assert device.type == "cpu"
+
+        def __enter__(self):
+            self.seconds = next(taken)
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(measure, "Stopwatch", Stopwatch)
+    monkeypatch.setitem(measure.COPIED, "cpu", 1000)
+    assert copy_bandwidth(torch.device("cpu"), 3) == 2 * 1000 / 0.5
 
 
 def test_forks_batches_chunks_and_storage(model_dir):

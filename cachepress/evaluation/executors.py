@@ -128,9 +128,7 @@ class Worker:
             yield Answered([], out_of_memory(error))
 
     def _answerer(self, config: EvaluationConfig) -> Answerer:
-        device = config.device
-        if device is None and torch.cuda.is_available():
-            device = f"cuda:{self._rank % torch.cuda.device_count()}"
+        device = _device_of(self._rank, config.device)
         which = (config.model, config.dtype, device, repr(config.loading))
         if self._kept is None or (self._kept[0] != which and self._loaded is None):
             self._kept = None
@@ -350,6 +348,18 @@ EXECUTORS: dict[str, Callable[[WorkerOptions], Executor]] = {
     "process": Processes,
     "ray": Ray,
 }
+
+
+def _device_of(rank: int, wanted: str | None) -> str | None:
+    """Choose a worker's device: one of the GPUs, in turns, where none is named.
+
+    It becomes the process's own, so that nothing of it lands on the first one.
+    """
+    if wanted not in (None, "cuda") or not torch.cuda.is_available():
+        return wanted
+    place = rank % torch.cuda.device_count()
+    torch.cuda.set_device(place)
+    return f"cuda:{place}"
 
 
 def _threads(workers: int) -> int:

@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -475,3 +476,36 @@ def test_all_presses_are_swept_in_the_form_that_their_authors_recommend():
     for alias in RECOMMENDED:
         at = [recommended(own_presses()[alias], ratio).compression_ratio for ratio in (0.5, 0.9)]
         assert at == [0.5, 0.9]
+
+
+def test_workers_take_the_gpus_in_turns_and_make_them_their_own(monkeypatch):
+    loaded, chosen = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+
+    def load(name, device, **options):
+        loaded.append(device)
+        return tiny(), tokenizer()
+
+    monkeypatch.setattr(executors, "load", load)
+    config = EvaluationConfig(dataset="builtin:multi_key-500", model="a-model")
+    for device in (None, "cuda", "cuda:1", "cpu"):
+        for rank in range(5):
+            worker = executors.Worker(executors.WorkerOptions(workers=5), rank)
+            worker._answerer(replace(config, device=device))
+    in_turns = [f"cuda:{i}" for i in (0, 1, 2, 0, 1)]
+    assert loaded == [*in_turns, *in_turns, *5 * ["cuda:1"], *5 * ["cpu"]]
+    assert chosen == 2 * [0, 1, 2, 0, 1]
+
+
+def test_workers_are_numbered_as_they_start(monkeypatch):
+    rank = multiprocessing.get_context("spawn").Value("i", 0)
+    options, ranks = executors.WorkerOptions(workers=2), []
+    monkeypatch.setattr(executors, "_WORKER", None)
+    monkeypatch.setattr(executors, "be_quiet", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    for _ in range(3):
+        executors._start(options, rank)
+        ranks.append(executors._WORKER._rank)
+    assert ranks == [0, 1, 2]
