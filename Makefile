@@ -20,7 +20,7 @@ COUNTED := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$(THREADS)
 PYTEST := -m pytest --numprocesses auto --durations 15 --durations-min 1
 
 .PHONY: demo test docs docs-test wheel-test slower fuzz laws laws-newest elsewhere bench benchmarks \
-	leaderboard models presses lint types clean
+	gpu leaderboard models presses lint types clean
 
 demo: $(VENV)/ready
 	$(BIN)/cachepress demo
@@ -75,6 +75,11 @@ leaderboard: $(VENV)/ready $(KINDS:%=$(LEARNED)/%.safetensors)
 
 benchmarks: $(VENV)/ready
 	$(BIN)/python evaluation/benchmarks.py
+
+# What a GPU gains, within some minutes, with a Python that has torch and transformers: docs/gpu.md
+MINUTES ?= 6
+gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --minutes $(MINUTES)
 
 # Every causal model type of transformers, tried under a press; goes on where it was interrupted.
 models: $(VENV)/ready
