@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
+from torch import Tensor
 
 import cachepress
 from cachepress.cache.layer import CompressedLayer
@@ -77,10 +78,10 @@ def bytes_of_step(model: "PreTrainedModel", cache: "Cache") -> int:
     Of the table of embeddings it reads a row. Pairs that sequences share count once. Of pages of
     which a few are chosen, it reads those, and the bounds of all.
     """
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    weights = sum(x.nbytes for x in model.parameters())
-    if head is not None and head.weight is not table:
-        weights -= table.nbytes
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    own, head = (None if part is None else cast(Tensor, part.weight) for part in tables)
+    unread = 0 if own is None or head is None or own is head else own.nbytes
+    weights = sum(x.nbytes for x in model.parameters()) - unread
     return weights + sum(_bytes_of_layer(layer) for layer in cache.layers)
 
 
