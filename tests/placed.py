@@ -3,6 +3,7 @@
 A tensor that was made on "meta:0" in the block ``devices()`` computes on the CPU, with true
 numbers, and says that it is on "meta:0". What PyTorch refuses on real devices is refused here: to
 combine tensors of two devices, but for numbers without dimensions and for indices from the CPU.
+What is copied from such a device to another is in ``MOVES``, but for what hooks of the model copy.
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel
 from cachepress.cache.handle import RowsHandle
 
 CPU = torch.device("cpu")
+MOVES: list[tuple[torch.device, torch.device, torch.Size]] = []
+"""Where from, where to, and the shape."""
 INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 
 
@@ -67,6 +70,7 @@ def run(func, args, kwargs):
     if len(places) > 1:
         raise RuntimeError(f"{name}: expected all tensors on the same device, got {places}")
     place = wanted or next(iter(places), CPU)
+    MOVES.extend((x.device, place, x.shape) for x in given if x.device not in (CPU, place))
     plain = tree_map(lambda x: x.inner if isinstance(x, Placed) else x, (args, kwargs))
     out = func(*plain[0], **plain[1])
     if args and isinstance(args[0], Placed) and name.endswith("_") and out is args[0].inner:
@@ -128,4 +132,8 @@ def _to(device: torch.device):
 
 
 def _moved(x: object, device: torch.device) -> object:
-    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
+    """Copy a part of what a layer is given or gives; the model does so, and no press."""
+    before = len(MOVES)
+    moved = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
+    del MOVES[before:]
+    return moved
