@@ -7,10 +7,12 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -136,11 +138,12 @@ def _watched(process: subprocess.Popen, job: Job) -> int | None:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    try:
-        os.killpg(process.pid, 9)
-    except ProcessLookupError:
-        process.kill()
-    process.wait(LAST)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(
+        subprocess.TimeoutExpired
+    ):  # A driver can hold it; the page is written all the same.
+        process.wait(LAST / 2)
 
 
 def ended(job: Job, left: Sequence[str], code: int | None) -> list[str]:

@@ -51,12 +51,16 @@ class _Run:
         numbers = (sizes.layers, sizes.steps, sizes.short, sizes.long)
         left = min(lab.job.end - time.time(), allowed("kvpress", lab.job.minutes))
         command = [lab.job.kvpress_python, "-P", str(SCRIPT), lab.job.device, *map(str, numbers)]
-        done = subprocess.run(
-            ["timeout", f"{max(1, left):.0f}", *command, json.dumps(shape)],
-            capture_output=True,
-            text=True,
+        process = subprocess.Popen(
+            [*command, json.dumps(shape)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        for line in done.stdout.splitlines():
+        try:
+            out, said = process.communicate(timeout=max(1, left))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, said = process.communicate()
+            said += f"\nits {left:.0f} s were up"
+        for line in out.splitlines():
             values = json.loads(line)
             self._found[values.pop("cell")] = values
-        self._said = (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1][:200]
+        self._said = (said.strip().splitlines() or [f"code {process.returncode}"])[-1][:200]

@@ -16,6 +16,7 @@ from benchmarks.card import lab as lab_module
 from benchmarks.card.decode import decode_steps, room_steps
 from benchmarks.card.kernel import Shape as LayerShape
 from benchmarks.card.kernel import layer_of, shapes
+from benchmarks.card.kvpress import NOT_GIVEN, kvpress
 from benchmarks.card.lab import (
     ADA_90,
     DYNAMIC,
@@ -129,6 +130,34 @@ def the_page_says_what_the_json_says(text, said, record):
         assert f"{found['seconds']:.2g}" in line or f"{found['seconds']:.3g}" in line
     steps = len(list(record.measured("parity", kind="steps")))
     assert f"- {steps} of {steps} architectures decode recorded as they do eagerly" in text
+
+
+def test_what_kvpress_does_not_give_has_a_line(tmp_path):
+    python = tmp_path / "python"
+    cell = json.dumps({"cell": "none, 96", "ms": 2.0})
+    python.write_text(f"#!/bin/sh\necho '{cell}'\necho first >&2\necho no kvpress here >&2\n")
+    python.chmod(0o755)
+    own = job(tmp_path, ("kvpress",), kvpress_python=str(python))
+    assert worker.measure(read(tmp_path), "kvpress", kvpress(Lab(own)), own, lambda: True)
+    cells = read(tmp_path).cells("kvpress")
+    assert cells["none, 96"] == {"ms": 2.0}
+    lines = {x[LINE] for name, x in cells.items() if name != "none, 96"}
+    assert lines == {"RuntimeError: kvpress ended before it: no kvpress here"} and len(cells) == 6
+    own = job(tmp_path, ("kvpress",))
+    ((name, work),) = kvpress(Lab(own))
+    assert (name, work()) == ("kvpress", {LINE: NOT_GIVEN})
+
+
+def test_kvpress_has_its_time_and_no_more(tmp_path):
+    python = tmp_path / "python"
+    cell = json.dumps({"cell": "none, 96", "ms": 2.0})
+    python.write_text(f"#!/bin/sh\necho '{cell}'\nexec sleep 600\n")
+    python.chmod(0o755)
+    own = job(tmp_path, ("kvpress",), seconds=2, kvpress_python=str(python))
+    cells = dict(kvpress(Lab(own)))
+    assert cells["none, 96"]() == {"ms": 2.0}
+    with pytest.raises(RuntimeError, match="kvpress ended before it: its . s were up"):
+        cells["none, 192"]()
 
 
 def test_the_page_of_the_site_is_that_of_its_data():
