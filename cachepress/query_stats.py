@@ -77,7 +77,7 @@ class QueryStats:
             self._decoded = []
             query, rope = torch.cat(queries, dim=2), torch.cat(ropes, dim=1)
             self._add(call, query, rope)
-        view = replace(view, queries=self._queries, voters=self._voters)
+        view = replace(view, n_columns=self.end, queries=self._queries, voters=self._voters)
         if self._sums is not None:
             sums, counts = _ordered(self._sums, call), _times_seen(view, self._length)
             view = replace(view, attention_sums=sums, attention_counts=counts)

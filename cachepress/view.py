@@ -29,7 +29,7 @@ from cachepress.cache.codec import Codec
 from cachepress.cache.pairs import PairBytes
 from cachepress.deprecated import Renamed
 from cachepress.errors import CachepressError
-from cachepress.ops import AttentionRule, attention_column_sums, gather
+from cachepress.ops import AttentionRule, attention_column_sums, gather, known_counts
 from cachepress.reconstruction import Reconstruction
 
 T = TypeVar("T")
@@ -264,6 +264,7 @@ class LayerView:
             or what ``BasePress.reconstructed`` computed when the context was reconstructed; NaN for
             tokens from before the last compression; None if the press declared neither.
         n_question: ``[B]`` tokens at the end of the text that are the question, or None.
+        n_columns: text columns so far, padding included; None if that is not known.
     """
 
     keys: Tensor
@@ -290,6 +291,7 @@ class LayerView:
     token_state: Tensor | None = None
     hidden_feature: Tensor | None = None
     n_question: Tensor | None = None
+    n_columns: int | None = None
 
     carried = Renamed("token_state")
     noted = Renamed("hidden_feature")
@@ -345,6 +347,15 @@ class LayerView:
         rising = self.index.masked_fill(~self.valid, -1).cummax(-1).values.contiguous()
         wanted = index.to(rising).expand(*rising.shape[:2], -1).contiguous()
         return torch.searchsorted(rising, wanted)
+
+    def longest(self) -> int:
+        """Return a number of tokens that no text exceeds, by which work is divided.
+
+        On the host it is that of the longest text; of a device no more is asked than is known.
+        """
+        if self.n_columns is None:
+            return int(self.n_seen.max())
+        return max(known_counts(self.n_seen, self.n_columns))
 
     def only(self, tokens: Tensor) -> "LayerView":
         """Make every token invalid that is not in the mask ``tokens [B, H, T]``."""

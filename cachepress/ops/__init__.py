@@ -6,7 +6,7 @@ from cachepress.ops.attention import (
     attention_column_sums,
     attention_weights,
 )
-from cachepress.ops.device import on_device, wait
+from cachepress.ops.device import known_counts, on_device, wait
 from cachepress.ops.gradients import backward_task, following, storing, without_gradient
 from cachepress.ops.order import entries_of, gather, valid_last
 from cachepress.ops.precision import narrowest, wide, wide_dtype, without_autocast
@@ -22,6 +22,7 @@ __all__ = [
     "entries_of",
     "following",
     "gather",
+    "known_counts",
     "narrowest",
     "on_device",
     "storing",

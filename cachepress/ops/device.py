@@ -18,3 +18,12 @@ def on_device(numbers: Tensor, device: torch.device) -> Tensor:
     if len(found) == 1:
         return torch.full(numbers.shape, found.pop(), dtype=numbers.dtype, device=device)
     return numbers.pin_memory().to(device, non_blocking=True)
+
+
+def known_counts(counts: Tensor, bound: int) -> list[int]:
+    """Return numbers that none of ``counts`` exceeds: themselves, where that waits for no device.
+
+    What is in the host's memory can be asked for. Of a device all are as high as the ``bound``, so
+    that more may be computed there, and nothing is waited for.
+    """
+    return counts.flatten().tolist() if counts.device.type == "cpu" else [bound] * counts.numel()

@@ -30,7 +30,7 @@ def mean_of_token(x: Tensor, view: LayerView) -> Tensor:
     By index in the text: heads that evicted tokens before hold different ones in the same column.
     """
     b, h, _ = x.shape
-    size = int(view.n_seen.max())
+    size = view.longest()
     column = view.index.long().masked_fill(~view.valid, size)
 
     def by_token(y: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
-from cachepress.ops import valid_last, wide_dtype
+from cachepress.ops import known_counts, valid_last, wide_dtype
 from cachepress.press import WrapperPress
 from cachepress.presses._checks import counted
 from cachepress.ranks import choose
@@ -46,19 +46,19 @@ class BlockPress(WrapperPress, alias="block"):
         scores = view.keys.new_zeros((b, h, t + 1), dtype=wide_dtype(view.keys))
         held = view.index.new_zeros(b, h, 0, dtype=torch.long)
         valid = torch.zeros_like(held, dtype=torch.bool)
-        seen = int(view.n_seen.max())
-        size = min(self.block_size, max(seen, 1))
-        starts = torch.arange(0, seen + size, size)
-        edges = view.columns_from(starts.to(device))
-        for i, stop in enumerate(starts.tolist()[1:]):
+        longest = view.longest()
+        size = min(self.block_size, max(longest, 1))
+        edges = view.columns_from(torch.arange(0, longest + size, size, device=device))
+        for i in range(edges.shape[-1] - 1):
             fresh = edges[..., i, None] + torch.arange(size, device=device)
             new = fresh < edges[..., i + 1, None]
             fresh = fresh.clamp(max=t - 1)
             held = torch.cat([held, fresh], dim=-1)
             valid = torch.cat([valid, new & view.valid.gather(-1, fresh)], dim=-1)
-            if self.press.budget.holds_all(valid, view.n_kept):
-                continue
-            order = valid_last(valid)[..., -int(valid.sum(-1).max()) :]
+            if device.type == "cpu" and self.press.budget.holds_all(valid, view.n_kept):
+                continue  # On a device it costs more to ask than to score.
+            stop = (i + 1) * size
+            order = valid_last(valid)[..., -max(known_counts(valid.sum(-1), min(stop, t))) :]
             held, valid = held.gather(-1, order), valid.gather(-1, order)
             part = replace(view.take(held), valid=valid, n_seen=view.n_seen.clamp(max=stop))
             score = self.press.score(part)

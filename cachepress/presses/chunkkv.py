@@ -76,9 +76,9 @@ class Chunks:
     def of(cls, scores: Tensor, view: LayerView, length: int) -> "Chunks":
         """Group ``scores [B, H, T]`` by chunk."""
         free = view.valid & ~pinned(scores)
-        seen = int(view.n_seen.max())
-        length = min(length, max(seen, 1))
-        size = -(-seen // length) * length
+        longest = view.longest()
+        length = min(length, max(longest, 1))
+        size = -(-longest // length) * length
         column = view.index.long().masked_fill(~free, size)
 
         def by_index(x: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class FinchPress(ScorerPress, alias="finch"):
         """Lift the winners of each chunk above all other pairs."""
         assert self.chunk_length is not None
         winners, spent = torch.zeros_like(view.valid), torch.zeros_like(view.n_seen)
-        for start in range(0, int(view.n_seen.max()), self.chunk_length):
+        for start in range(0, view.longest(), self.chunk_length):
             stop = (view.n_seen).clamp(max=start + self.chunk_length)
             share = (view.n_kept * stop).floor_divide(view.n_seen.clamp(min=1))
             inside = view.valid & (view.index >= start) & (view.index < stop[:, None, None])

@@ -8,13 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.budgets import check_fraction, floor_of
-from cachepress.ops import wide
+from cachepress.ops import known_counts, valid_last, wide, wide_dtype
 from cachepress.press import WrapperPress
 from cachepress.ranks import best
 from cachepress.view import LayerView
 
 _BLOCK = 1024
 """Evicted, and kept, tokens whose similarities are in memory at once."""
+_NUMBERS = 1 << 22
+"""Numbers of a head's blended values that are in memory at once, in full."""
 
 
 @dataclass(frozen=True)
@@ -49,49 +51,75 @@ class MergingPress(WrapperPress, alias="merging"):
     def merge(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
         """Merge evicted values into kept ones; keys stay as they are."""
         merged, evicted = self.press.merge(view, mask), view.valid & ~mask
-        if not bool(evicted.any()):
+        if not any(known_counts(evicted.sum(-1), mask.shape[-1])):
             return merged
         keys, values = (view.keys, view.values) if merged is None else merged
-        values = values.clone()
-        for b, h in product(*map(range, mask.shape[:2])):
-            kept, gone = (x[b, h].nonzero()[:, 0] for x in (mask, evicted))
-            if len(kept) and len(gone):
-                self._blend(keys[b, h], values[b, h], kept, gone)
-        return keys, values
-
-    def _blend(self, keys: Tensor, values: Tensor, kept: Tensor, gone: Tensor) -> None:
-        """Blend ``values [T, E]`` of the evicted ``gone [n]`` into ``kept [m]``, in place."""
-        cosine, target = most_similar(keys[gone], keys[kept])
-        count = cosine.new_full((1, 1, 1), len(gone), dtype=torch.double)
-        similar = cosine >= self.similarity_threshold
-        most = floor_of(count, self.merge_fraction)
-        some = best(cosine[None, None], similar[None, None], most)[0, 0]
-        gone, target, cosine = gone[some], target[some], cosine[some]
-        own, theirs = wide(values[gone]), wide(values[kept])
-        norm = own.norm(dim=-1)
-        both = norm + theirs.norm(dim=-1)[target]
-        share = norm / both.clamp(min=torch.finfo(torch.float32).tiny)
+        cosine, target = most_similar(keys, evicted, mask)
+        similar = evicted & (cosine >= self.similarity_threshold)
+        most = floor_of(evicted.sum(-1, keepdim=True).double(), self.merge_fraction)
+        some = best(cosine, similar, most)
         # A negative cosine would subtract the value, and could bring the total to zero.
-        weight = (cosine.clamp(min=0) * share).unsqueeze(-1)
-        total = torch.ones_like(theirs[:, :1]).index_add_(0, target, weight)
-        values[kept] = (theirs.index_add_(0, target, weight * own) / total).to(values.dtype)
-        # Merged once: a wrapper around this press finds nothing left to merge a second time.
-        values[gone] = 0
+        return keys, _blended(values, cosine.clamp(min=0), target, some)
 
 
-def most_similar(keys: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Find for each of ``keys [n, D]`` the most similar of ``others [m, D]``: cosine and index."""
-    keys, others = F.normalize(wide(keys), dim=-1), F.normalize(wide(others), dim=-1)
-    found = [_most_similar(block, others) for block in keys.split(_BLOCK)]
-    cosine, index = zip(*found, strict=True)
-    return torch.cat(cosine), torch.cat(index)
+def _blended(values: Tensor, cosine: Tensor, target: Tensor, some: Tensor) -> Tensor:
+    """Blend the values ``[B, H, T, E]`` of ``some [B, H, T]`` into those of their ``target``."""
+    norm = torch.cat([x.norm(dim=-1) for x in map(wide, values.split(_BLOCK, dim=2))], dim=-1)
+    both = norm + norm.gather(-1, target)
+    share = norm / both.clamp(min=torch.finfo(torch.float32).tiny)
+    weight = torch.where(some, cosine * share, 0)
+    total = torch.ones_like(weight).scatter_add_(-1, target, weight)
+    blended, t = torch.empty_like(values), values.shape[2]
+    rows, counts = valid_last(~some), known_counts(some.sum(-1), t)
+    for (b, h), n in zip(product(*map(range, some.shape[:2])), counts, strict=True):
+        # Some channels at a time, which bounds the memory of a long text.
+        for part in range(0, values.shape[3], width := max(1, _NUMBERS // t)):
+            own = values[b, h, :, part : part + width]
+            sums = wide(own).clone()
+            for row in rows[b, h, :n].split(_BLOCK):
+                # Where nothing is merged the weight is 0, but a value may not be finite.
+                lost = some[b, h, row].unsqueeze(-1)
+                added = (wide(own[row]) * weight[b, h, row].unsqueeze(-1)).masked_fill(~lost, 0)
+                sums.index_add_(0, target[b, h, row], added)
+            blended[b, h, :, part : part + width] = sums / total[b, h].unsqueeze(-1)
+    # Merged once: a wrapper around this press finds nothing left to merge a second time.
+    return blended.masked_fill_(some.unsqueeze(-1), 0)
 
 
-def _most_similar(keys: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+def most_similar(keys: Tensor, some: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the most similar of the ``others [B, H, T]`` for ``some`` of ``keys [B, H, T, D]``.
+
+    Returns:
+        The cosine, minus infinity where a head has no others, and which of the ``T`` it is, both
+        ``[B, H, T]``; for a key that is not one of ``some`` they mean nothing.
+    """
+    cosine = torch.full(some.shape, float("-inf"), dtype=wide_dtype(keys), device=keys.device)
+    index = torch.zeros(some.shape, dtype=torch.long, device=keys.device)
+    rows, columns = valid_last(~some), valid_last(~others)
+    counts = [known_counts(x.sum(-1), keys.shape[2]) for x in (some, others)]
+    for (b, h), n, m in zip(product(*map(range, some.shape[:2])), *counts, strict=True):
+        column = columns[b, h, :m]
+        against, real = _directions(keys[b, h, column]), others[b, h, column]
+        for row in rows[b, h, :n].split(_BLOCK):
+            top, where = _most_similar(_directions(keys[b, h, row]), against, real)
+            cosine[b, h].index_copy_(0, row, top)
+            if m:
+                index[b, h].index_copy_(0, row, column[where])
+    return cosine, index
+
+
+def _directions(keys: Tensor) -> Tensor:
+    return F.normalize(wide(keys), dim=-1)
+
+
+def _most_similar(keys: Tensor, others: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     cosine = torch.full_like(keys[:, 0], float("-inf"))
     index = torch.zeros_like(cosine, dtype=torch.long)
     for start in range(0, len(others), _BLOCK):
-        top, where = (keys @ others[start : start + _BLOCK].mT).max(-1)
+        cosines = keys @ others[start : start + _BLOCK].mT
+        if cosines.device.type != "cpu":  # In the host's memory all are real.
+            cosines.masked_fill_(~real[start : start + _BLOCK], float("-inf"))
+        top, where = cosines.max(-1)
         index = torch.where(top > cosine, where + start, index)  # Of equals the oldest.
         cosine = torch.maximum(cosine, top)
     return cosine, index

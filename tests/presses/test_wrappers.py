@@ -181,16 +181,30 @@ def test_chunks_are_scored_and_kept_as_if_alone():
 
 
 def test_a_chunk_is_judged_by_its_own_queries():
-    model, ids = tiny(), tokens(48)
-    whole = {}
+    model, ids = tiny(), tokens(44)
+    texts, chunks = [], []
 
     class Recording(cp.SnapKVPress):
         def score(self, view):
-            whole.setdefault(view.depth, []).append(view.queries.shape[-2])
+            chunks.append(view)
             return super().score(view)
 
-    pressed(model, cp.ChunkPress(Recording(0.5, window_size=6), chunk_length=12), ids)
-    assert whole[0] == [12, 12, 12, 12]
+    class Whole(cp.ChunkPress):
+        def score(self, view):
+            texts.append(view)
+            return super().score(view)
+
+    pressed(model, Whole(Recording(0.5, window_size=6), chunk_length=12), ids)
+    text, rows = texts[0], []
+    for part in chunks[: len(chunks) // 4]:
+        rows += [part.sequence(i) for i in range(len(part.keys))]
+    assert [int(row.n_seen) for row in rows] == [12, 12, 12, 8]
+    for c, row in enumerate(rows):
+        own = slice(12 * c, min(12 * c + 12, 44))
+        assert torch.equal(row.queries[0], text.queries[0, :, :, own][:, :, -6:])
+        assert torch.equal(row.keys[0][:, -int(row.n_seen) :], text.keys[0, :, own])
+        assert row.valid.sum(-1).tolist() == [[int(row.n_seen)] * 2]
+        assert row.voters.all()
 
 
 def test_blocks_never_bring_a_pair_back():
