@@ -140,9 +140,8 @@ def _watched(process: subprocess.Popen, job: Job) -> int | None:
 def _kill(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    with suppress(
-        subprocess.TimeoutExpired
-    ):  # A driver can hold it; the page is written all the same.
+    # Where a driver holds it, it stays, and the page is written nevertheless.
+    with suppress(subprocess.TimeoutExpired):
         process.wait(LAST / 2)
 
 

@@ -49,13 +49,13 @@ class _Run:
         assert lab.job.kvpress_python is not None and self._found is not None
         shape = {**SHAPES["llama-3.1-8b"][1], **(TINY_SHAPE if lab.job.tiny else {})}
         numbers = (sizes.layers, sizes.steps, sizes.short, sizes.long)
-        left = min(lab.job.end - time.time(), allowed("kvpress", lab.job.minutes))
+        left = max(1, min(lab.job.end - time.time(), allowed("kvpress", lab.job.minutes)))
         command = [lab.job.kvpress_python, "-P", str(SCRIPT), lab.job.device, *map(str, numbers)]
         process = subprocess.Popen(
             [*command, json.dumps(shape)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         try:
-            out, said = process.communicate(timeout=max(1, left))
+            out, said = process.communicate(timeout=left)
         except subprocess.TimeoutExpired:
             process.kill()
             out, said = process.communicate()
