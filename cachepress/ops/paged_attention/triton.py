@@ -74,6 +74,22 @@ def triton_attention(
             query sees all tokens up to itself.
         new: a token that is appended, and attended to.
     """
+    with torch.cuda.device_of(query):  # Triton launches on the current device.
+        partials = _attended(query, plan, rule, heads, value_dim, added, bias, new)
+        return _merged(partials, query, plan, rule, heads, value_dim)
+
+
+def _attended(
+    query: Tensor,
+    plan: Plan | RecordedPlan,
+    rule: AttentionRule,
+    heads: int,
+    value_dim: int,
+    added: Tensor,
+    bias: Tensor | None,
+    new: NewToken | None,
+) -> Partials:
+    """Attend over some of the rows in each program."""
     _, hq, n, d = query.shape
     m, form = hq // heads * n, plan.form
     query = query.contiguous()
@@ -122,7 +138,7 @@ def triton_attention(
         CAUSAL=n > 1 and bias is None,
         PRECISION="ieee" if work == torch.float32 else "tf32",
     )
-    return _merged(partials, query, plan, rule, heads, value_dim)
+    return partials
 
 
 def _merged(
