@@ -3,11 +3,13 @@
 A tensor that was made on "meta:0" in the block ``devices()`` computes on the CPU, with true
 numbers, and says that it is on "meta:0". What PyTorch refuses on real devices is refused here: to
 combine tensors of two devices, but for numbers without dimensions and for indices from the CPU.
-What is copied from such a device to another is in ``MOVES``, but for what hooks of the model copy.
+What is copied from such a device to another is in ``MOVES``, but for what the model's own code
+copies: its hooks, and rotary modules, some of which bring their frequencies along.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from unittest import mock
 
 import torch
@@ -114,7 +116,24 @@ def spread(model: PreTrainedModel, over: tuple[str, str]) -> PreTrainedModel:
         _place(layer, second)
         layer.register_forward_pre_hook(_to(second), with_kwargs=True)
     layers[-1].register_forward_hook(lambda m, _, out: _moved(out, first))
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            kind = type(module)
+            module.__class__ = type(kind.__name__, (kind,), {"forward": _unheard(kind.forward)})
     return model
+
+
+def _unheard(function: Callable) -> Callable:
+    """Let what the function copies not be in ``MOVES``."""
+
+    @wraps(function)
+    def called(*args: object, **kwargs: object) -> object:
+        before = len(MOVES)
+        out = function(*args, **kwargs)
+        del MOVES[before:]
+        return out
+
+    return called
 
 
 def _place(module: nn.Module, device: torch.device) -> None:
@@ -133,7 +152,4 @@ def _to(device: torch.device):
 
 def _moved(x: object, device: torch.device) -> object:
     """Copy a part of what a layer is given or gives; the model does so, and no press."""
-    before = len(MOVES)
-    moved = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
-    del MOVES[before:]
-    return moved
+    return _unheard(tree_map)(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
