@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from cachepress.cache.handle import RowsHandle
 from cachepress.cache.masks import TextMask
-from cachepress.cache.pairs import Pairs
-from cachepress.ops import AttentionRule
-from cachepress.view import Rotary
+from cachepress.cache.pairs import PairBytes, Pairs
+from cachepress.ops import AttentionRule, following, gather, valid_last
+from cachepress.view import LayerView, Rotary
 
 
 class Place(NamedTuple):
@@ -135,6 +135,10 @@ class AttentionCall:
         """Hidden states that attention was given, ``[B, n, M]``; None where no press needs them."""
         return self.features.hidden(self)
 
+    def view(self) -> LayerView:
+        """Lay out all pairs as a view, with what is not valid moved to the front."""
+        return _view_of(self)
+
     def when_over(self, rotates: bool, projects: bool) -> "AttentionCall":
         """Copy the call without its large tensors, to be kept until the forward is over.
 
@@ -157,6 +161,75 @@ class AttentionCall:
             features=found,
             read=Pairs(pairs.keys[:, :, :0].clone(), pairs.values[:, :, :0].clone()),
         )
+
+
+def _view_of(call: AttentionCall) -> LayerView:
+    """Lay out a call's pairs as a view, with what is not valid moved to the front.
+
+    A pair is stored with its text column only. Its index in its own text is the number of tokens
+    before it, which is the column itself where nothing is padded. The position that its key is
+    rotated to is not stored either, unless the press changed it: positions of a text rise by one,
+    and the last token's is known from the forward, so that the others follow from their index.
+    """
+    pairs = call.pairs
+    keys, values, held = pairs.keys, pairs.values, pairs.text_positions()
+    b, h, t = held.shape
+    # Where all heads hold the same tokens one stands for all: nothing is computed for each of them.
+    positions = held[:, :1] if held.stride(1) == 0 else held
+    valid, index = positions >= 0, positions
+    n_seen = torch.full((b,), t, device=keys.device)
+    if pairs.positions is not None:
+        # The last entry of every head is a token of this forward, which no head has evicted yet.
+        n_seen = positions[:, 0, -1].long() + 1
+    if call.text_valid is not None:
+        text = call.text_valid
+        # Padding may stand on either side of a text, and between two prompts as well.
+        own = text.cumsum(-1, dtype=torch.int32) - 1
+        column = positions.clamp(min=0).long().flatten(1)
+        valid = valid & text.gather(1, column).view_as(positions)
+        index = own.gather(1, column).view_as(positions)
+        n_seen = text.sum(-1)
+    next_position = _next_position(call)
+    rope = index + (next_position - n_seen)[:, None, None]
+    if pairs.rope is not None:
+        rope = torch.where(pairs.rope >= 0, pairs.rope, rope)
+    token_state = pairs.token_state
+    if call.text_valid is not None or not pairs.full:
+        order = valid_last(valid)  # [B, 1 or H, T]
+        with following(keys, values):
+            keys, values = gather(keys, order), gather(values, order)
+        positions, index, valid = (x.gather(-1, order) for x in (positions, index, valid))
+        rope = rope.gather(-1, order.expand_as(rope))
+        token_state = None if token_state is None else token_state.gather(-1, order.expand(b, h, t))
+    positions, index, rope = (x.expand(b, h, t) for x in (positions, index, rope))
+    return LayerView(
+        keys=keys,
+        values=values,
+        positions=positions,
+        index=index,
+        rope=rope,
+        valid=valid.expand(b, h, t).contiguous(),
+        n_seen=n_seen,
+        n_kept=n_seen,
+        next_position=next_position,
+        layer=call.place.layer,
+        depth=call.place.depth,
+        n_layers=call.place.n_layers,
+        pair_bytes=PairBytes(0, 0),
+        rule=call.rule,
+        token_state=token_state,
+    )
+
+
+def _next_position(call: AttentionCall) -> Tensor:
+    """Compute the position after the last token of each sequence, ``[B]``."""
+    rope = call.place.rope
+    if call.text_valid is not None:
+        # What position padding was given is up to the caller: it does not count. A text that ended
+        # before this forward goes on from its last token.
+        rope = rope.masked_fill(~call.text_valid[:, -rope.shape[1] :], -1)
+        return torch.where(rope.amax(-1) < 0, call.text_valid.sum(-1), rope.amax(-1) + 1)
+    return rope.amax(-1) + 1
 
 
 class _Found(NamedTuple):

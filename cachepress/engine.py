@@ -14,17 +14,17 @@ from torch import Tensor
 
 from cachepress.budgets import Budget, TopK
 from cachepress.cache.pairs import PairBytes, Pairs
+from cachepress.cache.snapshot import Snapshot
 from cachepress.call import AttentionCall
 from cachepress.ops import (
+    blocks,
     following,
-    gather,
     on_device,
-    valid_last,
     wide,
     without_autocast,
     without_gradient,
 )
-from cachepress.press import BasePress
+from cachepress.press import BasePress, WrapperPress, with_inner
 from cachepress.query_stats import QueryStats
 from cachepress.view import LayerView, Rotary
 
@@ -34,8 +34,25 @@ _MERGED = (
 )
 
 
+_OBSERVED = [
+    "queries",
+    "voters",
+    "moments",
+    "projection",
+    "attention_sums",
+    "attention_counts",
+    "hidden_feature",
+]
+"""Fields of a view that scores are made of, and that only merging and key channels need later."""
+
+
 class CacheLayer(Protocol):
     """Interface of a cache layer that can be compressed: it stores the pairs that are kept."""
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What the layer holds now."""
+        ...
 
     def pair_bytes(self, pairs: Pairs, compaction: bool, token_state: bool, /) -> PairBytes:
         """Compute the bytes that the kept pairs of a head will need."""
@@ -73,12 +90,55 @@ class CacheLayer(Protocol):
 
 @dataclass(frozen=True)
 class Pending:
-    """A layer that is scored, and whose pairs will compete with those of the other layers."""
+    """A layer that is scored, and whose pairs will compete with those of the other layers.
+
+    Attributes:
+        layer: the cache layer, which still holds all of its pairs.
+        call: the attention call after which it is compressed, without what is large.
+        view: the view that was scored, without its keys and values.
+        scores: ``[B, H, T]``.
+        token_state: the number that is kept with each token, or None.
+        text_valid: ``[B, S]`` which text columns are tokens; None for all.
+    """
 
     layer: CacheLayer
+    call: AttentionCall
     view: LayerView
     scores: Tensor
+    token_state: Tensor | None
     text_valid: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        press: BasePress,
+        layer: CacheLayer,
+        call: AttentionCall,
+        view: LayerView,
+        scores: Tensor,
+    ) -> "Pending":
+        """Hold what is needed of a layer until the other layers are scored.
+
+        That is no copy of pairs that the layer holds, and no more queries than a press may still
+        ask for.
+        """
+        state, queries = press.token_state(_detached(view)), _asked_later(press)
+        keys, values = (x[:, :, :0].clone() for x in (view.keys, view.values))
+        view = replace(view, keys=keys, values=values)
+        if queries is None:
+            view = replace(view, **dict.fromkeys(_OBSERVED))
+        elif view.queries is not None and view.voters is not None:
+            start = max(0, view.voters.shape[1] - queries)
+            view = replace(
+                view, queries=view.queries[..., start:, :].clone(), voters=view.voters[:, start:]
+            )
+        call, valid = call.when_over(False, False), call.text_valid
+        return cls(layer, call, view, scores, state, valid)
+
+    def whole_view(self) -> LayerView:
+        """Return the view with the keys and values that the layer holds."""
+        found = replace(self.call, read=self.layer.snapshot.rows()).view()
+        return replace(self.view, keys=found.keys, values=found.values)
 
 
 def compress(
@@ -107,7 +167,7 @@ def _compress(
     press: BasePress, layer: CacheLayer, call: AttentionCall, query_stats: QueryStats
 ) -> Pending | None:
     budget = press.budget
-    view = replace(_view_of(call), pair_bytes=_pair_bytes(press, layer, call))
+    view = replace(call.view(), pair_bytes=_pair_bytes(press, layer, call))
     counted = _counted(view, call)
     n_kept = budget.count(counted)
     lengths = _lengths(budget, counted, n_kept)
@@ -116,14 +176,19 @@ def _compress(
     average = n_kept if n_kept.ndim == 1 else n_kept.double().mean(-1)
     view = replace(view, n_kept=average)
     if idle and budget.scope != "model":
-        _keep_all(press, layer, view, counted.valid, call.text_valid)
+        if _is_whole(layer, counted.valid):
+            layer.restore()
+        else:
+            state = press.token_state(_detached(view))
+            _keep(press, layer, view, view.valid, call.text_valid, state)
         return None
     view = query_stats.show(view, call)
     scores = press.score(_detached(view))
     if budget.scope == "model":
-        return Pending(layer, view, scores, call.text_valid)
+        return Pending.of(press, layer, call, view, scores)
     mask = budget.select(scores, view.valid, n_kept)
-    _keep(press, layer, view, mask, call.text_valid, lengths)
+    state = press.token_state(_detached(view))
+    _keep(press, layer, view, mask, call.text_valid, state, lengths)
     return None
 
 
@@ -185,22 +250,28 @@ def _compress_together(press: BasePress, layers: list[Pending], device: torch.de
     n_kept = counts.double().mean(0)
     if not press.needs.always and press.budget.holds_all(valid, n_kept):
         for layer in layers:
-            _keep_all(press, layer.layer, layer.view, layer.view.valid, layer.text_valid)
+            if _is_whole(layer.layer, layer.view.valid):
+                layer.layer.restore()
+            else:
+                _keep_pending(press, layer, layer.view.valid)
         return
     mask = press.budget.select(scores, valid, n_kept)
     for layer, part in zip(layers, mask.split(h, dim=1), strict=True):
         part = part[..., longest - layer.scores.shape[-1] :].to(layer.scores.device)
-        _keep(press, layer.layer, layer.view, part, layer.text_valid)
+        _keep_pending(press, layer, part)
 
 
-def _keep_all(
-    press: BasePress, layer: CacheLayer, view: LayerView, valid: Tensor, text_valid: Tensor | None
-) -> None:
-    """Keep every pair, stored as the model computed it unless it is padding or recoded."""
-    if layer.recodes or not bool(valid.all()):
-        _keep(press, layer, view, view.valid, text_valid)
-    else:
-        layer.restore()
+def _keep_pending(press: BasePress, layer: Pending, mask: Tensor) -> None:
+    stored = layer.layer, layer.whole_view(), mask, layer.text_valid
+    _keep(press, *stored, layer.token_state)
+
+
+def _is_whole(layer: CacheLayer, valid: Tensor) -> bool:
+    """Tell whether a layer that keeps every pair can store them as the model computed them.
+
+    That is unless some are padding, or they are recoded.
+    """
+    return not layer.recodes and bool(valid.all())
 
 
 def _keep(
@@ -209,6 +280,7 @@ def _keep(
     view: LayerView,
     mask: Tensor,
     text_valid: Tensor | None,
+    token_state: Tensor | None,
     lengths: tuple[int, ...] | None = None,
 ) -> None:
     """Keep the pairs of ``mask [B, H, T]`` and evict all others.
@@ -218,7 +290,7 @@ def _keep(
     are channels of the keys as they will be stored.
     """
     given = _detached(view)
-    pairs = Pairs(view.keys, view.values, view.positions, token_state=press.token_state(given))
+    pairs = Pairs(view.keys, view.values, view.positions, token_state=token_state)
     merged = press.merge(given, mask)
     if merged is not None:
         keys = _merged(view.keys, given.keys, merged[0])
@@ -231,6 +303,17 @@ def _keep(
         pairs = replace(pairs, keys=keys, rope=rope)
     stored = _detached(replace(view, keys=pairs.keys))
     layer.keep(pairs, mask, text_valid, press.key_channels(stored, mask), lengths)
+
+
+def _asked_later(press: BasePress) -> int | None:
+    """Return the most queries that a press may ask for when it merges pairs or chooses channels.
+
+    Those of all tokens are as large as the keys of several layers. None where it does neither.
+    """
+    usual = {BasePress.merge, WrapperPress.merge, BasePress.key_channels, WrapperPress.key_channels}
+    kinds = ((inner, type(inner)) for inner in with_inner(press))
+    asking = (inner for inner, kind in kinds if not {kind.merge, kind.key_channels} <= usual)
+    return max((inner.needs.queries for inner in asking), default=None)
 
 
 def _merged(held: Tensor, given: Tensor, merged: Tensor) -> Tensor:
@@ -257,75 +340,10 @@ def _compacted(view: LayerView, rotary: Rotary, mask: Tensor) -> tuple[Tensor, T
     """
     rank = mask.cumsum(-1)
     rope = view.next_position[:, None, None] - rank[..., -1:] + rank - 1
-    keys = view.keys.flatten(0, 1)
-    # Wide between the two rotations, so that keys of a half type are rounded once and not twice.
-    unrotated = rotary(wide(keys), view.rope.clamp(min=0).flatten(0, 1), inverse=True)
-    rotated = rotary(unrotated, rope.clamp(min=0).flatten(0, 1)).to(keys.dtype)
-    return rotated.view_as(view.keys), rope
-
-
-def _view_of(call: AttentionCall) -> LayerView:
-    """Lay out a call's pairs as a view, with what is not valid moved to the front.
-
-    A pair is stored with its text column only. Its index in its own text is the number of tokens
-    before it, which is the column itself where nothing is padded. The position that its key is
-    rotated to is not stored either, unless the press changed it: positions of a text rise by one,
-    and the last token's is known from the forward, so that the others follow from their index.
-    """
-    pairs = call.pairs
-    keys, values, positions = pairs.keys, pairs.values, pairs.text_positions()
-    b, _, t = positions.shape
-    valid, index = positions >= 0, positions
-    n_seen = torch.full((b,), t, device=keys.device)
-    if pairs.positions is not None:
-        # The last entry of every head is a token of this forward, which no head has evicted yet.
-        n_seen = positions[:, 0, -1].long() + 1
-    if call.text_valid is not None:
-        text = call.text_valid
-        # Padding may stand on either side of a text, and between two prompts as well.
-        own = text.cumsum(-1, dtype=torch.int32) - 1
-        column = positions.clamp(min=0).long().flatten(1)
-        valid = valid & text.gather(1, column).view_as(positions)
-        index = own.gather(1, column).view_as(positions)
-        n_seen = text.sum(-1)
-    next_position = _next_position(call)
-    rope = index + (next_position - n_seen)[:, None, None]
-    if pairs.rope is not None:
-        rope = torch.where(pairs.rope >= 0, pairs.rope, rope)
-    token_state = pairs.token_state
-    if call.text_valid is not None or not pairs.full:
-        order = valid_last(valid)
-        with following(keys, values):
-            keys, values = gather(keys, order), gather(values, order)
-        positions, index, rope, valid = (
-            x.gather(-1, order) for x in (positions, index, rope, valid)
-        )
-        token_state = None if token_state is None else token_state.gather(-1, order)
-    return LayerView(
-        keys=keys,
-        values=values,
-        positions=positions,
-        index=index,
-        rope=rope,
-        valid=valid,
-        n_seen=n_seen,
-        n_kept=n_seen,
-        next_position=next_position,
-        layer=call.place.layer,
-        depth=call.place.depth,
-        n_layers=call.place.n_layers,
-        pair_bytes=PairBytes(0, 0),
-        rule=call.rule,
-        token_state=token_state,
-    )
-
-
-def _next_position(call: AttentionCall) -> Tensor:
-    """Compute the position after the last token of each sequence, ``[B]``."""
-    rope = call.place.rope
-    if call.text_valid is not None:
-        # What position padding was given is up to the caller: it does not count. A text that ended
-        # before this forward goes on from its last token.
-        rope = rope.masked_fill(~call.text_valid[:, -rope.shape[1] :], -1)
-        return torch.where(rope.amax(-1) < 0, call.text_valid.sum(-1), rope.amax(-1) + 1)
-    return rope.amax(-1) + 1
+    rope, parts = rope.clamp(min=0), []
+    for some in blocks(rope.shape[-1], view.keys[:, :, :1].numel()):
+        # Wide between the two rotations, so that keys of a half type are rounded once, not twice.
+        bare = view.unrotated(some)
+        rotated = rotary(bare.flatten(0, 1), rope[..., some].flatten(0, 1))
+        parts.append(rotated.view_as(bare).to(view.keys.dtype))
+    return torch.cat(parts, dim=2), rope

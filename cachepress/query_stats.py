@@ -14,7 +14,9 @@ from torch import Tensor
 
 from cachepress.call import AttentionCall
 from cachepress.ops import (
+    RunningMoments,
     attention_column_sums,
+    blocks,
     gather,
     valid_last,
     wide,
@@ -50,7 +52,7 @@ class QueryStats:
     _voters: Tensor | None = None
     _sums: Tensor | None = None
     _feature: Tensor | None = None
-    _moments: "_Running | None" = None
+    _moments: RunningMoments | None = None
     _decoded: list[_Decoded] = field(default_factory=list)
 
     def add(self, call: AttentionCall) -> None:
@@ -86,7 +88,9 @@ class QueryStats:
         if self.needs.question:
             view = replace(view, n_question=call.place.n_question)
         if self._moments is not None:
-            view = replace(view, moments=self._moments.moments())
+            total, mean, scatter = self._moments
+            covariance = scatter / total.clamp(min=1).unsqueeze(-1)
+            view = replace(view, moments=Moments(mean, covariance))
         if self.needs.rotates:
             view = replace(view, rotary=call.rotary())
         if self.needs.projection:
@@ -99,6 +103,9 @@ class QueryStats:
         def of(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.index_select(0, sequences)
 
+        moments = self._moments
+        if moments is not None:
+            moments = RunningMoments(*(x[sequences] for x in moments))
         return QueryStats(
             self.needs,
             self.end,
@@ -107,7 +114,7 @@ class QueryStats:
             of(self._voters),
             of(self._sums),
             of(self._feature),
-            None if self._moments is None else _Running(*(x[sequences] for x in self._moments)),
+            moments,
             [_Decoded(*(x[sequences] for x in token)) for token in self._decoded],
         )
 
@@ -122,7 +129,7 @@ class QueryStats:
         self._length += n
         most = self._most_queries(call)
         if most:
-            self._add_queries(query, counted, most)
+            self._add_queries(query, counted, most, call.text_valid is not None)
         if self.needs.attention_sums:
             self._add_attention(query, counted, call)
         if self.needs.moments_after is not None:
@@ -151,20 +158,11 @@ class QueryStats:
         picked = hidden_feature.gather(-1, column.clamp(min=0))
         return picked.masked_fill(column < 0, float("nan"))
 
-    def _add_queries(self, query: Tensor, counted: Tensor, most: int) -> None:
-        queries, voters = _joined(self._queries, query, 3), _joined(self._voters, counted, 1)
-        if not bool(voters.all()):
-            # Queries of padding go to the front, as padding does in a view: so the last ones are
-            # those of the last tokens in every sequence.
-            order = valid_last(voters)
-            voters = voters.gather(1, order)
-            b, h, g, n, _ = queries.shape
-            order = order[:, None].expand(b, h * g, n)
-            queries = gather(queries.flatten(1, 2), order).view_as(queries)
-        if most < voters.shape[1]:
-            # A copy, because a view would hold the queries of the whole prompt.
-            queries, voters = queries[..., -most:, :].clone(), voters[:, -most:]
-        self._queries, self._voters = queries, voters
+    def _add_queries(self, query: Tensor, counted: Tensor, most: int, padded: bool) -> None:
+        # Of a chunk no more is joined than can stay.
+        new, voters = _newest(query, counted, most, padded)
+        queries, voters = _joined(self._queries, new, 3), _joined(self._voters, voters, 1)
+        self._queries, self._voters = _newest(queries, voters, most, padded)
 
     def _add_attention(self, query: Tensor, counted: Tensor, call: AttentionCall) -> None:
         keys = call.pairs.keys.detach()
@@ -181,39 +179,31 @@ class QueryStats:
         index = torch.arange(self.end - n, self.end, device=query.device).expand_as(counted)
         if call.text_valid is not None:
             index = call.text_valid.cumsum(-1)[:, -n:] - 1
-        unrotated = call.rotary()(wide(query), rope, inverse=True)
-        counted = counted & (index >= (self.needs.moments_after or 0))
-        new = _Running.of(unrotated, counted)
-        self._moments = new if self._moments is None else self._moments.join(new)
+        counted = (counted & (index >= (self.needs.moments_after or 0)))[:, None, None]
+        rotary, each = call.rotary(), query[..., :1, :].numel()
+        for some in blocks(n, each):
+            unrotated = rotary(wide(query[..., some, :]), rope[:, some], inverse=True)
+            new = RunningMoments.of(unrotated, counted[..., some])
+            self._moments = new.after(self._moments)
 
 
-class _Running(NamedTuple):
-    """Running number ``[B, 1, 1, 1]``, mean ``[B, H, G, D]``, scatter ``[B, H, G, D, D]``."""
+def _newest(queries: Tensor, voters: Tensor, most: int, padded: bool) -> tuple[Tensor, Tensor]:
+    """Take the last ``most`` of ``queries [B, H, G, n, D]`` that are of tokens, ``voters [B, n]``.
 
-    total: Tensor
-    mean: Tensor
-    scatter: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor, counted: Tensor) -> "_Running":
-        """Compute them for the vectors ``x [B, H, G, Q, D]`` that are ``counted [B, Q]``."""
-        weight = counted[:, None, None, :, None].to(x.dtype)
-        count = weight.sum(-2)
-        mean = (x * weight).sum(-2) / count.clamp(min=1)
-        centred = (x - mean.unsqueeze(-2)) * weight
-        return cls(count, mean, centred.mT @ centred)
-
-    def join(self, other: "_Running") -> "_Running":
-        """Combine the moments of two sets of vectors, without the vectors (Chan et al.)."""
-        total = self.total + other.total
-        step = other.mean - self.mean
-        share = other.total / total.clamp(min=1)
-        between = step.unsqueeze(-1) * step.unsqueeze(-2) * (self.total * share).unsqueeze(-1)
-        return _Running(total, self.mean + step * share, self.scatter + other.scatter + between)
-
-    def moments(self) -> Moments:
-        """Return mean and covariance."""
-        return Moments(self.mean, self.scatter / self.total.clamp(min=1).unsqueeze(-1))
+    Where there are fewer, queries of padding come before them, as padding does in a view: so the
+    last ones are those of the last tokens in every sequence.
+    """
+    n = voters.shape[1]
+    start = max(0, n - most)
+    if padded:
+        order = valid_last(voters)[:, start:]
+        heads = queries.flatten(1, 2)
+        picked = gather(heads, order[:, None].expand(-1, heads.shape[1], -1))
+        return picked.unflatten(1, queries.shape[1:3]), voters.gather(1, order)
+    if start:
+        # A copy, because a view would hold the queries of the whole prompt.
+        return queries[..., start:, :].clone(), voters[:, start:]
+    return queries, voters
 
 
 def _widened(old: Tensor, new: Tensor) -> Tensor:

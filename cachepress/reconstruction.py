@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachepress.ops import AttentionRule, wide
+from cachepress.ops import AttentionRule, by_token, quadratic_forms, wide_dtype
 
-_CHUNK = 1024
+_AT_ONCE = 512
+"""Channels of the layer's output that are summed up at once."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,15 @@ class ReconstructionView:
     def value_norms(self) -> Tensor:
         """Compute the L2 norms of the chunk's values after projection, ``[1, H, G, chunk]``."""
         assert self.projection is not None
-        norms = []
-        for values in self.values[:, :, self.chunk].split(_CHUNK, dim=2):
-            added = wide(values.unsqueeze(2)) @ wide(self.projection)  # [1, H, G, part, M]
-            norms.append(added.norm(dim=-1))
-        return torch.cat(norms, dim=-1)
+        h, g, e, _ = self.projection.shape
+        # |v W|^2 is v (W W') v': the values need not be projected to all channels of the output. In
+        # doubles, because a norm that is far below that of v is the difference of large numbers.
+        gram = torch.zeros(h, g, e, e, dtype=torch.double, device=self.values.device)
+        for part in self.projection.split(_AT_ONCE, dim=-1):
+            gram += part.double() @ part.double().mT
+        each, dtype = 2 * h * g * e, wide_dtype(self.values)
+
+        def norms(values: Tensor) -> Tensor:
+            return quadratic_forms(values.double(), gram[None]).clamp(min=0).sqrt().to(dtype)
+
+        return by_token(norms, self.values[:, :, self.chunk], each=each)

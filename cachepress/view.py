@@ -29,7 +29,7 @@ from cachepress.cache.codec import Codec
 from cachepress.cache.pairs import PairBytes
 from cachepress.deprecated import Renamed
 from cachepress.errors import CachepressError
-from cachepress.ops import AttentionRule, attention_column_sums, gather, known_counts
+from cachepress.ops import AttentionRule, attention_column_sums, gather, known_counts, wide
 from cachepress.reconstruction import Reconstruction
 
 T = TypeVar("T")
@@ -360,6 +360,17 @@ class LayerView:
     def only(self, tokens: Tensor) -> "LayerView":
         """Make every token invalid that is not in the mask ``tokens [B, H, T]``."""
         return replace(self, valid=self.valid & tokens)
+
+    def unrotated(self, tokens: slice) -> Tensor:
+        """Compute the keys of some tokens before RoPE, ``[B, H, n, D]``, in float32 at least."""
+        if self.rotary is None:
+            raise TypeError("the view was made without the rotary embedding")
+        keys, rope = wide(self.keys[:, :, tokens]), self.rope[:, :, tokens]
+        if rope.stride(1) == 0:
+            # All heads hold the same tokens: cosines and sines are computed once for them.
+            return self.rotary(keys, rope[:, 0].clamp(min=0), inverse=True)
+        flat = keys.flatten(0, 1), rope.clamp(min=0).flatten(0, 1)
+        return self.rotary(*flat, inverse=True).view_as(keys)
 
     def last_queries(self, n: int) -> Tensor:
         """Return the last ``n`` queries, fewer if there are fewer, ``[B, H, G, Q, D]``."""

@@ -1,4 +1,8 @@
-"""Captures, by module hooks, what presses need of a forward that attention itself is not given."""
+"""Captures, by module hooks, what presses need of a forward that attention itself is not given.
+
+Nothing of a layer is held longer than its attention takes: that has the size of activations, and
+those of all layers would not fit into memory.
+"""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,16 +39,18 @@ class Capture:
         self._projects = weighs or any(need.projection for need in needs)
         self._reads_hidden = weighs or any(need.hidden is not None for need in needs)
         self._proofs = RotaryProofs(self._who, model) if self._rotates else None
+        self._ran: dict[nn.Module, list[nn.Module]] = {}
         self._outputs: dict[nn.Module, dict[nn.Module, Tensor]] = {}
         self._hidden: dict[nn.Module, Tensor] = {}
-        self._projections = Projections()
+        self._projections = Projections(remember=weighs)
         captures = self._rotates or self._projects or self._reads_hidden
         self._modules = attention_modules(self._decoder) if captures else []
 
     def anew(self) -> "Capture":
         """A capture of the same things in another forward."""
         other = copy.copy(self)
-        other._outputs, other._hidden, other._projections = {}, {}, Projections()
+        other._ran, other._outputs, other._hidden = {}, {}, {}
+        other._projections = self._projections.anew()
         return other
 
     @contextmanager
@@ -66,22 +72,31 @@ class Capture:
             hooks.after(child, partial(self._keep_output, module))
             if self._projects:
                 hooks.before(child, self._projections.verify)
+        hooks.after(module, self._forget)
 
     def clear(self) -> None:
         """Forget what was captured of the forward."""
-        self._outputs.clear()
-        self._hidden.clear()
+        for captured in (self._ran, self._outputs, self._hidden):
+            captured.clear()
         self._projections.end_forward()
 
+    def _forget(self, module: nn.Module, args: object, output: object) -> None:
+        """Forget what was captured of an attention module, whose layer is compressed by now."""
+        for captured in (self._ran, self._outputs, self._hidden):
+            captured.pop(module, None)
+
     def rotary(self, call: AttentionCall) -> Rotary:
-        """Find the position embedding of a layer, proven on all keys that it holds."""
+        """Find the position embedding of a layer, proven on all keys that it holds.
+
+        It is asked for once in a forward: what the keys were made of is not held any longer.
+        """
         assert self._proofs is not None, "a press uses what its needs do not declare"
-        return self._proofs.prove(call, self._outputs.get(call.module, {}))
+        return self._proofs.prove(call, self._outputs.pop(call.module, {}))
 
     def projection(self, call: AttentionCall) -> Tensor:
         """Find the output projection ``[H, G, E, M]`` of a layer."""
-        done = list(self._outputs.get(call.module, {}))
-        found = self._projections.find(call.module, done, call.pairs.keys.shape[1], call.output)
+        done, heads = self._ran.get(call.module, []), call.pairs.keys.shape[1]
+        found = self._projections.find(call.module, done, heads, call.output)
         if found is None:
             raise UnsupportedError(
                 f"{self._who} needs the output projection of each layer of "
@@ -114,4 +129,6 @@ class Capture:
         self, attention: nn.Module, module: nn.Module, args: object, output: object
     ) -> None:
         if isinstance(output, Tensor):
-            self._outputs.setdefault(attention, {})[module] = output.detach()
+            self._ran.setdefault(attention, []).append(module)
+            if self._rotates:
+                self._outputs.setdefault(attention, {})[module] = output.detach()

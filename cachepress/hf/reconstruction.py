@@ -5,7 +5,7 @@ still holds every pair. What the press computes from these forwards is the hidde
 scores pairs by. The forwards themselves are never compressed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar, cast
 
@@ -186,10 +186,19 @@ class Reconstructor:
         call = layer.call.when_over(needs.rotates, needs.projection)
         self._layers.append(layer._replace(call=call))
 
-    def repeat(self) -> list[Waiting]:
-        """Let the model repeat its context; return the waiting layers with their hidden feature."""
-        if not self._layers:
-            return []
+    def repeat(self) -> Iterator[Waiting]:
+        """Let the model repeat its context, and give the waiting layers with their hidden feature.
+
+        One after the other: a layer's pairs are laid out when it is asked for.
+        """
+        if self._layers:
+            self._repeat()
+        while self._layers:
+            layer = self._layers.pop(0)
+            call = replace(layer.call, read=layer.layer.snapshot.rows())
+            yield layer._replace(call=call)
+
+    def _repeat(self) -> None:
         layers, cache, ids = self._layers, self._cache, self._ids
         reconstruction, valid = layers[0].press.needs.reconstruction, layers[0].call.text_valid
         assert reconstruction is not None
@@ -215,10 +224,6 @@ class Reconstructor:
                     self._repeat_one(branch, own, text, [feature[i] for feature in features])
         for layer, feature in zip(layers, features, strict=True):
             layer.query_stats.set_hidden_feature(feature)
-        return [
-            layer._replace(call=replace(layer.call, read=layer.layer.snapshot.rows()))
-            for layer in layers
-        ]
 
     def _repeat_one(self, branch: Cache, ids: Tensor, text: _Text, features: list[Tensor]) -> None:
         """Let the model repeat one sequence ``ids [1, T]``; fill each layer's ``[H, n]``."""

@@ -200,7 +200,7 @@ class SharedPrefill:
         for waiting in layers:
             reconstructor.wait(waiting._replace(query_stats=copy.copy(waiting.query_stats)))
         with torch.no_grad(), unobserved(text_decoder(self.model)), self.capture.hooked():
-            return reconstructor.repeat()
+            return list(reconstructor.repeat())
 
     def _compress(self, press: BasePress, branch: Cache, layers: list[Waiting]) -> None:
         pending: list[Pending] = []

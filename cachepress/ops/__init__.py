@@ -6,25 +6,32 @@ from cachepress.ops.attention import (
     attention_column_sums,
     attention_weights,
 )
+from cachepress.ops.blockwise import blocks, by_token, norms
 from cachepress.ops.device import known_counts, on_device, wait
 from cachepress.ops.gradients import backward_task, following, storing, without_gradient
+from cachepress.ops.moments import RunningMoments, quadratic_forms
 from cachepress.ops.order import entries_of, gather, valid_last
 from cachepress.ops.precision import narrowest, wide, wide_dtype, without_autocast
 from cachepress.ops.solve import cholesky
 
 __all__ = [
     "AttentionRule",
+    "RunningMoments",
     "attention_column_peaks",
     "attention_column_sums",
     "attention_weights",
     "backward_task",
+    "blocks",
+    "by_token",
     "cholesky",
     "entries_of",
     "following",
     "gather",
     "known_counts",
     "narrowest",
+    "norms",
     "on_device",
+    "quadratic_forms",
     "storing",
     "valid_last",
     "wait",

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cachepress.ops import blocks
 from cachepress.press import ScorerPress
 from cachepress.presses._scores import feature_or_state, nan_as_average
 from cachepress.view import LayerView, Needs
-
-_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -48,5 +47,6 @@ class _Prediction:
 
     def __call__(self, hidden: Tensor, depth: int) -> Tensor:
         """Predict the score of each pair, ``[B, H, n]``, one block of tokens at a time."""
-        parts = [self.press.predict(part, depth) for part in hidden.split(_BLOCK, dim=1)]
+        b, n, m = hidden.shape
+        parts = [self.press.predict(hidden[:, some], depth) for some in blocks(n, b * m)]
         return torch.cat(parts, dim=-1)

@@ -1,13 +1,13 @@
 """CaM: values evicted while decoding are merged into the tokens after them."""
 
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.checks import check_count
+from cachepress.ops import blocks, gather
 from cachepress.press import BasePress
 from cachepress.presses._checks import either, fill
 from cachepress.presses.decoding import DecodingPress
@@ -92,33 +92,16 @@ class CAMPress(DecodingPress, alias="cam"):
         if not bool(evicted.any()):
             return merged
         keys, values = (view.keys, view.values) if merged is None else merged
-        values, received = values.clone(), self._received(view)
-        draws = RandomPress(seed=self.seed + _STREAM).score(view)
-        for b, h in product(*map(range, mask.shape[:2])):
-            kept, gone = (x[b, h].nonzero()[:, 0] for x in (mask, evicted))
-            self._share(values[b, h], received[b, h], draws[b, h], kept, gone)
-        return keys, values
+        windows = _Windows.of(mask, self.merge_budget)
+        return keys, windows.merge(values, evicted & self._drawn(view, mask, windows))
 
-    def _share(
-        self, values: Tensor, received: Tensor, draws: Tensor, kept: Tensor, gone: Tensor
-    ) -> None:
-        """Share out ``values [T, E]`` of the evicted ``gone [n]`` among ``kept [m]``, in place."""
-        first = torch.searchsorted(kept, gone)  # [n], where the merge window begins in kept.
-        reach = min(self.merge_budget, len(kept))
-        size = (len(kept) - first).clamp(max=reach)
-        so_far = F.pad(received[kept].double().cumsum(0), (1, 0))
-        total = so_far[first + size] - so_far[first]
-        odds = received[gone] * size / total.clamp(min=torch.finfo(torch.float32).tiny)
-        some = (size > 0) & (draws[gone] < odds)
-        shares = values[gone[some]].double() / size[some, None]
-        # Windows overlap. Each share is entered once, where its window begins; the kept token at j
-        # gets all that began at j - reach + 1 to j, a difference of two running sums. Windows
-        # that are shorter end with the text, so the same difference is right for them.
-        begun = shares.new_zeros(len(kept), values.shape[1]).index_add_(0, first[some], shares)
-        so_far = F.pad(begun.cumsum(0), (0, 0, reach, 0))
-        sums = so_far[reach:] - so_far[: len(kept)]
-        values[kept] = (values[kept].double() + sums).to(values.dtype)
-        values[gone[some]] = 0
+    def _drawn(self, view: LayerView, mask: Tensor, windows: "_Windows") -> Tensor:
+        """Draw whose value is shared if it is evicted, ``[B, H, T]``."""
+        received = self._received(view)
+        so_far = (received.double() * mask).cumsum(-1)
+        total = windows.last(so_far) - so_far
+        odds = received * windows.size / total.clamp(min=torch.finfo(torch.float32).tiny)
+        return RandomPress(seed=self.seed + _STREAM).score(view) < odds
 
     def _received(self, view: LayerView) -> Tensor:
         """Sum the attention received so far, ``[B, H, T]``."""
@@ -128,3 +111,57 @@ class CAMPress(DecodingPress, alias="cam"):
         if view.token_state is None or self.press.needs.token_state:
             return received
         return received + view.token_state.nan_to_num(nan=0.0)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """The merge windows of the tokens of a layer: the next kept tokens of their head.
+
+    Attributes:
+        kept: ``[B, H, T]`` bool.
+        rank: ``[B, H, T]`` how many of the tokens so far are kept, this one included.
+        column: ``[B, H, T + 1]`` one more than the column of the kept token of each rank; 0 of rank
+            0, and of ranks that no token has.
+        reach: the most tokens of a window.
+    """
+
+    kept: Tensor
+    rank: Tensor
+    column: Tensor
+    reach: int
+
+    @classmethod
+    def of(cls, kept: Tensor, reach: int) -> "_Windows":
+        """Find the windows of at most ``reach`` tokens among the ``kept [B, H, T]``."""
+        rank, count = kept.cumsum(-1), torch.arange(1, kept.shape[-1] + 1, device=kept.device)
+        column = rank.new_zeros(*kept.shape[:2], kept.shape[-1] + 1)
+        # Tokens that are not kept write to rank 0, which stays 0.
+        column = column.scatter_reduce(-1, rank * kept, count * kept, "amax")
+        return cls(kept, rank, column, reach)
+
+    @property
+    def size(self) -> Tensor:
+        """Number of tokens in the window of each token that is not kept, ``[B, H, T]``."""
+        return (self.rank[..., -1:] - self.rank).clamp(max=self.reach)
+
+    def last(self, x: Tensor) -> Tensor:
+        """Look up ``x [B, H, T]`` at the last token of each token's window; 0 where it has none."""
+        end = self.column.gather(-1, self.rank + self.size)
+        return F.pad(x, (1, 0)).gather(-1, end)
+
+    def merge(self, values: Tensor, some: Tensor) -> Tensor:
+        """Share ``values [B, H, T, E]`` of ``some`` tokens among their windows, and clear them."""
+        # Windows overlap: a kept token gets what began after the token that is ``reach`` kept ones
+        # before it, up to itself, a difference of two running sums. Windows that are shorter end
+        # with the text, so that the same difference is right for them.
+        before = self.column.gather(-1, (self.rank - self.reach).clamp(min=0))
+        size, merged = self.size.clamp(min=1).double(), torch.empty_like(values)
+        some = some & (self.size > 0)
+        for channels in blocks(values.shape[-1], 2 * some.numel()):
+            own = values[..., channels].double()
+            shares = own.masked_fill(~some.unsqueeze(-1), 0) / size.unsqueeze(-1)
+            so_far = F.pad(shares.cumsum(2), (0, 0, 1, 0))
+            gained = so_far[:, :, 1:] - gather(so_far, before)
+            gained.masked_fill_(~self.kept.unsqueeze(-1), 0)
+            merged[..., channels] = own.masked_fill(some.unsqueeze(-1), 0) + gained
+        return merged

@@ -1,5 +1,6 @@
 """CapKV: tokens that add most to the information capacity of the cache."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,12 +10,10 @@ from torch import Tensor
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.limits import MOST_POSITIONS
-from cachepress.ops import cholesky, wide, wide_dtype
+from cachepress.ops import blocks, by_token, cholesky, quadratic_forms, wide, wide_dtype
 from cachepress.press import ScorerPress
 from cachepress.ranks import pin_sinks
 from cachepress.view import LayerView, Needs
-
-_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -61,19 +60,26 @@ class CapPress(ScorerPress, alias="cap"):
 
     def score(self, view: LayerView) -> Tensor:
         """Score pairs by their share in the capacity, sinks above all others, ``[B, H, T]``."""
-        free = view.valid & (view.index >= self.n_sink)
-        logits = self.tau * self._alignment(view).double()  # [B, H, G, T]
+        free, cosines = view.valid & (view.index >= self.n_sink), self._alignment(view)
         # NaN and infinity would spoil A for all other tokens: such a token is left out of it, and
         # is the first to be evicted.
-        sizes = view.values.double().square().sum(-1)
-        finite = free & sizes.isfinite() & logits.isfinite().all(2)
-        logits = logits.masked_fill(~finite.unsqueeze(2), float("-inf"))
+        finite = free & _finite(view.values) & cosines.isfinite().all(2)
+        cosines.masked_fill_(~finite.unsqueeze(2), -1)
         # Both w and A are divided by the largest weight: the score is the same, without overflow.
-        top = logits.amax(-1, keepdim=True).clamp(min=0)
-        weights, identity = (logits - top).exp(), (-top).exp().clamp(min=self.epsilon)
-        values = view.values.masked_fill(~finite.unsqueeze(-1), 0).unsqueeze(2)
-        scores = weights * _leverage(values, weights, identity.unsqueeze(-1))
-        scores = scores.mean(2).masked_fill(free & ~finite, float("nan"))
+        top = (self.tau * cosines.amax(-1, keepdim=True).double()).clamp(min=0)  # [B, H, G, 1]
+        identity = (-top).exp().clamp(min=self.epsilon)
+        parts = list(blocks(finite.shape[-1], cosines[..., 0].numel() * view.values.shape[-1]))
+
+        def weighed(some: slice) -> tuple[Tensor, Tensor]:
+            """Weights ``[B, H, G, n]`` and values ``[B, H, n, E]`` of some tokens, in doubles."""
+            weights, real = (self.tau * cosines[..., some].double() - top).exp(), finite[..., some]
+            values = view.values[:, :, some].double().masked_fill(~real.unsqueeze(-1), 0)
+            return weights * real.unsqueeze(2), values
+
+        capacity = _capacity(map(weighed, parts), identity.unsqueeze(-1))
+        inverse = torch.cholesky_inverse(cholesky(capacity))
+        shares = [(w * quadratic_forms(v, inverse)).mean(2) for w, v in map(weighed, parts)]
+        scores = torch.cat(shares, dim=-1).masked_fill(free & ~finite, float("nan"))
         return pin_sinks(scores.to(wide_dtype(view.keys)), view, self.n_sink)
 
     def _alignment(self, view: LayerView) -> Tensor:
@@ -82,20 +88,29 @@ class CapPress(ScorerPress, alias="cap"):
             raise TypeError("the view was made without moments of the queries")
         ahead = torch.arange(self.n_future_positions, device=view.keys.device)
         query = view.rotary.mean(view.moments.mean, view.next_position[:, None] + ahead)
-        return F.normalize(query, dim=-1) @ F.normalize(wide(view.keys), dim=-1).mT
+        query = F.normalize(query, dim=-1)
+        return by_token(lambda keys: query @ F.normalize(wide(keys), dim=-1).mT, view.keys)
 
 
-def _leverage(values: Tensor, weights: Tensor, identity: Tensor) -> Tensor:
-    """Compute ``v' A^-1 v`` of ``values [B, H, 1, T, E]``, ``weights [B, H, G, T]``, in doubles.
+def _finite(values: Tensor) -> Tensor:
+    """Tell which of ``values [B, H, T, E]`` have a finite norm, in doubles, ``[B, H, T]``."""
+    return by_token(lambda v: v.double().square().sum(-1).isfinite(), values)
 
-    ``A`` is ``identity [B, H, G, 1, 1]`` times I, and the sum of ``w v v'``.
+
+def _capacity(weighed: Iterable[tuple[Tensor, Tensor]], identity: Tensor) -> Tensor:
+    """Sum ``identity [B, H, G, 1, 1]`` times I and w v v', ``[B, H, G, E, E]``.
+
+    Args:
+        weighed: weights ``[B, H, G, n]`` and values ``[B, H, n, E]``, block by block.
+        identity: how much of I there is.
     """
-    capacity = identity * torch.eye(values.shape[-1], dtype=torch.double, device=values.device)
-    blocks = values.split(_BLOCK, dim=3)
-    for v, w in zip(blocks, weights.split(_BLOCK, dim=-1), strict=True):
-        capacity = capacity + (v.double() * w.unsqueeze(-1)).mT @ v.double()  # [B, H, G, E, E]
-    inverse = torch.cholesky_inverse(cholesky(capacity))
-    return torch.cat([((v.double() @ inverse) * v.double()).sum(-1) for v in blocks], dim=-1)
+    sums = None
+    for w, v in weighed:
+        columns = (w.mT.unsqueeze(-1) * v.unsqueeze(-2)).flatten(3)  # [B, H, n, G * E]
+        new = (v.mT @ columns).unflatten(-1, (w.shape[2], v.shape[-1]))  # [B, H, E, G, E]
+        sums = new if sums is None else sums + new
+    assert sums is not None
+    return sums.transpose(2, 3) + identity * torch.eye(sums.shape[-1]).to(sums)
 
 
 def _is_number(x: object) -> bool:

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from cachepress.budgets import TopK, check_fraction, floor_of
 from cachepress.errors import CachepressError
-from cachepress.ops import wide
+from cachepress.ops import by_token, wide, wide_dtype
 from cachepress.press import WrapperPress
 from cachepress.presses._checks import check_by_layer, counted
 from cachepress.presses.adakv import AdaKVPress
 from cachepress.ranks import best, choose, pin, pinned
 from cachepress.view import LayerView, Needs
 
-_BLOCK = 1024
+_AT_ONCE = 512
+"""Channels of the layer's output that are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,11 @@ def projected_norms(view: LayerView) -> Tensor:
     """L1 norm of each value after the output projection, mean over query heads, ``[B, H, T]``."""
     if view.projection is None:
         raise TypeError("the view was made without the output projection")
-    norms = []
-    for values in view.values.split(_BLOCK, dim=2):
-        projected = wide(values.unsqueeze(2)) @ wide(view.projection)  # [B, H, G, block, M]
-        norms.append(projected.abs().sum(-1).mean(2))
-    return torch.cat(norms, dim=-1)
+    (b, h, t, _), g = view.values.shape, view.projection.shape[1]
+    total = view.values.new_zeros(b, h, t, dtype=wide_dtype(view.values))
+    for projection in view.projection.split(_AT_ONCE, dim=-1):
+        # The query heads of a group side by side, so that values are multiplied once for all.
+        columns = wide(projection).transpose(1, 2).flatten(2)  # [H, E, G * m]
+        each = b * columns[:, 0].numel()
+        total += by_token(lambda v, w=columns: (wide(v) @ w).abs_().sum(-1), view.values, each=each)
+    return total / g

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
-from cachepress.ops import wide
+from cachepress.ops import by_token, norms, wide
 from cachepress.press import ScorerPress
 from cachepress.presses.leverage import gaussian
 from cachepress.ranks import pin_sinks
@@ -69,10 +69,12 @@ class CURPress(ScorerPress, alias="cur"):
 
     def _leverage(self, view: LayerView, x: Tensor, seed: int) -> Tensor:
         """Squared norms of ``x [B, H, T, D]``, or their shares in their window, ``[B, H, T]``."""
-        x = wide(x)
         if self.use_random_leverage:
-            x = x @ gaussian(view, x.shape[-1], _RANDOM_SIZE, seed)
-        size = x.square().sum(-1).masked_fill(~view.valid, 0)
+            matrix = gaussian(view, x.shape[-1], _RANDOM_SIZE, seed)
+            size = by_token(lambda part: (wide(part) @ matrix).square().sum(-1), x)
+        else:
+            size = norms(x).square()
+        size = size.masked_fill(~view.valid, 0)
         if not self.use_local_approximation:
             return size
         return _shares(size, view.index.clamp(min=0) // self.local_window_size)
@@ -81,8 +83,10 @@ class CURPress(ScorerPress, alias="cur"):
 def _shares(x: Tensor, group: Tensor) -> Tensor:
     """Divide ``x [B, H, T]`` by its sum in each of the groups ``[B, H, T]`` of a head.
 
-    In doubles, so that the result does not depend on the order of the sum.
+    In doubles, so that the result does not depend on the order of the sum. Tokens of a group stand
+    together: counted along the text, groups are no more than tokens, however long the text was.
     """
-    size, group = x.double(), group.long()
-    sums = size.new_zeros(*x.shape[:2], int(group.max()) + 1).scatter_add(-1, group, size)
+    size = x.double()
+    group = (group.diff(dim=-1, prepend=group[..., :1]) != 0).cumsum(-1)
+    sums = torch.zeros_like(size).scatter_add(-1, group, size)
     return (size / sums.gather(-1, group).clamp(min=torch.finfo(torch.float32).tiny)).to(x.dtype)

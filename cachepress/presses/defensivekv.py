@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.checks import check_count
-from cachepress.ops import attention_column_sums, wide_dtype
+from cachepress.ops import attention_weights, wide_dtype
 from cachepress.press import ScorerPress
 from cachepress.presses._scores import mean_of_token
 from cachepress.presses.critical import projected_norms
@@ -80,16 +80,13 @@ class DefensiveKVPress(ScorerPress, alias="defensivekv"):
     def _risk(self, view: LayerView, free: Tensor) -> Tensor:
         """Take the most attention that each pair receives from one query, ``[B, H, T]``."""
         queries, t = view.last_queries(self.window_size), view.keys.shape[2]
-        voters = view.voters[:, -self.window_size :]  # type: ignore
-        risk = view.keys.new_zeros(view.valid.shape, dtype=wide_dtype(view.keys))
-        for i in range(q := queries.shape[-2]):
-            # One query at a time, so that no more than its weights are held for each head.
-            query, voter, end = queries[..., i : i + 1, :], voters[:, i : i + 1], t - q + i + 1
-            inputs = (view.keys[:, :, :end], view.valid[:, :, :end], voter)
-            weights = attention_column_sums(query, *inputs, view.rule)  # [B, H, G, end]
-            weights = F.pad(weights, (0, t - end)) * free.unsqueeze(2)
-            smooth = pool(weights, self.kernel_size, "avg") * free.unsqueeze(2)
+        votes = view.voters[:, None, None, -self.window_size :, None]  # type: ignore
+        free, risk = free[:, :, None, None], torch.zeros_like(view.valid, dtype=wide_dtype(queries))
+        for some, found in attention_weights(queries, view.keys, view.valid, view.rule):
+            weights = F.pad(found, (0, t - found.shape[-1])).mul_(votes[..., some, :] & free)
+            smooth = pool(weights.flatten(2, 3), self.kernel_size, "avg").view_as(weights)
+            smooth.mul_(free)
             # Attention that was smoothed beyond the ends of the text is given back.
             lost = weights.sum(-1, keepdim=True) / smooth.sum(-1, keepdim=True).clamp(min=_TINY)
-            risk = torch.maximum(risk, (smooth * lost).amax(2))
+            risk = torch.maximum(risk, smooth.mul_(lost).amax((2, 3)))
         return risk

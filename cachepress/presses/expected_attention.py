@@ -8,7 +8,7 @@ from torch import Tensor
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.limits import MOST_POSITIONS
-from cachepress.ops import wide
+from cachepress.ops import by_token, norms, quadratic_forms, wide
 from cachepress.press import ScorerPress
 from cachepress.ranks import pin_sinks
 from cachepress.view import LayerView, Moments, Needs
@@ -55,9 +55,9 @@ class ExpectedAttentionPress(ScorerPress, alias="expected_attention"):
         logits = self._expected_logits(view)  # [B, H, G, T]
         free = view.valid & (view.index >= self.n_sink)
         lowest = torch.finfo(logits.dtype).min
-        scores = logits.masked_fill(~free.unsqueeze(2), lowest).softmax(-1).mean(2)
+        scores = logits.masked_fill_(~free.unsqueeze(2), lowest).softmax(-1).mean(2)
         if self.use_vnorm:
-            scores = (scores + self.epsilon) * wide(view.values).norm(dim=-1)
+            scores = (scores + self.epsilon) * norms(view.values)
         return pin_sinks(scores, view, self.n_sink)
 
     def moments(self, view: LayerView) -> Moments:
@@ -72,13 +72,15 @@ class ExpectedAttentionPress(ScorerPress, alias="expected_attention"):
         moments = self.moments(view)
         ahead = torch.arange(self.n_future_positions, device=view.keys.device)
         future = view.next_position[:, None] + ahead  # [B, n]
-        keys, scaling = wide(view.keys), view.rule.scaling
-        mean = view.rotary.mean(moments.mean, future)  # [B, H, G, D]
-        logits = mean @ keys.mT * scaling
-        if self.use_covariance:
-            # R C R' for the mean rotation R, which is applied to one side at a time.
-            half = view.rotary.mean(moments.covariance, future)
-            covariance = view.rotary.mean(half.mT, future)  # [B, H, G, D, D]
-            spread = (keys.unsqueeze(2) @ covariance * keys.unsqueeze(2)).sum(-1)
-            logits = logits + spread * (scaling**2 / 2)
-        return logits
+        mean = view.rotary.mean(moments.mean, future) * view.rule.scaling  # [B, H, G, D]
+        if not self.use_covariance:
+            return by_token(lambda keys: mean @ wide(keys).mT, view.keys)
+        # R C R' for the mean rotation R, which is applied to one side at a time.
+        half = view.rotary.mean(moments.covariance, future)
+        covariance = view.rotary.mean(half.mT, future) * (view.rule.scaling**2 / 2)
+
+        def logits(keys: Tensor) -> Tensor:
+            keys = wide(keys)
+            return mean @ keys.mT + quadratic_forms(keys, covariance)
+
+        return by_token(logits, view.keys, each=mean.numel())

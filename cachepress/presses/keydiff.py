@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachepress.ops import wide
+from cachepress.ops import blocks, by_token, wide, wide_dtype
 from cachepress.press import ScorerPress
 from cachepress.view import LayerView
 
@@ -21,7 +21,9 @@ class KeyDiffPress(ScorerPress, alias="keydiff"):
 
     def score(self, view: LayerView) -> Tensor:
         """Score pairs by minus the cosine of key and mean direction, ``[B, H, T]``."""
-        directions = F.normalize(wide(view.keys), dim=-1)
-        real = view.valid.unsqueeze(-1)
-        anchor = (directions * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)
-        return -F.cosine_similarity(directions, anchor, dim=-1)
+        keys, valid = view.keys, view.valid.unsqueeze(2).to(wide_dtype(view.keys))
+        total = keys.new_zeros(*keys.shape[:2], 1, keys.shape[-1], dtype=valid.dtype)
+        for some in blocks(keys.shape[2], keys[:, :, :1].numel()):
+            total += valid[..., some] @ F.normalize(wide(keys[:, :, some]), dim=-1)
+        mean = F.normalize(total, dim=-1).mT
+        return -by_token(lambda k: (F.normalize(wide(k), dim=-1) @ mean).squeeze(-1), keys)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cachepress.ops import wide
+from cachepress.ops import norms
 from cachepress.press import ScorerPress
 from cachepress.view import LayerView
 
@@ -19,4 +19,4 @@ class KnormPress(ScorerPress, alias="knorm"):
 
     def score(self, view: LayerView) -> Tensor:
         """Score pairs by minus the norm of their key, ``[B, H, T]``."""
-        return -wide(view.keys).norm(dim=-1)
+        return -norms(view.keys)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
-from cachepress.ops import wide, wide_dtype
+from cachepress.ops import blocks, by_token, gather, wide, wide_dtype
 from cachepress.press import ScorerPress
 from cachepress.ranks import pin, pin_sinks
 from cachepress.view import LayerView
@@ -85,13 +85,30 @@ def _spread(x: Tensor, part: Tensor, n: int) -> Tensor:
 
     ``part [B, H, T]`` is the part of each pair, of ``n``; ``n`` itself for a pair in none.
     """
-    x, each = wide(x), part.unsqueeze(-1).expand_as(x)
-    empty = x.new_full((*x.shape[:2], n + 1, x.shape[-1]), float("inf"))
-    low = empty.scatter_reduce(2, each, x, "amin")  # [B, H, n + 1, D]
-    high = (-empty).scatter_reduce(2, each, x, "amax")
+    low, high = _ranges(x, part, n)
     # The next part's range, or the part's own where every token of the next one was evicted.
     held = low[:, :, 1:].isfinite()
-    each = each.clamp(max=n - 1)
-    low = torch.where(held, low[:, :, 1:], low[:, :, :-1]).gather(2, each)
-    span = torch.where(held, high[:, :, 1:], high[:, :, :-1]).gather(2, each) - low
-    return ((x - low) / span).masked_fill(span <= 0, 0).std(dim=-1)
+    low, high = (torch.where(held, y[:, :, 1:], y[:, :, :-1]) for y in (low, high))
+
+    def spread(x: Tensor, part: Tensor) -> Tensor:
+        part = part.clamp(max=n - 1)
+        least = gather(low, part)
+        span = gather(high, part).sub_(least)
+        return (wide(x) - least).div_(span).masked_fill_(span <= 0, 0).std(dim=-1)
+
+    return by_token(spread, x, part)
+
+
+def _ranges(x: Tensor, part: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Lowest and highest number of each channel in the parts 0 to ``n``, ``[B, H, n + 1, D]``.
+
+    Where a part has no pair, the lowest number is infinity and the highest minus infinity.
+    """
+    b, h, t, d = x.shape
+    low = x.new_full((b, h, n + 1, d), float("inf"), dtype=wide_dtype(x))
+    high = -low
+    for some in blocks(t, b * h * d):
+        new, each = wide(x[:, :, some]), part[:, :, some, None].expand(-1, -1, -1, d)
+        low.scatter_reduce_(2, each, new, "amin")
+        high.scatter_reduce_(2, each, new, "amax")
+    return low, high

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cachepress.checks import check_count
 from cachepress.limits import MOST
-from cachepress.ops import cholesky, wide, wide_dtype
+from cachepress.ops import RunningMoments, blocks, cholesky, wide_dtype
 from cachepress.press import ScorerPress
 from cachepress.presses.noncausal import standardised
 from cachepress.view import LayerView, Needs
@@ -50,26 +50,46 @@ class LeverageScorePress(ScorerPress, alias="leverage"):
 
     def score(self, view: LayerView) -> Tensor:
         """Score pairs by standardised leverage, ``[B, H, T]``."""
-        if view.rotary is None:
-            raise TypeError("the view was made without the rotary embedding")
-        keys, rope = wide(view.keys).flatten(0, 1), view.rope.clamp(min=0).flatten(0, 1)
-        # Before RoPE, so that a key is not rare for its position alone.
-        bare = view.rotary(keys, rope, inverse=True).view(view.keys.shape)
-        x = bare @ gaussian(view, bare.shape[-1], self.sketch_dimension, self.seed)
-        finite = view.valid & x.double().square().sum(-1).isfinite()
-        scores = _leverage(x.double(), finite).masked_fill(view.valid & ~finite, float("nan"))
-        return standardised(scores, view.valid).to(x.dtype)
+        b, h, t, d = view.keys.shape
+        matrix = gaussian(view, d, self.sketch_dimension, self.seed)
+        parts = list(blocks(t, b * h * max(d, 2 * self.sketch_dimension)))
+        moments = None
+        for some in parts:
+            x, finite = _projected(view, some, matrix)
+            moments = RunningMoments.of(x, finite).after(moments)
+        assert moments is not None
+        whitening = _whitening(moments.scatter)
+
+        def leverage(some: slice) -> Tensor:
+            x, finite = _projected(view, some, matrix)
+            size = ((x - moments.mean.unsqueeze(-2)) @ whitening).square().sum(-1)
+            lost = view.valid[..., some] & ~finite
+            return size.masked_fill(~finite, 0).masked_fill(lost, float("nan"))
+
+        scores = torch.cat([leverage(some) for some in parts], dim=-1)
+        return standardised(scores, view.valid).to(wide_dtype(view.keys))
 
 
-def _leverage(x: Tensor, valid: Tensor) -> Tensor:
-    """Compute the leverage of each of ``x [B, H, T, k]`` among the valid ones, ``[B, H, T]``."""
-    real = valid.unsqueeze(-1)
-    x = x.masked_fill(~real, 0)
-    x = (x - x.sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp(min=1)) * real
-    # One k x k system in place of T x T: the diagonal of X (X'X + ridge)^-1 X' is all we need.
-    ridge = _RIDGE * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    solved = torch.cholesky_solve(x.mT, cholesky(x.mT @ x + ridge))  # [B, H, k, T]
-    return (x * solved.mT).sum(-1)
+def _projected(view: LayerView, tokens: slice, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Project keys before RoPE, so that none is rare for its position alone.
+
+    Returns:
+        ``[B, H, n, k]`` in doubles, 0 where they are not valid or not finite, and ``[B, H, n]``
+        which are both.
+    """
+    x = (view.unrotated(tokens) @ matrix).double()
+    finite = view.valid[..., tokens] & x.square().sum(-1).isfinite()
+    return x.masked_fill_(~finite.unsqueeze(-1), 0), finite
+
+
+def _whitening(scatter: Tensor) -> Tensor:
+    """Invert a Cholesky factor of ``scatter [B, H, k, k]``: the leverage of centred x is |x W|^2.
+
+    One k x k system in place of T x T: the diagonal of X (X'X + ridge)^-1 X' is all we need.
+    """
+    unit = torch.eye(scatter.shape[-1], dtype=scatter.dtype, device=scatter.device)
+    factor = cholesky(scatter + _RIDGE * unit)
+    return torch.linalg.solve_triangular(factor, unit.expand_as(factor), upper=False).mT
 
 
 def gaussian(view: LayerView, inputs: int, outputs: int, seed: int) -> Tensor:

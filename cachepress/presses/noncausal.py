@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.checks import check_count
-from cachepress.ops import wide, wide_dtype
+from cachepress.ops import blocks, norms, wide, wide_dtype
 from cachepress.press import ScorerPress
 from cachepress.view import EVERY, LayerView, Needs
+
+_LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class NonCausalAttnPress(ScorerPress, alias="noncausal"):
 
     def score(self, view: LayerView) -> Tensor:
         """Score pairs by attention times value norm, smoothed, standardised, ``[B, H, T]``."""
-        weighted = self.token_state(view) * wide(view.values).norm(dim=-1)
+        weighted = self.token_state(view) * norms(view.values)
         smooth = F.avg_pool1d(weighted.masked_fill(~view.valid, 0), 3, stride=1, padding=1)
         return standardised(smooth, view.valid)
 
@@ -65,19 +67,20 @@ class NonCausalAttnPress(ScorerPress, alias="noncausal"):
         A key and a query of the same chunk are less than a chunk apart among the held pairs too,
         because eviction only brings them closer: a block needs no keys beyond that.
         """
-        size, (t, q) = self.chunk_size, (view.keys.shape[2], queries.shape[-2])
+        size, (b, h, g, q, _), t = self.chunk_size, queries.shape, view.keys.shape[2]
         chunk = view.index.div(size, rounding_mode="floor")  # [B, H, T]
         sums = torch.zeros_like(view.valid, dtype=wide_dtype(view.keys))
-        for start in range(0, q, size):
-            stop = min(start + size, q)
-            own = slice(t - q + start, t - q + stop)
+        for some in blocks(q, b * h * g * 3 * size, most=size):
+            own = slice(t - q + some.start, t - q + some.stop)
             near = slice(max(0, own.start - size + 1), min(t, own.stop + size - 1))
-            same = chunk[:, :, own, None] == chunk[:, :, None, near]  # [B, H, n, m]
-            same = (same & view.valid[:, :, None, near]).unsqueeze(2)
-            logits = wide(queries[..., start:stop, :]) @ wide(view.keys[:, :, None, near]).mT
-            shares = logits.masked_fill(~same, torch.finfo(torch.float32).min).softmax(-1)
-            votes = same & voters[:, None, None, start:stop, None]
-            sums[..., near] += (shares * votes).sum(-2).mean(2)
+            other = chunk[:, :, own, None] != chunk[:, :, None, near]  # [B, H, n, m]
+            other = (other | ~view.valid[:, :, None, near]).unsqueeze(2)
+            logits = wide(queries[..., some, :]).flatten(2, 3) @ wide(view.keys[:, :, near]).mT
+            logits = logits.unflatten(2, (g, -1)).masked_fill_(other, _LOWEST)
+            # A query that sees no token of its chunk any more has equal shares, which mean nothing.
+            shares = logits.softmax(-1).masked_fill_(other, 0)
+            votes = voters[:, None, None, None, some].to(shares.dtype)
+            sums[..., near] += (votes @ shares).squeeze(-2).mean(2)
         return sums
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from cachepress.artefacts.kept import find_artefact
 from cachepress.artefacts.reading import check_shapes, fitted_layers, load_artefact, sizes
 from cachepress.hf.types import PreTrainedModel
-from cachepress.ops import wide
+from cachepress.ops import by_token, wide, wide_dtype
 from cachepress.press import ScorerPress
 from cachepress.view import LayerView
 
@@ -51,5 +51,5 @@ class QFilterPress(ScorerPress, alias="qfilter"):
         if self.filters is None:
             raise TypeError("the press was not made ready for a model")
         learned = load_artefact(self.filters, KIND, view.keys.device, self.layers)
-        keys, own = wide(view.keys), learned["filters"][view.depth]
-        return (keys @ own.to(keys.dtype).unsqueeze(-1)).squeeze(-1)
+        own = learned["filters"][view.depth].to(wide_dtype(view.keys)).unsqueeze(-1)  # [H, D, 1]
+        return by_token(lambda keys: (wide(keys) @ own).squeeze(-1), view.keys)

@@ -11,7 +11,7 @@ from torch import Tensor
 from cachepress.budgets import Ratio, TopK, check_fraction
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
-from cachepress.ops import wide
+from cachepress.ops import blocks, wide, wide_dtype
 from cachepress.press import BasePress
 from cachepress.view import LayerView, Needs
 
@@ -79,9 +79,9 @@ class ThinKPress(BasePress, alias="think"):
         removed = floor(d * Fraction(str(self.key_channel_compression_ratio)))
         if not removed:
             return None
-        keys = (wide(view.keys).square() * mask.unsqueeze(-1)).sum(2)  # [B, H, D]
-        order = (self._query_norms(view) * keys).argsort(dim=-1, descending=True, stable=True)
-        chosen = torch.zeros_like(keys, dtype=torch.bool)
+        norms = self._query_norms(view)
+        order = (norms * _key_norms(view.keys, mask)).argsort(dim=-1, descending=True, stable=True)
+        chosen = torch.zeros_like(order, dtype=torch.bool)
         return chosen.scatter(-1, order[..., : d - removed], True)
 
     def with_ratio(self, ratio: float) -> Self:
@@ -95,3 +95,12 @@ class ThinKPress(BasePress, alias="think"):
         norms = (queries * voters[:, None, None, :, None]).sum(-2).mean(2)
         # A sequence without a query in this forward weighs all channels alike.
         return torch.where(voters.any(-1)[:, None, None], norms, 1.0)
+
+
+def _key_norms(keys: Tensor, mask: Tensor) -> Tensor:
+    """Squared norm of each channel of the keys in ``mask [B, H, T]``, ``[B, H, D]``."""
+    b, h, t, d = keys.shape
+    total = keys.new_zeros(b, h, 1, d, dtype=wide_dtype(keys))
+    for some in blocks(t, b * h * d):
+        total += mask[:, :, None, some].to(total.dtype) @ wide(keys[:, :, some]).square()
+    return total.squeeze(2)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cachepress.checks import check_count
-from cachepress.ops import wide, wide_dtype
+from cachepress.ops import by_token, wide, wide_dtype
 from cachepress.press import ScorerPress
 from cachepress.ranks import pin_sinks, pin_window
 from cachepress.view import LayerView, Needs
@@ -63,13 +63,18 @@ class TriAttentionPress(ScorerPress, alias="triattention"):
         if view.moments is None:
             raise TypeError("the view was made without moments of the queries")
         rotation = _Rotation.of(view, self.max_distance)
-        mean, keys = wide(view.moments.mean), wide(view.keys)
+        mean = wide(view.moments.mean)
         square = mean.square() + view.moments.covariance.diagonal(dim1=-2, dim2=-1)
         size, reach = rotation.norms(square), rotation.norms(mean.square())  # [B, H, G, D]
         # (1 - R_f) E|q_f| is E|q_f| - |E q_f|.
         spread = (size - reach) * rotation.weight
         centred = mean @ rotation.now.unsqueeze(1) @ rotation.ahead
-        return centred @ keys.mT + spread @ rotation.norms(keys.square()).mT
+
+        def logits(keys: Tensor) -> Tensor:
+            keys = wide(keys)
+            return centred @ keys.mT + spread @ rotation.norms(keys.square()).mT
+
+        return by_token(logits, view.keys)
 
 
 class _Rotation(NamedTuple):

@@ -117,7 +117,10 @@ def test_decoding_is_the_algorithm_of_the_paper(size, budget, interval, seed):
     ],
     ids=repr,
 )
-def test_heads_share_among_pairs_of_their_own(inner):
+@pytest.mark.parametrize("at_once", [40, 1 << 22])
+def test_heads_share_among_pairs_of_their_own(inner, at_once, monkeypatch):
+    """Whether all channels of the values are merged at once or few."""
+    monkeypatch.setattr("cachepress.ops.blockwise.AT_ONCE", at_once)
     press, found = recording_merges(CAMPress(inner, 8, 9, merge_budget=4))
     cp.prefill(tiny(), tokens(40), press)
     for layer, (view, mask, (keys, values)) in enumerate(found):

@@ -92,7 +92,7 @@ def test_a_text_longer_than_a_block_is_scored_as_a_whole(monkeypatch):
     press = Recording(0.5, n_future_positions=2)
     pressed(tiny(), press, tokens(30))
     view, scores = SEEN[0]
-    monkeypatch.setattr("cachepress.presses.cap._BLOCK", 7)
+    monkeypatch.setattr("cachepress.ops.blockwise.AT_ONCE", 7 * view.values[:, :, :1].numel() * 2)
     close(press.score(view), scores)
 
 
