@@ -23,6 +23,8 @@ from cachepress.view import LayerView
 SCOPES = ("head", "layer", "model")
 _PAGE_INDEX, _SPAN_INDEX = 16, PAGE * 4 + 24
 """Bytes of the index of uneven heads, for each page and for each head."""
+_EXACT = 2**32
+"""Numerators that can be multiplied by any number of tokens in 64 bits."""
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -81,6 +83,8 @@ class Ratio:
     def pairs(self, view: LayerView) -> Tensor:
         """Compute the number of pairs for each head, ``[B]``."""
         kept = 1 - Fraction(str(self.ratio))
+        if kept.numerator < _EXACT:  # A device computes them, and is not waited for.
+            return view.n_seen * kept.numerator // kept.denominator
         counts = [floor(n * kept) for n in view.n_seen.flatten().tolist()]
         return torch.tensor(counts, device=view.n_seen.device).view_as(view.n_seen)
 

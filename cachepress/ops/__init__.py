@@ -12,6 +12,7 @@ from cachepress.ops.gradients import backward_task, following, storing, without_
 from cachepress.ops.moments import RunningMoments, quadratic_forms
 from cachepress.ops.order import entries_of, gather, valid_last
 from cachepress.ops.precision import narrowest, wide, wide_dtype, without_autocast
+from cachepress.ops.similarity import finite_directions, most_similar, newest_similar
 from cachepress.ops.solve import cholesky
 
 __all__ = [
@@ -25,10 +26,13 @@ __all__ = [
     "by_token",
     "cholesky",
     "entries_of",
+    "finite_directions",
     "following",
     "gather",
     "known_counts",
+    "most_similar",
     "narrowest",
+    "newest_similar",
     "norms",
     "on_device",
     "quadratic_forms",

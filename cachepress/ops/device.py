@@ -11,12 +11,12 @@ def wait(device: torch.device) -> None:
 
 
 def on_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """Bring a few numbers from the host to a device, which is not waited for."""
+    """Bring numbers from the host to a device, which is not waited for."""
     if numbers.device == device or device.type != "cuda":
         return numbers.to(device)
-    found = set(numbers.flatten().tolist())
-    if len(found) == 1:
-        return torch.full(numbers.shape, found.pop(), dtype=numbers.dtype, device=device)
+    first = numbers.flatten()[:1]
+    if numbers.numel() and bool((numbers == first).all()):  # A launch is sooner than pinned memory.
+        return torch.full(numbers.shape, first.item(), dtype=numbers.dtype, device=device)
     return numbers.pin_memory().to(device, non_blocking=True)
 
 

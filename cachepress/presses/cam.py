@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.checks import check_count
-from cachepress.ops import blocks, gather
+from cachepress.ops import blocks, gather, known_counts
 from cachepress.press import BasePress
 from cachepress.presses._checks import either, fill
 from cachepress.presses.decoding import DecodingPress
@@ -89,7 +89,7 @@ class CAMPress(DecodingPress, alias="cam"):
     def merge(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
         """Merge the shares of evicted values into kept ones; keys stay as they are."""
         merged, evicted = self.press.merge(view, mask), view.valid & ~mask
-        if not bool(evicted.any()):
+        if not any(known_counts(evicted.sum(), 1)):
             return merged
         keys, values = (view.keys, view.values) if merged is None else merged
         windows = _Windows.of(mask, self.merge_budget)

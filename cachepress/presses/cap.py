@@ -110,7 +110,9 @@ def _capacity(weighed: Iterable[tuple[Tensor, Tensor]], identity: Tensor) -> Ten
         new = (v.mT @ columns).unflatten(-1, (w.shape[2], v.shape[-1]))  # [B, H, E, G, E]
         sums = new if sums is None else sums + new
     assert sums is not None
-    return sums.transpose(2, 3) + identity * torch.eye(sums.shape[-1]).to(sums)
+    return sums.transpose(2, 3) + identity * torch.eye(
+        sums.shape[-1], dtype=sums.dtype, device=sums.device
+    )
 
 
 def _is_number(x: object) -> bool:

@@ -14,6 +14,7 @@ from cachepress.budgets import CHOSEN, Ratio, Threshold, TopK, check_fraction
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
 from cachepress.hf.types import PreTrainedModel
+from cachepress.ops import on_device
 from cachepress.press import BasePress
 from cachepress.presses._heads import (
     Scores,
@@ -83,7 +84,7 @@ class DuoAttentionPress(BasePress, alias="duo_attention"):
         if not isinstance(self.pattern, tuple) or sink is None or recent is None:
             raise TypeError("the press was not made ready for the model")
         streaming = _streaming(self.pattern, self.head_compression_ratio)[view.depth]
-        whole = ~torch.tensor(streaming, device=view.valid.device)[:, None]  # [H, 1]
+        whole = ~on_device(torch.tensor(streaming), view.valid.device)[:, None]  # [H, 1]
         newest = view.index >= view.n_seen[:, None, None] - recent
         return choose(view.index.float(), view.valid & (whole | newest | (view.index < sink)))
 

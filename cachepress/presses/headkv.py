@@ -11,7 +11,7 @@ from torch import Tensor
 from cachepress.budgets import PerLayer, Pyramid, TopK, apportion
 from cachepress.errors import CachepressError
 from cachepress.hf.types import PreTrainedModel
-from cachepress.ops import wide
+from cachepress.ops import on_device, wide
 from cachepress.press import WrapperPress
 from cachepress.presses._checks import counted
 from cachepress.presses._heads import (
@@ -113,12 +113,13 @@ class HeadKVPress(WrapperPress, alias="headkv"):
         if not isinstance(self.scores, tuple):
             raise TypeError("the press was not made ready for the model")
         pins = pins.sum(-1).amin(-1)  # [B]
-        budgets = zip(view.n_kept.tolist(), pins.tolist(), view.n_seen.tolist(), strict=True)
+        # Shares are whole numbers found one by one: asked for at once, as a device is waited for.
+        budgets = torch.stack([view.n_kept.double(), pins.double(), view.n_seen.double()], dim=1)
         counts = [
-            shares(self.scores, self.beta, round(kept), own, seen)[view.depth]
-            for kept, own, seen in budgets
+            shares(self.scores, self.beta, round(kept), int(own), int(seen))[view.depth]
+            for kept, own, seen in budgets.tolist()
         ]
-        return torch.tensor(counts, device=view.valid.device).unsqueeze(-1)
+        return on_device(torch.tensor(counts), view.valid.device).unsqueeze(-1)
 
 
 @lru_cache(maxsize=256)

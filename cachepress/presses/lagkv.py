@@ -53,7 +53,7 @@ class LagKVPress(ScorerPress, alias="lagkv"):
         """Score pairs by spread or its rank, parts without a next one pinned, ``[B, H, T]``."""
         offset = view.index.long() - self.n_sink  # [B, H, T]
         whole = (view.n_seen - self.n_sink).clamp(min=0) // self.lag_size  # [B]
-        n = int(whole.max())
+        n = max(0, view.longest() - self.n_sink) // self.lag_size
         inside = view.valid & (offset >= 0) & (offset < whole[:, None, None] * self.lag_size)
         tail = offset >= (whole - 1).clamp(min=0)[:, None, None] * self.lag_size
         scores = torch.zeros_like(offset, dtype=wide_dtype(view.keys))

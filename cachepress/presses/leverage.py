@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cachepress.checks import check_count
 from cachepress.limits import MOST
-from cachepress.ops import RunningMoments, blocks, cholesky, wide_dtype
+from cachepress.ops import RunningMoments, blocks, cholesky, on_device, wide_dtype
 from cachepress.press import ScorerPress
 from cachepress.presses.noncausal import standardised
 from cachepress.view import LayerView, Needs
@@ -102,4 +102,4 @@ def gaussian(view: LayerView, inputs: int, outputs: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + view.layer) % (1 << 63))
     shape = (view.keys.shape[1], inputs, outputs)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
-    return (drawn / outputs**0.5).to(view.keys.device, wide_dtype(view.keys))
+    return on_device((drawn / outputs**0.5).to(wide_dtype(view.keys)), view.keys.device)

@@ -4,17 +4,16 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.budgets import check_fraction, floor_of
-from cachepress.ops import known_counts, valid_last, wide, wide_dtype
+from cachepress.ops import known_counts, most_similar, valid_last, wide
 from cachepress.press import WrapperPress
 from cachepress.ranks import best
 from cachepress.view import LayerView
 
 _BLOCK = 1024
-"""Evicted, and kept, tokens whose similarities are in memory at once."""
+"""Evicted tokens whose values are blended at once."""
 _NUMBERS = 1 << 22
 """Numbers of a head's blended values that are in memory at once, in full."""
 
@@ -84,42 +83,3 @@ def _blended(values: Tensor, cosine: Tensor, target: Tensor, some: Tensor) -> Te
             blended[b, h, :, part : part + width] = sums / total[b, h].unsqueeze(-1)
     # Merged once: a wrapper around this press finds nothing left to merge a second time.
     return blended.masked_fill_(some.unsqueeze(-1), 0)
-
-
-def most_similar(keys: Tensor, some: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the most similar of the ``others [B, H, T]`` for ``some`` of ``keys [B, H, T, D]``.
-
-    Returns:
-        The cosine, minus infinity where a head has no others, and which of the ``T`` it is, both
-        ``[B, H, T]``; for a key that is not one of ``some`` they mean nothing.
-    """
-    cosine = torch.full(some.shape, float("-inf"), dtype=wide_dtype(keys), device=keys.device)
-    index = torch.zeros(some.shape, dtype=torch.long, device=keys.device)
-    rows, columns = valid_last(~some), valid_last(~others)
-    counts = [known_counts(x.sum(-1), keys.shape[2]) for x in (some, others)]
-    for (b, h), n, m in zip(product(*map(range, some.shape[:2])), *counts, strict=True):
-        column = columns[b, h, :m]
-        against, real = _directions(keys[b, h, column]), others[b, h, column]
-        for row in rows[b, h, :n].split(_BLOCK):
-            top, where = _most_similar(_directions(keys[b, h, row]), against, real)
-            cosine[b, h].index_copy_(0, row, top)
-            if m:
-                index[b, h].index_copy_(0, row, column[where])
-    return cosine, index
-
-
-def _directions(keys: Tensor) -> Tensor:
-    return F.normalize(wide(keys), dim=-1)
-
-
-def _most_similar(keys: Tensor, others: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    cosine = torch.full_like(keys[:, 0], float("-inf"))
-    index = torch.zeros_like(cosine, dtype=torch.long)
-    for start in range(0, len(others), _BLOCK):
-        cosines = keys @ others[start : start + _BLOCK].mT
-        if cosines.device.type != "cpu":  # In the host's memory all are real.
-            cosines.masked_fill_(~real[start : start + _BLOCK], float("-inf"))
-        top, where = cosines.max(-1)
-        index = torch.where(top > cosine, where + start, index)  # Of equals the oldest.
-        cosine = torch.maximum(cosine, top)
-    return cosine, index

@@ -38,7 +38,7 @@ class RandomPress(ScorerPress, alias="random"):
     def score(self, view: LayerView) -> Tensor:
         """Score pairs by uniform random numbers from 0 to 1, ``[B, H, T]``."""
         heads = torch.arange(view.keys.shape[1], device=view.keys.device)[:, None]
-        x = _mix(torch.tensor(self.seed, device=view.keys.device))
+        x = _mix(torch.full((), self.seed, device=view.keys.device))
         x = _mix(x + view.layer)
         x = _mix(_mix(x + heads) + view.index.long())
         return (x & 0xFFFFFF).float() / 0x1000000

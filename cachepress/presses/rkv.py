@@ -1,15 +1,13 @@
 """R-KV: important tokens whose keys newer tokens do not repeat."""
 
 from dataclasses import dataclass
-from itertools import product
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cachepress.budgets import check_fraction
 from cachepress.checks import check_count
-from cachepress.ops import wide
+from cachepress.ops import by_token, finite_directions, newest_similar, wide
 from cachepress.press import ScorerPress
 from cachepress.presses.snapkv import check_kernel, in_window, pool
 from cachepress.ranks import pin_window
@@ -77,53 +75,41 @@ class RKVPress(ScorerPress, alias="rkv"):
 
     def _redundancy(self, view: LayerView) -> Tensor:
         """Softmax of each pair's mean cosine to all others, ``[B, H, T]``."""
-        keys = F.normalize(wide(view.keys), dim=-1).masked_fill(~view.valid.unsqueeze(-1), 0)
-        keys = keys.nan_to_num(nan=0.0)  # A key that is not finite is similar to none.
-        exact = keys.double()
-        # The cosines of a key to all others sum to one product with the sum of all: no T x T.
-        total = (exact @ exact.sum(2).unsqueeze(-1)).squeeze(-1) - exact.square().sum(-1)
-        for b, h in product(*map(range, view.valid.shape[:2])):
-            newest, cosine = _newest_similar(keys[b, h], self.threshold)
-            total[b, h].index_add_(0, newest, -cosine.double())
+        total = _total_cosines(view.keys, view.valid)
+        cosine, newest = newest_similar(view.keys, view.valid, self.threshold)
+        lost = cosine.double().masked_fill(newest < 0, 0)
+        total.scatter_add_(-1, newest.clamp(min=0), -lost)
         mean = total / view.valid.sum(-1, keepdim=True).clamp(min=1)
-        mean = mean.to(keys.dtype).masked_fill(~view.valid, _LOWEST)
+        mean = mean.to(cosine.dtype).masked_fill(~view.valid, _LOWEST)
         return mean.softmax(-1)
 
 
-def _newest_similar(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Find the newest other key that is similar to each of ``keys [T, D]``, and the cosine.
-
-    Keys that are similar to none are missing from both results.
-    """
-    pending = torch.arange(len(keys), device=keys.device)
-    found = []
-    stop, size = len(keys), _BLOCK
-    while stop and len(pending):
-        start = max(0, stop - size)
-        column = torch.arange(start, stop, device=keys.device)
-        missed = []
-        for some in pending.split(_BLOCK):
-            cosine = keys[some] @ keys[start:stop].mT
-            similar = (cosine > threshold) & (some[:, None] != column)
-            newest = torch.where(similar, column, -1).amax(-1)
-            hit = newest >= 0
-            own = cosine.gather(-1, (newest - start).clamp(min=0)[:, None])[:, 0]
-            found.append((newest[hit], own[hit]))
-            missed.append(some[~hit])
-        pending, stop = torch.cat(missed), start
-        # Where few keys are pending, many columns fit into the same memory.
-        size = _BLOCK * max(1, _BLOCK // max(1, len(pending)))
-    newest, cosine = zip((pending[:0], keys[:0, 0]), *found, strict=True)
-    return torch.cat(newest), torch.cat(cosine)
+def _total_cosines(keys: Tensor, valid: Tensor) -> Tensor:
+    """Sum the cosines of each of ``keys [B, H, T, D]`` to all others, ``[B, H, T]``, in doubles."""
+    blocks = list(zip(keys.split(_BLOCK, dim=2), valid.split(_BLOCK, dim=2), strict=True))
+    # The cosines of a key to all others sum to one product with the sum of all: no T x T.
+    everything = torch.zeros_like(keys[:, :, 0], dtype=torch.double)
+    for block in blocks:
+        everything += finite_directions(*block).double().sum(2)
+    totals = []
+    for block in blocks:
+        exact = finite_directions(*block).double()
+        totals.append((exact @ everything.unsqueeze(-1)).squeeze(-1) - exact.square().sum(-1))
+    return torch.cat(totals, dim=-1)
 
 
 def _group_logits(view: LayerView, queries: Tensor, free: Tensor) -> Tensor:
     """Take the highest logit of a group's heads, ``[B, H, Q, T]``, then the attention sink's."""
     rule = view.rule
-    logits = (wide(queries) * rule.scaling) @ wide(view.keys).unsqueeze(2).mT
-    if rule.softcap is not None:
-        logits = (logits / rule.softcap).tanh() * rule.softcap
-    highest = logits.amax(2).masked_fill(~free, _LOWEST)
+    rows = (wide(queries) * rule.scaling).flatten(2, 3)  # [B, H, G * Q, D]
+
+    def highest_of(keys: Tensor) -> Tensor:
+        logits = (rows @ wide(keys).mT).unflatten(2, queries.shape[2:4])
+        if rule.softcap is not None:
+            logits = (logits / rule.softcap).tanh() * rule.softcap
+        return logits.amax(2)
+
+    highest = by_token(highest_of, view.keys).masked_fill(~free, _LOWEST)
     if rule.sinks is None:
         return highest
     sinks = wide(rule.sinks).view(1, *queries.shape[1:3], 1, 1).amax(2)  # [1, H, 1, 1]

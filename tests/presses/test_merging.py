@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 import cachepress as cp
 from cachepress.cache.batch import compressed_layers
+from cachepress.ops import similarity
 from cachepress.presses import merging
 from cachepress.presses.merging import MergingPress
 from tests.bounds import close, near
@@ -65,6 +66,7 @@ def by_hand(view, mask, threshold=0.0, fraction=1.0):
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_values_are_those_of_the_rule(threshold, fraction, adaptive, monkeypatch):
     monkeypatch.setattr(merging, "_BLOCK", 5)
+    monkeypatch.setattr(similarity, "_BLOCK", 5)
     inner = cp.AdaKVPress(SNAPKV, alpha_safeguard=0.0) if adaptive else SNAPKV
     press, found = recording_merges(MergingPress(inner, threshold, fraction))
     cache = pressed(tiny(), press, tokens(40))
@@ -145,7 +147,8 @@ def test_what_the_inner_press_merged_is_not_merged_again():
 
 
 def test_memory_is_bounded_in_both_directions(monkeypatch):
-    monkeypatch.setattr(merging, "_BLOCK", 16)
+    monkeypatch.setattr(similarity, "_BLOCK", 16)
+    monkeypatch.setattr(similarity, "_NUMBERS", 100)
     rows, others = randn(300, 4), randn(400, 4)
     keys, some = torch.cat([rows, others])[None, None], torch.arange(700) < 300
     some = some.expand(1, 1, 700)
@@ -162,7 +165,7 @@ def test_memory_is_bounded_in_both_directions(monkeypatch):
             return out
 
     with Sizes():
-        likeness, index = merging.most_similar(keys, some, ~some)
+        likeness, index = similarity.most_similar(keys, some, ~some)
     assert Sizes.most <= 400 * 4
     cosines = torch.cosine_similarity(rows[:, None], others[None], dim=-1)
     assert torch.equal(index[some], 300 + cosines.argmax(-1))

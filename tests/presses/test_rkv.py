@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 import cachepress as cp
 from cachepress.cache.batch import compressed_layers
+from cachepress.ops import similarity
 from cachepress.presses import rkv
 from cachepress.presses.rkv import RKVPress
 from cachepress.ranks import pinned
@@ -83,6 +84,8 @@ def check(press, view, score, layer_sinks=None, softcap=None):
 @pytest.mark.parametrize("block", [256, 5])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_oss"])
 def test_score_is_that_of_the_paper(name, block, monkeypatch):
+    monkeypatch.setattr(similarity, "_BLOCK", block)
+    monkeypatch.setattr(similarity, "_NUMBERS", 8 * block)
     monkeypatch.setattr(rkv, "_BLOCK", block)
     model = eager(name)
     press, seen = recording(RKVPress(0.5, 4, 3, mix_lambda=0.4, threshold=0.3))
