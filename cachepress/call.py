@@ -37,10 +37,13 @@ class Place(NamedTuple):
     rope: Tensor
     n_question: Tensor | None = None
 
-    def to(self, device: torch.device) -> "Place":
-        """The same place, its tensors on a device, as a layer of a model on several needs them."""
+    def of(self, query: Tensor) -> "Place":
+        """The same place for the ``query [B, H * G, n, D]`` of a layer, on its device."""
+        device, rope = query.device, self.rope
+        if len(rope) != len(query):  # MusicGen is given as many texts as a sequence has codebooks.
+            rope = rope[:1].expand(len(query), -1)
         n_question = None if self.n_question is None else self.n_question.to(device)
-        return self._replace(rope=self.rope.to(device), n_question=n_question)
+        return self._replace(rope=rope.to(device), n_question=n_question)
 
 
 class Features(Protocol):

@@ -161,7 +161,7 @@ def _attention(
             bias = _mask_of_pairs(mask, key.snapshot, pairs, query)
         output = function(module, query, pairs.keys, pairs.values, bias, **kwargs)
     if hook is not None:
-        place = hook.place.to(query.device)
+        place = hook.place.of(query)
         call = AttentionCall(module, key, query, output[0], mask, rule, place, hook.features, pairs)
         with torch.no_grad(), without_autocast(query.device):
             hook.observe(call)
