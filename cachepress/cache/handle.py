@@ -66,6 +66,10 @@ class RowsHandle(Tensor):
         return _refuse(getattr(func, "__name__", str(func)))
 
 
+class TracedHandle(RowsHandle):
+    """Stands for a token's keys or values within a graph that torch.compile makes."""
+
+
 @lru_cache
 def blank(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Make the one number that all handles of a type and device expand."""

@@ -23,6 +23,8 @@ class CompressedHybridLayer(CompressedLayer, LinearAttentionLayer):
     The state has a fixed size and stays as it is; pairs are evicted as in any other layer.
     """
 
+    _traceable = False
+
     def __init__(self) -> None:
         LinearAttentionLayer.__init__(self)
         CompressedLayer.__init__(self)

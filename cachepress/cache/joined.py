@@ -69,6 +69,8 @@ class JoinedLayer(CompressedLayer):
         groups: a layer for each; all saw texts of one length.
     """
 
+    _traceable = False
+
     def __init__(self, groups: Sequence[CompressedLayer]) -> None:
         super().__init__()
         self.groups = tuple(groups)

@@ -17,10 +17,10 @@ from cachepress.cache.handle import RowsHandle
 from cachepress.cache.kernel import Plans
 from cachepress.cache.masks import MaskReader
 from cachepress.cache.pairs import PairBytes, Pairs
-from cachepress.cache.protocol import GrowingLayer
 from cachepress.cache.segment import Segment, segments_of
 from cachepress.cache.snapshot import Snapshot
 from cachepress.cache.tail import SLACK, Tail, slack_after
+from cachepress.cache.traced import TracedLayer
 from cachepress.compiling import untraced
 from cachepress.errors import CachepressError, UnsupportedError
 from cachepress.ops import backward_task, following, storing
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cachepress.query_stats import QueryStats
 
 
-class CompressedLayer(GrowingLayer):
+class CompressedLayer(TracedLayer):
     """Cache layer of transformers from which key-value pairs can be evicted, head by head.
 
     ``get_seq_length()`` is what was *seen*, so positions and masks of the next forward come out
@@ -53,6 +53,8 @@ class CompressedLayer(GrowingLayer):
         text_ids: ``[1, n]`` token ids that texts begin with, on the host; None if not known.
     """
 
+    _traceable = True
+
     def __init__(self) -> None:
         self._segments: tuple[Segment, ...] = ()
         self._tail: Tail | None = None
@@ -68,6 +70,7 @@ class CompressedLayer(GrowingLayer):
         self._task: int | None = None
         self.text_valid: Tensor | None = None
         self.text_ids: np.ndarray | None = None
+        self.be_numbered()
 
     @classmethod
     def adopt(cls, keys: Tensor | None, values: Tensor | None) -> "CompressedLayer":
@@ -143,10 +146,7 @@ class CompressedLayer(GrowingLayer):
         return found if self.text_valid is None else [*found, self.text_valid]
 
     @untraced
-    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Append the pairs of a forward, and return handles by which attention finds the layer."""
+    def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         new = (key_states, value_states)
         self._append(key_states, value_states)
         keys = RowsHandle.of(self, self.snapshot, new, key_states)
@@ -257,10 +257,6 @@ class CompressedLayer(GrowingLayer):
         stacked._compressed_at = max(layer._compressed_at for layer in layers)
         return stacked
 
-    def get_seq_length(self) -> int:
-        """Count the text columns seen, which is the column of the next token."""
-        return self._seen
-
     @storing
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` text columns, or all after a positive length.
@@ -347,7 +343,7 @@ class CompressedLayer(GrowingLayer):
             self._tail = Tail.of(keys, values, slack_after(keys))
         else:
             self._tail.append(keys, values)
-        self._seen += keys.shape[2]
+        self._count(keys.shape[2])
 
     def _check_repeat(self) -> None:
         """Raise UnsupportedError if a forward that was appended is run once more in a backward."""

@@ -66,7 +66,8 @@ _NAMES_ON_DISK = {
 }
 """The names in a file of the fields that were renamed since version 0.1.0. A file keeps the names
 of that version, classes included, so that its caches can still be read."""
-_UNSAVED = (TEXT, "hook", "reads_whole", "masks", "selection", "_task", "_plans", "rotated")
+_UNSAVED = (TEXT, "hook", "reads_whole", "masks", "selection", "rotated")
+_UNSAVED += ("_task", "_plans", "_number", "_columns")
 _TODAY = {on_disk: today for today, on_disk in _NAMES_ON_DISK.items()}
 
 
@@ -146,6 +147,7 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> Cache:
     cache = _filled(layers, tensors, model, path)
     for layer in compressed_layers(cache):
         layer.selection = attach(model)
+        layer.be_numbered()
     if kind == _EARLIER:
         logger.warning(
             "%s was saved by version 0.1.0, whose header nothing protects against damage: save it "

@@ -8,6 +8,7 @@ from functools import lru_cache, update_wrapper
 from threading import Lock
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from cachepress.compiling import untraced
@@ -51,15 +52,24 @@ class Around:
 
     It has the name, documentation and signature of the method. A copy of the module, or a pickled
     one, gets the method itself and knows nothing of this.
+
+    Args:
+        module: the module.
+        own: its method.
+        act: the function.
+        traced: whether torch.compile traces the method as if this were not here.
     """
 
-    def __init__(self, module: nn.Module, own: Method, act: Act) -> None:
+    def __init__(self, module: nn.Module, own: Method, act: Act, traced: bool) -> None:
         update_wrapper(self, own)
         self.module, self.own, self.act = weakref.ref(module), own, act
+        self.traced = traced
         self.users: set[int] = set()
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Let the function decide about a call."""
+        if self.traced and torch.compiler.is_dynamo_compiling():
+            return self.own(*args, **kwargs)
         return _decide(self, args, kwargs)
 
     def __reduce__(self) -> tuple[Callable[[Method], Method], tuple[Method]]:
@@ -81,12 +91,14 @@ def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
-def put_around(module: nn.Module, name: str, act: Act, user: object) -> Around:
+def put_around(
+    module: nn.Module, name: str, act: Act, user: object, traced: bool = False
+) -> Around:
     """Put a function around a method of a module, unless it is there already, for a user."""
     with _LOCK:
         around = module.__dict__.get(name)
         if not isinstance(around, Around) or around.act is not act:
-            around = Around(module, getattr(module, name), act)
+            around = Around(module, getattr(module, name), act, traced)
             module.__dict__[name] = around
         around.users.add(id(user))
         return around

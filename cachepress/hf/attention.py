@@ -12,7 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from threading import Lock
 from typing import cast
 from weakref import WeakSet
@@ -24,10 +24,11 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cachepress.cache.handle import RowsHandle
+from cachepress.cache.handle import RowsHandle, TracedHandle
 from cachepress.cache.masks import BiasedMask, TextMask
 from cachepress.cache.pairs import Pairs
 from cachepress.cache.snapshot import Snapshot
+from cachepress.cache.traced import attend_token, take
 from cachepress.call import AttentionCall
 from cachepress.compiling import untraced
 from cachepress.errors import UnsupportedError, cache_dropped
@@ -119,11 +120,40 @@ def _register(base: str) -> _Name:
     return name
 
 
-@untraced
 def _attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
+    value: Tensor,
+    attention_mask: object,
+    *,
+    base: str,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute attention of whatever a cache layer gave to the model.
+
+    Of a compressed layer it is one operator within a graph, so that torch.compile can follow.
+    """
+    if not isinstance(key, RowsHandle):
+        masked = isinstance(attention_mask, Tensor) and attention_mask.shape[-1] > key.shape[2]
+        if masked and module.training and torch.is_grad_enabled():
+            raise cache_dropped()
+        function = _base_function(base, type(module))
+        return function(module, query, key, value, attention_mask, **kwargs)
+    if isinstance(key, TracedHandle):
+        passed, rule = take(), _rule(module, query, kwargs, base)
+        assert passed is not None
+        mask = attention_mask if isinstance(attention_mask, Tensor) else None
+        options = rule.scaling, rule.softcap, rule.sinks
+        return attend_token(passed.number, query, passed.keys, passed.values, mask, *options), None
+    return _observed(module, query, key, value, attention_mask, base=base, **kwargs)
+
+
+@untraced
+def _observed(
+    module: nn.Module,
+    query: Tensor,
+    key: RowsHandle,
     value: Tensor,
     attention_mask: object,
     *,
@@ -136,14 +166,9 @@ def _attention(
     and only later ones see fewer pairs. The hook acts once, for this forward only.
     """
     function = _base_function(base, type(module))
-    if not isinstance(key, RowsHandle):
-        masked = isinstance(attention_mask, Tensor) and attention_mask.shape[-1] > key.shape[2]
-        if masked and module.training and torch.is_grad_enabled():
-            raise cache_dropped()
-        return function(module, query, key, value, attention_mask, **kwargs)
     if isinstance(key, Watched):
         own = partial(function, module, **kwargs)
-        ours = partial(_attention, module, base=base, **kwargs)
+        ours = partial(_observed, module, base=base, **kwargs)
         return key.watch(query, value, attention_mask, own, cast(Attend, ours))
     if isinstance(key, StepHandle):
         return key.read(query, _rule(module, query, kwargs, base)), None
@@ -235,7 +260,6 @@ def _mask_of_pairs(mask: TextMask, held: Snapshot, pairs: Pairs, query: Tensor) 
     return bias if bias.dtype == narrowest(query) else bias.clamp(min=lowest).to(query.dtype)
 
 
-@lru_cache
 def _base_function(base: str, kind: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Find the function that this kind of attention module would call without us."""
     names = sys.modules[kind.__module__].__dict__

@@ -132,7 +132,7 @@ def stand_around(model: nn.Module, decoder: nn.Module, selection: Selection) -> 
         selection.recorded.add(model)
         _STEPS.setdefault(model, Steps(decoder))
     user = object()
-    around = put_around(model, "forward", _forward, user)
+    around = put_around(model, "forward", _forward, user, traced=True)
     finalize(selection, _leave, ref(model), around, user).atexit = False
 
 

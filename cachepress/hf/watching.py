@@ -30,6 +30,8 @@ class WatchedLayer(CompressedLayer):
     for bit, whatever hangs on rounding.
     """
 
+    _traceable = False
+
     def __init__(self) -> None:
         super().__init__()
         self.index = self.new = self.filled = self.attended = 0
