@@ -16,7 +16,7 @@ from cachepress.cache.batch import CacheSize, fork
 from cachepress.cache.joined import grouped, join
 from cachepress.evaluation.run import Run
 from cachepress.evaluation.speed import StepSeconds
-from cachepress.generation.decode import Forced, force, generate
+from cachepress.generation.answering import Forced, force, generate
 from cachepress.hf import has_only_full_attention
 from cachepress.hf.types import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from cachepress.presses import BasePress

@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from cachepress.cache.batch import compressed_layers, fork, text_of
 from cachepress.errors import CachepressError
-from cachepress.generation.decode import generate
+from cachepress.generation.answering import generate
 from cachepress.generation.options import check_generation
 from cachepress.hf import trained_length
 from cachepress.limits import check_whole, shown

@@ -21,7 +21,7 @@ from transformers.utils.generic import ModelOutput
 from cachepress.cache.batch import CacheSize, fork, size_of
 from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError
-from cachepress.generation.decode import Generated, generate
+from cachepress.generation.answering import Generated, generate
 from cachepress.generation.messages import (
     Messages,
     PicturePrompt,

@@ -5,7 +5,7 @@ import torch
 
 import cachepress as cp
 from cachepress.cache.joined import form_of, join
-from cachepress.generation.decode import Forced, force, generate
+from cachepress.generation.answering import Forced, force, generate
 from tests.bounds import close
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import tokenizer, tokens

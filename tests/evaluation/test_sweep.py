@@ -28,7 +28,7 @@ from cachepress.evaluation.run import (
 )
 from cachepress.evaluation.samples import contexts_of, load_table
 from cachepress.evaluation.sweep import SweepConfig, load_sweep, run_sweep
-from cachepress.generation.decode import generate
+from cachepress.generation.answering import generate
 from cachepress.generation.prompt import make_prompt
 from cachepress.hf.shared_prefill import SharedPrefill
 from tests.bounds import EXACT, no_near_ties
