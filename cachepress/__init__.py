@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cachepress.generation.ask import ask as ask
     from cachepress.generation.cache_files import load_cache as load_cache
     from cachepress.generation.cache_files import save_cache as save_cache
+    from cachepress.generation.decode import decode as decode
     from cachepress.generation.pipeline import (
         KVPressTextGenerationPipeline as KVPressTextGenerationPipeline,
     )
@@ -45,6 +46,7 @@ _HOMES = {
     "UnsupportedError": "errors",
     "ask": "generation.ask",
     "configure": "settings",
+    "decode": "generation.decode",
     "detach": "hf",
     "fork": "cache.batch",
     "load_cache": "generation.cache_files",

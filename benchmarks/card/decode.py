@@ -1,4 +1,4 @@
-"""Decoded steps of the whole model, in a loop and in ``generate``, against their limit."""
+"""Decoded steps of the whole model, by ``decode`` and by ``generate``, against their limit."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Step:
         length: tokens of each context.
         kind: how the cache was filled.
         mode: how steps are taken: "recorded", "eager" or "compiled"; "transformers" for its own.
-        way: a loop of forwards, or ``generate()``.
+        way: our own loop, ``cachepress.decode``, or ``generate()``.
     """
 
     batch: int

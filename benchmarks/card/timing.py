@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+import cachepress as cp
 from cachepress.hf import cache_argument
 from cachepress.measure import Stopwatch
 
@@ -50,20 +51,17 @@ def graphed(work: Callable[[], object]) -> Callable[[], None]:
 
 
 def loop_seconds(model: PreTrainedModel, cache: Cache, token: Tensor, steps: int) -> float:
-    """Decode greedily in a loop of forwards, and return the median seconds of a step.
+    """Decode greedily by ``cachepress.decode``, and return the median seconds of a token.
 
     The device is waited for at the ends of ``PARTS`` parts of the steps, not at each.
     """
-    name, each = cache_argument(model), max(1, steps // PARTS)
-    found = []
-    with torch.no_grad():
-        for part in range(PARTS + 1):
-            with Stopwatch(model.device) as stopwatch:
-                for _ in range(each if part else WARM):
-                    logits = model(input_ids=token, **{name: cache}).logits
-                    token = logits[:, -1:].argmax(-1)
-            if part:
-                found.append(stopwatch.seconds / each)
+    each, found = max(1, steps // PARTS), []
+    for part in range(PARTS + 1):
+        n = each if part else WARM
+        with Stopwatch(model.device) as stopwatch:
+            token = cp.decode(model, cache, token, n, eos_token_id=[])[:, -1:]
+        if part:
+            found.append(stopwatch.seconds / each)
     return statistics.median(found)
 
 

@@ -50,6 +50,14 @@ def compressed_layers(cache: Cache) -> list[CompressedLayer]:
     return [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
 
 
+def sequences_of(cache: Cache) -> int:
+    """Count the sequences that a cache holds."""
+    if held := compressed_layers(cache):
+        return held[0].batch_size
+    found = (getattr(layer, "keys", None) for layer in cache.layers)
+    return next((len(keys) for keys in found if isinstance(keys, Tensor)), 0)
+
+
 def size_of(cache: Cache) -> CacheSize:
     """Measure a cache: its keys and values in every layer, compressed or not.
 

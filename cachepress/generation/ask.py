@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from cachepress.cache.batch import compressed_layers, fork, text_of
+from cachepress.cache.batch import fork, sequences_of, text_of
 from cachepress.errors import CachepressError
 from cachepress.generation.answering import generate
 from cachepress.generation.options import check_generation
@@ -59,7 +58,7 @@ def ask(
             raise CachepressError(f"{name}: got {shown(text)}, wanted a text")
     check_generation({} if generation is None else generation, several=False)
     check_whole("max_new_tokens", max_new_tokens)
-    seen, sequences = cache.get_seq_length(), _sequences(cache)
+    seen, sequences = cache.get_seq_length(), sequences_of(cache)
     if not seen:
         raise CachepressError("the cache is empty: fill it with cachepress.prefill, or load one")
     if sequences != 1:
@@ -83,11 +82,3 @@ def ask(
         model, tokenizer, forked, [ids], max_new_tokens, generation or {}, streamer, text
     ).tokens
     return str(tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def _sequences(cache: Cache) -> int:
-    """Count the sequences that a cache holds."""
-    if held := compressed_layers(cache):
-        return held[0].batch_size
-    found = (getattr(layer, "keys", None) for layer in cache.layers)
-    return next((len(keys) for keys in found if isinstance(keys, torch.Tensor)), 0)
