@@ -111,6 +111,14 @@ def test_the_snippets_of_the_start_print_what_stands_beside_them():
 
 
 @pytest.mark.builtin_model
+def test_the_loop_of_the_page_of_caches_prints_what_stands_beside_it():
+    (code,) = (code for code in snippets(DOCS / "caches.md") if "cp.decode" in code)
+    _, out = printed([snippets(DOCS / "start.md")[0], code])
+    assert f"`{out}`" in (DOCS / "caches.md").read_text()
+    assert out == "[' Aurora. The', ' morning. The']"
+
+
+@pytest.mark.builtin_model
 @pytest.mark.parametrize("name", ["concepts", "architecture", "models"])
 def test_the_snippets_of_a_page_run(name):
     assert "".join(printed(snippets(DOCS / f"{name}.md"))) == (
