@@ -41,6 +41,10 @@ class BlockPress(WrapperPress, alias="block"):
 
     def score(self, view: LayerView) -> Tensor:
         """Score pairs by the last block that held them, those kept above all, ``[B, H, T]``."""
+        # One sequence after the other: what is kept so far is copied for each block.
+        return torch.cat([self._score_one(view.sequence(b)) for b in range(len(view.n_seen))])
+
+    def _score_one(self, view: LayerView) -> Tensor:
         (b, h, t), device = view.valid.shape, view.valid.device
         # One column more: scores of empty places are written there, and ignored.
         scores = view.keys.new_zeros((b, h, t + 1), dtype=wide_dtype(view.keys))
