@@ -263,7 +263,7 @@ def test_an_interrupt_after_a_compression_is_what_is_raised():
 
 
 @pytest.mark.parametrize("press", [None, RAGGED], ids=["whole", "ragged"])
-@pytest.mark.parametrize("name", ["llama", *UNCROPPED])
+@pytest.mark.parametrize("name", ["llama", *sorted(UNCROPPED)])
 def test_caches_that_cannot_forget_are_asked_after_every_token(name, press, monkeypatch):
     lots, real = [], loop._Forwards.lot
     monkeypatch.setattr(loop._Forwards, "lot", lambda self: lots.append(real(self)) or lots[-1])
