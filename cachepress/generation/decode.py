@@ -34,6 +34,7 @@ from cachepress.hf import (
 )
 from cachepress.hf.blocks import acting
 from cachepress.limits import MOST_SEED, check_whole, said, shown
+from cachepress.settings import compiled_here
 
 LOT = 16
 """Tokens that are decoded between two looks at whether all sequences have ended."""
@@ -57,6 +58,7 @@ def decode(
     seed: int | None = None,
     logits_processor: LogitsProcessorList | None = None,
     streamer: BaseStreamer | None = None,
+    compile: bool | None = None,
 ) -> Tensor:
     """Decode tokens after a cache, greedily or by sampling, faster than ``generate()`` on a GPU.
 
@@ -91,6 +93,8 @@ def decode(
         logits_processor: further processors of transformers for the logits, which come first; they
             are given the tokens of ``input_ids`` and the decoded ones, not those in the cache.
         streamer: gets the tokens of ``input_ids`` and then each decoded one, in lots of 16.
+        compile: on a GPU, whether torch.compile compiles the model before a step is recorded, see
+            ``cachepress.configure``; None for what that says.
 
     Returns:
         The decoded tokens ``[B, n]``, with end tokens, up to where the last sequence ended.
@@ -105,7 +109,7 @@ def decode(
     forwards = _Forwards(model, cache, ids, attention_mask, max_new_tokens)
     ends, pad = _special(model, eos_token_id, pad_token_id)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), compiled_here(compile):
             tokens = _decoded(forwards, ids, max_new_tokens, choose, ends, pad, streamer)
             _crop(cache, seen + ids.shape[1] + tokens.shape[1] - 1)
     except BaseException:

@@ -29,6 +29,7 @@ from cachepress.ops.paged_attention.plan import (
     UnplannedError,
 )
 from cachepress.ops.paged_attention.plan import Form as KernelForm
+from cachepress.settings import is_compiled
 
 _COLUMNS = 1024
 """Text columns of a mask are recorded for a multiple of this."""
@@ -89,6 +90,7 @@ class Form(NamedTuple):
         options: what else the forward is given.
         function: the model's own attention function.
         layers: what of each layer's storage matters.
+        compiled: whether the model is compiled before.
     """
 
     batch: int
@@ -96,6 +98,7 @@ class Form(NamedTuple):
     options: tuple[tuple[str, object], ...]
     function: str
     layers: tuple[_LayerForm, ...]
+    compiled: bool
 
     @classmethod
     def of(cls, model: nn.Module, asked: Asked) -> "Form | None":
@@ -108,7 +111,7 @@ class Form(NamedTuple):
         except UnplannedError:
             return None
         name = str.__str__(cast(PreTrainedModel, model).config._attn_implementation or "eager")
-        return cls(len(asked.ids), _columns(asked), asked.options, name, forms)
+        return cls(len(asked.ids), _columns(asked), asked.options, name, forms, is_compiled())
 
 
 class Recording:
@@ -121,7 +124,7 @@ class Recording:
     """
 
     def __init__(self, call: Call, asked: Asked, form: Form) -> None:
-        self._method, self._form = _method(call), form
+        self._method, self._form = _method(call, form.compiled), form
         self._unchanged = Unchanged(call.module)
         self._rounding = torch.finfo(cast(PreTrainedModel, call.module).dtype).eps ** 0.5
         device, n_layers = asked.ids.device, len(form.layers)
@@ -295,11 +298,15 @@ def _plan(layer: CompressedLayer) -> tuple[Plan, int]:
     return plan_of(held, held.device, shape, appends=True)
 
 
-def _method(call: Call) -> Callable[[], Method]:
-    """Return the method of a call, without keeping its module alive."""
-    if isinstance(call.method, MethodType):
-        return cast(Callable[[], Method], WeakMethod(call.method))
-    return lambda: call.method
+def _method(call: Call, compiled: bool) -> Callable[[], Method]:
+    """Return the method of a call, compiled or not, without keeping its module alive."""
+    if not isinstance(call.method, MethodType):
+        return lambda: call.method
+    method = cast(Callable[[], MethodType], WeakMethod(call.method))
+    if not compiled:
+        return method
+    function = torch.compile(call.method.__func__, fullgraph=True)
+    return lambda: MethodType(cast(Method, function), method().__self__)
 
 
 def _nothing() -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from cachepress.cache.handle import RowsHandle, blank
+from cachepress.cache.handle import RowsHandle, TracedHandle, blank
 from cachepress.cache.protocol import GrowingLayer
+from cachepress.cache.traced import Passed, number_of, pass_on
 from cachepress.ops import AttentionRule
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionRule], Tensor]
@@ -45,6 +46,7 @@ class _StepLayer(GrowingLayer):
 
     def __init__(self, index: int, batch: int, seen: int, attend: Attend) -> None:
         self._index, self._batch, self._seen, self._attend = index, batch, seen, attend
+        self._number = number_of(self)
 
     @property
     def batch_size(self) -> int:
@@ -56,6 +58,11 @@ class _StepLayer(GrowingLayer):
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_dynamo_compiling():
+            pass_on(Passed(torch.as_tensor(self._number), key_states, value_states))
+            handle = key_states.as_subclass(TracedHandle)
+            return handle, handle
+
         def read(query: Tensor, rule: AttentionRule) -> Tensor:
             return self._attend(self._index, query, key_states, value_states, rule)
 
@@ -63,6 +70,12 @@ class _StepLayer(GrowingLayer):
         if key_states.shape == value_states.shape:
             return keys, keys
         return keys, StepHandle.standing(value_states, self._seen, read)
+
+    def attend_token(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rule: AttentionRule
+    ) -> Tensor:
+        """Append a token, and attend for its ``query [B, H * G, 1, D]``, ``[B, 1, H * G, E]``."""
+        return self._attend(self._index, query, keys, values, rule)
 
 
 def step_cache(n_layers: int, batch: int, seen: int, attend: Attend) -> DynamicCache:

@@ -24,7 +24,7 @@ from cachepress.hf.blocks import acting
 from cachepress.hf.recording import Asked, Form, Recording, UnrecordableError
 from cachepress.hf.types import PreTrainedModel
 from cachepress.hf.unchanged import is_plain
-from cachepress.settings import is_recorded
+from cachepress.settings import is_compiled, is_recorded
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class Steps:
         self._ran: dict[Form, int] = {}
         self._refused: set[Form] = set()
         self._last: Recording | None = None
+        self._wished = False
 
     def is_observed(self) -> bool:
         """Tell whether a block acts on forwards of the model, here and now."""
@@ -64,9 +65,13 @@ class Steps:
             self._lock.release()
 
     def _forward(self, call: Call, asked: Asked) -> object:
-        if self._last is not None and self._last.serves(asked):
+        wished = is_compiled()
+        if self._last is not None and wished == self._wished and self._last.serves(asked):
             return self._last.step(asked)
+        self._wished = wished
         form = Form.of(call.module, asked)
+        if form is not None and form.compiled and form in self._refused:
+            form = form._replace(compiled=False)
         if form is None or form in self._refused or not is_plain(list(call.module.modules())):
             return call.run()
         recording = _recalled(call.module, form)
@@ -93,11 +98,12 @@ class Steps:
             self._last = recording
             return output
         self._refused.add(form)
-        logger.warning(
-            "steps of %s are not recorded, and decode as they are: %s",
-            type(call.module).__name__,
-            reason,
-        )
+        name = type(call.module).__name__
+        if form.compiled:
+            self._ran[form._replace(compiled=False)] = EAGER_STEPS
+            logger.warning("steps of %s are recorded without torch.compile: %s", name, reason)
+        else:
+            logger.warning("steps of %s are not recorded, and decode as they are: %s", name, reason)
         return output
 
 

@@ -347,3 +347,33 @@ def test_a_plain_cache_is_none_of_ours(replays):
     for x in tokens(8).split(1, dim=1):
         forward(model, cache, input_ids=x)
     assert replays == [] and held.get_seq_length() == 20
+
+
+@pytest.mark.usefixtures("clear_answers")
+def test_steps_are_compiled_before_they_are_recorded(replays, caplog):
+    model, ids = exact_tiny(), tokens(40, batch=2)
+    question = tokens(3, batch=2, seed=7)
+    cache = cp.prefill(model, ids, PRESS)
+    caches = [cp.fork(cache) for _ in range(3)]
+    cp.configure(recorded=False)
+    wanted = cp.decode(model, cache, question, 12, eos_token_id=[])
+    cp.configure(recorded=True)
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    for one in caches:
+        found = cp.decode(model, one, question, 12, eos_token_id=[], compile=True)
+        assert torch.equal(found, wanted)
+    # Three steps run as they are and one is recorded; other caches need neither.
+    assert replays == [2] * (7 + 11 + 11) and graphs["unique_graphs"] == 1
+    assert not [x for x in caplog.records if x.name.startswith("cachepress")]
+
+
+def test_what_cannot_be_compiled_is_recorded_as_it_is(replays, caplog, monkeypatch):
+    def compiled(*args, **kwargs):
+        raise RuntimeError("there is no compiler here")
+
+    model, ids = exact_tiny(), tokens(40, batch=2)
+    monkeypatch.setattr(torch, "compile", compiled)
+    cp.decode(model, cp.prefill(model, ids, PRESS), ids[:, :3], 9, eos_token_id=[], compile=True)
+    assert [x.message.partition(": ")[2] for x in caplog.records] == ["there is no compiler here"]
+    assert replays == [2] * 3
