@@ -10,21 +10,21 @@ _COMPILED = os.environ.get("CACHEPRESS_COMPILED", "0") == "1"
 _COMPILED_HERE: ContextVar[bool | None] = ContextVar("compiled", default=None)
 
 
-def configure(*, recorded: bool | None = None, compiled: bool | None = None) -> None:
+def configure(*, recorded: bool | None = None, compile: bool | None = None) -> None:
     """Choose for the whole process how tokens are decoded from compressed caches on a GPU.
 
     Args:
         recorded: record a step once as a CUDA graph and replay it for the tokens that follow;
             False runs every step as transformers does. True unless the environment variable
             ``CACHEPRESS_RECORDED`` is 0 when the process starts. None changes nothing.
-        compiled: let torch.compile (its inductor) compile the model before a step is recorded,
+        compile: let torch.compile (its inductor) compile the model before a step is recorded,
             which takes up to some minutes for a large one, once for each form of a cache; each
             token takes less time then. False unless ``CACHEPRESS_COMPILED`` is 1. None changes
             nothing.
     """
     global _RECORDED, _COMPILED
     _RECORDED = _RECORDED if recorded is None else recorded
-    _COMPILED = _COMPILED if compiled is None else compiled
+    _COMPILED = _COMPILED if compile is None else compile
 
 
 def is_recorded() -> bool:

@@ -1,12 +1,9 @@
 """What sections share: the models of one shape, caches of them, and the bandwidth of a copy."""
 
 import gc
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -196,37 +193,14 @@ def press_options(press: object, storage: str = "full") -> dict[str, object]:
     return options
 
 
-def modes() -> dict[str, Callable[[], None]]:
-    """Return the ways to take a step, the usual one first, each with what switches to it.
-
-    They are recorded and eager, and compiled where steps can be compiled before they are recorded.
-    """
-    if "compile" not in inspect.signature(cp.configure).parameters:
-        return {
-            name: partial(cp.configure, recorded=name == RECORDED) for name in (RECORDED, EAGER)
-        }
-    compiled = cast(Callable[..., None], cp.configure)
-    return {
-        name: partial(compiled, recorded=name != EAGER, compile=name == COMPILED)
-        for name in (RECORDED, EAGER, COMPILED)
-    }
-
-
 @contextmanager
 def stepping(mode: str) -> Iterator[None]:
-    """Take steps in one of the ``modes``; the usual one is back at the end.
-
-    Raises:
-        LookupError: if this version has no such mode.
-    """
-    known = modes()
-    if mode not in known:
-        raise LookupError(f"this version of cachepress has no {mode} steps")
-    known[mode]()
+    """Take steps as a mode says; the usual one is back at the end."""
+    cp.configure(recorded=mode != EAGER, compile=mode == COMPILED)
     try:
         yield
     finally:
-        known[RECORDED]()
+        cp.configure(recorded=True, compile=False)
 
 
 _replay = torch.cuda.CUDAGraph.replay
