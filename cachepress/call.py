@@ -196,14 +196,14 @@ def _view_of(call: AttentionCall) -> LayerView:
     rope = index + (next_position - n_seen)[:, None, None]
     if pairs.rope is not None:
         rope = torch.where(pairs.rope >= 0, pairs.rope, rope)
-    token_state = pairs.token_state
+    numbers = [pairs.token_state, pairs.bias]
     if call.text_valid is not None or not pairs.full:
         order = valid_last(valid)  # [B, 1 or H, T]
         with following(keys, values):
             keys, values = gather(keys, order), gather(values, order)
         positions, index, valid = (x.gather(-1, order) for x in (positions, index, valid))
         rope = rope.gather(-1, order.expand_as(rope))
-        token_state = None if token_state is None else token_state.gather(-1, order.expand(b, h, t))
+        numbers = [x if x is None else x.gather(-1, order.expand(b, h, t)) for x in numbers]
     positions, index, rope = (x.expand(b, h, t) for x in (positions, index, rope))
     return LayerView(
         keys=keys,
@@ -220,7 +220,8 @@ def _view_of(call: AttentionCall) -> LayerView:
         n_layers=call.place.n_layers,
         pair_bytes=PairBytes(0, 0),
         rule=call.rule,
-        token_state=token_state,
+        token_state=numbers[0],
+        pair_bias=numbers[1],
     )
 
 

@@ -16,6 +16,7 @@ from cachepress.budgets import Budget, TopK
 from cachepress.cache.pairs import PairBytes, Pairs
 from cachepress.cache.snapshot import Snapshot
 from cachepress.call import AttentionCall
+from cachepress.errors import CachepressError
 from cachepress.ops import (
     blocks,
     following,
@@ -24,6 +25,7 @@ from cachepress.ops import (
     without_autocast,
     without_gradient,
 )
+from cachepress.ops.paged_attention.parts import LOWEST
 from cachepress.press import BasePress, WrapperPress, with_inner
 from cachepress.query_stats import QueryStats
 from cachepress.view import LayerView, Rotary
@@ -43,7 +45,9 @@ _OBSERVED = [
     "attention_counts",
     "hidden_feature",
 ]
-"""Fields of a view that scores are made of, and that only merging and key channels need later."""
+"""Fields of a view that scores are made of, and that only the methods of ``_LATER`` need later."""
+_LATER = ("merge", "pair_bias", "key_channels")
+"""Methods of a press that are called when it is known which pairs are kept."""
 
 
 class CacheLayer(Protocol):
@@ -54,7 +58,9 @@ class CacheLayer(Protocol):
         """What the layer holds now."""
         ...
 
-    def pair_bytes(self, pairs: Pairs, compaction: bool, token_state: bool, /) -> PairBytes:
+    def pair_bytes(
+        self, pairs: Pairs, compaction: bool, token_state: bool, pair_bias: bool, /
+    ) -> PairBytes:
         """Compute the bytes that the kept pairs of a head will need."""
         ...
 
@@ -217,7 +223,9 @@ def _lengths(budget: Budget, counted: LayerView, n_kept: Tensor) -> tuple[int, .
 
 def _pair_bytes(press: BasePress, layer: CacheLayer, call: AttentionCall) -> PairBytes:
     """Compute what a pair of a head costs, the head's share of the padding mask included."""
-    bytes_of = layer.pair_bytes(call.pairs, press.needs.compaction, press.needs.token_state)
+    needs = press.needs
+    extras = needs.compaction, needs.token_state, needs.pair_bias
+    bytes_of = layer.pair_bytes(call.pairs, *extras)
     if call.text_valid is None:
         return bytes_of
     heads = call.pairs.keys.shape[0] * call.pairs.keys.shape[1] * call.place.n_layers
@@ -290,7 +298,8 @@ def _keep(
     are channels of the keys as they will be stored.
     """
     given = _detached(view)
-    pairs = Pairs(view.keys, view.values, view.positions, token_state=token_state)
+    bias = _bias(press, given, mask)
+    pairs = Pairs(view.keys, view.values, view.positions, token_state=token_state, bias=bias)
     merged = press.merge(given, mask)
     if merged is not None:
         keys = _merged(view.keys, given.keys, merged[0])
@@ -305,14 +314,30 @@ def _keep(
     layer.keep(pairs, mask, text_valid, press.key_channels(stored, mask), lengths)
 
 
+def _bias(press: BasePress, view: LayerView, mask: Tensor) -> Tensor | None:
+    """Return what is added to the logits of kept pairs; below the lowest number is no number."""
+    bias = press.pair_bias(view, mask)
+    if bias is None:
+        return None
+    if bias.shape != mask.shape:
+        raise CachepressError(
+            f"{press!r}: pair_bias has shape {tuple(bias.shape)}, wanted {tuple(mask.shape)}, a "
+            "number for each pair of each KV head"
+        )
+    return wide(bias.detach()).clamp(min=LOWEST)
+
+
 def _asked_later(press: BasePress) -> int | None:
-    """Return the most queries that a press may ask for when it merges pairs or chooses channels.
+    """Return the most queries that a press may ask for when it is known which pairs are kept.
 
     Those of all tokens are as large as the keys of several layers. None where it does neither.
     """
-    usual = {BasePress.merge, WrapperPress.merge, BasePress.key_channels, WrapperPress.key_channels}
-    kinds = ((inner, type(inner)) for inner in with_inner(press))
-    asking = (inner for inner, kind in kinds if not {kind.merge, kind.key_channels} <= usual)
+    usual = [getattr(kind, name) for kind in (BasePress, WrapperPress) for name in _LATER]
+    asking = (
+        inner
+        for inner in with_inner(press)
+        if not all(getattr(type(inner), name) in usual for name in _LATER)
+    )
     return max((inner.needs.queries for inner in asking), default=None)
 
 

@@ -2,7 +2,8 @@
 
 A press declares what it must observe (``needs``), how many pairs are kept (``budget``) and when
 (``schedule``). It scores pairs (``score``), and may merge evicted pairs into kept ones (``merge``),
-store fewer key channels (``key_channels``) or keep a number with each token (``token_state``).
+store fewer key channels (``key_channels``), add a number to the logits of kept pairs
+(``pair_bias``) or keep one with each token (``token_state``).
 It never touches a cache or a model: ``cachepress.engine`` applies the scores to a layer, and
 ``cachepress.hf`` finds in transformers what was declared.
 """
@@ -122,6 +123,20 @@ class BasePress:
             stored; None to store the pairs unchanged.
         """
         return None
+
+    def pair_bias(self, view: LayerView, mask: Tensor) -> Tensor | None:
+        """Compute what is added to the logits of the pairs that ``mask [B, H, T]`` keeps.
+
+        With the logarithm of a number a pair counts as that many equal ones: so it can stand for
+        tokens that were merged into it. It is stored with the pair until the next compression, when
+        ``view.pair_bias`` holds it, and what is returned then replaces it. For presses whose needs
+        declare ``pair_bias``; others leave each pair the bias that it has.
+
+        Returns:
+            ``[B, H, T]``, of which the numbers in ``mask`` are stored, those below the lowest
+            float32 as that one; None for no bias.
+        """
+        return view.pair_bias
 
     def key_channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
         """Choose the channels in which the keys of ``mask [B, H, T]`` are stored.
@@ -299,6 +314,10 @@ class WrapperPress(BasePress):
     def merge(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
         """Merge evicted pairs as the inner press does."""
         return self.press.merge(view, mask)
+
+    def pair_bias(self, view: LayerView, mask: Tensor) -> Tensor | None:
+        """Compute the bias that the inner press adds to the logits of kept pairs."""
+        return self.press.pair_bias(view, mask)
 
     def key_channels(self, view: LayerView, mask: Tensor) -> Tensor | None:
         """Choose the key channels that the inner press chooses."""

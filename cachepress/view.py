@@ -77,6 +77,8 @@ class Needs:
             compressed; None where it is not.
         token_state: whether a number is kept with each token until the next compression, see
             ``BasePress.token_state``.
+        pair_bias: whether a number is added to the logits of each kept pair, see
+            ``BasePress.pair_bias``.
         rewrites: whether a layer is compressed even when no token is evicted, because kept pairs
             are stored differently.
         compaction: whether kept keys are rotated to positions without gaps.
@@ -95,6 +97,7 @@ class Needs:
     decoded_queries: int | None = None
     reconstruction: Reconstruction | None = None
     token_state: bool = False
+    pair_bias: bool = False
     rewrites: bool = False
     compaction: bool = False
     storage: Codec | None = None
@@ -116,6 +119,7 @@ class Needs:
             self,
             reconstruction=None,
             token_state=False,
+            pair_bias=False,
             rewrites=False,
             compaction=False,
             storage=None,
@@ -140,7 +144,7 @@ class Needs:
     @property
     def always(self) -> bool:
         """Whether a layer is compressed even when no token is evicted."""
-        return self.rewrites or self.token_state
+        return self.rewrites or self.token_state or self.pair_bias
 
     @property
     def most_decoded(self) -> int:
@@ -182,6 +186,7 @@ class Needs:
             decoded_queries=max(self.most_decoded, other.most_decoded) if decoded else None,
             reconstruction=self.reconstruction or other.reconstruction,
             token_state=self.token_state or other.token_state,
+            pair_bias=self.pair_bias or other.pair_bias,
             rewrites=self.rewrites or other.rewrites,
             compaction=self.compaction or other.compaction,
             storage=_common(
@@ -199,7 +204,7 @@ def _common(values: Sequence[T | None], refusal: str) -> T | None:
     return given[0] if given else None
 
 
-_NUMBERS = ("positions", "index", "rope", "valid", "token_state", "hidden_feature")
+_NUMBERS = ("positions", "index", "rope", "valid", "token_state", "pair_bias", "hidden_feature")
 _ATTENTION = ("attention_sums", "attention_counts")
 """Fields of a view with a number for each token of each head."""
 
@@ -260,6 +265,8 @@ class LayerView:
         attention_counts: ``[B, H, T]`` how many queries could attend to the token, or None.
         token_state: ``[B, H, T]`` the number that the press kept with the token when the layer was
             last compressed, NaN for tokens that came since; None if it kept none.
+        pair_bias: ``[B, H, T]`` what is added to the logits of each pair since the layer was last
+            compressed, 0 for tokens that came since; None if no pair has a bias.
         hidden_feature: ``[B, H, T]`` what ``Needs.hidden`` computed from the token's hidden state,
             or what ``BasePress.reconstructed`` computed when the context was reconstructed; NaN for
             tokens from before the last compression; None if the press declared neither.
@@ -289,6 +296,7 @@ class LayerView:
     attention_sums: Tensor | None = None
     attention_counts: Tensor | None = None
     token_state: Tensor | None = None
+    pair_bias: Tensor | None = None
     hidden_feature: Tensor | None = None
     n_question: Tensor | None = None
     n_columns: int | None = None

@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from cachepress.cache.batch import compressed_layers
 from cachepress.hf import cache_argument
 
-_NAME = "dense_reference"
+REFERENCE = "dense_reference"
 
 
 def _attention(
@@ -46,31 +46,45 @@ def _attention(
             gone = torch.zeros(*hidden.shape[:2], s, dtype=torch.bool)
             gone[..., : hidden.shape[-1]] = hidden
             visible = visible & ~gone.repeat_interleave(groups, dim=1).unsqueeze(2)
-        logits = (q @ k.mT * scaling).masked_fill(~visible, torch.finfo(torch.float64).min)
+        logits = q @ k.mT * scaling
+        bias = getattr(module, "bias_of_columns", None)
+        if bias is not None:
+            logits[..., : bias.shape[-1]] += bias.repeat_interleave(groups, dim=1).unsqueeze(2)
+        logits = logits.masked_fill(~visible, torch.finfo(torch.float64).min)
         out = logits.softmax(-1) @ v
     return out.transpose(1, 2).to(query.dtype).contiguous(), None
 
 
-AttentionInterface.register(_NAME, _attention)
-AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+AttentionInterface.register(REFERENCE, _attention)
+AttentionMaskInterface.register(REFERENCE, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
 
 @contextmanager
 def hiding(model: PreTrainedModel, compressed: Cache, seen: int) -> Iterator[None]:
-    """Hide of the first ``seen`` columns what a compressed cache does not hold, in each head."""
+    """Hide of the first ``seen`` columns what a compressed cache does not hold, in each head.
+
+    A bias of the pairs that it holds is added to the logits of their columns.
+    """
     layers = {
         m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")
     }
     for index, store in enumerate(compressed_layers(compressed)):
         positions = store.positions.long()
         held = torch.zeros(*positions.shape[:2], store.get_seq_length() + 1, dtype=torch.bool)
-        held.scatter_(-1, positions.masked_fill(positions < 0, held.shape[-1] - 1), True)
+        columns = positions.masked_fill(positions < 0, held.shape[-1] - 1)
+        held.scatter_(-1, columns, True)
         layers[index].hidden_columns = ~held[..., :seen]
+        pair_bias = store.snapshot.rows().bias
+        if pair_bias is not None:
+            spread = torch.zeros(held.shape, dtype=torch.float64)
+            spread = spread.scatter_(-1, columns, pair_bias.double())
+            layers[index].bias_of_columns = spread[..., :seen]
     try:
         yield
     finally:
         for layer in layers.values():
             del layer.hidden_columns
+            vars(layer).pop("bias_of_columns", None)
 
 
 def dense_logits(
@@ -90,7 +104,7 @@ def dense_logits(
     name, seen, n = cache_argument(reference), ids.shape[1], question.shape[1]
     with torch.set_grad_enabled(embeds is None and torch.is_grad_enabled()):
         reference(ids, **{name: cache}, **mask_and_positions(mask, 0, seen))
-    reference.set_attn_implementation(_NAME)
+    reference.set_attn_implementation(REFERENCE)
     longer = None if mask is None else torch.cat([mask, torch.ones_like(question)], dim=1)
     given = {name: cache, **mask_and_positions(longer, seen, n)}
     given |= {"input_ids": question} if embeds is None else {"inputs_embeds": embeds}

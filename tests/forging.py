@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 import cachepress as cp
 from cachepress.artefacts.digests import checksum_of
+from tests.counting import CountingPress
 from tests.tiny import tiny, tokenizer, tokens
 from tests.tiny_cache import forward
 
@@ -51,6 +52,7 @@ def made() -> dict[str, tuple[PreTrainedModel, Cache]]:
     add("channels", model, cp.prefill(model, long, cp.ThinKPress(0.5)))
     add("turned", model, cp.prefill(model, text, cp.KeyRerotationPress(cp.KnormPress(0.5))))
     add("carried", model, cp.prefill(model, text, cp.H2OPress(0.5)))
+    add("biased", model, cp.prefill(model, text, CountingPress(0.5)))
     mask = torch.ones(2, 40, dtype=torch.long)
     mask[0, :7] = 0
     two = tokens(40, batch=2)

@@ -24,7 +24,12 @@ def allocated_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def bytes_of_pairs(
-    pairs: Pairs, codec: Codec | None, bounded: bool, compacts: bool, has_state: bool
+    pairs: Pairs,
+    codec: Codec | None,
+    bounded: bool,
+    compacts: bool,
+    has_state: bool,
+    has_bias: bool,
 ) -> PairBytes:
     """Compute the bytes that the kept pairs of a head need.
 
@@ -34,12 +39,14 @@ def bytes_of_pairs(
         bounded: whether the keys of each page get bounds.
         compacts: whether keys are rotated to positions of their own.
         has_state: whether a number is kept with each token.
+        has_bias: whether the press adds a number to the logits of each pair.
     """
     d, e = pairs.keys.shape[-1], pairs.values.shape[-1]
     key = d * pairs.keys.element_size()
     whole = key + e * pairs.values.element_size() + (2 * key / PAGE if bounded else 0)
     beside = _POSITION * (1 + (compacts or pairs.rope is not None))
-    beside += has_state * wide_dtype(pairs.keys).itemsize
+    numbers = has_state + (has_bias or pairs.bias is not None)
+    beside += numbers * wide_dtype(pairs.keys).itemsize
     each, fixed = whole + beside, 0.0
     if codec is not None:
         # Quantized pairs and the residual end with a page each that is not full.

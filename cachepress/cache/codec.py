@@ -228,6 +228,14 @@ def joined_pages(x: Stored, y: Stored, join: Callable[[Tensor, Tensor], Tensor])
     return join(x, y)
 
 
+def bounds_of(keys: Tensor, used: Tensor) -> Tensor:
+    """Compute the bounds ``[P, 2, D]`` of pages ``[P, C, D]``, over the slots in use."""
+    keys, hidden = keys.detach(), ~used.unsqueeze(-1)
+    low = keys.masked_fill(hidden, float("inf")).amin(1)
+    high = keys.masked_fill(hidden, float("-inf")).amax(1)
+    return torch.stack([low, high], dim=1)
+
+
 def _range(pages: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Mask what no scale is computed from: ``pages`` to take the minimum of, and the maximum."""
     exact = wide(pages)

@@ -87,7 +87,7 @@ def attend(held: "Snapshot", query: Tensor, mask: TextMask, rule: AttentionRule)
     b, hq, n, _ = query.shape
     shape = (b, held.heads, hq // held.heads * n)
     try:
-        found, added = _plan(held, query, mask, shape)
+        found, added = _plan(held, query, mask, rule, shape)
     except UnplannedError:
         return None
     bias = None if mask.is_causal else mask.by_head[:, 0]
@@ -96,13 +96,17 @@ def attend(held: "Snapshot", query: Tensor, mask: TextMask, rule: AttentionRule)
 
 
 def _plan(
-    held: "Snapshot", query: Tensor, mask: TextMask, shape: tuple[int, int, int]
+    held: "Snapshot",
+    query: Tensor,
+    mask: TextMask,
+    rule: AttentionRule,
+    shape: tuple[int, int, int],
 ) -> tuple[Plan, int]:
     """Find the plan of a snapshot, and how far its tail has grown since that was made."""
     chooses = held.page_budget is not None and query.shape[2] == 1
     found, since = plan_of(held, query.device, shape, held.page_budget if chooses else None)
     if chooses:
-        _choose(held, query, mask)
+        _choose(held, query, mask, rule)
     return found, since
 
 
@@ -165,6 +169,7 @@ def spans_of(segment: Segment, pages: Tensor | None = None, lengths: Tensor | No
         lengths=layout.counts if uneven else lengths,
         stride=0 if even is None else -(-even // PAGE) * PAGE,
         positions=segment.positions,
+        bias=segment.bias,
         pages=pages,
     )
 
@@ -197,7 +202,7 @@ def _room_of(segment: Segment, held: "Snapshot") -> tuple[Tensor, ...]:
     return pages, torch.zeros(spans, dtype=torch.int32, device=device)
 
 
-def _choose(held: "Snapshot", query: Tensor, mask: TextMask) -> None:
+def _choose(held: "Snapshot", query: Tensor, mask: TextMask, rule: AttentionRule) -> None:
     """Write down the pages that a query reads, those with the highest bounds of its logits."""
     assert held.page_budget is not None
     b, d = query.shape[0], query.shape[-1]
@@ -205,7 +210,7 @@ def _choose(held: "Snapshot", query: Tensor, mask: TextMask) -> None:
     bias = mask.of_rows(held.start, held.text_valid)
     places = [i for i, pages in enumerate(held.plans.pages) if pages]
     segments = [held.segments[i] for i in places]
-    chosen = held.chosen_pages(segments, spans, bias, held.page_budget)
+    chosen = held.chosen_pages(segments, spans, bias, held.page_budget, rule)
     for place, segment, some in zip(places, segments, chosen, strict=True):
         pages, lengths = held.plans.pages[place]
         layout, repeats = segment.layout, len(pages) // len(segment.layout.lengths)

@@ -183,9 +183,11 @@ class CompressedLayer(TracedLayer):
         """Whether kept pairs are stored in another form: quantized, or in pages with bounds."""
         return self.codec is not None or self.page_budget is not None
 
-    def pair_bytes(self, pairs: Pairs, compacts: bool, has_state: bool = False) -> PairBytes:
-        """Compute the bytes that kept pairs of a head need, with their positions and states."""
-        return bytes_of_pairs(pairs, self.codec, self._bounded, compacts, has_state)
+    def pair_bytes(
+        self, pairs: Pairs, compacts: bool, has_state: bool = False, has_bias: bool = False
+    ) -> PairBytes:
+        """Compute the bytes that kept pairs of a head need, with all that is kept with them."""
+        return bytes_of_pairs(pairs, self.codec, self._bounded, compacts, has_state, has_bias)
 
     @storing
     def restore(self) -> None:

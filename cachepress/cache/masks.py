@@ -217,6 +217,20 @@ def _hidden(mask: Tensor, end: int) -> Tensor:
     return ~first if mask.dtype == torch.bool else first != 0
 
 
+def bias_of_pairs(mask: Tensor, positions: Tensor, own: Tensor | None = None) -> Tensor:
+    """Gather a mask ``[B, n, S]`` at ``positions [F, H, N]``: a bias ``[B, H, 1, n, N]``.
+
+    The ``F`` sequences stand for all, in turns. The pairs' ``own [B, H, N]`` bias is added.
+    """
+    b, n, s = mask.shape
+    h = positions.shape[1]
+    column = positions.clamp(min=0).long().repeat(b // positions.shape[0], 1, 1)[:, :, None]
+    picked = mask[:, None].expand(b, h, n, s).gather(-1, column.expand(-1, -1, n, -1))
+    if own is not None:  # Two times the lowest number would be no number.
+        picked = (picked + own[:, :, None]).clamp(min=_LOWEST)
+    return picked.unsqueeze(2)
+
+
 def _bias(mask: Tensor) -> Tensor:
     """Turn a mask, bool or added to logits, into a bias to add, at least float32."""
     if mask.dtype != torch.bool:

@@ -21,6 +21,7 @@ class Pairs:
         rope: ``[B, H, T]`` position that each key is rotated to; None where it is the position.
         token_state: ``[B, H, T]`` a number that a press keeps with each token, NaN for none; None
             where no token has one.
+        bias: ``[B, H, T]`` a number that is added to the logits of each pair; None for 0.
     """
 
     keys: Tensor
@@ -29,6 +30,7 @@ class Pairs:
     full: bool = True
     rope: Tensor | None = None
     token_state: Tensor | None = None
+    bias: Tensor | None = None
 
     def text_positions(self) -> Tensor:
         """Return positions ``[B, H, T]``: the text columns 0, 1, 2, ... where none are stored."""

@@ -1,6 +1,6 @@
 """Immutable storage of compressed pairs in pages, each head with its own number of pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,14 +10,16 @@ from cachepress.cache.codec import (
     Codec,
     Quantized,
     Stored,
+    bounds_of,
     changed,
     decoded,
     floats,
     joined_pages,
     stacked_pages,
 )
+from cachepress.cache.masks import bias_of_pairs
 from cachepress.cache.pairs import Pairs
-from cachepress.ops import entries_of, following, wide_dtype
+from cachepress.ops import AttentionRule, entries_of, following, wide_dtype
 from cachepress.ops.paged_attention import PAGE, DensePart, Layout, PagedPart, Part
 from cachepress.ops.paged_attention.parts import LOWEST, apart, of_channels, together
 
@@ -38,6 +40,7 @@ class Segment:
         positions: ``[P, C]`` text column of each pair, -1 in an unused slot.
         rope: ``[P, C]`` position that each key is rotated to; None where it is the position.
         token_state: ``[P, C]`` a number that a press keeps with each token; None for none.
+        bias: ``[P, C]`` added to the logits of each pair, lowest in an unused slot; None for 0.
         key_channels: ``[B * H, D']`` the channels of the keys that are stored, ascending; None for
             all.
         bounds: ``[P, 2, D']`` the lowest and the highest number of each channel of a page's keys;
@@ -52,6 +55,7 @@ class Segment:
     positions: Tensor
     rope: Tensor | None = None
     token_state: Tensor | None = None
+    bias: Tensor | None = None
     key_channels: Tensor | None = None
     width: int = 0
     bounds: Tensor | None = None
@@ -78,8 +82,9 @@ class Segment:
         b, h, _ = mask.shape
         layout = Layout.of(mask, lengths)
         source, used = layout.sources(mask)
+        numbers = wide_dtype(rows.keys)
 
-        def paged(x: Tensor, empty: int = 0) -> Tensor:
+        def paged(x: Tensor, empty: float = 0) -> Tensor:
             rows = entries_of(x, source)
             unused = ~used.view(-1, *[1] * (rows.ndim - 1))
             return rows.masked_fill(unused, empty).unflatten(0, (layout.n_pages, PAGE))
@@ -95,50 +100,45 @@ class Segment:
             values=values if codec is None else codec.encode_values(values),
             positions=positions,
             rope=None if rows.rope is None else paged(rows.rope.int(), -1),
-            token_state=None
-            if rows.token_state is None
-            else paged(rows.token_state.to(wide_dtype(rows.keys))),
+            token_state=None if rows.token_state is None else paged(rows.token_state.to(numbers)),
+            bias=None if rows.bias is None else paged(rows.bias.to(numbers), LOWEST),
             key_channels=None if chosen is None else chosen.flatten(0, 1),
             width=rows.keys.shape[-1],
-            bounds=_bounds(keys, positions >= 0) if bounded and codec is None else None,
+            bounds=bounds_of(keys, positions >= 0) if bounded and codec is None else None,
         )
 
     def rows(self) -> Pairs:
         """Return all pairs as a table ``[B, H, longest, ...]``; a view if heads have one length."""
-        columns = (
-            decoded(self.keys),
-            decoded(self.values),
-            self.positions,
-            self.rope,
-            self.token_state,
-        )
-        n = self.layout.even
-        if n is not None:
-            tables = [None if x is None else self._spans(x)[:, :, :n] for x in columns]
-            keys, values, positions, rope, token_state = tables
-            return Pairs(self._whole(keys), values, positions, rope=rope, token_state=token_state)  # pyright: ignore[reportArgumentType]
+        if (n := self.layout.even) is not None:
+            return self._table(lambda x: self._spans(x)[:, :, :n])
         table, real = self.layout.padded()
-        tables = [
-            None if x is None else x.flatten(0, 1)[table].unflatten(0, self.shape) for x in columns
-        ]
-        keys, values, positions, rope, token_state = tables
+        rows = self._table(lambda x: x.flatten(0, 1)[table].unflatten(0, self.shape))
         hidden = ~real.unflatten(0, self.shape)
-        positions = positions.masked_fill(hidden, -1)  # pyright: ignore[reportOptionalMemberAccess]
-        keys = self._whole(keys)
-        return Pairs(keys, values, positions, full=False, rope=rope, token_state=token_state)  # pyright: ignore[reportArgumentType]
+        return replace(rows, positions=rows.text_positions().masked_fill(hidden, -1), full=False)
 
-    def part(self, mask: Tensor | None) -> Part:
+    def _table(self, laid: Callable[[Tensor], Tensor]) -> Pairs:
+        """Lay out every column as a table."""
+        keys, values = self._whole(laid(decoded(self.keys))), laid(decoded(self.values))
+        numbers = {name: laid(x) for name, x in self._numbers().items()}
+        return replace(Pairs(keys, values, laid(self.positions)), **numbers)
+
+    def _numbers(self) -> dict[str, Tensor]:
+        """Return what else there is with a number for each slot, by name."""
+        found = {"rope": self.rope, "token_state": self.token_state, "bias": self.bias}
+        return {name: x for name, x in found.items() if x is not None}
+
+    def part(self, mask: Tensor | None, batch: int | None = None) -> Part:
         """Lay out the pairs for the attention function.
 
         Args:
             mask: added to the logits, ``[B', n, S]`` over text columns; None if all are visible.
+            batch: sequences that read the pairs; None for as many as there are.
         """
         n = self.layout.even
         keys, values = decoded(self.keys), decoded(self.values)
+        bias = self._bias(mask, batch or self.shape[0], n)
         if n is None:
-            bias = None if mask is None else self._bias(mask)
             return PagedPart(keys, values, self.layout, bias, self.key_channels)
-        bias = None if mask is None else _of_columns(mask, self._spans(self.positions)[:, :, :n])
         keys, values = (self._spans(x)[:, :, :n].flatten(0, 1) for x in (keys, values))
         return DensePart(keys, values, bias, self.key_channels)
 
@@ -154,7 +154,9 @@ class Segment:
         """Whether the keys of each page have bounds, which a page budget needs."""
         return self.bounds is not None or isinstance(self.keys, Quantized)
 
-    def worth(self, query: Tensor, mask: Tensor | None) -> Tensor:
+    def worth(
+        self, query: Tensor, mask: Tensor | None, rule: AttentionRule | None = None
+    ) -> Tensor:
         """Compute an upper bound of each page's logits, over all queries of a span, ``[X, pages]``.
 
         The highest product of a query with keys within the page's bounds, over all queries of the
@@ -163,6 +165,8 @@ class Segment:
         Args:
             query: ``[X, M, D]``.
             mask: added to the logits, ``[B', 1, S]`` over text columns; None if all are visible.
+            rule: makes logits of the products, to which the page's highest bias is added; None for
+                products, which have the order of logits where no pair has a bias.
         """
         layout, spans = self.layout, len(self.layout.lengths)
         bounds = self.keys.bounds() if isinstance(self.keys, Quantized) else self.bounds
@@ -177,10 +181,14 @@ class Segment:
             products = each.new_full((spans, signed.shape[1], layout.most_pages), LOWEST)
             products[layout.span, :, layout.page] = each.squeeze(-1)
         worth = apart(products, query.shape[0]).amax(1)
-        if mask is None:
+        if rule is not None:
+            worth = torch.where(worth > LOWEST, rule.logits(worth), worth)
+        bias = self._bias(mask, len(worth) // self.shape[1])
+        if bias is None:
             return worth
-        visible = self._bias(mask).view(*worth.shape, PAGE).amax(-1) > LOWEST
-        return worth.masked_fill(~visible, LOWEST)
+        highest = bias.reshape(*worth.shape, PAGE).amax(-1)
+        raised = worth if rule is None else worth + highest
+        return raised.masked_fill(highest <= LOWEST, LOWEST)
 
     def part_of(self, chosen: Tensor, mask: Tensor | None) -> DensePart:
         """Lay out the ``chosen`` pages ``[X, pages]`` of each span for the attention function.
@@ -200,7 +208,11 @@ class Segment:
         positions = picked(self.positions).masked_fill(real.view(-1, 1) == 0, -1)
         positions = positions.view(b, h, width * PAGE)
         bias = torch.zeros(positions.shape, dtype=torch.float32, device=positions.device)
-        bias = bias[:, :, None, None] if mask is None else _of_columns(mask, positions)
+        own = None if self.bias is None else picked(self.bias).view(positions.shape)
+        if mask is None:
+            bias = (bias if own is None else own)[:, :, None, None]
+        else:
+            bias = bias_of_pairs(mask, positions, own)
         bias = bias.masked_fill(positions[:, :, None, None] < 0, LOWEST)
         key_channels = self.key_channels
         if key_channels is not None:
@@ -227,10 +239,11 @@ class Segment:
             keys=changed(self.keys, lambda x: x[pages]),
             values=changed(self.values, lambda x: x[pages]),
             positions=self.positions[pages],
-            rope=None if self.rope is None else self.rope[pages],
-            token_state=None if self.token_state is None else self.token_state[pages],
-            key_channels=None if self.key_channels is None else self._channels_of(wanted),
             bounds=None if self.bounds is None else self.bounds[pages],
+            key_channels=None
+            if self.key_channels is None
+            else self.key_channels.unflatten(0, self.shape)[wanted].flatten(0, 1),
+            **{name: x[pages] for name, x in self._numbers().items()},
         )
 
     @property
@@ -240,7 +253,8 @@ class Segment:
             (x.form if isinstance(x, Quantized) else x.dtype) for x in (self.keys, self.values)
         ]
         key_channels = None if self.key_channels is None else self.key_channels.shape[-1]
-        return (self.shape[1], *stored, self.width, key_channels, self.bounds is not None)
+        has = (self.bias is not None, self.bounds is not None)
+        return (self.shape[1], *stored, self.width, key_channels, *has)
 
     @classmethod
     def stack(cls, segments: Sequence["Segment"]) -> "Segment":
@@ -266,6 +280,7 @@ class Segment:
             positions=torch.cat([segment.positions for segment in segments]),
             rope=None,
             token_state=None,
+            bias=stacked([segment.bias for segment in segments]),
             key_channels=stacked([segment.key_channels for segment in segments]),
             bounds=stacked([segment.bounds for segment in segments]),
         )
@@ -303,48 +318,45 @@ class Segment:
 
     def tensors(self) -> Sequence[Tensor]:
         """List all tensors that are allocated."""
-        others = (self.positions, self.rope, self.token_state, self.key_channels, self.bounds)
-        columns = [x for x in others if x is not None]
+        columns = [self.positions, *self._numbers().values(), *self.layout.tensors()]
+        columns += [x for x in (self.key_channels, self.bounds) if x is not None]
         for x in (self.keys, self.values):
             columns += x.tensors() if isinstance(x, Quantized) else [x]
-        return columns + self.layout.tensors()
+        return columns
 
-    def _whole(self, keys: Tensor | None) -> Tensor | None:
+    def _whole(self, keys: Tensor) -> Tensor:
         """Fill keys ``[B, H, n, D]`` with zeros in the channels that are not stored."""
-        if self.key_channels is None or keys is None:
+        if self.key_channels is None:
             return keys
         b, h, n, _ = keys.shape
         index = self.key_channels.view(b, h, 1, -1).expand(-1, -1, n, -1)
         return keys.new_zeros(b, h, n, self.width).scatter(-1, index, keys)
-
-    def _channels_of(self, sequences: list[int]) -> Tensor | None:
-        if self.key_channels is None:
-            return None
-        return self.key_channels.unflatten(0, self.shape)[sequences].flatten(0, 1)
 
     def _spans(self, x: Tensor) -> Tensor:
         """View the pages of spans of one length as a table ``[B, H, slots, ...]``."""
         b, h = self.shape
         return x.reshape(b, h, -1, *x.shape[2:])
 
-    def _bias(self, mask: Tensor) -> Tensor:
-        """Turn a mask over text columns into one over the slots of the longest span."""
+    def _bias(self, mask: Tensor | None, batch: int, n: int | None = None) -> Tensor | None:
+        """Compute what is added to the logits of the longest span's slots, ``[B, H, 1, q, slots]``.
+
+        That is what a mask over text columns has for each pair, and the pair's own bias; None for
+        nothing. ``n`` is the number of slots, None for all.
+        """
+        own = None if self.bias is None else self._slots(self.bias, LOWEST)[:, :, :n]
+        own = None if own is None else own.repeat(batch // len(own), 1, 1)
+        if mask is None:
+            return None if own is None else own[:, :, None, None]
+        return bias_of_pairs(mask, self._slots(self.positions, -1)[:, :, :n], own)
+
+    def _slots(self, x: Tensor, empty: float) -> Tensor:
+        """Lay out pages ``[P, C]`` as a table ``[F, H, slots of the longest span]``."""
         layout = self.layout
-        table = self.positions.new_full((len(layout.lengths), layout.most_pages, PAGE), -1)
-        table[layout.span, layout.page] = self.positions
-        return _of_columns(mask, table.view(*self.shape, -1))
-
-
-def _of_columns(mask: Tensor, positions: Tensor) -> Tensor:
-    """Gather a mask ``[B, n, S]`` at ``positions [F, H, N]``: a bias ``[B, H, 1, n, N]``.
-
-    The ``F`` sequences stand for all, in turns.
-    """
-    b, n, s = mask.shape
-    h = positions.shape[1]
-    column = positions.clamp(min=0).long().repeat(b // positions.shape[0], 1, 1)[:, :, None]
-    picked = mask[:, None].expand(b, h, n, s).gather(-1, column.expand(-1, -1, n, -1))
-    return picked.unsqueeze(2)
+        if layout.even is not None:
+            return self._spans(x)
+        table = x.new_full((len(layout.lengths), layout.most_pages, PAGE), empty)
+        table[layout.span, layout.page] = x
+        return table.view(*self.shape, -1)
 
 
 def _indices(key_channels: Tensor) -> Tensor:
@@ -359,15 +371,6 @@ def _picked(keys: Tensor, chosen: Tensor | None) -> Tensor:
     if chosen is None:
         return keys
     return keys.gather(-1, chosen.unsqueeze(2).expand(-1, -1, keys.shape[2], -1))
-
-
-def _bounds(keys: Stored, used: Tensor) -> Tensor:
-    """Compute the bounds ``[P, 2, D]`` of pages ``[P, C, D]``, over the slots in use."""
-    assert isinstance(keys, Tensor)
-    keys, hidden = keys.detach(), ~used.unsqueeze(-1)
-    low = keys.masked_fill(hidden, float("inf")).amin(1)
-    high = keys.masked_fill(hidden, float("-inf")).amax(1)
-    return torch.stack([low, high], dim=1)
 
 
 def segments_of(

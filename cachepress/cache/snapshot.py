@@ -116,6 +116,11 @@ class Snapshot:
                 for p, n in zip(parts, nothing, strict=True)
             ]
             token_state = torch.cat([wide(x) for x in left], dim=2)
+        bias = None
+        if any(part.bias is not None for part in parts):
+            zeros = [wide(part.keys.new_zeros(part.keys.shape[:3])) for part in parts]
+            bias = [z if p.bias is None else p.bias for p, z in zip(parts, zeros, strict=True)]
+            bias = torch.cat(bias, dim=2)
         return Pairs(
             keys=torch.cat([part.keys for part in parts], dim=2),
             values=torch.cat([part.values for part in parts], dim=2),
@@ -123,6 +128,7 @@ class Snapshot:
             full=all(part.full for part in parts),
             rope=rope,
             token_state=token_state,
+            bias=bias,
         )
 
     def attend(self, query: Tensor, mask: TextMask, rule: AttentionRule) -> Tensor:
@@ -144,10 +150,10 @@ class Snapshot:
         b, hq, n, d = query.shape
         bias = mask.of_rows(self.start, self.text_valid)
         if self.page_budget is None or n > 1:
-            parts: list[Part] = [segment.part(bias) for segment in self.segments]
+            parts: list[Part] = [segment.part(bias, b) for segment in self.segments]
         else:
             spans = wide(query.detach()).reshape(b * self.heads, -1, d)
-            parts = self._chosen_parts(spans, bias, self.page_budget)
+            parts = self._chosen_parts(spans, bias, self.page_budget, rule)
         if self.tail is not None:
             parts.append(self.tail.part(mask.of_columns(self.start, self.seen, query.device)))
         grouped = query.reshape(b, self.heads, hq // self.heads, n, d)
@@ -163,7 +169,9 @@ class Snapshot:
         """Return the same snapshot without its page budget."""
         return replace(self, page_budget=None)
 
-    def _chosen_parts(self, query: Tensor, mask: Tensor | None, page_budget: int) -> list[Part]:
+    def _chosen_parts(
+        self, query: Tensor, mask: Tensor | None, page_budget: int, rule: AttentionRule
+    ) -> list[Part]:
         """Choose the pages of each span with the highest bounds of logits for ``query [X, G, D]``.
 
         Every span reads its last page, and all of segments whose keys have no bounds.
@@ -172,18 +180,26 @@ class Snapshot:
             segment for segment in self.segments if segment.bounded and segment.layout.n_pages
         ]
         if sum(segment.layout.most_pages for segment in segments) <= page_budget:
-            return [segment.part(mask) for segment in self.segments]
-        parts = [segment.part(mask) for segment in self.segments if not segment.bounded]
-        some = self.chosen_pages(segments, query, mask, page_budget)
+            return [segment.part(mask, self.batch) for segment in self.segments]
+        others = [segment for segment in self.segments if not segment.bounded]
+        parts = [segment.part(mask, self.batch) for segment in others]
+        some = self.chosen_pages(segments, query, mask, page_budget, rule)
         return parts + [
             segment.part_of(pages, mask) for segment, pages in zip(segments, some, strict=True)
         ]
 
     def chosen_pages(
-        self, segments: Sequence[Segment], query: Tensor, mask: Tensor | None, page_budget: int
+        self,
+        segments: Sequence[Segment],
+        query: Tensor,
+        mask: Tensor | None,
+        page_budget: int,
+        rule: AttentionRule,
     ) -> list[Tensor]:
         """Tell for each segment ``[X, pages]`` which pages of a span one query reads."""
-        worth = torch.cat([segment.worth(query, mask) for segment in segments], dim=1)  # [X, pages]
+        biased = any(segment.bias is not None for segment in segments)
+        bounds = [segment.worth(query, mask, rule if biased else None) for segment in segments]
+        worth = torch.cat(bounds, dim=1)  # [X, pages]
         real = worth > LOWEST
         rank = torch.arange(worth.shape[1], device=worth.device).expand_as(worth)
         last = rank.masked_fill(~real, -1).amax(-1, keepdim=True)
@@ -196,12 +212,8 @@ class Snapshot:
         """Repeat a table that sequences share for every sequence."""
         if rows.keys.shape[0] == self.batch:
             return rows
-        columns = {"keys": rows.keys, "values": rows.values}
-        columns |= {"positions": rows.positions, "rope": rows.rope, "token_state": rows.token_state}
-        return replace(
-            rows,
-            **{k: self._repeated(x) for k, x in columns.items() if x is not None},
-        )
+        columns = {name: x for name, x in vars(rows).items() if isinstance(x, Tensor)}
+        return replace(rows, **{name: self._repeated(x) for name, x in columns.items()})
 
     def _repeated(self, x: Tensor) -> Tensor:
         if x.shape[0] == 1:

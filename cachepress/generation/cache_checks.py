@@ -216,18 +216,14 @@ class _LayerCheck:
         return channels.shape[1]
 
     def _check_columns(self, segment: Segment, stored: int) -> None:
-        pages, rope, token_state, bounds = (
-            segment.layout.n_pages,
-            segment.rope,
-            segment.token_state,
-            segment.bounds,
-        )
+        pages, rope, bounds = segment.layout.n_pages, segment.rope, segment.bounds
         if rope is not None:
             _need(_is(rope, torch.int32, (pages, PAGE)), "positions that keys are rotated to")
             least, most = (int(x) for x in rope.aminmax()) if rope.numel() else (0, 0)
             _need(least >= -1 and most < self.layer.get_seq_length(), "rotations in the text")
-        if token_state is not None:
-            _need(_is(token_state, wide_dtype(self.key), (pages, PAGE)), "a number for each slot")
+        for numbers in (segment.token_state, segment.bias):
+            if numbers is not None:
+                _need(_is(numbers, wide_dtype(self.key), (pages, PAGE)), "a number for each slot")
         if bounds is not None:
             _need(isinstance(segment.keys, Tensor), "bounds of keys that are not quantized")
             _need(_is(bounds, self.key.dtype, (pages, 2, stored)), "bounds of each page")
@@ -238,7 +234,7 @@ class _LayerCheck:
         last = segments[-1]
         _need((last.layout.even or 1) % PAGE == 0, "full pages")
         _need(
-            last.rope is last.token_state is last.key_channels is None,
+            last.rope is last.token_state is last.bias is last.key_channels is None,
             "pages of pairs as they came",
         )
 

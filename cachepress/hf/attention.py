@@ -254,6 +254,9 @@ def _mask_of_pairs(mask: TextMask, held: Snapshot, pairs: Pairs, query: Tensor) 
     # The bias may be float32 and the query a half type, or be made one by autocast: the lowest
     # number must fit into both.
     lowest = max(LOWEST, torch.finfo(narrowest(query)).min)
+    if pairs.bias is not None:
+        own = pairs.bias.repeat_interleave(hq // h, dim=1).unsqueeze(-2)
+        bias = (bias + own).clamp(min=lowest)
     if not pairs.full:
         empty = (positions < 0).repeat_interleave(hq // h, dim=1).unsqueeze(-2)
         bias = bias.masked_fill(empty, lowest)

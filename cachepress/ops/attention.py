@@ -36,6 +36,11 @@ class AttentionRule:
     softcap: float | None = None
     sinks: Tensor | None = None
 
+    def logits(self, products: Tensor) -> Tensor:
+        """Scale and cap products of queries with keys."""
+        scaled = products * self.scaling
+        return scaled if self.softcap is None else (scaled / self.softcap).tanh() * self.softcap
+
 
 def attention_column_sums(
     queries: Tensor,

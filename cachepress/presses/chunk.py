@@ -133,6 +133,7 @@ class _Chunks:
             next_position=pairs.next_position.expand(n),
             moments=moments,
             token_state=_or_none(pairs.token_state, self.split),
+            pair_bias=_or_none(pairs.pair_bias, self.split),
             hidden_feature=_or_none(pairs.hidden_feature, self.split),
             n_question=_or_none(pairs.n_question, lambda x: x.expand(n)),
             n_columns=self.length,

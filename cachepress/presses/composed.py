@@ -67,6 +67,10 @@ class ComposedPress(BasePress, alias="composed"):
                 "a token keeps one number until the next compression, and more than one of the "
                 "presses keeps one: compose one of them with presses that do not"
             )
+        if sum(press.needs.pair_bias for press in presses) > 1:
+            raise CachepressError(
+                "a pair has one bias, and more than one of the presses gives it one: keep one"
+            )
         if sum(press.needs.storage is not None for press in presses) > 1:
             raise CachepressError(
                 "more than one of the presses says how pairs are stored: keep one"
@@ -119,6 +123,11 @@ class ComposedPress(BasePress, alias="composed"):
         return next(
             (press.token_state(view) for press in self.presses if press.needs.token_state), None
         )
+
+    def pair_bias(self, view: LayerView, mask: Tensor) -> Tensor | None:
+        """The bias of the press that gives pairs one, or the one that they have."""
+        giving = (press.pair_bias(view, mask) for press in self.presses if press.needs.pair_bias)
+        return next(giving, view.pair_bias)
 
     def merge(self, view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor] | None:
         """Merge evicted pairs as the first press does that merges any."""

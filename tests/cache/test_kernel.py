@@ -10,6 +10,7 @@ from cachepress.cache import kernel
 from cachepress.cache.batch import compressed_layers
 from cachepress.cache.joined import join
 from tests.bounds import near
+from tests.counting import CountingPress
 from tests.tiny import tiny, tokens
 from tests.tiny_cache import forward
 from tests.waiting import Waits
@@ -26,6 +27,12 @@ CACHES = {
         model, ids, cp.QuestPress(cp.AdaKVPress(cp.KnormPress(0.2)), 2)
     ),
     "channels": lambda model, ids: cp.prefill(model, ids, cp.ThinKPress(0.5)),
+    "biased": lambda model, ids: cp.prefill(model, ids, CountingPress(0.5)),
+    "biased, uneven": lambda model, ids: cp.prefill(model, ids, cp.AdaKVPress(CountingPress(0.5))),
+    "biased, int8": lambda model, ids: cp.prefill(model, ids, CountingPress(0.5), storage="int8"),
+    "biased pages": lambda model, ids: cp.prefill(
+        model, ids, cp.QuestPress(cp.AdaKVPress(CountingPress(0.2)), 2)
+    ),
     "whole": lambda model, ids: cp.prefill(model, ids, cp.KnormPress(0.0)),
 }
 
@@ -121,7 +128,7 @@ def test_a_plan_holds_until_the_storage_changes(monkeypatch, launches):
 
 
 @pytest.mark.parametrize(
-    "name", ["even", "uneven", "int8", "int4", "whole", "pages", "uneven pages"]
+    "name", ["even", "uneven", "int8", "int4", "whole", "pages", "uneven pages", "biased pages"]
 )
 def test_a_decoded_step_asks_the_device_for_nothing(name, monkeypatch):
     """Law 12, as far as a processor can tell: the kernel itself is not run."""

@@ -40,6 +40,7 @@ class Kind:
         thin: whether some channels of the keys are stored only.
         extras: whether a press turns keys and leaves a number with each row.
         even: whether every head keeps as many rows.
+        biased: whether a press adds a number to the logits of each pair.
     """
 
     codec: Codec | None = None
@@ -47,6 +48,7 @@ class Kind:
     thin: bool = False
     extras: bool = False
     even: bool = False
+    biased: bool = False
 
 
 KINDS = {
@@ -57,6 +59,9 @@ KINDS = {
     "by page": Kind(page_budget=1),
     "in few bits": Kind(Codec(8, residual=5)),
     "in few bits, even, by page": Kind(Codec(8, residual=0), page_budget=1, even=True),
+    "biased": Kind(biased=True),
+    "biased, even, by page": Kind(page_budget=1, even=True, biased=True),
+    "biased, in few bits": Kind(Codec(8, residual=5), biased=True),
     "thin, in few bits": Kind(Codec(4, residual=40), thin=True, extras=True),
 }
 by_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
@@ -71,9 +76,10 @@ class Head:
     values: list[Tensor] = field(default_factory=list)
     rope: list[int] = field(default_factory=list)
     token_state: list[float] = field(default_factory=list)
+    bias: list[float] = field(default_factory=list)
 
-    def add(self, position: int, key: Tensor, value: Tensor, rope: int, token_state: float) -> None:
-        row = (position, key, value, rope, token_state)
+    def add(self, position: int, key: Tensor, value: Tensor) -> None:
+        row = (position, key, value, -1, NAN, 0.0)
         for column, x in zip(vars(self).values(), row, strict=True):
             column.append(x)
 
@@ -105,7 +111,7 @@ class Pair:
             for h, head in enumerate(sequence):
                 for t in range(n):
                     key, value = (x[b, h, t] for x in new)
-                    head.add(self.seen + t, key, value, -1, NAN)
+                    head.add(self.seen + t, key, value)
         self.seen += n
 
     def read(self) -> None:
@@ -134,6 +140,7 @@ class Pair:
         key_channels = rand(*size[:2], SIZE).argsort(-1) < SIZE // 2 if kind.thin else None
         rope = torch.randint(0, 99, size).int() if kind.extras else None
         token_state = randn(size) if kind.extras else None
+        bias = randn(size) if kind.biased else None
         for b, sequence in enumerate(self.heads):
             for h, head in enumerate(sequence):
                 found = slots[b][h]
@@ -148,9 +155,11 @@ class Pair:
                 left.token_state = (
                     [NAN] * n if token_state is None else token_state[b, h, chosen].tolist()
                 )
+                left.bias = [0.0] * n if bias is None else bias[b, h, chosen].tolist()
                 if key_channels is not None:
                     left.keys = [key * key_channels[b, h] for key in left.keys]
-        table = Pairs(rows.keys, rows.values, where, rope=rope, token_state=token_state)
+        numbers = {"rope": rope, "token_state": token_state, "bias": bias}
+        table = Pairs(rows.keys, rows.values, where, **numbers)
         text_valid = self._tokens() if any(self.padding) else None
         self.store.keep(table, mask, text_valid, key_channels)
         self.compressed = self.seen
@@ -238,6 +247,7 @@ class Pair:
         where = rows.text_positions()
         rope = torch.full_like(where, -1) if rows.rope is None else rows.rope
         token_state = torch.full(where.shape, NAN) if rows.token_state is None else rows.token_state
+        bias = torch.zeros(where.shape) if rows.bias is None else rows.bias
         assert where.shape[0] == store.batch_size == b and store.get_seq_length() == self.seen
         for i, sequence in enumerate(self.heads):
             for j, head in enumerate(sequence):
@@ -247,6 +257,7 @@ class Pair:
                 assert rope[i, j][real].tolist() == head.rope
                 left = torch.tensor(head.token_state, dtype=torch.float64)
                 close(token_state[i, j][real].double(), left)
+                assert bias[i, j][real].tolist() == head.bias
                 for dim, name in enumerate(("keys", "values")):
                     ours = getattr(rows, name)[i, j][real]
                     wanted = torch.stack(getattr(head, name))
@@ -285,7 +296,10 @@ class Pair:
                 for i in range(b)
             ]
             some = query[:, :, t].reshape(b, HEADS, 2, 1, SIZE)
-            wanted = naive_attention(some, columns, RULE)
+            added = None
+            if rows.bias is not None:
+                added = [[rows.bias[i, j][seen[i, j]] for j in range(HEADS)] for i in range(b)]
+            wanted = naive_attention(some, columns, RULE, added)
             close(ours[:, t], wanted.view(b, 2 * HEADS, SIZE))
 
     def _check_bounds(self) -> None:

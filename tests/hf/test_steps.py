@@ -13,6 +13,7 @@ import cachepress as cp
 from cachepress.cache.batch import compressed_layers
 from cachepress.hf import recording, steps
 from tests.bounds import close
+from tests.counting import CountingPress
 from tests.tiny import ARCHITECTURES, exact_tiny, tokens
 from tests.tiny_cache import forward
 
@@ -190,6 +191,12 @@ def test_quantized_pages(storage, replays):
     model = exact_tiny("llama")
     close(*both(model, cp.prefill(model, tokens(90), PRESS, storage=storage), 80))
     assert len(replays) > 60
+
+
+def test_pairs_with_a_bias(replays):
+    model, press = exact_tiny("llama"), cp.AdaKVPress(CountingPress(0.5))
+    close(*both(model, cp.prefill(model, tokens(90), press), 20))
+    assert len(replays) > 10
 
 
 def hook(model):

@@ -39,7 +39,7 @@ ONE_A_LAYER = {
     "HeadKVPress": "presses/headkv.py",
 }
 """Presses that ask whether a factorisation succeeded, or share out whole numbers of the model."""
-ASKED_OF = ("score", "token_state", "merge", "key_channels", "reconstructed")
+ASKED_OF = ("score", "token_state", "merge", "pair_bias", "key_channels", "reconstructed")
 """What a press computes of a layer."""
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 NOT_COUNTED = ("ops/device.py", "artefacts/reading.py")

@@ -44,9 +44,9 @@ class Case:
         self.terms = d + 2 * (max(map(max, counts)) + tail)
         self.e = e
 
-    def both(self, rule=None, codec=None, cores=1, bias=None):
+    def both(self, rule=None, codec=None, cores=1, bias=None, of_pairs=None):
         rule = rule or AttentionRule(0.3)
-        segment = Segment.of(self.pairs, self.mask, codec)
+        segment = Segment.of(replace(self.pairs, bias=of_pairs), self.mask, codec)
         tail = Tail.of(*self.new).read()
         seen = SEEN + self.new[0].shape[2]
         laid = plan([spans_of(segment), tail.spans(seen)], CPU, self.shape, cores)
@@ -66,7 +66,8 @@ class Case:
         else:
             bias = bias.expand(self.batch, -1, -1)
             laid = [bias, bias[..., SEEN:]]
-        exact = [part.part(shown) for part, shown in zip(parts, laid, strict=True)]
+        segment, tail = parts
+        exact = [segment.part(laid[0], self.batch), tail.part(laid[1])]
         query = self.query.double().unflatten(1, (self.h, self.g))
         return batched_attention(query, exact, rule).flatten(1, 2).transpose(1, 2)
 
@@ -149,6 +150,20 @@ def test_a_bias_of_each_pair_and_head():
     logits = logits.masked_fill(~real[:, None], float("-inf"))
     wanted = logits.softmax(-1).nan_to_num() @ values  # The first span has no pair.
     near(ours, wanted.view(2, 1, 6, case.e), torch.float32, case.terms)
+
+
+@pytest.mark.parametrize("codec", [None, Codec(8)], ids=str)
+@pytest.mark.parametrize(("counts", "batch"), [(ODD, 2), (ODD, 4), ([(70, 70)], 3)], ids=str)
+def test_a_bias_that_is_stored_with_the_pairs(counts, batch, codec):
+    case = Case(counts, batch=batch, n=2)
+    of_pairs = randn(len(counts), case.h, SEEN)
+    of_pairs[:, :, ::6] = torch.finfo(torch.float32).min
+    near(*case.both(of_pairs=of_pairs, codec=codec), torch.float32, case.terms)
+    mask = randn(1, 2, SEEN + 2).float()
+    mask[0, :, 1::3] = torch.finfo(torch.float32).min  # Hidden twice would be no number.
+    case = Case(counts, batch=batch, n=2, tail=2)
+    found = case.both(RULES["softcap"], codec, 3, mask, of_pairs)
+    near(*found, torch.float32, case.terms)
 
 
 def test_listed_pages_are_read_and_no_others():

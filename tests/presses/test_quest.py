@@ -1,5 +1,6 @@
 """Quest: the pages that are read are those of the paper's bound, and everything else goes on."""
 
+from dataclasses import replace
 from math import ceil
 
 import pytest
@@ -14,6 +15,7 @@ from cachepress.ops.paged_attention import PAGE
 from cachepress.ops.paged_attention.naive import naive_attention
 from cachepress.presses.quest import QuestPress
 from tests.bounds import EXACT, close
+from tests.counting import CountingPress
 from tests.tiny import exact_tiny as tiny
 from tests.tiny import randn, tokens
 from tests.tiny import tiny as single
@@ -92,6 +94,42 @@ def test_the_bound_is_one():
         worth = block.worth(query, None)
         assert worth.shape == (2, ceil(200 / PAGE))
         assert (torch.stack(pages, dim=1) <= worth + EXACT).all()
+
+
+@pytest.mark.parametrize("rule", [RULE, AttentionRule(0.7, softcap=2.0)], ids=["plain", "capped"])
+@pytest.mark.parametrize("even", [True, False], ids=["even", "uneven"])
+def test_the_bound_is_one_where_pairs_have_a_bias(even, rule):
+    press = CountingPress(0.3) if even else cp.AdaKVPress(CountingPress(0.3))
+    cache = pressed(tiny(), QuestPress(press, 1, skip_layers=0), tokens(200))
+    block = compressed_layers(cache)[0]._segments[0]
+    rows, query = block.rows(), randn(2, 3, 8)
+    logits = rule.logits((rows.keys[0].unsqueeze(1) * query.unsqueeze(2)).sum(-1))
+    logits = (logits + rows.bias[0].unsqueeze(1)).masked_fill(rows.positions[0, :, None] < 0, -1e9)
+    pages = torch.stack([part.amax((1, 2)) for part in logits.split(PAGE, dim=-1)], dim=1)
+    worth = block.worth(query, None, rule)
+    assert (pages <= worth + EXACT).all()
+    # No tighter bound of a page goes without the bias of each of its pairs.
+    highest = torch.stack([part.amax(-1) for part in rows.bias[0].split(PAGE, dim=-1)], dim=1)
+    if even:
+        close(worth - rule.logits(block.worth(query, None)), highest)
+
+
+def test_a_bias_can_make_a_page_the_one_that_is_read():
+    model = tiny()
+    cache = pressed(model, QuestPress(cp.KnormPress(0.0), 2, 0), tokens(160))
+    layer = compressed_layers(cache)[0]
+    (block,) = layer._segments
+    query, rows = randn(1, 4, 1, 8), block.rows()
+    for page in range(4):
+        bias = torch.zeros_like(rows.positions, dtype=torch.float64)
+        bias[:, :, page * PAGE + 7] = 50.0
+        layer._segments = (replace(block, bias=bias.view(-1, PAGE)),)
+        part = [*range(page * PAGE, page * PAGE + PAGE), *range(128, 160)]
+        chosen = [(rows.keys[0, h, part], rows.values[0, h, part]) for h in range(2)]
+        added = [[torch.cat([bias[0, 0, page * PAGE :][:PAGE], torch.zeros(PAGE)])] * 2]
+        wanted = naive_attention(query.view(1, 2, 2, 1, 8), [chosen], RULE, added)
+        ours = layer.snapshot.attend(query, TextMask(None, 1), RULE)
+        close(ours.transpose(1, 2), wanted.view(1, 4, 1, 8))
 
 
 @pytest.mark.parametrize(

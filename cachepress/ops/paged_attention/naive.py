@@ -8,7 +8,10 @@ from cachepress.ops.precision import wide, wide_dtype
 
 
 def naive_attention(
-    query: Tensor, rows: list[list[tuple[Tensor, Tensor]]], rule: AttentionRule
+    query: Tensor,
+    rows: list[list[tuple[Tensor, Tensor]]],
+    rule: AttentionRule,
+    bias: list[list[Tensor]] | None = None,
 ) -> Tensor:
     """Compute attention where every sequence and KV head has its own number of rows.
 
@@ -16,6 +19,7 @@ def naive_attention(
         query: ``[B, H, G, n, D]``.
         rows: for each sequence and KV head, keys ``[N, D]`` and values ``[N, E]``; all visible.
         rule: the layer's rule.
+        bias: for each sequence and KV head, ``[N]`` added to the logits of each row; None for 0.
 
     Returns:
         ``[B, H, G, n, E]`` in float32; in float64 of float64.
@@ -28,6 +32,8 @@ def naive_attention(
         logits = keys @ wide(query[i, j, k, q]) * rule.scaling
         if rule.softcap is not None:
             logits = rule.softcap * torch.tanh(logits / rule.softcap)
+        if bias is not None:
+            logits = logits + bias[i][j]
         weights = logits.exp()
         total = weights.sum()
         if rule.sinks is not None:

@@ -14,7 +14,7 @@ LOWEST = torch.finfo(torch.float32).min
 class Part(Protocol):
     """Rows of every span that attention reads together; columns of its logits.
 
-    ``bias`` is added to the logits, broadcast to ``[B, H, G, n, N]``; None if all are visible.
+    ``bias`` is added to the logits, broadcast to ``[B, H, G, n, N]``; None for nothing.
     """
 
     @property
@@ -78,7 +78,7 @@ class DensePart:
 
     def of_queries(self, some: slice) -> "DensePart":
         """Restrict the bias to some of the queries."""
-        return self if self.bias is None else replace(self, bias=self.bias[..., some, :])
+        return replace(self, bias=_of_queries(self.bias, some))
 
     def logits(self, query: Tensor, softcap: float | None) -> Tensor:
         """Compute the logits ``[X, M, N]``; shared keys are read once for all sequences."""
@@ -117,7 +117,7 @@ class PagedPart:
 
     def of_queries(self, some: slice) -> "PagedPart":
         """Restrict the bias to some of the queries."""
-        return self if self.bias is None else replace(self, bias=self.bias[..., some, :])
+        return replace(self, bias=_of_queries(self.bias, some))
 
     def logits(self, query: Tensor, softcap: float | None) -> Tensor:
         """Compute the logits ``[X, M, N]``, where N is the number of slots of the longest span."""
@@ -147,6 +147,11 @@ def of_channels(queries: Tensor, channels: Tensor | None) -> Tensor:
     if channels is None:
         return queries
     return queries.gather(-1, channels.unsqueeze(1).expand(-1, queries.shape[1], -1))
+
+
+def _of_queries(bias: Tensor | None, some: slice) -> Tensor | None:
+    """Restrict a bias ``[..., n, N]`` to some of the queries; one of all of them stays."""
+    return bias if bias is None or bias.shape[-2] == 1 else bias[..., some, :]
 
 
 def _capped(products: Tensor, softcap: float | None) -> Tensor:
