@@ -143,7 +143,8 @@ class _Forwards:
         shift, columns = shift_of(cache, model), self._read + q + new
         self._positions = None
         if self._mask is not None:
-            self._positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
+            # Recurrent layers of older transformers read padding: at generate()'s position for it.
+            self._positions = (self._mask.cumsum(-1) - 1).masked_fill(self._mask == 0, 0)
         elif shift is not None:
             self._positions = torch.arange(columns, device=ids.device).expand(b, -1)
         if self._positions is not None and shift is not None:
