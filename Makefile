@@ -22,7 +22,7 @@ PYTEST := -m pytest --numprocesses auto --durations 15 --durations-min 1
 .PHONY: demo test docs docs-test wheel-test slower fuzz laws laws-newest elsewhere bench benchmarks \
 	gpu leaderboard models presses lint types clean
 
-demo: $(VENV)/ready
+demo: $(VENV)/usable
 	$(BIN)/cachepress demo
 
 test: $(VENV)/ready $(OLD)/ready
@@ -108,8 +108,13 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-$(VENV)/ready: pyproject.toml constraints.txt
+# What a user needs; tests, and the GPU's kernels, come on top.
+$(VENV)/usable: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[models,eval]' transformers==$(NEWEST)
+	touch $@
+
+$(VENV)/ready: $(VENV)/usable
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,triton]' transformers==$(NEWEST)
 	touch $@
 

@@ -325,6 +325,22 @@ def test_models_and_presses_are_listed(capsys):
     assert "SnapKVPress(compression_ratio=0.0, window_size=64, kernel_size=5)" in out
 
 
+def test_models_are_removed_with_what_an_interrupted_fetch_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CACHEPRESS_HOME", str(tmp_path / "home"))
+    assert main(["models", "--remove"]) == 0
+    assert "smollm2-135m: nothing was there" in capsys.readouterr().out
+    for name in ("smollm2-135m", "smollm2-135m.tmp-1", "learned", "other"):
+        (tmp_path / "home" / name).mkdir(parents=True)
+        (tmp_path / "home" / name / "x").write_bytes(bytes(1_000_000))
+    assert main(["models", "--remove"]) == 0
+    out = capsys.readouterr().out
+    assert "smollm2-135m: removed, 2 MB" in out and f"still in {tmp_path / 'home'}" in out
+    left = {path.name for path in (tmp_path / "home").iterdir() if path.is_dir()}
+    assert left == {"learned", "other"}
+    assert main(["models", "--remove", "--fetch"]) == 2
+    assert "both --fetch and --remove" in capsys.readouterr().err
+
+
 def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "--help"])

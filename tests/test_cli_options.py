@@ -35,7 +35,7 @@ OPTIONS = {
     "inspect": "chat compression-ratio context device dtype max-new-tokens model no-chat "
     "no-trust-remote-code output press query-aware question storage trust-remote-code",
     "demo": "output-dir",
-    "models": "fetch",
+    "models": "fetch remove",
     "bench": "baseline batch-sizes beyond-trained-length config device dtype forks json layers "
     "lengths model no-baseline no-beyond-trained-length no-trust-remote-code prefill-chunk-size "
     "prefill-mode presses ratios repeats steps storage trust-remote-code",

@@ -1,5 +1,7 @@
 """Builds the wheel, and runs the README's first snippet from it where nothing else is installed.
 
+Then it installs a clone named cachepress in place, and imports the package from the folder above.
+
 python -m tests.wheel
 """
 
@@ -30,7 +32,7 @@ def main() -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sources = folder / "sources"
+        sources = folder / "cachepress"
         tracked = run("git", "ls-files", where=ROOT, environment=environment).splitlines()
         for (
             path
@@ -46,6 +48,13 @@ def main() -> None:
         what = ["install", "--constraint", constraint, f"{wheel}[models]"]
         run(*pip, *what, where=folder, environment=environment)
         printed = run(python, "-W", "ignore", "-c", code[1], where=folder, environment=environment)
+        run(*pip, "uninstall", "--yes", "cachepress", where=folder, environment=environment)
+        # The folder has the package's name, and is no package: only a path beside it helps.
+        run(*pip, "install", "--no-deps", "-e", sources, where=folder, environment=environment)
+        where = "import cachepress; print(cachepress.__version__, cachepress.__file__)"
+        found = run(python, "-c", where, where=folder, environment=environment)
+    if found.split() != [wheel.name.split("-")[1], str(sources / "cachepress" / "__init__.py")]:
+        sys.exit(f"from the folder above a clone that was installed in place: {found}")
     if printed != code[2]:
         sys.exit(f"{wheel.name}: the README's first snippet printed {printed!r}, not {code[2]!r}")
     print(f"{wheel.name}: {printed}")

@@ -74,15 +74,21 @@ class Models(Command):
 
     Attributes:
         fetch: fetch what is not there yet.
+        remove: delete what was fetched; the next use fetches it again.
     """
 
     fetch: bool = field(default=False, metadata=SWITCH)
+    remove: bool = field(default=False, metadata=SWITCH)
 
     def run(self) -> None:
         """Print them."""
         from cachepress.models.builtin import BUILTIN_MODELS, describe
         from cachepress.models.loading import resolve
 
+        if self.fetch and self.remove:
+            raise CachepressError("got both --fetch and --remove: give one of them")
+        if self.remove:
+            return _remove_models()
         if self.fetch:
             for name in BUILTIN_MODELS:
                 resolve(name)
@@ -92,6 +98,16 @@ class Models(Command):
             say(f"{model.name}: {model.title}, {model.licence}, context {model.context_length}")
             say(f"  {place}{size}")
         say("any other name is a local folder or a hub name, and goes to transformers as it is")
+
+
+def _remove_models() -> None:
+    from cachepress.models.builtin import BUILTIN_MODELS, cache_home, remove
+
+    for name in BUILTIN_MODELS:
+        freed = remove(name)
+        say(f"{name}: {f'removed, {freed / 1e6:.0f} MB' if freed else 'nothing was there'}")
+    if (learned := cache_home() / "learned").is_dir():
+        say(f"what presses learned of models is still in {learned}")
 
 
 @dataclass(frozen=True)

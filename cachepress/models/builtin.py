@@ -93,6 +93,28 @@ def describe() -> list[ModelInfo]:
     return [_describe(home / spec.name, spec) for spec in BUILTIN_MODELS.values()]
 
 
+def remove(name: str) -> int:
+    """Delete what was fetched and made of a built-in model; its next use fetches it again.
+
+    Args:
+        name: its name.
+
+    Returns:
+        The bytes that were freed, 0 if there was nothing.
+    """
+    home = cache_home()
+    if not home.is_dir():
+        return 0
+    _need("filelock")
+    with _locked(home / f"{name}.lock"):
+        found = [path for path in (home / name, *home.glob(f"{name}.tmp-*")) if path.is_dir()]
+        files = [file for path in found for file in path.rglob("*") if file.is_file()]
+        freed = sum(file.stat().st_size for file in files)
+        for path in found:
+            shutil.rmtree(path)
+    return freed
+
+
 def _describe(folder: Path, spec: BuiltinModel) -> ModelInfo:
     path, size = None, 0
     if _is_ready(folder, spec):
