@@ -19,9 +19,10 @@ from tqdm import tqdm
 from cachepress.cache.batch import fork, size_of
 from cachepress.errors import CachepressError
 from cachepress.generation.prefill import check_prefill, prefill
+from cachepress.given import spellings_of
 from cachepress.hf import cache_argument, trained_length
 from cachepress.hf.types import Cache, PreTrainedModel
-from cachepress.limits import check_whole
+from cachepress.limits import check_whole, shown
 from cachepress.measure import (
     Stopwatch,
     bytes_of_step,
@@ -49,6 +50,9 @@ class BenchOptions(BenchFields):
     """Checked options of a benchmark: the fields of ``cachepress.options.BenchFields``."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "presses", spellings_of(self.presses))
+        if not isinstance(self.presses, list | tuple):
+            raise CachepressError(f"presses: got {shown(self.presses)}, wanted a list")
         for name in ("lengths", "batch_sizes", "forks"):
             for n in getattr(self, name):
                 check_whole(name, n)

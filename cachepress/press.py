@@ -8,6 +8,7 @@ It never touches a cache or a model: ``cachepress.engine`` applies the scores to
 ``cachepress.hf`` finds in transformers what was declared.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
@@ -22,7 +23,7 @@ from cachepress.checks import check_count, check_values
 from cachepress.deprecated import Renamed, adopt_renamed
 from cachepress.errors import CachepressError
 from cachepress.files import real_path
-from cachepress.limits import MOST_BYTES, shown
+from cachepress.limits import MOST_BYTES
 from cachepress.reconstruction import ReconstructionView
 from cachepress.schedules import AfterPrefill, Schedule, Step
 from cachepress.view import LayerView, Needs
@@ -266,18 +267,32 @@ class WrapperPress(BasePress):
     """A press around another one: does as the inner press does, but for what subclasses override.
 
     Attributes:
-        press: the inner press.
+        press: the inner press, or its spelling.
+        usual: the class that errors name as what is wrapped.
     """
 
+    usual: ClassVar[str] = "SnapKVPress"
     press: BasePress
+
+    def __new__(cls, *given: object, **named: object) -> Self:
+        """Say what to write where an inner press is needed and none is given."""
+        if not given and "press" not in named and _is_required(cls, "press"):
+            cls._inner(None)
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> tuple[BasePress]:
+        """Give copies and unpickled wrappers their press."""
+        return (self.press,)
 
     def __post_init__(self) -> None:
         check_values(self)
-        if not isinstance(self.press, BasePress):
-            raise CachepressError(
-                f"{type(self).__name__} wraps a press: got {shown(self.press)}, wanted for example "
-                f"{type(self).__name__}(SnapKVPress(compression_ratio=0.5))"
-            )
+        object.__setattr__(self, "press", self._inner(self.press))
+
+    @classmethod
+    def _inner(cls, given: object) -> BasePress:
+        from cachepress.given import inner_press  # It knows wrappers.
+
+        return inner_press(cls, given)
 
     @property
     def needs(self) -> Needs:
@@ -340,6 +355,11 @@ class WrapperPress(BasePress):
     def with_ratio(self, ratio: float) -> Self:
         """Return the same wrapper around the inner press at another compression ratio."""
         return replace(self, press=self.press.with_ratio(ratio))
+
+
+def _is_required(kind: type[BasePress], option: str) -> bool:
+    parameter = inspect.signature(kind).parameters.get(option)
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def with_inner(press: BasePress) -> Iterator[BasePress]:

@@ -44,6 +44,8 @@ def parse(text: str) -> BasePress | None:
     Raises:
         SpecError: if the text is not a spelling of a known press, or an option is wrong.
     """
+    if not isinstance(text, str):
+        raise SpecError(f"press: got {shown(text)}, wanted its spelling, a text")
     if len(text) > LONGEST_SPELLING:
         raise SpecError(
             f"press: got {len(text):,} characters, wanted at most {LONGEST_SPELLING:,}: "

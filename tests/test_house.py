@@ -24,7 +24,7 @@ FLOORS = (
     ("checks", "ops", "kvpress_names", "options"),
     ("measure", "reconstruction", "cache"),
     ("view", "ranks", "budgets", "schedules"),
-    ("press",),
+    ("press", "given"),
     ("call", "query_stats", "engine"),
     ("models", "hf"),
     ("artefacts", "generation"),

@@ -16,6 +16,7 @@ from cachepress.evaluation.prompts import read_prompts
 from cachepress.files import expanded, real_path
 from cachepress.generation.prefill import check_prefill
 from cachepress.generation.prompt import END, MIDDLE
+from cachepress.given import spelling_of
 from cachepress.limits import MOST, check_whole, shown
 from cachepress.models.builtin import BUILTIN_MODELS
 from cachepress.options import EvaluationFields, bounds_of
@@ -61,6 +62,7 @@ class EvaluationConfig(EvaluationFields):
     """
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "press", spelling_of(self.press))
         for name, kind in get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), kind)
         for name in PLACES:

@@ -14,6 +14,7 @@ from cachepress.evaluation.executors import EXECUTORS, Unit, WorkerOptions
 from cachepress.evaluation.run import Run, allow_open_files
 from cachepress.evaluation.runner import Group, Result, drive
 from cachepress.files import expanded
+from cachepress.given import spellings_of
 from cachepress.limits import check_whole, shown
 from cachepress.options import SweepFields
 from cachepress.presses import BasePress
@@ -41,6 +42,7 @@ class SweepConfig(SweepFields):
             object.__setattr__(self, "query_aware", "yes" if self.query_aware else "no")
         if not isinstance(self.kl, bool):
             raise CachepressError(f"kl: got {self.kl!r}, wanted true or false")
+        object.__setattr__(self, "presses", spellings_of(self.presses))
         for name in ("presses", "ratios", "datasets", "models"):
             value = getattr(self, name)
             kind = float | int if name == "ratios" else str

@@ -38,6 +38,7 @@ from cachepress.generation.options import (
 )
 from cachepress.generation.prefill import read_context
 from cachepress.generation.prompt import MIDDLE, Prompt, PromptOptions, make_prompt
+from cachepress.given import press_of
 from cachepress.hf import has_only_full_attention, text_decoder, unobserved
 from cachepress.measure import Stopwatch
 from cachepress.models.chat import encode
@@ -105,12 +106,12 @@ class KVPressTextGenerationPipeline(Pipeline):
 
     ``pipe(context, questions=[...], press=press)`` gives ``{"answers": [...]}``, and with
     ``question="..."`` ``{"answer": "..."}``; a list of contexts gives a list of these. Options of
-    a call: those of ``PromptOptions``; ``press``; ``cache``, an empty ``DynamicCache()`` to keep
-    the compressed context in, or one that holds it already; ``prefill_chunk_size``,
-    ``prefill_mode`` and ``storage``, see ``cachepress.prefill``; ``return_stats`` to get the
-    ``Answers`` under "stats"; ``streamer``, which gets the tokens of one question's one answer as
-    they come; and the options of transformers' ``GenerationConfig``. Answers are greedy unless
-    ``do_sample=True``.
+    a call: those of ``PromptOptions``; ``press``, or its spelling; ``cache``, an empty
+    ``DynamicCache()`` to keep the compressed context in, or one that holds it already;
+    ``prefill_chunk_size``, ``prefill_mode`` and ``storage``, see ``cachepress.prefill``;
+    ``return_stats`` to get the ``Answers`` under "stats"; ``streamer``, which gets the tokens of
+    one question's one answer as they come; and the options of transformers' ``GenerationConfig``.
+    Answers are greedy unless ``do_sample=True``.
 
     A context may be the messages of a chat, each picture as ``{"type": "image", "image": ...}``, if
     the pipeline was made with ``processor=``; the questions follow the last message.
@@ -153,6 +154,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         prompt: dict[str, Any] = {name: options.pop(name) for name in known & options.keys()}
         names = ("press", "cache", "prefill_chunk_size", "prefill_mode", "storage", "streamer")
         run = {name: options.pop(name) for name in names if name in options}
+        run |= {"press": press_of(run["press"])} if "press" in run else {}
         post = {name: options.pop(name) for name in ("return_stats",) if name in options}
         unknown = options.keys() - known_options()
         if unknown:

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from cachepress.cache.batch import note_text, text_of, trim
 from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError, out_of_memory
+from cachepress.given import press_of
 from cachepress.hf import (
     PressSession,
     as_one_forward,
@@ -32,7 +33,7 @@ MODES = ("exact", "online")
 def prefill(
     model: PreTrainedModel,
     input_ids: Tensor,
-    press: BasePress | None = None,
+    press: BasePress | str | None = None,
     cache: Cache | None = None,
     *,
     attention_mask: Tensor | None = None,
@@ -49,7 +50,7 @@ def prefill(
     Args:
         model: a transformers decoder model.
         input_ids: ``[B, T]``.
-        press: the press; None keeps every pair.
+        press: the press, or its spelling, such as "snapkv(0.5)"; None keeps every pair.
         cache: a cache that is continued; None for a new one.
         attention_mask: ``[B, T]``, 0 for padding, or ``[B, seen + T]`` after what the cache holds.
         chunk_size: tokens of one forward; None for all. Bounds the memory of activations.
@@ -71,6 +72,7 @@ def prefill(
     Raises:
         CachepressError: if an argument is wrong or the combination cannot work.
     """
+    press = press_of(press)
     check_prefill(press, chunk_size, mode, storage)
     _check_ids(input_ids)
     decoder = text_decoder(model)

@@ -15,6 +15,7 @@ from cachepress.evaluation.answering import answers_of, pipeline_of
 from cachepress.evaluation.records import write_atomically
 from cachepress.generation.pipeline import Answers
 from cachepress.generation.prompt import Prompt, PromptOptions, make_prompt
+from cachepress.given import press_of
 from cachepress.hf import text_decoder
 from cachepress.hf.types import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from cachepress.models.chat import encode, template
@@ -47,7 +48,7 @@ class Inspection:
 def write_inspection(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    press: BasePress,
+    press: BasePress | str,
     context: str,
     question: str,
     output: Path,
@@ -64,7 +65,7 @@ def write_inspection(
     Args:
         model: a model with its attention under transformers' interface.
         tokenizer: its tokenizer.
-        press: reads the context.
+        press: reads the context; a press or its spelling.
         context: the text.
         question: what is asked about it.
         output: the file.
@@ -82,6 +83,7 @@ def write_inspection(
         CachepressError: if the context is empty or too long, if the press looks at the question
             and it is moved, or if the press cannot work on the model.
     """
+    press = _needed(press)
     options = PromptOptions(
         answer_prefix=answer_prefix, max_new_tokens=max_new_tokens, truncation=truncation, chat=chat
     )
@@ -106,6 +108,13 @@ def _asked(
             "it is: leave query_aware out"
         )
     return context + question, replace(options, question="", suffix=question)
+
+
+def _needed(given: object) -> BasePress:
+    press = press_of(given)
+    if press is None:
+        raise CachepressError("press: got none, and without one every token is kept: give a press")
+    return press
 
 
 def _name(model: PreTrainedModel) -> str:

@@ -28,6 +28,7 @@ class BlockPress(WrapperPress, alias="block"):
         block_size: tokens of a block.
     """
 
+    usual = "KeyDiffPress"
     block_size: int = 128
 
     def __post_init__(self) -> None:

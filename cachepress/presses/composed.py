@@ -11,7 +11,9 @@ from torch import Tensor
 
 from cachepress.budgets import CHOSEN, Amount, Threshold, TopK
 from cachepress.errors import CachepressError
+from cachepress.given import press_of
 from cachepress.hf.types import PreTrainedModel
+from cachepress.limits import shown
 from cachepress.ops import wide
 from cachepress.press import BasePress
 from cachepress.ranks import choose
@@ -48,18 +50,23 @@ class ComposedPress(BasePress, alias="composed"):
     presses: Sequence[BasePress]
 
     def __post_init__(self) -> None:
-        presses = self.presses
-        if not isinstance(presses, Sequence) or not presses:
-            raise CachepressError(f"presses: got {presses!r}, wanted a list of presses")
+        given = self.presses
+        if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+            raise CachepressError(
+                f"presses: got {shown(given)}, wanted a list of presses, such as "
+                "ComposedPress([SnapKVPress(0.5), ThinKPress(0.5)])"
+            )
+        found = tuple(press_of(press, "presses") for press in given)
+        presses = tuple(press for press in found if press is not None)
+        if len(presses) < len(found):
+            raise CachepressError("presses: got no press in the list, wanted presses only")
         for press in presses:
-            if not isinstance(press, BasePress):
-                raise CachepressError(f"presses: got {press!r} in the list, wanted presses only")
             if press.budget.scope == "model" or press.schedule != AfterPrefill():
                 raise CachepressError(
                     f"ComposedPress chooses layer by layer after a prompt, which {press!r} does "
                     "not: wrap the ComposedPress instead"
                 )
-        object.__setattr__(self, "presses", tuple(presses))
+        object.__setattr__(self, "presses", presses)
         if any(press.needs.compaction for press in presses[:-1]):
             raise CachepressError("only the last of the presses can rotate keys: put it last")
         if sum(press.needs.token_state for press in presses) > 1:

@@ -81,8 +81,8 @@ class LUKVPress(WrapperPress, alias="lukv"):
         compression_ratio: float | None = None,
     ) -> None:
         """Take ``compression_ratio``, too, which sets the ratio of ``press``."""
-        press = ExpectedAttentionPress(epsilon=0.02) if press is None else press
-        if compression_ratio is not None and isinstance(press, BasePress):
+        press = ExpectedAttentionPress(epsilon=0.02) if press is None else self._inner(press)
+        if compression_ratio is not None:
             press = press.with_ratio(compression_ratio)
         values = {"press": press, "sink": sink, "window": window, "curve": curve, "layers": layers}
         fill(self, values)

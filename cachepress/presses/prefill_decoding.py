@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from cachepress.budgets import Budget, Bytes, TopK, bytes_of
 from cachepress.errors import CachepressError
+from cachepress.given import press_of
 from cachepress.hf.types import PreTrainedModel
 from cachepress.press import BasePress, WrapperPress
 from cachepress.schedules import Schedule, Step
@@ -27,12 +28,14 @@ class PrefillDecodingPress(BasePress, alias="prefill_decoding"):
     decoding_press: BasePress | None = None
 
     def __post_init__(self) -> None:
+        for name in ("prefilling_press", "decoding_press"):
+            object.__setattr__(self, name, press_of(getattr(self, name), name))
         first, second = self.prefilling_press, self.decoding_press
         if first is None and second is None:
             raise CachepressError("got neither prefilling_press nor decoding_press: give one")
-        if first is not None and (not isinstance(first, BasePress) or first.schedule.decodes):
+        if first is not None and first.schedule.decodes:
             raise CachepressError(f"prefilling_press: got {first!r}, wanted a press for prompts")
-        if second is not None and not (isinstance(second, BasePress) and second.schedule.decodes):
+        if second is not None and not second.schedule.decodes:
             raise CachepressError(
                 f"decoding_press: got {second!r}, wanted for example "
                 "DecodingPress(KnormPress(), target_size=1024)"
