@@ -67,24 +67,27 @@ class Codec:
         bits = int(storage[3:])
         return cls(bits, value_group=VALUE_GROUP if bits == 2 else None)
 
-    def encode_keys(self, pages: Tensor, used: Tensor) -> "Quantized":
+    def encode_keys(self, pages: Tensor, used: Tensor, peak: float | None = None) -> "Quantized":
         """Quantise pages of keys ``[P, C, D]`` with a scale for each channel of a page.
 
-        ``used [P, C]`` says which slots count.
+        ``used [P, C]`` says which slots count, and ``peak`` is the pages' ``peak_of``, if known.
         """
         self.check(pages.shape[-1])
         hidden = ~used.unsqueeze(-1)
         low, high = _range(pages.detach(), hidden)
-        return self._encode(pages, low.amin(1, keepdim=True), high.amax(1, keepdim=True))
+        return self._encode(pages, low.amin(1, keepdim=True), high.amax(1, keepdim=True), peak)
 
-    def encode_values(self, pages: Tensor) -> "Quantized":
-        """Quantise pages of values ``[P, C, E]``, each with a scale for each group of channels."""
+    def encode_values(self, pages: Tensor, peak: float | None = None) -> "Quantized":
+        """Quantise pages of values ``[P, C, E]``, each with a scale for each group of channels.
+
+        ``peak`` is the pages' ``peak_of``, if known.
+        """
         self.check(pages.shape[-1])
         size = self.value_group or pages.shape[-1]
         low, high = _range(pages.detach(), torch.zeros_like(pages, dtype=torch.bool))
         low = torch.stack([group.amin(-1) for group in low.split(size, dim=-1)], dim=-1)
         high = torch.stack([group.amax(-1) for group in high.split(size, dim=-1)], dim=-1)
-        return self._encode(pages, low, high, self.value_group)
+        return self._encode(pages, low, high, peak, self.value_group)
 
     def pair_bytes(self, keys: Tensor, values: Tensor) -> float:
         """Compute the bytes of a pair of a head, its share of the scales included.
@@ -94,7 +97,8 @@ class Codec:
         key_size, value_size = keys.shape[-1], values.shape[-1]
         groups = -(-value_size // (self.value_group or value_size))
         numbers = (key_size + value_size) * self.bits / 8
-        of_keys, of_values = (2 * self._scale_dtype(x).itemsize for x in (keys, values))
+        kinds = (self._scale_dtype(float(peak_of(x))) for x in (keys, values))
+        of_keys, of_values = (2 * kind.itemsize for kind in kinds)
         return numbers + of_keys * key_size / PAGE + of_values * groups
 
     def check(self, size: int) -> None:
@@ -106,13 +110,18 @@ class Codec:
             )
 
     def _encode(
-        self, pages: Tensor, low: Tensor, high: Tensor, group: int | None = None
+        self,
+        pages: Tensor,
+        low: Tensor,
+        high: Tensor,
+        peak: float | None,
+        group: int | None = None,
     ) -> "Quantized":
         steps = 2**self.bits - 1
         pages, in_graph = pages.detach(), pages.requires_grad
         # Where nothing is finite there is no range.
         low, high = (torch.where(low <= high, x, torch.zeros_like(x)) for x in (low, high))
-        kind = self._scale_dtype(pages)
+        kind = self._scale_dtype(float(peak_of(pages)) if peak is None else peak)
         half = kind == torch.float16
         exact = torch.float32 if half else torch.float64
         zero = low.to(kind)
@@ -126,10 +135,8 @@ class Codec:
             scale = without_gradient(scale, _LOST.format(self.bits))
         return Quantized(codes, scale, zero, self.bits, pages.dtype, group)
 
-    def _scale_dtype(self, x: Tensor) -> torch.dtype:
-        """Choose the type of the scales: float16 unless numbers like those of ``x`` overflow it."""
-        sizes = x.abs()
-        peak = float(sizes.masked_fill_(~sizes.isfinite(), 0).amax()) if x.numel() else 0.0
+    def _scale_dtype(self, peak: float) -> torch.dtype:
+        """Choose the type of the scales: float16 unless numbers of that size overflow it."""
         least = _FINE * (2**self.bits - 1) / 2
         return torch.float16 if peak == 0 or least <= peak <= _MOST else torch.float32
 
@@ -192,6 +199,14 @@ class Quantized:
 
 Stored = Tensor | Quantized
 """Pages of keys or values, as they are or quantised."""
+
+
+def peak_of(x: Tensor) -> Tensor:
+    """Find the largest size of a finite number, by which the type of scales is chosen, ``[1]``."""
+    if not x.numel():
+        return x.new_zeros(1, dtype=torch.float64)
+    sizes = x.detach().abs()
+    return sizes.masked_fill_(~sizes.isfinite(), 0).amax().double().view(1)
 
 
 def floats(x: Stored) -> Tensor:

@@ -24,7 +24,6 @@ from cachepress.cache.traced import TracedLayer
 from cachepress.compiling import untraced
 from cachepress.errors import CachepressError, UnsupportedError
 from cachepress.ops import backward_task, following, storing
-from cachepress.ops.paged_attention import PAGE
 
 if TYPE_CHECKING:
     from cachepress.call import Hook, Rotated
@@ -278,7 +277,7 @@ class CompressedLayer(TracedLayer):
             )
         surplus, own = self._seen - target, 0 if self._tail is None else self._tail.n
         if self._tail is not None and surplus <= own:
-            self._tail.n -= surplus
+            self._tail.crop(surplus)
         else:
             rows = self.snapshot.rows()
             positions = rows.text_positions()
@@ -347,6 +346,12 @@ class CompressedLayer(TracedLayer):
             self._tail.append(keys, values)
         self._count(keys.shape[2])
 
+    def _count(self, n: int) -> None:
+        super()._count(n)
+        # What a prompt appends is mostly compressed before anything of it would be paged.
+        if n < SLACK and self._tail and self.codec and self._pages_tail:
+            self._tail.ask(self.codec.residual)
+
     def _check_repeat(self) -> None:
         """Raise UnsupportedError if a forward that was appended is run once more in a backward."""
         task = backward_task()
@@ -378,14 +383,15 @@ class CompressedLayer(TracedLayer):
 
     def _page_tail(self) -> None:
         """Move the oldest pairs of a tail that is longer than the residual into full pages."""
-        residual = SLACK if self.codec is None else self.codec.residual
-        n = 0 if self._tail is None else (self._tail.n - residual) // PAGE * PAGE
-        if n <= 0 or self._tail is None:
+        residual, tail = SLACK if self.codec is None else self.codec.residual, self._tail
+        n = 0 if tail is None else tail.paged(residual)
+        if not n or tail is None:
             return
-        rows = self._tail.read().rows(self._seen)
+        rows = tail.read().rows(self._seen)
         some = torch.ones(rows.keys.shape[:3], dtype=torch.bool, device=rows.keys.device)
         some[:, :, n:] = False
-        segment = Segment.of(rows, some, self.codec, bounded=self._bounded)
+        known = {"lengths": (n,) * some[..., 0].numel(), "peaks": tail.peaks(n)}
+        segment = Segment.of(rows, some, self.codec, bounded=self._bounded, **known)
         if self._encoded and self._segments[-1].form == segment.form:
             with following(*self.tensors()):
                 segment, self._segments = self._segments[-1].join(segment), self._segments[:-1]

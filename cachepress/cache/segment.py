@@ -73,11 +73,12 @@ class Segment:
         key_channels: Tensor | None = None,
         bounded: bool = False,
         lengths: tuple[int, ...] | None = None,
+        peaks: Sequence[float | None] = (None, None),
     ) -> "Segment":
         """Store the pairs of ``mask [B, H, T]`` in order, with some ``key_channels [B, H, D]``.
 
-        ``bounded`` says that the keys of each page get bounds, and ``lengths`` how many pairs each
-        head has, where that is known; else the device is asked.
+        ``bounded`` says that the keys of each page get bounds. The device is asked how many pairs
+        each head has and, of a codec, for the ``peak_of`` keys and values: unless these are known.
         """
         b, h, _ = mask.shape
         layout = Layout.of(mask, lengths)
@@ -96,8 +97,8 @@ class Segment:
         return cls(
             shape=(b, h),
             layout=layout,
-            keys=keys if codec is None else codec.encode_keys(keys, positions >= 0),
-            values=values if codec is None else codec.encode_values(values),
+            keys=keys if codec is None else codec.encode_keys(keys, positions >= 0, peaks[0]),
+            values=values if codec is None else codec.encode_values(values, peaks[1]),
             positions=positions,
             rope=None if rows.rope is None else paged(rows.rope.int(), -1),
             token_state=None if rows.token_state is None else paged(rows.token_state.to(numbers)),

@@ -45,4 +45,4 @@ def count_appended(layer: CompressedLayer) -> None:
     """Count a token that a kernel appended."""
     assert layer._tail is not None
     layer._tail.n += 1
-    layer._seen += 1
+    layer._count(1)

@@ -1,13 +1,15 @@
 """Growing buffer of the pairs that were appended since a layer was last compressed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cachepress.cache.codec import peak_of
 from cachepress.cache.pairs import Pairs
-from cachepress.ops import following
-from cachepress.ops.paged_attention import DensePart, Spans
+from cachepress.ops import Ahead, following
+from cachepress.ops.paged_attention import PAGE, DensePart, Spans
 
 SLACK = 64
 """Slots that a buffer has more than a decoded token needs, so that the next ones do not copy it."""
@@ -22,12 +24,15 @@ class Tail:
         values: ``[B, H, slots, E]``.
         n: slots in use.
         fixed: whether nothing may be written to the buffer, which autograd may have saved.
+        asked: how many of the oldest pairs the device was asked for the ``peak_of``, and what it
+            said of keys and values; None before that.
     """
 
     keys: Tensor
     values: Tensor
     n: int
     fixed: bool = False
+    asked: tuple[int, Ahead] | None = None
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, room: int = SLACK) -> "Tail":
@@ -65,6 +70,25 @@ class Tail:
         self.keys[:, :, self.n : n] = keys
         self.values[:, :, self.n : n] = values
         self.n = n
+
+    def paged(self, residual: int) -> int:
+        """Count the oldest pairs that are put into full pages, but for the ``residual`` newest."""
+        return max(0, self.n - residual) // PAGE * PAGE
+
+    def ask(self, residual: int) -> None:
+        """Ask the device for the peaks of those that will be put into pages next."""
+        n = max(PAGE, self.paged(residual))
+        if self.n >= n and (self.asked is None or self.asked[0] != n):
+            peaks = [peak_of(x[:, :, :n]) for x in (self.keys, self.values)]
+            self.asked = n, Ahead(torch.cat(peaks))
+
+    def peaks(self, n: int) -> Sequence[float | None]:
+        """Return the peaks of keys and values of the oldest ``n`` pairs; None if not asked for."""
+        return (None, None) if self.asked is None or self.asked[0] != n else self.asked[1].read()
+
+    def crop(self, n: int) -> None:
+        """Forget the newest ``n`` pairs."""
+        self.n, self.asked = self.n - n, None
 
     def make_room(self) -> None:
         """Make room for one more token, without gradients."""

@@ -7,7 +7,7 @@ from cachepress.ops.attention import (
     attention_weights,
 )
 from cachepress.ops.blockwise import blocks, by_token, norms
-from cachepress.ops.device import known_counts, on_device, wait
+from cachepress.ops.device import Ahead, known_counts, on_device, wait
 from cachepress.ops.gradients import backward_task, following, storing, without_gradient
 from cachepress.ops.moments import RunningMoments, quadratic_forms
 from cachepress.ops.order import entries_of, gather, valid_last
@@ -16,6 +16,7 @@ from cachepress.ops.similarity import finite_directions, most_similar, newest_si
 from cachepress.ops.solve import cholesky
 
 __all__ = [
+    "Ahead",
     "AttentionRule",
     "RunningMoments",
     "attention_column_peaks",

@@ -20,6 +20,33 @@ def on_device(numbers: Tensor, device: torch.device) -> Tensor:
     return numbers.pin_memory().to(device, non_blocking=True)
 
 
+class Ahead:
+    """A few numbers of a device that are brought to the host before anybody asks for them.
+
+    The device is not waited for, unless it has not even come to the request when they are read.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        if numbers.device.type == "cuda":
+            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers = host.copy_(numbers, non_blocking=True).numpy()
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(numbers.device))
+        else:
+            self._numbers = numbers.detach().cpu().numpy().copy()
+
+    def __reduce__(self) -> tuple[type["Ahead"], tuple[Tensor]]:
+        """Pickle and copy as numbers that have come."""
+        return Ahead, (torch.tensor(self.read()),)
+
+    def read(self) -> list[float]:
+        """Return the numbers."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._numbers.tolist()
+
+
 def known_counts(counts: Tensor, bound: int) -> list[int]:
     """Return numbers that none of ``counts`` exceeds: themselves, where that waits for no device.
 

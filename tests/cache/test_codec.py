@@ -1,5 +1,7 @@
 """Quantized rows: how far off they are, what they cost, and that forks and turns work on them."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -129,6 +131,20 @@ def test_pages_with_scales_of_both_types_are_joined():
     old = rows.text_positions()[0, 0] < 100
     assert rows.values[0, 0, old].abs().max() < 100
     assert store.nbytes == allocated(store)
+
+
+def test_what_the_device_was_asked_ahead_is_forgotten_with_the_tokens():
+    cache = cp.prefill(tiny(), tokens(93), PRESS, storage=cp.Codec(8, residual=5))
+    store = compressed_layers(cache)[0]
+    for size, n in ((1.0, 33), (1e6, 15)):
+        for _ in range(n):
+            store.update(*(size * torch.randn(1, 2, 1, 8) for _ in range(2)))
+        if size == 1:
+            assert store._tail.asked[0] == 32 and pickle.loads(pickle.dumps(store._tail.asked[1]))
+            store.crop(-5)  # Of the 32 tokens that were asked for four are gone.
+    newest = store.snapshot.segments[-1]
+    assert newest.layout.even == 32 and newest.values.scale.dtype == torch.float32
+    assert newest.values.decode().abs().amax() > 1e5
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4", "int2"])
