@@ -119,6 +119,15 @@ def test_the_loop_of_the_page_of_caches_prints_what_stands_beside_it():
 
 
 @pytest.mark.builtin_model
+def test_offloading_on_the_page_of_caches_prints_what_stands_beside_it():
+    (code,) = (code for code in snippets(DOCS / "caches.md") if "bytes_offloaded" in code)
+    _, out = printed([snippets(DOCS / "start.md")[0], code])
+    text = (DOCS / "caches.md").read_text()
+    assert out.splitlines() == ["100% in host memory", "The ship is Aurora."]
+    assert all(f"`{line}`" in text for line in out.splitlines())
+
+
+@pytest.mark.builtin_model
 @pytest.mark.parametrize("name", ["concepts", "architecture", "models"])
 def test_the_snippets_of_a_page_run(name):
     assert "".join(printed(snippets(DOCS / f"{name}.md"))) == (

@@ -278,7 +278,7 @@ def test_an_encoder_decoder_is_refused_by_name():
     "make",
     [
         lambda c: StaticCache(config=c, max_cache_len=64),
-        lambda c: DynamicCache(offloading=True),
+        lambda c: StaticCache(config=c, max_cache_len=64, offloading=True),
     ],
 )
 def test_other_caches_are_refused_before_any_work(make):

@@ -43,7 +43,7 @@ def allocated(store: object) -> int:
         if id(x) in seen:
             continue
         seen.add(id(x))
-        if isinstance(x, Tensor):
+        if isinstance(x, Tensor) and x.untyped_storage().nbytes():
             found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         elif isinstance(x, dict):
             todo += x.values()

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from cachepress.cache.bytes import allocated_bytes
 from cachepress.cache.layer import CompressedLayer
+from cachepress.cache.offloading import host_tensors
 from cachepress.deprecated import Renamed
 from cachepress.errors import CachepressError
 from cachepress.limits import check_whole
@@ -29,12 +30,15 @@ class CacheSize:
         bytes_after: bytes allocated now, slack and bookkeeping included.
         pairs_seen: key-value pairs that an uncompressed cache would hold, padding included.
         pairs_held: pairs that are held.
+        bytes_offloaded: those of ``bytes_after`` that are in host memory, and come to the device
+            layer by layer in a forward.
     """
 
     bytes_before: int
     bytes_after: int
     pairs_seen: int
     pairs_held: int
+    bytes_offloaded: int = 0
 
     rows_seen = Renamed("pairs_seen")
     rows_held = Renamed("pairs_held")
@@ -68,9 +72,10 @@ def size_of(cache: Cache) -> CacheSize:
     """
     before = pairs_seen = pairs_held = 0
     tensors: list[torch.Tensor] = []
+    on_host: list[torch.Tensor] = []
     for layer in cache.layers:
         own = _tensors(layer)
-        tensors += own
+        tensors, on_host = tensors + own, on_host + host_tensors(layer)
         before += (
             layer.whole_nbytes if isinstance(layer, CompressedLayer) else sum(x.nbytes for x in own)
         )
@@ -78,7 +83,8 @@ def size_of(cache: Cache) -> CacheSize:
         pairs_seen, pairs_held = pairs_seen + seen, pairs_held + held
     if not pairs_seen:
         raise CachepressError("the cache is empty: run a forward with it first")
-    return CacheSize(before, allocated_bytes(tensors), pairs_seen, pairs_held)
+    bytes_after, offloaded = allocated_bytes(tensors), allocated_bytes(on_host)
+    return CacheSize(before, bytes_after, pairs_seen, pairs_held, offloaded)
 
 
 def _tensors(layer: object) -> list[torch.Tensor]:

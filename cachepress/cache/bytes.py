@@ -19,7 +19,9 @@ def allocated_bytes(tensors: Iterable[Tensor]) -> int:
     found: dict[tuple[torch.device, int], int] = {}
     for x in tensors:
         storage = x.untyped_storage()
-        found[x.device, storage.data_ptr()] = storage.nbytes()
+        # An empty one, read from a file, may have the address of another.
+        if storage.nbytes():
+            found[x.device, storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
 
 

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from cachepress.cache.batch import compressed_layers
 from cachepress.cache.layer import CompressedLayer
 from cachepress.cache.masks import MaskReader, TextMask
+from cachepress.cache.offloading import link
 from cachepress.cache.pairs import Pairs
 from cachepress.cache.snapshot import Snapshot
 from cachepress.errors import CachepressError, UnsupportedError
@@ -153,6 +154,7 @@ def join(groups: Sequence[Sequence[Cache]], n: int = 1) -> Cache:
         layer = stacked[0] if len(stacked) == 1 else JoinedLayer(stacked)
         layer.masks = masks
         joined.layers.append(layer)
+    link(joined.layers)
     return joined
 
 

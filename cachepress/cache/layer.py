@@ -302,7 +302,7 @@ class CompressedLayer(TracedLayer):
         """
         if not self.is_initialized:
             return
-        index = beam_idx.to(self.tensors()[0].device)
+        index = beam_idx.to(self.snapshot.device)
         with following(*self.tensors()):
             self._segments = tuple(
                 segment if segment.shape[0] == 1 else segment.select(index % segment.shape[0])

@@ -50,7 +50,10 @@ class GrowingLayer(CacheLayerMixin):
         self.reorder_cache(cast(torch.LongTensor, chosen))
 
     def offload(self) -> None:
-        """Raise UnsupportedError: the attention function reads pairs where they are."""
-        raise UnsupportedError("a compressed cache cannot be offloaded: use DynamicCache()")
+        """Raise UnsupportedError: offloaded layers move their pairs themselves."""
+        raise UnsupportedError(
+            "a compressed cache is offloaded by cachepress.prefill(..., offload=True), and not by "
+            "transformers"
+        )
 
     prefetch = offload

@@ -18,13 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from cachepress.artefacts.digests import checksum_of
 from cachepress.artefacts.fingerprint import fingerprint, other_model
 from cachepress.cache.batch import TEXT, compressed_layers, note_text, text_of
 from cachepress.cache.codec import Codec, Quantized
 from cachepress.cache.layer import CompressedLayer
+from cachepress.cache.offloading import link, offloaded
 from cachepress.cache.segment import Segment
 from cachepress.cache.tail import Tail
 from cachepress.errors import CachepressError
@@ -67,7 +68,7 @@ _NAMES_ON_DISK = {
 """The names in a file of the fields that were renamed since version 0.1.0. A file keeps the names
 of that version, classes included, so that its caches can still be read."""
 _UNSAVED = (TEXT, "hook", "reads_whole", "masks", "selection", "rotated")
-_UNSAVED += ("_task", "_plans", "_number", "_columns")
+_UNSAVED += ("_task", "_plans", "_number", "_columns", "_prefetch")
 _TODAY = {on_disk: today for today, on_disk in _NAMES_ON_DISK.items()}
 
 
@@ -108,20 +109,23 @@ def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedMode
 
 
 @storing
-def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> Cache:
+def load_cache(
+    path: str | os.PathLike[str], model: PreTrainedModel, *, offload: bool = False
+) -> Cache:
     """Read a cache that ``save_cache`` wrote, for the model that filled it.
 
     Args:
         path: the file.
         model: the same model, with the same weights, config and dtype.
+        offload: keep what was compressed in host memory, see ``cachepress.prefill``.
 
     Returns:
-        The cache, on the model's device; the model is ready to read it.
+        The cache, on the model's device unless it is offloaded; the model is ready to read it.
 
     Raises:
         CachepressError: if the file is missing, damaged, no cache, or of another model.
     """
-    metadata, tensors = _read(Path(path), model.device)
+    metadata, tensors = _read(Path(path), torch.device("cpu") if offload else model.device)
     kind = metadata.get("format")
     if kind not in (_FORMAT, _EARLIER):
         raise CachepressError(f"{path} is not a cache that save_cache wrote")
@@ -144,7 +148,7 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> Cache:
             f"{path} was filled by another model ({theirs}, or other config, weights or dtype) "
             f"than this {type(model).__name__}: {other}; load the model that it was made with"
         )
-    cache = _filled(layers, tensors, model, path)
+    cache = _filled(layers, tensors, model, path, offload)
     for layer in compressed_layers(cache):
         layer.selection = attach(model)
         layer.be_numbered()
@@ -158,7 +162,11 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> Cache:
 
 
 def _filled(
-    layers: list, tensors: Mapping[str, Tensor], model: PreTrainedModel, path: object
+    layers: list,
+    tensors: Mapping[str, Tensor],
+    model: PreTrainedModel,
+    path: object,
+    offload: bool,
 ) -> Cache:
     """Make a cache from packed layers; whatever does not fit together is damage."""
     config = text_decoder(model).config
@@ -171,18 +179,13 @@ def _filled(
         for i, (kind, packed) in enumerate(layers):
             if kind == _LAYER and full[i]:
                 cache.layers[i] = compressed(cache.layers[i])
-            layer = cache.layers[i]
-            if _kind(layer) != kind:
+            if _kind(cache.layers[i]) != kind:
                 raise ValueError(f"layer {i} is a {kind}, where the model has none")
             device = _device_of(fitting.one.layers[i], model)
             state = cast(dict[str, object], _unpack(packed, unused, device))
-            ours = isinstance(layer, CompressedLayer)
-            # Layers of transformers get some fields when they are filled; versions differ in them.
-            names = vars((fitting.compressed if ours else fitting.one).layers[i])
-            if ours and state.pop("_groups", ()) != ():
-                raise ValueError("it does not have one group of sequences")
-            state = _named_today(state) if ours else state
-            vars(layer).update({k: x for k, x in state.items() if k in names})
+            layer = _with_state(cast(CacheLayerMixin, cache.layers[i]), state, fitting, i, offload)
+            cache.layers[i] = layer
+        link(cache.layers)
         if unused:
             raise ValueError(f"nothing holds {next(iter(unused))}")
         fitting.check(cache)
@@ -191,11 +194,28 @@ def _filled(
             note_text(cache, text, 0)
         if shift is not None:
             check_shift(shift)
-            set_shift(cache, shift)
+            set_shift(cache, shift.to(model.device))
             use_shift(cache, model)
     except Exception as error:  # Whatever a damaged header leads to.
         raise _damage(path, error) from error
     return cache
+
+
+def _with_state(
+    layer: CacheLayerMixin, state: dict[str, object], fitting: Fitting, index: int, offload: bool
+) -> CacheLayerMixin:
+    """Give a layer the state of a saved one, and keep its segments on the host if asked to."""
+    ours = isinstance(layer, CompressedLayer)
+    # Layers of transformers get some fields when they are filled; versions differ in them.
+    names = vars((fitting.compressed if ours else fitting.one).layers[index])
+    if ours and state.pop("_groups", ()) != ():
+        raise ValueError("it does not have one group of sequences")
+    state = _named_today(state) if ours else state
+    vars(layer).update({k: x for k, x in state.items() if k in names})
+    if offload and isinstance(layer, CompressedLayer):
+        layer = offloaded(layer)
+        layer.restore()  # A layer that keeps everything puts it into a segment.
+    return layer
 
 
 def _device_of(layer: object, model: PreTrainedModel) -> torch.device:
@@ -234,7 +254,8 @@ def _state(layer: object) -> dict[str, object]:
 
     Query statistics are not: they belong to a prompt that is still being read, or to an answer.
     """
-    state = {name: x for name, x in vars(layer).items() if name not in _UNSAVED}
+    # Not as ``vars`` has them: what is still on its way to the host is waited for.
+    state = {name: getattr(layer, name) for name in vars(layer) if name not in _UNSAVED}
     if not isinstance(layer, CompressedLayer):
         return state
     return {

@@ -13,8 +13,9 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError
+from cachepress.generation.prefill import check_prefill
 from cachepress.generation.prompt import Prompt, PromptOptions
-from cachepress.hf import cache_argument, text_decoder, trained_length
+from cachepress.hf import cache_argument, install_layers, text_decoder, trained_length
 from cachepress.limits import shown
 from cachepress.measure import Stopwatch
 from cachepress.models.chat import encode
@@ -99,6 +100,7 @@ def read_pictures(
     *,
     chunk_size: int | None,
     storage: str | Codec,
+    offload: bool,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[Cache, float]:
     """Read a context with pictures in one forward, and compress it.
@@ -116,6 +118,7 @@ def read_pictures(
         )
     if press is not None and press.needs.question:
         raise CachepressError(f"{press!r} observes the question: it does not go with messages")
+    check_prefill(press, None, "exact", storage, offload)
     cache = DynamicCache(config=text_decoder(model).config) if cache is None else cache
     if cache.get_seq_length():
         raise CachepressError("cache: got one that holds a text, wanted an empty one for messages")
@@ -128,6 +131,8 @@ def read_pictures(
     acting = nullcontext()
     if press is not None:
         acting = press(model, storage=storage, tokenizer=tokenizer)
+    if offload:
+        install_layers(cache, model, offload)
     with Stopwatch(model.device) as stopwatch, torch.no_grad(), acting:
         model(**given, use_cache=True, **{cache_argument(model): cache})
     return cache, stopwatch.seconds

@@ -108,10 +108,10 @@ class KVPressTextGenerationPipeline(Pipeline):
     ``question="..."`` ``{"answer": "..."}``; a list of contexts gives a list of these. Options of
     a call: those of ``PromptOptions``; ``press``, or its spelling; ``cache``, an empty
     ``DynamicCache()`` to keep the compressed context in, or one that holds it already;
-    ``prefill_chunk_size``, ``prefill_mode`` and ``storage``, see ``cachepress.prefill``;
-    ``return_stats`` to get the ``Answers`` under "stats"; ``streamer``, which gets the tokens of
-    one question's one answer as they come; and the options of transformers' ``GenerationConfig``.
-    Answers are greedy unless ``do_sample=True``.
+    ``prefill_chunk_size``, ``prefill_mode``, ``storage`` and ``offload``, see
+    ``cachepress.prefill``; ``return_stats`` to get the ``Answers`` under "stats"; ``streamer``,
+    which gets the tokens of one question's one answer as they come; and the options of
+    transformers' ``GenerationConfig``. Answers are greedy unless ``do_sample=True``.
 
     A context may be the messages of a chat, each picture as ``{"type": "image", "image": ...}``, if
     the pipeline was made with ``processor=``; the questions follow the last message.
@@ -152,7 +152,8 @@ class KVPressTextGenerationPipeline(Pipeline):
     def _sanitize_parameters(self, **options: object) -> tuple[dict, dict, dict]:
         known = {field.name for field in fields(PromptOptions)}
         prompt: dict[str, Any] = {name: options.pop(name) for name in known & options.keys()}
-        names = ("press", "cache", "prefill_chunk_size", "prefill_mode", "storage", "streamer")
+        names = ("press", "cache", "prefill_chunk_size", "prefill_mode", "storage")
+        names += ("offload", "streamer")
         run = {name: options.pop(name) for name in names if name in options}
         run |= {"press": press_of(run["press"])} if "press" in run else {}
         post = {name: options.pop(name) for name in ("return_stats",) if name in options}
@@ -197,6 +198,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         prefill_chunk_size: int | None = None,
         prefill_mode: str = "exact",
         storage: str | Codec = "full",
+        offload: bool = False,
         streamer: BaseStreamer | None = None,
         generation: Mapping[str, object] | None = None,
     ) -> dict:
@@ -209,7 +211,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         decoding = press is not None and press.schedule.decodes
         for part in _prefills(prompt, options, press, cache):
             stored = {"chunk_size": prefill_chunk_size, "storage": storage}
-            stored |= {"tokenizer": self.tokenizer}
+            stored |= {"offload": offload, "tokenizer": self.tokenizer}
             if isinstance(prompt, PicturePrompt):
                 held, seconds = read_pictures(self.model, prompt, press, cache, **stored)
             else:

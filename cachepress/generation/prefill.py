@@ -19,6 +19,7 @@ from cachepress.hf import (
     cache_argument,
     check_continues,
     codec_of,
+    install_layers,
     shift_before,
     text_decoder,
     use_shift,
@@ -40,6 +41,7 @@ def prefill(
     chunk_size: int | None = None,
     mode: str = "exact",
     storage: str | Codec = "full",
+    offload: bool = False,
     question: int | Sequence[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
@@ -59,6 +61,9 @@ def prefill(
             memory of keys and values as well; later tokens then never attend to evicted pairs.
         storage: how kept pairs are stored: "full" in the model's type, or as the press declares;
             "int8", "int4", "int2", or a ``Codec``.
+        offload: keep what is compressed in host memory, and bring the pairs of a layer to the
+            device while the layer before computes, in every forward. Later tokens stay on the
+            device. Answers are the same, and slower. A cache that is offloaded stays so.
         question: number of tokens at the end of the prompt that are the question, one number or one
             for each sequence; for presses that need it.
         tokenizer: for presses that reconstruct the context; None to load the one that was saved
@@ -73,7 +78,7 @@ def prefill(
         CachepressError: if an argument is wrong or the combination cannot work.
     """
     press = press_of(press)
-    check_prefill(press, chunk_size, mode, storage)
+    check_prefill(press, chunk_size, mode, storage, offload)
     _check_ids(input_ids)
     decoder = text_decoder(model)
     cache = DynamicCache(config=decoder.config) if cache is None else cache
@@ -100,6 +105,8 @@ def prefill(
             tokenizer=tokenizer,
             stopwatch=stopwatch,
         )
+    if offload:
+        install_layers(cache, model, offload)
     ends = _ends(positions, seen, chunk_size, n)
     with torch.no_grad(), _memory_explained(), as_one_forward(decoder, *ends):
         for start in bar:
@@ -150,6 +157,7 @@ def read_context(
     chunk_size: int | None = None,
     mode: str = "exact",
     storage: str | Codec = "full",
+    offload: bool = False,
     question: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Cache, float]:
@@ -163,6 +171,7 @@ def read_context(
         chunk_size: tokens of one forward; None for all.
         mode: "exact" or "online", see ``cachepress.prefill``.
         storage: "full", "int8", "int4", "int2", or a Codec.
+        offload: whether what is compressed is kept in host memory.
         question: number of tokens at the end that are the question, for presses that need it.
         tokenizer: the model's tokenizer, for presses that reconstruct the context.
 
@@ -195,6 +204,7 @@ def read_context(
             chunk_size=chunk_size,
             mode=mode,
             storage=storage,
+            offload=offload,
             question=question,
             tokenizer=tokenizer,
         )
@@ -219,13 +229,18 @@ def _check_ids(input_ids: Tensor) -> None:
 
 
 def check_prefill(
-    press: BasePress | None, chunk_size: int | None, mode: str, storage: str | Codec
+    press: BasePress | None,
+    chunk_size: int | None,
+    mode: str,
+    storage: str | Codec,
+    offload: bool = False,
 ) -> None:
     """Raise CachepressError unless a press and the options of ``prefill`` fit each other."""
     if mode not in MODES:
         raise CachepressError(f"prefill mode: got {shown(mode)}, wanted one of {', '.join(MODES)}")
-    if Codec.of(storage) is not None and press is None:
-        raise CachepressError(f"storage={storage!r} needs a press: KnormPress(0.0) keeps all pairs")
+    given = [f"storage={storage!r}"] * (Codec.of(storage) is not None) + ["offload=True"] * offload
+    if given and press is None:
+        raise CachepressError(f"{given[0]} needs a press: KnormPress(0.0) keeps all pairs")
     if press is not None:
         codec_of(press, storage)
     if chunk_size is None:

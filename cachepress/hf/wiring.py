@@ -20,11 +20,13 @@ from transformers.configuration_utils import PretrainedConfig
 
 from cachepress.cache.hybrid import CompressedHybridLayer
 from cachepress.cache.layer import CompressedLayer
+from cachepress.cache.offloading import link, offloaded
 from cachepress.errors import UnsupportedError
 from cachepress.hf.attention import Selection, deselect, select
 from cachepress.hf.blocks import unobserved
 from cachepress.hf.hooks import unhooked
 from cachepress.hf.steps import stand_around
+from cachepress.ops import wait
 
 _Module = TypeVar("_Module", bound=nn.Module)
 CACHE_NAMES = ("cache", "past_key_values")
@@ -152,8 +154,16 @@ def cache_argument(module: nn.Module) -> str:
     raise UnsupportedError(f"{type(module).__name__}.forward takes no cache")
 
 
-def install_layers(cache: Cache, model: PreTrainedModel) -> dict[int, CompressedLayer]:
+def install_layers(
+    cache: Cache, model: PreTrainedModel, offload: bool = False
+) -> dict[int, CompressedLayer]:
     """Replace a cache's full-attention layers by compressed layers that hold the same pairs.
+
+    Args:
+        cache: the cache.
+        model: the model that fills it.
+        offload: whether segments are kept in host memory, as they are for a cache that transformers
+            would offload. A cache that is offloaded stays so.
 
     Returns:
         The compressed layers by layer index.
@@ -162,12 +172,14 @@ def install_layers(cache: Cache, model: PreTrainedModel) -> dict[int, Compressed
         UnsupportedError: if the cache is of a kind that cannot be compressed.
     """
     name, config = type(model).__name__, text_decoder(model).config
-    if type(cache) is not DynamicCache or cache.offloading:
-        kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
+    if type(cache) is not DynamicCache:
+        offloads = getattr(cache, "offloading", False)
         raise UnsupportedError(
-            f"got {kind} for {name}: pass a DynamicCache(), or no cache, and no "
+            f"got {type(cache).__name__} for {name}: pass a DynamicCache(), or no cache, and no "
             "cache_implementation, which makes others"
+            + ("; cachepress.prefill(..., offload=True) offloads a DynamicCache" * offloads)
         )
+    offload = _taken_over(cache, model) or offload
     selection = attach(model)
     template = DynamicCache(config=config).layers
     cache.layers.extend(template[len(cache.layers) :])
@@ -176,11 +188,29 @@ def install_layers(cache: Cache, model: PreTrainedModel) -> dict[int, Compressed
         layer = cache.layers[index]
         if not full:
             continue
-        if not isinstance(layer, CompressedLayer):
-            layer = cache.layers[index] = compressed(layer)
+        layer = layer if isinstance(layer, CompressedLayer) else compressed(layer)
+        layer = cache.layers[index] = offloaded(layer) if offload else layer
         layer.selection = selection
         installed[index] = layer
+    link(installed.values())
     return installed
+
+
+def _taken_over(cache: DynamicCache, model: PreTrainedModel) -> bool:
+    """Bring back what transformers offloaded of a cache, and let it do so no longer.
+
+    Returns:
+        Whether it was to be offloaded.
+    """
+    if not cache.offloading:
+        return False
+    for layer in cache.layers:
+        if getattr(layer, "is_initialized", False) and not isinstance(layer, CompressedLayer):
+            wait(getattr(layer, "device", None) or model.device)
+            layer.prefetch()
+    cache.offloading = False
+    vars(cache).pop("prefetch_stream", None)  # It can be neither copied nor pickled.
+    return True
 
 
 def compressed(layer: object) -> CompressedLayer:
