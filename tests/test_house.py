@@ -36,7 +36,10 @@ FLOORS = (
 )
 """Modules and packages, the lowest first; each imports from its own floor and those below."""
 KNOW_TRANSFORMERS = ("hf", "models", "generation")
-CACHE_LAYER = ("cache.layer", "cache.protocol", "cache.batch", "cache.joined", "cache.hybrid")
+CACHE_LAYER = (
+    *("cache.layer", "cache.protocol", "cache.batch", "cache.joined", "cache.hybrid"),
+    "cache.window",
+)
 """The cache-layer protocol of transformers, which a compressed layer fulfils."""
 LONGEST_FILE, LONGEST_FUNCTION = 400, 50
 STILL_LONG: set[str] = set()

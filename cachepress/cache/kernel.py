@@ -144,7 +144,7 @@ def plan_of(
     parts = [spans_of(s, *pages) for s, pages in zip(held.segments, listed, strict=True)]
     if held.tail is not None:
         parts.append(held.tail.spans(held.seen))
-    found = plan(parts, device, shape, _cores(device), appends)
+    found = plan(parts, device, shape, cores(device), appends)
     plans.remember(key, found)
     return found, 0
 
@@ -181,7 +181,8 @@ def _counts(device: torch.device) -> Tensor:
         return torch.arange(_MOST_ADDED, dtype=torch.int32, device=device)
 
 
-def _cores(device: torch.device) -> int:
+def cores(device: torch.device) -> int:
+    """Count the multiprocessors of a device."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -150,6 +150,10 @@ class TailRows:
         room = self.keys.stride(1) // self.keys.shape[3]
         return Spans(self.keys, self.values, b, n, stride=room, grows=True, column=seen - n)
 
+    def newest(self, n: int) -> "TailRows":
+        """Return the last ``n`` pairs, or all if there are not as many."""
+        return TailRows(self.keys[:, :, -n:], self.values[:, :, -n:])
+
     def part(self, mask: Tensor | None) -> DensePart:
         """Lay out the pairs for the attention function, with a mask ``[B or 1, n, pairs]``."""
         bias = None if mask is None else mask[:, None, None]

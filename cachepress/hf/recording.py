@@ -11,24 +11,25 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
-from cachepress.cache.kernel import plan_of
 from cachepress.cache.layer import CompressedLayer
 from cachepress.cache.masks import TextMask
-from cachepress.cache.stepping import count_appended, make_room, storage_of, with_token
+from cachepress.cache.stepping import (
+    PartForm,
+    count_appended,
+    forms_of,
+    make_room,
+    parts_of,
+    plan_of_part,
+    storage_of,
+    with_token,
+)
 from cachepress.hf.around import Call, Method
 from cachepress.hf.step_cache import step_cache
 from cachepress.hf.types import PreTrainedModel
 from cachepress.hf.unchanged import Unchanged
 from cachepress.hf.watching import close
 from cachepress.ops import AttentionRule
-from cachepress.ops.paged_attention.plan import (
-    MOST_SPLITS,
-    WORDS,
-    Plan,
-    RecordedPlan,
-    UnplannedError,
-)
-from cachepress.ops.paged_attention.plan import Form as KernelForm
+from cachepress.ops.paged_attention.plan import MOST_SPLITS, WORDS, RecordedPlan, UnplannedError
 from cachepress.settings import is_compiled
 
 _COLUMNS = 1024
@@ -63,24 +64,6 @@ class Asked(NamedTuple):
     options: tuple[tuple[str, object], ...]
 
 
-class _LayerForm(NamedTuple):
-    """What of a layer's storage a recording is made for.
-
-    Attributes:
-        kernel: what the kernel is compiled for.
-        heads: KV heads.
-        programs: programs of a launch, at least those that the table needs.
-        partials: partial results, at least those that the table needs.
-        width: numbers of a value.
-    """
-
-    kernel: KernelForm
-    heads: int
-    programs: int
-    partials: int
-    width: int
-
-
 class Form(NamedTuple):
     """What a recording is made for: all steps of one form replay the same recording.
 
@@ -89,7 +72,7 @@ class Form(NamedTuple):
         columns: room for text columns of a mask; 0 without one.
         options: what else the forward is given.
         function: the model's own attention function.
-        layers: what of each layer's storage matters.
+        layers: what of the storage of each layer's parts matters.
         compiled: whether the model is compiled before.
     """
 
@@ -97,21 +80,30 @@ class Form(NamedTuple):
     columns: int
     options: tuple[tuple[str, object], ...]
     function: str
-    layers: tuple[_LayerForm, ...]
+    layers: tuple[tuple[PartForm, ...], ...]
     compiled: bool
 
     @classmethod
     def of(cls, model: nn.Module, asked: Asked) -> "Form | None":
         """Return the form of a step; None where it cannot be recorded, or not yet."""
-        layers = layers_of(asked.cache)
-        if not all(make_room(layer) for layer in layers):
+        layers = asked.cache.layers
+        if not make_room(layers):
             return None
         try:
-            forms = tuple(map(_layer_form, layers))
+            forms = forms_of(layers)
         except UnplannedError:
             return None
         name = str.__str__(cast(PreTrainedModel, model).config._attn_implementation or "eager")
         return cls(len(asked.ids), _columns(asked), asked.options, name, forms, is_compiled())
+
+
+class _Token(NamedTuple):
+    """A token of some sequences: its queries, keys and values, and the layer's rule."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    rule: AttentionRule
 
 
 class Recording:
@@ -127,33 +119,33 @@ class Recording:
         self._method, self._form = _method(call, form.compiled), form
         self._unchanged = Unchanged(call.module)
         self._rounding = torch.finfo(cast(PreTrainedModel, call.module).dtype).eps ** 0.5
-        device, n_layers = asked.ids.device, len(form.layers)
+        device, n_parts = asked.ids.device, sum(map(len, form.layers))
         with torch.inference_mode(False):
             self._ids, self._positions = (torch.zeros_like(asked.ids) for _ in range(2))
-            self._tables = torch.zeros(n_layers, WORDS, dtype=torch.int64, device=device)
+            self._tables = torch.zeros(n_parts, WORDS, dtype=torch.int64, device=device)
             self._added = torch.zeros(1, dtype=torch.int32, device=device)
             self._mask = torch.zeros(form.batch, 1, form.columns, device=device)
         self._storage: list[tuple[object, ...]] = []
         self._bound: Callable[[], Cache | None] = _nothing
         self._since = self._seen = 0
-        self._layers: list[CompressedLayer] = []
+        self._parts: list[tuple[CompressedLayer, ...]] = []
         self._given_mask: Tensor | None = None
         seen = asked.cache.get_seq_length() + _ELSEWHERE
-        self._cache = step_cache(n_layers, form.batch, seen, self._attend)
+        windows = [parts[0].kernel.window for parts in form.layers]
+        self._cache = step_cache(windows, form.batch, seen, self._attend)
         self._given = {asked.cache_name: self._cache, **dict(asked.options)}
         self._output: ModelOutput | None = None
-        self._replay: Callable[[], object] = self._run
+        self._replay: Callable[[], object] = self._counted
 
     def serves(self, asked: Asked) -> bool:
         """Tell whether this is a further step of the cache that the last one was for."""
-        layers = layers_of(asked.cache)
         return (
             self._bound() is asked.cache
             and asked.cache.get_seq_length() == self._seen
             and asked.options == self._form.options
             and _columns(asked) == self._form.columns
-            and all(make_room(layer) for layer in layers)
-            and self._storage == [storage_of(layer) for layer in layers]
+            and make_room(asked.cache.layers)
+            and self._storage == [storage_of(part) for part in _parts(asked.cache)]
             and self.holds()
         )
 
@@ -163,19 +155,19 @@ class Recording:
 
     def bind(self, cache: Cache) -> None:
         """Write down in the tables where the pairs of a cache are, which steps are for from now."""
-        layers = layers_of(cache)
-        found = [_plan(layer) for layer in layers]
+        parts = _parts(cache)
+        found = [plan_of_part(part) for part in parts]
         if len({since for _, since in found}) > 1:
-            for layer in layers:
-                layer.snapshot.plans.forget()
-            found = [_plan(layer) for layer in layers]
+            for part in parts:
+                part.snapshot.plans.forget()
+            found = [plan_of_part(part) for part in parts]
         words = torch.tensor([plan.words for plan, _ in found], dtype=torch.int64)
         words = words.pin_memory() if self._tables.is_cuda else words
         self._tables.copy_(words, non_blocking=True)
         self._since = found[0][1]
         self._added.fill_(self._since)
         self._bound, self._seen = ref(cache), cache.get_seq_length()
-        self._storage = [storage_of(layer) for layer in layers]
+        self._storage = [storage_of(part) for part in parts]
 
     def first(self, asked: Asked) -> ModelOutput:
         """Record the step, and return what it gives, without counting its token."""
@@ -193,7 +185,7 @@ class Recording:
             self._run()
             replayed = self._copied(asked.cache)
         # The token is counted where the forward runs as it is, and tables are written after that.
-        self._bound, self._layers = _nothing, []
+        self._bound, self._parts = _nothing, []
         return replayed
 
     def same(self, recorded: ModelOutput, output: object) -> bool:
@@ -211,15 +203,14 @@ class Recording:
         """
         self._write(asked)
         self._replay()
-        for layer in self._layers:
-            count_appended(layer)
+        count_appended(asked.cache.layers, self._parts)
         self._seen += 1
-        self._layers = []  # Nothing of the cache stays here.
+        self._parts = []  # Nothing of the cache stays here.
         return self._copied(asked.cache)
 
     def _write(self, asked: Asked) -> None:
         """Write the inputs of a step."""
-        self._layers, seen = layers_of(asked.cache), self._seen
+        self._parts, seen = parts_of(asked.cache.layers), self._seen
         self._ids.copy_(asked.ids)
         if asked.positions is None:
             self._positions.fill_(seen)
@@ -250,31 +241,46 @@ class Recording:
         graph = torch.cuda.CUDAGraph()
         pool = {"pool": _pool(self._tables.device)}
         with torch.cuda.graph(graph, capture_error_mode="thread_local", **pool):  # pyright: ignore
-            self._run()
-            self._added.add_(1)
+            self._counted()
         self._replay = graph.replay
+
+    def _counted(self) -> None:
+        """Run the step, and count its token on the device."""
+        self._run()
+        self._added.add_(1)
 
     def _attend(
         self, index: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule
     ) -> Tensor:
-        """Append a token of a layer, and attend."""
-        if not query.is_cuda:
-            held = with_token(self._layers[index], keys, values)
-            return held.attend(query, TextMask(self._given_mask, 1), rule)
+        """Append a token of a layer, and attend, one part of the batch after the other."""
+        place, first, outputs = sum(map(len, self._form.layers[:index])), 0, []
+        for i, form in enumerate(self._form.layers[index]):
+            some = slice(first, first + form.batch)
+            token = _Token(query[some], keys[some], values[some], rule)
+            if reads_tables(query):
+                outputs.append(self._launched(form, self._tables[place + i], some, token))
+            else:
+                held = with_token(self._parts[index][i], token.keys, token.values)
+                mask = TextMask(self._given_mask, 1).of_sequences(some.start, some.stop)
+                outputs.append(held.attend(token.query, mask, rule))
+            first = some.stop
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _launched(self, form: PartForm, table: Tensor, some: slice, token: _Token) -> Tensor:
+        """Append a token of some sequences, and attend, where a table says that their pairs are."""
         from cachepress.ops.paged_attention.triton import NewToken, triton_attention
 
-        form = self._form.layers[index]
-        sizes = form.programs, form.partials, MOST_SPLITS
-        plan = RecordedPlan(self._tables[index], form.kernel, *sizes)
+        if token.query.shape[1] != form.heads * form.queries:
+            raise UnrecordableError("its layers differ in their number of attention heads")
         return triton_attention(
-            query,
-            plan,
-            rule,
+            token.query,
+            RecordedPlan(table, form.kernel, form.programs, form.partials, MOST_SPLITS),
+            token.rule,
             form.heads,
             form.width,
             self._added,
-            bias=self._mask if self._mask.shape[2] else None,
-            new=NewToken(keys, values),
+            bias=self._mask[some] if self._mask.shape[2] else None,
+            new=NewToken(token.keys, token.values),
         )
 
     def _copied(self, cache: Cache) -> ModelOutput:
@@ -287,15 +293,14 @@ class Recording:
         return type(self._output)(**given)
 
 
-def layers_of(cache: Cache) -> list[CompressedLayer]:
-    """Return the layers of a cache, all of which are compressed ones."""
-    return cast(list[CompressedLayer], cache.layers)
+def reads_tables(query: Tensor) -> bool:
+    """Tell whether a recorded step finds pairs by the tables: by what the host knows, otherwise."""
+    return query.is_cuda
 
 
-def _plan(layer: CompressedLayer) -> tuple[Plan, int]:
-    held = layer.snapshot
-    shape = (held.batch, held.heads, held.plans.group)
-    return plan_of(held, held.device, shape, appends=True)
+def _parts(cache: Cache) -> list[CompressedLayer]:
+    """List the parts of all layers of a cache."""
+    return [part for parts in parts_of(cache.layers) for part in parts]
 
 
 def _method(call: Call, compiled: bool) -> Callable[[], Method]:
@@ -311,12 +316,6 @@ def _method(call: Call, compiled: bool) -> Callable[[], Method]:
 
 def _nothing() -> None:
     """Return None, as a weak reference to a deleted object does."""
-
-
-def _layer_form(layer: CompressedLayer) -> _LayerForm:
-    plan, held = _plan(layer)[0], layer.snapshot
-    programs, partials = (1 << (n - 1).bit_length() for n in (plan.programs, plan.partials))
-    return _LayerForm(plan.form, held.heads, programs, partials, held.value_width)
 
 
 def _columns(asked: Asked) -> int:

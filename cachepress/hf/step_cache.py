@@ -4,7 +4,7 @@ Its layers hold no pairs. They pass a token's keys and values on to attention, w
 where tables on the device say, so that one recording serves every cache that the tables describe.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -30,23 +30,33 @@ class StepHandle(RowsHandle):
     read: Callable[[Tensor, AttentionRule], Tensor]
 
     @classmethod
-    def standing(cls, like: Tensor, seen: int, read: Callable[..., Tensor]) -> Self:
-        """Make a handle with the type of ``like [B, H, 1, D]``, in the shape of a whole text."""
+    def standing(cls, like: Tensor, length: int, read: Callable[..., Tensor]) -> Self:
+        """Make a handle with the type of ``like [B, H, 1, D]``, in the shape of ``length`` keys."""
         b, h, _, d = like.shape
-        handle = blank(like.dtype, like.device).expand(b, h, seen + 1, d).as_subclass(cls)
+        handle = blank(like.dtype, like.device).expand(b, h, length, d).as_subclass(cls)
         handle.read = read
         return handle
 
 
 class _StepLayer(GrowingLayer):
-    """Stand-in for a cache layer: hands the keys and values of one token to attention."""
+    """Stand-in for a cache layer: hands the keys and values of one token to attention.
+
+    Args:
+        index: its index.
+        window: text columns that a token sees, its own included; 0 for all.
+        batch: sequences.
+        seen: text columns seen.
+        attend: what they are handed to.
+    """
 
     is_initialized = True
     keys = values = None
 
-    def __init__(self, index: int, batch: int, seen: int, attend: Attend) -> None:
+    def __init__(self, index: int, window: int, batch: int, seen: int, attend: Attend) -> None:
         self._index, self._batch, self._seen, self._attend = index, batch, seen, attend
         self._number = number_of(self)
+        self.is_sliding = window > 0
+        self._held = min(seen, window - 1) if window else seen
 
     @property
     def batch_size(self) -> int:
@@ -54,6 +64,10 @@ class _StepLayer(GrowingLayer):
 
     def get_seq_length(self) -> int:
         return self._seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return length and offset of a mask, which nothing reads: attention has its own."""
+        return self._held + int(query_length), self._seen - self._held
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -66,10 +80,10 @@ class _StepLayer(GrowingLayer):
         def read(query: Tensor, rule: AttentionRule) -> Tensor:
             return self._attend(self._index, query, key_states, value_states, rule)
 
-        keys = StepHandle.standing(key_states, self._seen, read)
+        keys = StepHandle.standing(key_states, self._held + 1, read)
         if key_states.shape == value_states.shape:
             return keys, keys
-        return keys, StepHandle.standing(value_states, self._seen, read)
+        return keys, StepHandle.standing(value_states, self._held + 1, read)
 
     def attend_token(
         self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rule: AttentionRule
@@ -78,9 +92,18 @@ class _StepLayer(GrowingLayer):
         return self._attend(self._index, query, keys, values, rule)
 
 
-def step_cache(n_layers: int, batch: int, seen: int, attend: Attend) -> DynamicCache:
-    """Make a cache that stands for one of ``batch`` texts of ``seen`` tokens in a recorded step."""
+def step_cache(windows: Sequence[int], batch: int, seen: int, attend: Attend) -> DynamicCache:
+    """Make a cache that stands for one of ``batch`` texts of ``seen`` tokens in a recorded step.
+
+    Args:
+        windows: text columns that a token sees in each layer, its own included; 0 for all.
+        batch: sequences.
+        seen: text columns seen.
+        attend: appends a token of a layer and attends.
+    """
     with torch.inference_mode(False):
         cache = DynamicCache()
-    cache.layers.extend(_StepLayer(i, batch, seen, attend) for i in range(n_layers))
+    cache.layers.extend(
+        _StepLayer(i, window, batch, seen, attend) for i, window in enumerate(windows)
+    )
     return cache

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from cachepress.cache.layer import CompressedLayer
+from cachepress.cache.stepping import can_step
 from cachepress.hf.around import Around, Call, put_around, take_away
 from cachepress.hf.attention import Selection
 from cachepress.hf.blocks import acting
@@ -40,10 +40,14 @@ _LOCK = threading.Lock()
 
 
 class Steps:
-    """The recorded steps of a model, whose text decoder fills the cache."""
+    """The recorded steps of a model, whose text decoder fills the cache.
+
+    Attributes:
+        windows: the layers whose tokens see a window of the newest ones.
+    """
 
     def __init__(self, decoder: nn.Module) -> None:
-        self._decoder = ref(decoder)
+        self._decoder, self.windows = ref(decoder), _windows(decoder)
         self._lock = threading.Lock()
         self._ran: dict[Form, int] = {}
         self._refused: set[Form] = set()
@@ -157,13 +161,14 @@ def _forward(call: Call) -> object:
     """Let a forward of one token on a compressed cache be recorded; run any other as it is."""
     if not is_recorded() or torch.is_grad_enabled():
         return call.run()
-    asked, steps = _asked(call.named()), _STEPS.get(call.module)
+    steps = _STEPS.get(call.module)
+    asked = None if steps is None else _asked(call.named(), steps.windows)
     if asked is None or steps is None or steps.is_observed():
         return call.run()
     return steps.forward(call, asked)
 
 
-def _asked(given: Mapping[str, object]) -> Asked | None:
+def _asked(given: Mapping[str, object], windows: frozenset[int]) -> Asked | None:
     """Read the arguments of a forward; None where it is no step that can be recorded."""
     ids, positions, mask = (
         given.get(name) for name in ("input_ids", "position_ids", "attention_mask")
@@ -176,7 +181,7 @@ def _asked(given: Mapping[str, object]) -> Asked | None:
     if len(names) != 1 or any(x is not False for x in odd):
         return None
     cache = cast(Cache, given[names[0]])
-    if not _is_compressed(cache, len(ids)):
+    if not can_step(getattr(cache, "layers", ()), len(ids), windows):
         return None
     n = cache.get_seq_length() + 1
     right = mask is None or (isinstance(mask, Tensor) and mask.shape == (len(ids), n))
@@ -191,10 +196,11 @@ def _asked(given: Mapping[str, object]) -> Asked | None:
     )
 
 
-def _is_compressed(cache: object, batch: int) -> bool:
-    """Tell whether every layer of a cache is a compressed one that steps can be recorded for."""
-    layers = getattr(cache, "layers", None)
-    return bool(layers) and all(
-        type(layer) is CompressedLayer and layer.batch_size == batch and layer.page_budget is None
-        for layer in layers
-    )
+def _windows(decoder: nn.Module) -> frozenset[int]:
+    """List the layers of a decoder whose tokens see a window of the newest ones.
+
+    Others that transformers keeps in the same kind of cache layer, as chunks, see something else.
+    """
+    config = cast(PreTrainedModel, decoder).config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or ()
+    return frozenset(i for i, kind in enumerate(kinds) if kind == "sliding_attention")

@@ -14,7 +14,7 @@ PLAIN = {
     **{"STORED": tl.bfloat16, "ROUNDS": tl.bfloat16, "WORK": tl.bfloat16, "PRECISION": "tf32"},
     **{"BITS": 0, "KEY_STEPS": tl.float16, "VALUE_STEPS": tl.float16, "VALUE_GROUP": 0},
     **{"CAPPED": False, "MASKED": False, "BIASED": False, "PAGED": False, "APPENDS": False},
-    "CAUSAL": False,
+    **{"CAUSAL": False, "WINDOW": 0},
 }
 VARIANTS = [
     ("plain", 80, {}),
@@ -23,6 +23,7 @@ VARIANTS = [
     ("coded", 90, {"BITS": 4, "BLOCK_N": 32}),
     ("paged", 90, {"PAGED": True}),
     ("appends", 90, {"APPENDS": True, "CAUSAL": True}),
+    ("window", 90, {"APPENDS": True, "WINDOW": 1024}),
 ]
 KINDS = {"table": "*i64", "added_ptr": "*i32", "scaling": "fp32", "softcap": "fp32"}
 KINDS |= dict.fromkeys(("out_ptr", "lse_ptr", "mask_ptr", "sink_ptr"), "*fp32")

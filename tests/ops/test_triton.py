@@ -15,6 +15,7 @@ from cachepress.cache.kernel import spans_of
 from cachepress.cache.pairs import Pairs
 from cachepress.cache.segment import Segment
 from cachepress.cache.tail import Tail
+from cachepress.cache.window import WindowRows
 from cachepress.ops import AttentionRule
 from cachepress.ops.paged_attention.batched import batched_attention
 from cachepress.ops.paged_attention.plan import MOST_SPLITS, UnplannedError, plan
@@ -25,6 +26,7 @@ from tests.tiny import rand, randn
 ODD = [(0, 1, 1000), (31, 32, 33)]
 SEEN = 1000
 CPU = torch.device("cpu")
+RULE = AttentionRule(0.5)
 NONE_ADDED = torch.zeros(1, dtype=torch.int32)
 
 
@@ -199,6 +201,40 @@ def test_a_token_is_appended_and_attended_to(name):
     near(ours, case.exact([segment, held], RULES[name]), torch.float32, case.terms)
 
 
+def test_a_tail_grows_to_the_end_of_its_room():
+    """The work is divided for all rows that there is room for, and not only for those of now."""
+    case = Case([(5, 40, 33)], tail=68)
+    with torch.no_grad():
+        tail = Tail.of(*(x[:, :, :4] for x in case.new))
+    segment = Segment.of(case.pairs, case.mask)
+    laid = plan([spans_of(segment), tail.read().spans(SEEN + 4)], CPU, case.shape, 50)
+    for x, new in zip(tail.tensors(), case.new, strict=True):
+        x[:, :, :68] = new
+    ours = triton_attention(case.query, laid, RULE, case.h, case.e, NONE_ADDED + 64)
+    held = Tail(tail.keys, tail.values, 68).read()
+    near(ours, case.exact([segment, held], RULE), torch.float32, case.terms)
+
+
+@pytest.mark.parametrize("size", [2, 5, 70, 100])
+def test_an_appended_token_sees_a_window(size):
+    case = Case([(1, 1, 1)], tail=80)
+    with torch.no_grad():
+        tail = Tail.of(*(x[:, :, :78] for x in case.new))
+    rows = WindowRows(tail.keys[:, :, :78], tail.values[:, :, :78], size)
+    laid = plan([rows.spans(SEEN + 78)], CPU, case.shape, 50, appends=True)
+    bias = randn(1, 1, SEEN + 80).float()
+    bias[..., -1] = 0  # A token sees itself.
+    for i in range(2):
+        new = NewToken(*(x[:, :, 78 + i : 79 + i] for x in case.new))
+        given = {"bias": bias, "new": new}
+        ours = triton_attention(case.query, laid, RULE, case.h, case.e, NONE_ADDED + i, **given)
+    shown = bias[..., -min(size, 80) :].double()
+    held = Tail(tail.keys, tail.values, 80).read().newest(size)
+    query = case.query.double().unflatten(1, (case.h, case.g))
+    wanted = batched_attention(query, [held.part(shown)], RULE).flatten(1, 2).transpose(1, 2)
+    near(ours, wanted, torch.float32, case.terms)
+
+
 def test_a_launch_of_more_programs_than_the_table_needs_gives_the_same():
     case = Case()
     tail = Tail.of(*case.new).read()
@@ -240,7 +276,8 @@ def test_it_compiles_for_gpus_that_are_not_here():
     )
     assert done.returncode == 0, done.stderr
     found = [line.split() for line in done.stdout.splitlines()]
-    assert [line[0] for line in found] == ["plain", "plain", "masked", "coded", "paged", "appends"]
+    names = ["plain", "plain", "masked", "coded", "paged", "appends", "window"]
+    assert [line[0] for line in found] == names
     for name, copies, products in found:
         assert int(products) > 0, name
         assert name == "coded" or int(copies) > 0, name

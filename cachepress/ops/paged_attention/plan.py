@@ -44,6 +44,7 @@ class Form:
         value_group: channels of a quantized value that share a scale.
         biased: whether a part has a bias.
         paged: whether a part is read by a list of pages.
+        window: rows that an appended token sees, its own included; 0 for all.
     """
 
     dtype: torch.dtype
@@ -55,6 +56,7 @@ class Form:
     value_group: int = 0
     biased: bool = False
     paged: bool = False
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def plan(
     Raises:
         UnplannedError: if there are too many, or quantized ones of several forms.
     """
-    form = _form(parts)
+    form = replace(_form(parts), window=max(part.window for part in parts))
     groups = _groups(parts, shape, form, cores, appends)
     form = replace(form, tile=_tile(max(group.rows for group in groups)))
     ordered = [part for group in groups for part in group.parts]
@@ -193,13 +195,18 @@ def _groups(
         some = sorted(members, key=lambda part: part.grows)  # What grows is found as the last one.
         spans, rows = sequences * h, b // sequences * m
         tiles = -(-rows // tile)
-        blocks = max(1, sum(-(-part.longest // form.block) for part in some))
+        blocks = max(1, sum(-(-_most_rows(part) // form.block) for part in some))
         wanted = -(-spans * tiles * blocks // (_PROGRAMS_A_CORE * cores))
         each = max(1, wanted, -(-blocks // MOST_SPLITS))
         splits = -(-blocks // each)
         groups.append(_Group(some, first, sequences, spans, rows, tiles, each, splits))
         first += len(some)
     return groups
+
+
+def _most_rows(part: Spans) -> int:
+    """Count the rows of the longest span while the plan holds: one that grows has room for more."""
+    return max(part.longest, part.stride) if part.grows else part.longest
 
 
 def _tile(rows: int) -> int:

@@ -62,6 +62,7 @@ class Spans:
         bias: ``[rows]`` float32, added to the logits of each row; None for nothing.
         pages: ``[batch * heads, n]`` int32, the pages of the spans that are read, in order, of
             which ``lengths [batch * heads]`` tells the rows; None for all.
+        window: rows that an appended token sees of those that grow, its own included; 0 for all.
     """
 
     keys: Tensor | Coded
@@ -76,3 +77,4 @@ class Spans:
     column: int = 0
     bias: Tensor | None = None
     pages: Tensor | None = None
+    window: int = 0

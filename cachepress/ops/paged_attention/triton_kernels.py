@@ -55,6 +55,7 @@ def attend(
     MASKED: tl.constexpr,
     BIASED: tl.constexpr,
     PAGED: tl.constexpr,
+    WINDOW: tl.constexpr,
     APPENDS: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -109,6 +110,8 @@ def attend(
                 if CAUSAL:
                     newest = length - n + row % m % n
                     seen &= (index[None, :] <= newest[:, None]) | (tl.load(part + 6) == 0)
+                if WINDOW:
+                    seen &= index[None, :] > length - WINDOW
                 if BIASED:
                     logits += _bias(part, slot, real)[None, :]
                 if MASKED:
