@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 import cachepress as cp
 from cachepress.cache.batch import compressed_layers
+from cachepress.cache.joined import join
 from cachepress.hf import steps
 from tests.bounds import close
 from tests.counting import CountingPress
@@ -368,3 +369,14 @@ def test_what_cannot_be_compiled_is_recorded_as_it_is(replays, caplog, monkeypat
     cp.decode(model, cp.prefill(model, ids, PRESS), ids[:, :3], 9, eos_token_id=[], compile=True)
     assert [x.message.partition(": ")[2] for x in caplog.records] == ["there is no compiler here"]
     assert replays == [2] * 3
+
+
+def test_joined_caches_of_several_groups(replays):
+    model = exact_tiny("llama")
+    caches = [cp.prefill(model, tokens(40, seed=i), PRESS) for i in range(3)]
+    batch = join([caches[:1], caches[1:]], 2)
+    close(*both(model, batch, 70))
+    assert len(replays) > 60 and set(replays) == {6}
+    wanted = stepped(model, cp.fork(batch), 3, False)
+    close(stepped(model, cp.fork(batch), 3), wanted)
+    assert compressed_layers(batch)[0].get_seq_length() == 40
