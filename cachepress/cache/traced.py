@@ -8,7 +8,6 @@ from itertools import count
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +29,10 @@ class Attending(Protocol):
 
     def get_seq_length(self) -> int:
         """Count the text columns seen."""
+        ...
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the pairs of a forward, and return handles by which attention finds the layer."""
         ...
 
     def attend_token(
@@ -54,7 +57,11 @@ class Passed(NamedTuple):
 
 
 class _Passing:
-    """Holds what is passed on. While a graph runs nothing is in it: threads do not meet here."""
+    """Holds what is passed on.
+
+    While a graph runs nothing is in it, so that threads do not meet here; only where a graph ends
+    between the two, at attention that asks for more than the operator computes, something is.
+    """
 
     passed: Passed | None = None
 
@@ -64,14 +71,21 @@ _NUMBERS = count()
 _BY_NUMBER: WeakValueDictionary[int, Attending] = WeakValueDictionary()
 
 
-def number_of(layer: Attending) -> np.ndarray:
+def number_of(layer: Attending) -> Tensor:
     """Give a layer a number of its own, by which the operators find it.
 
-    A graph has an array as an input, and would be made for one number only.
+    A graph has a tensor as an input, and would be made for one number only. The tensor is one
+    that can be written to in every mode.
     """
     number = next(_NUMBERS)
     _BY_NUMBER[number] = layer
-    return np.array(number)
+    with torch.inference_mode(False):
+        return torch.tensor(number, device="cpu")
+
+
+def layer_of(number: Tensor) -> Attending:
+    """Return the layer of a number."""
+    return _BY_NUMBER[int(number)]
 
 
 def pass_on(passed: Passed) -> None:
@@ -89,7 +103,7 @@ def take() -> Passed | None:
 @torch.library.custom_op("cachepress::seen", mutates_args=("number",))
 def seen(number: Tensor) -> Tensor:
     """Return the number of text columns that a layer has seen."""
-    return torch.tensor(_BY_NUMBER[int(number)].get_seq_length())
+    return torch.tensor(layer_of(number).get_seq_length())
 
 
 @seen.register_fake
@@ -110,7 +124,7 @@ def attend_token(
 ) -> Tensor:
     """Append a token to a layer and attend, ``[B, 1, H * G, E]``."""
     rule = AttentionRule(scaling, softcap, sinks)
-    output = _BY_NUMBER[int(number)].attend_token(query, keys, values, mask, rule)
+    output = layer_of(number).attend_token(query, keys, values, mask, rule)
     # What an operator returns may share no memory with what it was given.
     return output.contiguous()
 
@@ -175,7 +189,7 @@ class TracedLayer(GrowingLayer):
         the number.
         """
         if self._is_traced:
-            return seen(torch.as_tensor(self._number))  # pyright: ignore[reportReturnType]
+            return seen(self._number)  # pyright: ignore[reportReturnType]
         return self._seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -189,7 +203,7 @@ class TracedLayer(GrowingLayer):
     ) -> tuple[Tensor, Tensor]:
         """Append the pairs of a forward, and return handles by which attention finds the layer."""
         if self._is_traced and key_states.shape[2] == 1:
-            pass_on(Passed(torch.as_tensor(self._number), key_states, value_states))
+            pass_on(Passed(self._number, key_states, value_states))
             handle = key_states.as_subclass(TracedHandle)
             return handle, handle
         return self._update(key_states, value_states)

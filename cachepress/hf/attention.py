@@ -28,7 +28,7 @@ from cachepress.cache.handle import RowsHandle, TracedHandle
 from cachepress.cache.masks import BiasedMask, TextMask
 from cachepress.cache.pairs import Pairs
 from cachepress.cache.snapshot import Snapshot
-from cachepress.cache.traced import attend_token, take
+from cachepress.cache.traced import attend_token, layer_of, take
 from cachepress.call import AttentionCall
 from cachepress.compiling import untraced
 from cachepress.errors import UnsupportedError, cache_dropped
@@ -141,12 +141,29 @@ def _attention(
         function = _base_function(base, type(module))
         return function(module, query, key, value, attention_mask, **kwargs)
     if isinstance(key, TracedHandle):
+        mask = attention_mask if isinstance(attention_mask, Tensor) else None
+        if _is_special(attention_mask, kwargs):
+            return _continued(module, query, attention_mask, base=base, **kwargs)
         passed, rule = take(), _rule(module, query, kwargs, base)
         assert passed is not None
-        mask = attention_mask if isinstance(attention_mask, Tensor) else None
         options = rule.scaling, rule.softcap, rule.sinks
         return attend_token(passed.number, query, passed.keys, passed.values, mask, *options), None
     return _observed(module, query, key, value, attention_mask, base=base, **kwargs)
+
+
+@untraced
+def _continued(
+    module: nn.Module, query: Tensor, attention_mask: object, *, base: str, **kwargs: object
+) -> tuple[Tensor, Tensor | None]:
+    """Append a token and compute attention between two graphs, as where nothing is traced."""
+    passed = take()
+    assert passed is not None
+    layer = layer_of(passed.number)
+    keys, values = layer.update(passed.keys, passed.values)
+    # Within a graph the mask has more columns than there is text.
+    if isinstance(attention_mask, Tensor):
+        attention_mask = attention_mask[..., : layer.get_seq_length()]
+    return _attention(module, query, keys, values, attention_mask, base=base, **kwargs)
 
 
 @untraced
@@ -214,8 +231,18 @@ def _attends_itself(
     mask over pairs.
     """
     wanted = n <= _FEW or held.shared or (held.segments and "flash" in base)
-    special = mask.per_head or options.get("output_attentions") or options.get("dropout")
-    return bool(wanted) and not special
+    return bool(wanted) and not mask.per_head and not _is_asked_more(options)
+
+
+def _is_asked_more(options: Mapping[str, object]) -> bool:
+    """Tell whether attention is asked for what only the model's own function computes."""
+    return bool(options.get("output_attentions") or options.get("dropout"))
+
+
+def _is_special(mask: object, options: Mapping[str, object]) -> bool:
+    """Tell whether attention of a token is not what the operator in a graph computes."""
+    per_head = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1
+    return per_head or _is_asked_more(options) or options.get("position_bias") is not None
 
 
 def _rule(

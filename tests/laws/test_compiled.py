@@ -9,11 +9,13 @@ from transformers import DynamicCache
 
 import cachepress as cp
 from cachepress.cache.batch import compressed_layers
+from cachepress.cache.layer import CompressedLayer
+from cachepress.cache.stepping import count_appended
 from cachepress.errors import ForeignAttentionError
 from cachepress.hf import cache_argument, steps
 from tests.bounds import close
 from tests.dense import mask_and_positions
-from tests.tiny import ARCHITECTURES, exact_tiny, tokens
+from tests.tiny import ARCHITECTURES, exact_tiny, randn, tokens
 
 NOT_COMPILED = {"qwen3_moe", "qwen3_next", "gpt_oss"}
 """Which experts are asked decides in transformers what Python does next."""
@@ -114,6 +116,46 @@ def test_one_graph_serves_several_caches():
             for cache, other in zip(caches, others, strict=True):
                 close(graph(token, other), step(token, cache))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_one_graph_serves_caches_in_inference_mode():
+    model = exact_tiny()
+    (step, graph), ids = compiled(model), tokens(40)
+    cache = cp.prefill(model, ids, PRESS)
+    with torch.inference_mode():
+        others = [cp.fork(cache), cp.prefill(model, ids, PRESS)]
+        expected = [step(tokens(1, seed=seed), cache) for seed in range(3)]
+        for other in others:
+            close(
+                torch.cat([graph(tokens(1, seed=i), other) for i in range(3)]), torch.cat(expected)
+            )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_mask_of_each_head_and_attention_weights_are_those_without_a_graph():
+    model = exact_tiny()
+    model.set_attn_implementation("eager")
+    cache = cp.prefill(model, tokens(40, batch=2), PRESS)
+    other, graph = cp.fork(cache), torch.compile(model, backend="eager")
+    for seed in range(2):
+        mask = randn(2, 4, 1, 41 + seed)
+        given = {"attention_mask": mask, "output_attentions": seed == 1}
+        ids = tokens(1, batch=2, seed=seed)
+        with torch.no_grad():
+            found = graph(input_ids=ids, past_key_values=other, **given)
+            expected = model(input_ids=ids, past_key_values=cache, **given)
+        close(found.logits, expected.logits)
+    assert len(found.attentions) == 4
+    for weights, others in zip(found.attentions, expected.attentions, strict=True):
+        close(weights, others)
+
+
+def test_a_token_that_a_recorded_step_appended_counts_for_the_next_mask(monkeypatch):
+    keys = torch.zeros(1, 1, 1023, 4)
+    layer = CompressedLayer.adopt(keys, keys)
+    count_appended(layer)
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+    assert layer.get_mask_sizes(1) == (2048, 0)
 
 
 def test_steps_that_are_recorded_elsewhere_are_traced(monkeypatch):
