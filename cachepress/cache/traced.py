@@ -71,16 +71,23 @@ _NUMBERS = count()
 _BY_NUMBER: WeakValueDictionary[int, Attending] = WeakValueDictionary()
 
 
-def number_of(layer: Attending) -> Tensor:
-    """Give a layer a number of its own, by which the operators find it.
+class Number:
+    """Holds the number of a layer, by which the operators find it.
 
-    A graph has a tensor as an input, and would be made for one number only. The tensor is one
-    that can be written to in every mode.
+    It is on the host and has slots, as Python's own numbers are: no part of what a cache stores.
+
+    Attributes:
+        tensor: a graph has it as an input, and would be made for one number only. It can be written
+            to in every mode.
     """
-    number = next(_NUMBERS)
-    _BY_NUMBER[number] = layer
-    with torch.inference_mode(False):
-        return torch.tensor(number, device="cpu")
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, layer: Attending) -> None:
+        number = next(_NUMBERS)
+        _BY_NUMBER[number] = layer
+        with torch.inference_mode(False):
+            self.tensor = torch.tensor(number, device="cpu")
 
 
 def layer_of(number: Tensor) -> Attending:
@@ -164,7 +171,7 @@ class TracedLayer(GrowingLayer):
 
     def be_numbered(self) -> None:
         """Get a number by which the operators of a graph find this layer."""
-        self._number, self._columns = number_of(self), _columns(self._seen)
+        self._number, self._columns = Number(self), _columns(self._seen)
 
     def _count(self, n: int) -> None:
         """Count ``n`` appended text columns."""
@@ -189,7 +196,7 @@ class TracedLayer(GrowingLayer):
         the number.
         """
         if self._is_traced:
-            return seen(self._number)  # pyright: ignore[reportReturnType]
+            return seen(self._number.tensor)  # pyright: ignore[reportReturnType]
         return self._seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -203,7 +210,7 @@ class TracedLayer(GrowingLayer):
     ) -> tuple[Tensor, Tensor]:
         """Append the pairs of a forward, and return handles by which attention finds the layer."""
         if self._is_traced and key_states.shape[2] == 1:
-            pass_on(Passed(self._number, key_states, value_states))
+            pass_on(Passed(self._number.tensor, key_states, value_states))
             handle = key_states.as_subclass(TracedHandle)
             return handle, handle
         return self._update(key_states, value_states)

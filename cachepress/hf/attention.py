@@ -143,7 +143,7 @@ def _attention(
     if isinstance(key, TracedHandle):
         mask = attention_mask if isinstance(attention_mask, Tensor) else None
         if _is_special(attention_mask, kwargs):
-            return _continued(module, query, attention_mask, base=base, **kwargs)
+            return _continued(module, query, key, attention_mask, base=base, **kwargs)
         passed, rule = take(), _rule(module, query, kwargs, base)
         assert passed is not None
         options = rule.scaling, rule.softcap, rule.sinks
@@ -153,17 +153,32 @@ def _attention(
 
 @untraced
 def _continued(
-    module: nn.Module, query: Tensor, attention_mask: object, *, base: str, **kwargs: object
+    module: nn.Module,
+    query: Tensor,
+    key: TracedHandle,
+    attention_mask: object,
+    *,
+    base: str,
+    **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
     """Append a token and compute attention between two graphs, as where nothing is traced."""
     passed = take()
-    assert passed is not None
+    if passed is None or passed.keys.data_ptr() != _address(key):
+        raise UnsupportedError(
+            "two threads decode at once in graphs that end at attention, and their tokens were "
+            "mixed up: leave out torch.compile, or masks of single heads and attention weights"
+        )
     layer = layer_of(passed.number)
     keys, values = layer.update(passed.keys, passed.values)
     # Within a graph the mask has more columns than there is text.
     if isinstance(attention_mask, Tensor):
         attention_mask = attention_mask[..., : layer.get_seq_length()]
     return _attention(module, query, keys, values, attention_mask, base=base, **kwargs)
+
+
+def _address(key: TracedHandle) -> int:
+    with torch._C.DisableTorchFunctionSubclass():
+        return key.data_ptr()
 
 
 @untraced

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from cachepress.cache.handle import RowsHandle, TracedHandle, blank
 from cachepress.cache.protocol import GrowingLayer
-from cachepress.cache.traced import Passed, number_of, pass_on
+from cachepress.cache.traced import Number, Passed, pass_on
 from cachepress.ops import AttentionRule
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionRule], Tensor]
@@ -54,7 +54,7 @@ class _StepLayer(GrowingLayer):
 
     def __init__(self, index: int, window: int, batch: int, seen: int, attend: Attend) -> None:
         self._index, self._batch, self._seen, self._attend = index, batch, seen, attend
-        self._number = number_of(self)
+        self._number = Number(self)
         self.is_sliding = window > 0
         self._held = min(seen, window - 1) if window else seen
 
@@ -73,7 +73,7 @@ class _StepLayer(GrowingLayer):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_dynamo_compiling():
-            pass_on(Passed(torch.as_tensor(self._number), key_states, value_states))
+            pass_on(Passed(self._number.tensor, key_states, value_states))
             handle = key_states.as_subclass(TracedHandle)
             return handle, handle
 

@@ -152,7 +152,7 @@ def test_a_mask_of_each_head_and_attention_weights_are_those_without_a_graph():
 def test_a_token_that_a_recorded_step_appended_counts_for_the_next_mask(monkeypatch):
     keys = torch.zeros(1, 1, 1023, 4)
     layer = CompressedLayer.adopt(keys, keys)
-    count_appended(layer)
+    count_appended([layer], [(layer,)])
     monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
     assert layer.get_mask_sizes(1) == (2048, 0)
 
