@@ -54,6 +54,13 @@ def inner_press(kind: type[WrapperPress], given: object) -> BasePress:
     )
 
 
+def check_needs_none(kind: type[WrapperPress]) -> None:
+    """Raise CachepressError if a wrapper cannot be made without an inner press."""
+    parameter = inspect.signature(kind).parameters.get("press")
+    if parameter is not None and parameter.default is inspect.Parameter.empty:
+        inner_press(kind, None)
+
+
 def spelling_of(given: object, name: str = "press") -> object:
     """Return the spelling of a press that is given by itself; what is no press stays as it is.
 

@@ -8,12 +8,11 @@ It never touches a cache or a model: ``cachepress.engine`` applies the scores to
 ``cachepress.hf`` finds in transformers what was declared.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, NoReturn, Self
 
 from torch import Tensor
 
@@ -186,6 +185,13 @@ class BasePress:
         """
         return self
 
+    def __enter__(self) -> NoReturn:
+        """Raise: a press acts on a model."""
+        raise CachepressError(f"got {self!r} without a model: write `with press(model):`")
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing: no block is entered without a model."""
+
     def __call__(
         self,
         model: "PreTrainedModel",
@@ -276,8 +282,10 @@ class WrapperPress(BasePress):
 
     def __new__(cls, *given: object, **named: object) -> Self:
         """Say what to write where an inner press is needed and none is given."""
-        if not given and "press" not in named and _is_required(cls, "press"):
-            cls._inner(None)
+        if not given and "press" not in named:
+            from cachepress.given import check_needs_none  # It knows wrappers.
+
+            check_needs_none(cls)
         return super().__new__(cls)
 
     def __getnewargs__(self) -> tuple[BasePress]:
@@ -355,11 +363,6 @@ class WrapperPress(BasePress):
     def with_ratio(self, ratio: float) -> Self:
         """Return the same wrapper around the inner press at another compression ratio."""
         return replace(self, press=self.press.with_ratio(ratio))
-
-
-def _is_required(kind: type[BasePress], option: str) -> bool:
-    parameter = inspect.signature(kind).parameters.get(option)
-    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def with_inner(press: BasePress) -> Iterator[BasePress]:

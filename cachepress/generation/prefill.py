@@ -1,6 +1,6 @@
 """Reads a prompt into a cache, in one forward or in chunks, and compresses it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from transformers.utils import logging
 from cachepress.cache.batch import note_text, text_of, trim
 from cachepress.cache.codec import Codec
 from cachepress.errors import CachepressError, out_of_memory
+from cachepress.generation.ids import token_ids
 from cachepress.given import press_of
 from cachepress.hf import (
     PressSession,
@@ -33,7 +34,7 @@ MODES = ("exact", "online")
 
 def prefill(
     model: PreTrainedModel,
-    input_ids: Tensor,
+    input_ids: Tensor | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, object],
     press: BasePress | str | None = None,
     cache: Cache | None = None,
     *,
@@ -51,7 +52,8 @@ def prefill(
 
     Args:
         model: a transformers decoder model.
-        input_ids: ``[B, T]``.
+        input_ids: ``[B, T]``, as a tensor or lists, or what a tokenizer returned, of which the
+            attention mask counts, too.
         press: the press, or its spelling, such as "snapkv(0.5)"; None keeps every pair.
         cache: a cache that is continued; None for a new one.
         attention_mask: ``[B, T]``, 0 for padding, or ``[B, seen + T]`` after what the cache holds.
@@ -79,16 +81,14 @@ def prefill(
     """
     press = press_of(press)
     check_prefill(press, chunk_size, mode, storage, offload)
-    _check_ids(input_ids)
+    input_ids, attention_mask = token_ids(input_ids, attention_mask)
+    _check_ids(input_ids, cache)
     decoder = text_decoder(model)
     cache = DynamicCache(config=decoder.config) if cache is None else cache
     name = cache_argument(decoder)
     ids = input_ids.to(model.device)
     seen, n = cache.get_seq_length(), ids.shape[1]
-    mask = None if attention_mask is None else attention_mask.to(model.device)
-    # A mask of the prompt alone means that all text before it is visible.
-    if mask is not None and mask.shape[1] == n < seen + n:
-        mask = torch.cat([mask.new_ones(mask.shape[0], seen), mask], dim=1)
+    mask = None if attention_mask is None else _whole(attention_mask.to(model.device), seen, n)
     positions = _positions(mask, shift_before(cache, model, len(ids)), seen + n)
     chunk_size = n if chunk_size is None else chunk_size
     starts = range(0, n, chunk_size)
@@ -126,6 +126,13 @@ def prefill(
     note_text(cache, input_ids, seen)
     use_shift(cache, model)
     return cache
+
+
+def _whole(mask: Tensor, seen: int, n: int) -> Tensor:
+    """Extend a mask of the prompt alone, which means that all text before it is visible."""
+    if mask.shape[1] != n or not seen:
+        return mask
+    return torch.cat([mask.new_ones(mask.shape[0], seen), mask], dim=1)
 
 
 def _positions(mask: Tensor | None, shift: Tensor | None, length: int) -> Tensor | None:
@@ -221,7 +228,10 @@ def _memory_explained() -> Iterator[None]:
         raise out_of_memory(error) from error
 
 
-def _check_ids(input_ids: Tensor) -> None:
+def _check_ids(input_ids: Tensor, cache: object) -> None:
+    if cache is not None and not isinstance(cache, Cache):
+        got = f"the class {cache.__name__}" if isinstance(cache, type) else shown(cache)
+        raise CachepressError(f"cache: got {got}, wanted one of transformers: DynamicCache()")
     if input_ids.ndim != 2 or not input_ids.shape[1]:
         raise CachepressError(
             f"input_ids: got shape {tuple(input_ids.shape)}, wanted [B, T] with T > 0"

@@ -5,9 +5,11 @@ decides for each call whether a cache is compressed in it. What happens in one f
 ``cachepress.hf.forward``; which block acts in which thread is in ``cachepress.hf.blocks``.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import lru_cache
 from threading import RLock
 from types import TracebackType
 from typing import cast
@@ -43,6 +45,7 @@ from cachepress.hf.wiring import (
 from cachepress.measure import Stopwatch
 from cachepress.press import BasePress
 
+logger = logging.getLogger(__name__)
 _IDS: ContextVar[Tensor | None] = ContextVar("cachepress_ids", default=None)
 """Token ids that the whole model was given, whose decoder may be given embeddings of them."""
 _REACHED: ContextVar[list[bool] | None] = ContextVar("cachepress_reached", default=None)
@@ -92,7 +95,7 @@ class PressSession:
     ) -> None:
         if turns not in ("all", "first"):
             raise CachepressError(f'turns: got {turns!r}, wanted "all" or "first"')
-        press = prepared(press, model)
+        self._given, press = press, prepared(press, model)
         codec, asked = codec_of(press, storage), _question(press, question)
         self._setup = Setup(
             press=press,
@@ -120,6 +123,7 @@ class PressSession:
                     self._stand_around()
                 self._blocks.append(block)
                 enter(block)
+                self._say_who_acts(block)
             except BaseException:  # Also an interrupt, after which nothing may stay.
                 self._end(block)
                 raise
@@ -138,6 +142,14 @@ class PressSession:
             except BaseException:  # An interrupt comes once: what it left is done, and it goes on.
                 self._end(self._innermost() if block is None else block)
                 raise
+
+    def _say_who_acts(self, block: Block) -> None:
+        """Log where another press is open around this one, which does not act meanwhile."""
+        own = repr(self._given)
+        for outer in block.around:
+            session = outer.session if outer.decoder is block.decoder else None
+            if isinstance(session, PressSession) and (other := repr(session._given)) != own:
+                _tell(own, other)
 
     def _innermost(self) -> Block:
         """Find the block that is left: an own one, where several threads or tasks are in one."""
@@ -186,6 +198,15 @@ class PressSession:
         chunk = _chunk_of_generate(cache, given) if self.chunk is None else self.chunk
         ids = _ids_of(given, decoder)
         return PressedForward(self._setup, cache, given, ids, chunk).run(call.run)
+
+
+@lru_cache
+def _tell(inner: str, outer: str) -> None:
+    """Log, once for each two presses, that the inner one acts alone."""
+    logger.warning(
+        f"{inner} is entered inside the block of {outer} on the same model and acts alone: for "
+        f"both, one after the other, write ComposedPress([{outer}, {inner}])"
+    )
 
 
 def prepared(press: BasePress, model: PreTrainedModel) -> BasePress:

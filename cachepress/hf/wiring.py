@@ -26,6 +26,7 @@ from cachepress.hf.attention import Selection, deselect, select
 from cachepress.hf.blocks import unobserved
 from cachepress.hf.hooks import unhooked
 from cachepress.hf.steps import stand_around
+from cachepress.limits import shown
 from cachepress.ops import wait
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -49,6 +50,11 @@ def text_decoder(model: nn.Module) -> PreTrainedModel:
     Raises:
         UnsupportedError: if there is no such module, or more than one.
     """
+    if not isinstance(model, nn.Module):
+        has_one = isinstance(getattr(model, "model", None), PreTrainedModel)  # A pipeline has.
+        inside = ", such as its .model" if has_one else ""
+        got = f"the class {model.__name__}" if isinstance(model, type) else shown(model)
+        raise UnsupportedError(f"model: got {got}, wanted a transformers PreTrainedModel{inside}")
     path = _DECODERS.get(model)
     if path is None:
         path = _DECODERS[model] = _path_to_decoder(model)
@@ -89,6 +95,11 @@ def check_model(model: nn.Module) -> None:
     if not isinstance(inner, PreTrainedModel):
         inside = ", such as the one inside, ._orig_mod" if hasattr(inner, "_orig_mod") else ""
         raise UnsupportedError(f"got {name}, wanted a transformers PreTrainedModel{inside}")
+    if _has_no_weights(inner):
+        raise UnsupportedError(
+            f"{name} is on the meta device and has no weights: load it with from_pretrained, "
+            'outside of `with torch.device("meta")`'
+        )
     if inner.config.is_encoder_decoder:
         raise UnsupportedError(f"{name} is an encoder-decoder model: wanted a decoder-only model")
     decoder = text_decoder(inner)
@@ -99,6 +110,12 @@ def check_model(model: nn.Module) -> None:
         )
     if not any(full_attention(decoder.config)):
         raise UnsupportedError(f"{name} has no full-attention layer: {_why_not(decoder.config)}")
+
+
+def _has_no_weights(model: nn.Module) -> bool:
+    """Tell whether all weights are on the meta device, and no hook brings them from elsewhere."""
+    empty = all(x.is_meta and type(x.data) is Tensor for x in model.parameters())
+    return empty and not any("_hf_hook" in vars(m) for m in model.modules())
 
 
 def _why_not(config: PretrainedConfig) -> str:

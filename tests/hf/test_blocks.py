@@ -370,3 +370,32 @@ def test_a_checkpointed_forward_is_compressed_again_in_the_backward():
         thread.start()
         thread.join()
     assert lengths == [30, 30]
+
+
+def test_a_press_without_a_model_says_what_to_write():
+    said = r"got KnormPress\(compression_ratio=0.5\) without a model: write `with press\(model\):`"
+    with pytest.raises(cp.CachepressError, match=said), cp.KnormPress(0.5):
+        pytest.fail("entered")
+
+
+def test_another_press_inside_a_block_names_what_composes_them_once(caplog):
+    model, outer, inner = tiny(), cp.KnormPress(0.5), cp.RandomPress(0.25, seed=7)
+    with outer(model):
+        with outer(model):
+            assert caplog.text == ""
+        for _ in range(2):
+            with inner(model):
+                cache = DynamicCache()
+                model(tokens(20), past_key_values=cache)
+    with inner(model), outer(tiny()):
+        pass
+    (record,) = caplog.records
+    assert f"{inner!r} is entered inside the block of {outer!r}" in record.getMessage()
+    assert f"write ComposedPress([{outer!r}, {inner!r}])" in record.getMessage()
+    assert {int(n) for layer in compressed_layers(cache) for n in layer.lengths.flatten()} == {15}
+
+
+@pytest.mark.parametrize(("given", "got"), [("gpt2", "'gpt2'"), (dict, "the class dict")])
+def test_what_is_no_model_is_refused(given, got):
+    with pytest.raises(cp.UnsupportedError, match=f"got {got}, wanted a transformers PreTrained"):
+        cp.prefill(given, tokens(5))

@@ -262,8 +262,12 @@ def test_a_text_without_a_picture_is_compressed_too():
     assert [len(head) for layer in kept(cache) for head in layer[0]] == [23] * 4
 
 
-def test_a_model_on_no_device_is_not_tried_out():
-    with PRESS(tiny().to("meta")):
+def test_a_model_without_weights_is_refused_unless_hooks_bring_them():
+    model = tiny().to("meta")
+    with pytest.raises(cp.UnsupportedError, match="is on the meta device and has no weights"):
+        PRESS(model)
+    model.lm_head._hf_hook = object()
+    with PRESS(model):
         pass
 
 
