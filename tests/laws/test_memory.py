@@ -133,7 +133,7 @@ class Store:
         tail, (b, _, t, _) = TailRows(pairs.keys, pairs.values), pairs.keys.shape
         self.snapshot, self.kept = Snapshot((), tail, t, b, None), 0
 
-    def pair_bytes(self, pairs, compaction, token_state):
+    def pair_bytes(self, pairs, compaction, token_state, pair_bias):
         return PairBytes(0, 0)
 
     def restore(self):
