@@ -17,6 +17,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import transformers
 
 from cachepress.evaluation import executors
+from cachepress.hf import recording, steps
 from tests.bounds import no_close_answers
 from tests.exact import doubled
 from tests.tiny import tiny, tokenizer, words
@@ -34,6 +35,21 @@ def clear_answers():
     """No token of an answer of a float64 model hangs on rounding."""
     with no_close_answers():
         yield
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """The steps that were replayed, while they are recorded on this processor."""
+    found, real = [], recording.Recording.step
+
+    def step(self, asked):
+        found.append(len(asked.ids))
+        return real(self, asked)
+
+    monkeypatch.setattr(recording.Recording, "step", step)
+    monkeypatch.setattr(steps, "records_on", lambda device: True)
+    monkeypatch.setattr(steps, "_LATEST", type(steps._LATEST)())
+    return found
 
 
 @pytest.fixture

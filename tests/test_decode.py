@@ -9,7 +9,6 @@ from cachepress.generation import decode as loop
 from cachepress.hf import cache_argument
 from tests.bounds import close
 from tests.exact import doubled
-from tests.hf.test_steps import replays as replays
 from tests.pictures import qwen2_vl
 from tests.tiny import ARCHITECTURES, exact_tiny, tokens
 from tests.tiny_cache import forward, kept

@@ -337,7 +337,7 @@ def test_arguments_of_the_peer_are_ours_by_another_name():
         with pytest.raises(cp.CachepressError, match="got both .* which are one option"):
             kind(**twice)
     for kind in (cp.DecodingPress, cp.CAMPress, cp.CompressionRatioDecodingPress):
-        with pytest.raises(cp.CachepressError, match="wraps a press: got None"):
+        with pytest.raises(cp.CachepressError, match="wraps a press: got none"):
             kind()
 
 

@@ -20,8 +20,8 @@ from cachepress.cache.bytes import allocated_bytes
 from cachepress.cache.host import HostSegment
 from cachepress.cache.joined import form_of, join
 from cachepress.cache.offloading import OffloadedHybridLayer, OffloadedLayer
+from cachepress.cache.stepping import can_step
 from cachepress.hf import cache_argument
-from cachepress.hf.steps import _is_compressed
 from tests.bounds import close
 from tests.tiny import exact_tiny, tokenizer, tokens, words
 from tests.tiny_cache import allocated, forward, kept
@@ -342,8 +342,8 @@ def test_an_offloaded_cache_stays_so_and_another_becomes_one(moves):
 
 
 def test_its_steps_are_not_recorded():
-    assert not _is_compressed(read(KNORM), 1)
-    assert _is_compressed(read(KNORM, offload=False), 1)
+    assert not can_step(read(KNORM).layers, 1, frozenset())
+    assert can_step(read(KNORM, offload=False).layers, 1, frozenset())
 
 
 def test_gradients_go_through_what_is_decoded_and_not_through_what_is_offloaded():
