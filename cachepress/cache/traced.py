@@ -95,9 +95,11 @@ def layer_of(number: Tensor) -> Attending:
     return _BY_NUMBER[int(number)]
 
 
-def pass_on(passed: Passed) -> None:
-    """Pass something on to the attention function that is traced next."""
-    _PASSING.passed = passed
+def pass_on(number: Number, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Pass a token on to the attention function that is traced next, and return its handles."""
+    _PASSING.passed = Passed(number.tensor, keys, values)
+    handle = keys.as_subclass(TracedHandle)
+    return handle, handle
 
 
 def take() -> Passed | None:
@@ -137,16 +139,7 @@ def attend_token(
 
 
 @attend_token.register_fake
-def _(
-    number: Tensor,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _(number: Tensor, query: Tensor, keys: Tensor, values: Tensor, *options: object) -> Tensor:
     b, hq, n, _ = query.shape
     return query.new_empty(b, n, hq, values.shape[-1])
 
@@ -210,9 +203,7 @@ class TracedLayer(GrowingLayer):
     ) -> tuple[Tensor, Tensor]:
         """Append the pairs of a forward, and return handles by which attention finds the layer."""
         if self._is_traced and key_states.shape[2] == 1:
-            pass_on(Passed(self._number.tensor, key_states, value_states))
-            handle = key_states.as_subclass(TracedHandle)
-            return handle, handle
+            return pass_on(self._number, key_states, value_states)
         return self._update(key_states, value_states)
 
     def attend_token(

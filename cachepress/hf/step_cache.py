@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from cachepress.cache.handle import RowsHandle, TracedHandle, blank
+from cachepress.cache.handle import RowsHandle, blank
 from cachepress.cache.protocol import GrowingLayer
-from cachepress.cache.traced import Number, Passed, pass_on
+from cachepress.cache.traced import Number, pass_on
 from cachepress.ops import AttentionRule
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionRule], Tensor]
@@ -73,9 +73,7 @@ class _StepLayer(GrowingLayer):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_dynamo_compiling():
-            pass_on(Passed(self._number.tensor, key_states, value_states))
-            handle = key_states.as_subclass(TracedHandle)
-            return handle, handle
+            return pass_on(self._number, key_states, value_states)
 
         def read(query: Tensor, rule: AttentionRule) -> Tensor:
             return self._attend(self._index, query, key_states, value_states, rule)
