@@ -1,13 +1,17 @@
 """Small helpers of the tests: run a forward, read a cache."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+import cachepress as cp
 from cachepress.cache.batch import compressed_layers
 from cachepress.hf import cache_argument
 from cachepress.presses import BasePress
+from tests.bounds import close
 
 
 def forward(model: PreTrainedModel, cache: Cache | None = None, **inputs: object) -> object:
@@ -32,6 +36,19 @@ def kept(cache: Cache) -> list[list[list[list[int]]]]:
         [[[p for p in head if p >= 0] for head in row] for row in store.positions.tolist()]
         for store in compressed_layers(cache)
     ]
+
+
+def go_on(model: PreTrainedModel, cache: Cache, ids: Tensor) -> list[Tensor]:
+    """Logits of each of the tokens ``[B, n]``, decoded one after the other."""
+    return [forward(model, cache, input_ids=token).logits for token in ids.split(1, dim=1)]
+
+
+def goes_on_as(model: PreTrainedModel, cache: Cache, each: Sequence[Cache], ids: Tensor) -> None:
+    """The sequences of a cache go on as caches of one do, which stay as they are."""
+    wanted = [go_on(model, cp.fork(one), text[None]) for one, text in zip(each, ids, strict=True)]
+    for step, logits in enumerate(go_on(model, cache, ids)):
+        for row, own in zip(logits, wanted, strict=True):
+            close(row, own[step][0])
 
 
 def allocated(store: object) -> int:

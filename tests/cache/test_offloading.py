@@ -24,7 +24,7 @@ from cachepress.cache.stepping import can_step
 from cachepress.hf import cache_argument
 from tests.bounds import close
 from tests.tiny import exact_tiny, tokenizer, tokens, words
-from tests.tiny_cache import allocated, forward, kept
+from tests.tiny_cache import allocated, forward, go_on, goes_on_as, kept
 
 MODEL = exact_tiny()
 KNORM = cp.KnormPress(0.5)
@@ -58,15 +58,11 @@ def read(press, offload=True, seed=0, n=80, **options):
     return cp.prefill(MODEL, tokens(n, seed=seed), press, offload=offload, **options)
 
 
-def go_on(cache, ids, model=MODEL):
-    return [forward(model, cache, input_ids=token).logits for token in ids.split(1, dim=1)]
-
-
 def same(ours, wanted, ids, model=MODEL):
     """Both caches hold the same, and go on in the same way."""
     assert all(isinstance(layer, OffloadedLayer) for layer in compressed_layers(ours))
     assert not any(isinstance(layer, OffloadedLayer) for layer in compressed_layers(wanted))
-    for a, b in zip(go_on(ours, ids, model), go_on(wanted, ids, model), strict=True):
+    for a, b in zip(go_on(model, ours, ids), go_on(model, wanted, ids), strict=True):
         close(a, b)
     assert kept(ours) == kept(wanted)
 
@@ -153,7 +149,7 @@ def test_a_layer_with_a_recurrent_state_is_offloaded(moves):
     layers = compressed_layers(ours)
     assert [type(layer) for layer in layers] == [OffloadedHybridLayer] * 2
     ids = tokens(4, seed=1)
-    for a, b in zip(go_on(ours, ids, model), go_on(wanted, ids, model), strict=True):
+    for a, b in zip(go_on(model, ours, ids), go_on(model, wanted, ids), strict=True):
         torch.testing.assert_close(a, b)
     assert kept(cp.fork(ours)) == kept(wanted)
 
@@ -164,7 +160,7 @@ def test_while_decoding_what_is_compressed_goes_to_the_host(moves):
         press = cp.DecodingPress(cp.SnapKVPress(window_size=6), 8, 20)
         cache = cp.prefill(MODEL, tokens(40), press, offload=offload)
         with press(MODEL):
-            both.append((cache, go_on(cache, tokens(20, seed=3))))
+            both.append((cache, go_on(MODEL, cache, tokens(20, seed=3))))
     for a, b in zip(both[0][1], both[1][1], strict=True):
         close(a, b)
     for layer in compressed_layers(both[0][0]):
@@ -176,8 +172,8 @@ def test_while_decoding_what_is_compressed_goes_to_the_host(moves):
 @by_press
 def test_copies_share_what_is_on_the_host_and_go_on_apart(press, moves):
     ours, wanted = read(press), read(press, offload=False)
-    go_on(ours, tokens(70, seed=2))
-    go_on(wanted, tokens(70, seed=2))
+    go_on(MODEL, ours, tokens(70, seed=2))
+    go_on(MODEL, wanted, tokens(70, seed=2))
     copies = [(cp.fork(ours), cp.fork(wanted)), (copy.deepcopy(ours), copy.deepcopy(wanted))]
     for layer, copied in zip(compressed_layers(ours), compressed_layers(copies[0][0]), strict=True):
         for segment in vars(copied)["_segments"]:
@@ -197,7 +193,7 @@ def test_copies_share_what_is_on_the_host_and_go_on_apart(press, moves):
 def test_sequences_of_a_batch_change_places_on_the_host(press, moves):
     both = [cp.prefill(MODEL, tokens(50, batch=3), press, offload=x) for x in (True, False)]
     for cache in both:
-        go_on(cache, tokens(2, batch=3))
+        go_on(MODEL, cache, tokens(2, batch=3))
         cache.reorder_cache(torch.tensor([2, 0, 0, 1]))
     is_on_host(both[0], moves)
     same(*both, tokens(3, batch=4, seed=4))
@@ -217,7 +213,7 @@ def test_a_cropped_cache_goes_on(press):
 def test_it_is_saved_and_loaded_where_it_is_asked_for(press, tmp_path, moves):
     ours, wanted = read(press), read(press, offload=False)
     for cache in (ours, wanted):
-        go_on(cache, tokens(40, seed=2))
+        go_on(MODEL, cache, tokens(40, seed=2))
     cp.save_cache(ours, tmp_path / "c", MODEL)
     cp.save_cache(wanted, tmp_path / "d", MODEL)
     again = cp.load_cache(tmp_path / "d", MODEL, offload=True)
@@ -233,20 +229,14 @@ def test_joined_caches_go_on_as_each_by_itself(press, moves):
     caches = [read(press, seed=seed) for seed in (1, 2)]
     ids, joined = tokens(5, batch=4, seed=3), join([caches], 2)
     is_on_host(joined, moves)
-    for step, logits in enumerate(go_on(joined, ids)):
-        for i, row in enumerate(logits):
-            own = go_on(cp.fork(caches[i % 2]), ids[i : i + 1, : step + 1])[-1]
-            close(row, own[0])
+    goes_on_as(MODEL, joined, caches * 2, ids)
 
 
 def test_groups_of_caches_are_offloaded_as_well():
     groups = [[read(PRESSES["uneven"], seed=1)], [read(KNORM, seed=seed) for seed in (2, 3)]]
     ids, joined = tokens(5, batch=6, seed=3), join(groups, 2)
     order = [groups[0][0]] * 2 + groups[1] * 2
-    wanted = [go_on(cp.fork(one), text[None]) for one, text in zip(order, ids, strict=True)]
-    for step, logits in enumerate(go_on(joined, ids)):
-        for row, own in zip(logits, wanted, strict=True):
-            close(row, own[step][0])
+    goes_on_as(MODEL, joined, order, ids)
     size = cp.size_of(joined)
     assert 0 < size.bytes_offloaded < size.bytes_after
 

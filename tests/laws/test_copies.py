@@ -10,7 +10,7 @@ from cachepress.cache.batch import compressed_layers
 from cachepress.cache.joined import form_of, join
 from tests.bounds import close
 from tests.tiny import exact_tiny, tokens
-from tests.tiny_cache import forward, kept
+from tests.tiny_cache import forward, go_on, goes_on_as, kept
 
 MODEL = exact_tiny()
 KNORM = cp.KnormPress(0.5)
@@ -36,27 +36,22 @@ def read(press, seed=0, decoded=0):
     return cache
 
 
-def go_on(cache, ids):
-    """Logits of each of the tokens ``[B, n]``, decoded one after the other."""
-    return [forward(MODEL, cache, input_ids=token).logits for token in ids.split(1, dim=1)]
-
-
 @by_press
 @pytest.mark.parametrize("decoded", [0, 3, 70])
 def test_forks_go_on_apart_and_leave_the_cache_as_it_was(press, decoded):
     cache, ids = read(press, decoded=decoded), tokens(6, batch=3, seed=5)
     before, many = kept(cache), cp.fork(cache, 3)
-    ours = go_on(many, ids)
+    ours = go_on(MODEL, many, ids)
     assert kept(cache) == before
     alone = [cp.fork(cache) for _ in ids]
-    wanted = [go_on(one, text[None]) for one, text in zip(alone, ids, strict=True)]
+    wanted = [go_on(MODEL, one, text[None]) for one, text in zip(alone, ids, strict=True)]
     for step, logits in enumerate(ours):
         for row, own in zip(logits, wanted, strict=True):
             close(row, own[step][0])
     many.reorder_cache(torch.tensor([2, 0]))
-    again = go_on(many, tokens(2, batch=2, seed=8))
+    again = go_on(MODEL, many, tokens(2, batch=2, seed=8))
     for row, i in enumerate((2, 0)):
-        own = go_on(alone[i], tokens(2, batch=2, seed=8)[row : row + 1])
+        own = go_on(MODEL, alone[i], tokens(2, batch=2, seed=8)[row : row + 1])
         for step in range(2):
             close(again[step][row], own[step][0])
 
@@ -72,7 +67,9 @@ def test_a_cropped_cache_forgets_what_came_last(press):
     forward(MODEL, plain, input_ids=ids[:, :3])
     assert cache.get_seq_length() == plain.get_seq_length() == 83
     assert kept(cache) == kept(plain)
-    for ours, wanted in zip(go_on(cache, ids[:, 5:8]), go_on(plain, ids[:, 5:8]), strict=True):
+    for ours, wanted in zip(
+        go_on(MODEL, cache, ids[:, 5:8]), go_on(MODEL, plain, ids[:, 5:8]), strict=True
+    ):
         close(ours, wanted)
 
 
@@ -83,20 +80,14 @@ def test_joined_caches_go_on_as_each_by_itself(press):
     ids, joined = tokens(5, batch=4, seed=3), join([caches], 2)
     for layer, *own in zip(kept(joined), *map(kept, caches), strict=True):
         assert layer == [own[i % 2][0] for i in range(4)]
-    for step, logits in enumerate(go_on(joined, ids)):
-        for i, row in enumerate(logits):
-            own = go_on(cp.fork(caches[i % 2]), ids[i : i + 1, : step + 1])[-1]
-            close(row, own[0])
+    goes_on_as(MODEL, joined, caches * 2, ids)
 
 
 def test_groups_of_uneven_heads_go_on_as_each_by_itself():
     groups = [[read(PRESSES["uneven"], 1)], [read(PRESSES["even"], seed) for seed in (2, 3)]]
     ids, joined = tokens(5, batch=6, seed=3), join(groups, 2)
     order = [groups[0][0]] * 2 + groups[1] * 2
-    wanted = [go_on(cp.fork(one), text[None]) for one, text in zip(order, ids, strict=True)]
-    for step, logits in enumerate(go_on(joined, ids)):
-        for row, own in zip(logits, wanted, strict=True):
-            close(row, own[step][0])
+    goes_on_as(MODEL, joined, order, ids)
 
 
 @by_press
@@ -108,7 +99,7 @@ def test_a_saved_cache_goes_on_as_the_cache_does(press, tmp_path):
     for ours, wanted in zip(compressed_layers(loaded), compressed_layers(cache), strict=True):
         assert torch.equal(ours.keys, wanted.keys) and torch.equal(ours.values, wanted.values)
     ids = tokens(3, seed=5)
-    for ours, wanted in zip(go_on(loaded, ids), go_on(cache, ids), strict=True):
+    for ours, wanted in zip(go_on(MODEL, loaded, ids), go_on(MODEL, cache, ids), strict=True):
         close(ours, wanted)
 
 
@@ -133,13 +124,13 @@ def test_what_was_observed_of_decoded_tokens_stays_with_their_text(scorer):
     with press(MODEL):
         alone = [read(text[None]) for text in texts]
         for cache, ids in zip(alone, said, strict=True):
-            go_on(cache, ids[None])
+            go_on(MODEL, cache, ids[None])
         both = read(texts)
-        go_on(both, said[:, :5])
+        go_on(MODEL, both, said[:, :5])
         copied = cp.fork(both)
-        go_on(copied, said[:, 5:7].flip(0))
+        go_on(MODEL, copied, said[:, 5:7].flip(0))
         both.reorder_cache(torch.tensor([1, 0]))
-        go_on(both, said[:, 5:].flip(0))
+        go_on(MODEL, both, said[:, 5:].flip(0))
     assert compressed_layers(both)[0].lengths.tolist() == [[20, 20]] * 2
     assert compressed_layers(copied)[0].lengths.tolist() == [[27, 27]] * 2
     for layer, *own in zip(kept(both), *map(kept, alone), strict=True):
