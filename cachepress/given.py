@@ -7,7 +7,7 @@ the rest in the same words.
 import inspect
 
 from cachepress.errors import CachepressError
-from cachepress.limits import shown
+from cachepress.limits import described
 from cachepress.press import BasePress, WrapperPress
 
 _RATIO = "compression_ratio=0.5"
@@ -91,6 +91,4 @@ def _is_press_class(given: object) -> bool:
 
 
 def _described(given: object) -> str:
-    if given is None:
-        return "none"
-    return f"the class {given.__name__}" if isinstance(given, type) else shown(given)
+    return "none" if given is None else described(given)

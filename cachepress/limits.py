@@ -55,6 +55,11 @@ def shown(value: object, most: int = LONGEST_SHOWN) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def described(value: object) -> str:
+    """Show a wrong argument in an error message, a class by its name."""
+    return f"the class {value.__name__}" if isinstance(value, type) else shown(value)
+
+
 def said(what: object, most: int | None = None) -> str:
     """Put an error's message or a text into one line, and cut it to a length if there is one."""
     text = " ".join(str(what).split())

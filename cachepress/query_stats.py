@@ -160,9 +160,11 @@ class QueryStats:
 
     def _add_queries(self, query: Tensor, counted: Tensor, most: int, padded: bool) -> None:
         # Of a chunk no more is joined than can stay.
-        new, voters = _newest(query, counted, most, padded)
-        queries, voters = _joined(self._queries, new, 3), _joined(self._voters, voters, 1)
-        self._queries, self._voters = _newest(queries, voters, most, padded)
+        queries, voters = _newest(query, counted, most, padded)
+        if self._queries is not None:
+            queries, voters = _joined(self._queries, queries, 3), _joined(self._voters, voters, 1)
+            queries, voters = _newest(queries, voters, most, padded)
+        self._queries, self._voters = queries, voters
 
     def _add_attention(self, query: Tensor, counted: Tensor, call: AttentionCall) -> None:
         keys = call.pairs.keys.detach()

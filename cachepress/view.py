@@ -204,7 +204,7 @@ def _common(values: Sequence[T | None], refusal: str) -> T | None:
     return given[0] if given else None
 
 
-_NUMBERS = ("positions", "index", "rope", "valid", "token_state", "pair_bias", "hidden_feature")
+NUMBERS = ("positions", "index", "rope", "valid", "token_state", "pair_bias", "hidden_feature")
 _ATTENTION = ("attention_sums", "attention_counts")
 """Fields of a view with a number for each token of each head."""
 
@@ -310,7 +310,7 @@ class LayerView:
         columns = {}
         for name in ("keys", "values"):
             columns[name] = getattr(self, name)[:, :, tokens]
-        for name in (*_NUMBERS, *_ATTENTION):
+        for name in (*NUMBERS, *_ATTENTION):
             column = getattr(self, name)
             columns[name] = None if column is None else column[..., tokens]
         if self.queries is not None and self.voters is not None:
@@ -338,7 +338,7 @@ class LayerView:
         columns: dict[str, Tensor | None] = {"queries": None, "voters": None}
         for name in ("keys", "values"):
             columns[name] = gather(getattr(self, name), order)
-        for name in _NUMBERS:
+        for name in NUMBERS:
             column = getattr(self, name)
             columns[name] = None if column is None else column.gather(-1, order)
         return replace(self, **columns, **dict.fromkeys(_ATTENTION))

@@ -28,7 +28,7 @@ from cachepress.files import expanded, replacing
 from cachepress.hf.types import PreTrainedModel
 from cachepress.hf.wiring import text_decoder
 from cachepress.limits import shown
-from cachepress.models.builtin import BUILTIN_MODELS, cache_home
+from cachepress.models.builtin import BUILTIN_MODELS, cache_home, learned_home
 from cachepress.models.loading import groups_of, hub_answers
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def _kept_at(kind: str, name: str) -> Path:
         # Folders of different models often have the same last part.
         digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
         name = f"{folder.resolve().name}-{digest[:8]}"
-    return cache_home() / "learned" / name.replace("/", "--") / f"{kind}.safetensors"
+    return learned_home() / name.replace("/", "--") / f"{kind}.safetensors"
 
 
 def model_name(model: PreTrainedModel) -> str:

@@ -110,7 +110,7 @@ class JoinedLayer(CompressedLayer):
         each = zip(self.groups, keys.split(sizes), values.split(sizes), strict=True)
         for group, new_keys, new_values in each:
             group._append(new_keys, new_values)
-        self._seen += keys.shape[2]
+        self._count(keys.shape[2])
 
 
 def form_of(cache: Cache) -> tuple[object, ...] | None:

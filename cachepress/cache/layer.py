@@ -52,8 +52,6 @@ class CompressedLayer(TracedLayer):
         text_ids: ``[1, n]`` token ids that texts begin with, on the host; None if not known.
     """
 
-    _traceable = True
-
     def __init__(self) -> None:
         self._segments: tuple[Segment, ...] = ()
         self._tail: Tail | None = None

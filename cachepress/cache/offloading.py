@@ -218,12 +218,15 @@ def offloaded(layer: CompressedLayer) -> CompressedLayer:
 
 def link(layers: Iterable[object]) -> None:
     """Let the segments of offloaded layers be prefetched in this order."""
-    flat = [one for layer in layers for one in getattr(layer, "groups", (layer,))]
-    for layer, after in pairwise(x for x in flat if isinstance(x, OffloadedLayer)):
+    for layer, after in pairwise(x for one in layers for x in _offloaded_in(one)):
         layer.link(after)
 
 
 def host_tensors(layer: object) -> list[Tensor]:
     """List the tensors of a cache layer that are offloaded to host memory."""
-    groups = getattr(layer, "groups", (layer,))
-    return [x for one in groups if isinstance(one, OffloadedLayer) for x in one.host_tensors()]
+    return [x for one in _offloaded_in(layer) for x in one.host_tensors()]
+
+
+def _offloaded_in(layer: object) -> list["OffloadedLayer"]:
+    """List the offloaded layers that a cache layer consists of."""
+    return [x for x in getattr(layer, "groups", (layer,)) if isinstance(x, OffloadedLayer)]

@@ -25,10 +25,6 @@ class GrowingLayer(CacheLayerMixin):
         """Sequences held; -1 before the first forward."""
         raise NotImplementedError
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return length and offset of the attention mask: the whole text and the new tokens."""
-        return self.get_seq_length() + int(query_length), 0
-
     def get_max_length(self) -> int:
         """Return -1: there is no maximum."""
         return -1

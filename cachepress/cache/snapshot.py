@@ -1,7 +1,8 @@
 """Snapshot of a compressed layer: what it holds at one moment, and attention over that."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from weakref import ref
 
 import torch
@@ -103,32 +104,14 @@ class Snapshot:
         parts = [self._expanded(part) for part in parts]
         if len(parts) == 1:
             return parts[0]
-        rope = None
-        if any(part.rope is not None for part in parts):
-            columns = [part.text_positions().new_full(part.keys.shape[:3], -1) for part in parts]
-            ropes = [c if p.rope is None else p.rope for p, c in zip(parts, columns, strict=True)]
-            rope = torch.cat(ropes, dim=2)
-        token_state = None
-        if any(part.token_state is not None for part in parts):
-            nothing = [part.keys.new_full(part.keys.shape[:3], float("nan")) for part in parts]
-            left = [
-                n if p.token_state is None else p.token_state
-                for p, n in zip(parts, nothing, strict=True)
-            ]
-            token_state = torch.cat([wide(x) for x in left], dim=2)
-        bias = None
-        if any(part.bias is not None for part in parts):
-            zeros = [wide(part.keys.new_zeros(part.keys.shape[:3])) for part in parts]
-            bias = [z if p.bias is None else p.bias for p, z in zip(parts, zeros, strict=True)]
-            bias = torch.cat(bias, dim=2)
         return Pairs(
             keys=torch.cat([part.keys for part in parts], dim=2),
             values=torch.cat([part.values for part in parts], dim=2),
             positions=torch.cat([part.text_positions() for part in parts], dim=2),
             full=all(part.full for part in parts),
-            rope=rope,
-            token_state=token_state,
-            bias=bias,
+            rope=_column(parts, "rope", lambda x: torch.full_like(x.text_positions(), -1)),
+            token_state=_column(parts, "token_state", partial(_numbers, number=float("nan"))),
+            bias=_column(parts, "bias", partial(_numbers, number=0.0)),
         )
 
     def attend(self, query: Tensor, mask: TextMask, rule: AttentionRule) -> Tensor:
@@ -219,3 +202,17 @@ class Snapshot:
         if x.shape[0] == 1:
             return x.expand(self.batch, *x.shape[1:])
         return x.repeat(self.batch // x.shape[0], *[1] * (x.ndim - 1))
+
+
+def _column(parts: list[Pairs], name: str, nothing: Callable[[Pairs], Tensor]) -> Tensor | None:
+    """Join a column that some parts have, with what stands for it in the others."""
+    found = [getattr(part, name) for part in parts]
+    if all(x is None for x in found):
+        return None
+    each = zip(parts, found, strict=True)
+    return torch.cat([nothing(part) if x is None else x for part, x in each], dim=2)
+
+
+def _numbers(part: Pairs, number: float) -> Tensor:
+    """Make the same number for each pair, ``[B, H, T]``."""
+    return wide(part.keys.new_full(part.keys.shape[:3], number))

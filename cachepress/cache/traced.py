@@ -155,7 +155,7 @@ class TracedLayer(GrowingLayer):
     reads_whole: bool
     hook: "Hook | None"
     _seen: int
-    _traceable = False
+    _traceable = True
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Take the state of another layer, but for its number, as copies and pickles do."""

@@ -101,12 +101,12 @@ class Models(Command):
 
 
 def _remove_models() -> None:
-    from cachepress.models.builtin import BUILTIN_MODELS, cache_home, remove
+    from cachepress.models.builtin import BUILTIN_MODELS, learned_home, remove
 
     for name in BUILTIN_MODELS:
         freed = remove(name)
         say(f"{name}: {f'removed, {freed / 1e6:.0f} MB' if freed else 'nothing was there'}")
-    if (learned := cache_home() / "learned").is_dir():
+    if (learned := learned_home()).is_dir():
         say(f"what presses learned of models is still in {learned}")
 
 

@@ -192,11 +192,12 @@ def _decoded(
         logits = forwards.logits(text[:, q + i - 1 : q + i] if i else ids)
         # Where the cache was empty, its layers are made by the first forward.
         lot = lot if i else forwards.lot()
-        token = choose(text[:, : q + i], logits).masked_fill(lengths <= i, pad)
-        text[:, q + i] = token
+        token = choose(text[:, : q + i], logits)
         if ends:
-            ended = (token[:, None] == end_ids).any(-1) & (lengths > i)
-            lengths = lengths.masked_fill(ended, i + 1)
+            token = token.masked_fill(lengths <= i, pad)
+            ended = (token[:, None] == end_ids).any(-1)
+            lengths = torch.where(ended, lengths.clamp(max=i + 1), lengths)
+        text[:, q + i] = token
         if (i + 1) % lot and i + 1 < new:
             continue
         n = int(lengths.max()) if ends else new

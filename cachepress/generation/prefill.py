@@ -25,7 +25,7 @@ from cachepress.hf import (
     text_decoder,
     use_shift,
 )
-from cachepress.limits import MOST_TOKENS, check_whole, is_out_of_memory, shown
+from cachepress.limits import MOST_TOKENS, check_whole, described, is_out_of_memory, shown
 from cachepress.measure import Stopwatch
 from cachepress.press import BasePress
 
@@ -230,8 +230,8 @@ def _memory_explained() -> Iterator[None]:
 
 def _check_ids(input_ids: Tensor, cache: object) -> None:
     if cache is not None and not isinstance(cache, Cache):
-        got = f"the class {cache.__name__}" if isinstance(cache, type) else shown(cache)
-        raise CachepressError(f"cache: got {got}, wanted one of transformers: DynamicCache()")
+        wanted = "wanted one of transformers: DynamicCache()"
+        raise CachepressError(f"cache: got {described(cache)}, {wanted}")
     if input_ids.ndim != 2 or not input_ids.shape[1]:
         raise CachepressError(
             f"input_ids: got shape {tuple(input_ids.shape)}, wanted [B, T] with T > 0"

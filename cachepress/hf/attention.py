@@ -197,9 +197,8 @@ def _observed(
     The order makes compression exact: the forward that is compressed still attends to everything,
     and only later ones see fewer pairs. The hook acts once, for this forward only.
     """
-    function = _base_function(base, type(module))
     if isinstance(key, Watched):
-        own = partial(function, module, **kwargs)
+        own = partial(_base_function(base, type(module)), module, **kwargs)
         ours = partial(_observed, module, base=base, **kwargs)
         return key.watch(query, value, attention_mask, own, cast(Attend, ours))
     if isinstance(key, StepHandle):
@@ -216,6 +215,7 @@ def _observed(
         pairs, bias = _pairs(key, query), mask.given
         if pairs.positions is not None:
             bias = _mask_of_pairs(mask, key.snapshot, pairs, query)
+        function = _base_function(base, type(module))
         output = function(module, query, pairs.keys, pairs.values, bias, **kwargs)
     if hook is not None:
         place = hook.place.of(query)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import chain
 from types import MethodType
 from typing import NamedTuple, cast
 from weakref import WeakMethod, ref
@@ -145,9 +146,17 @@ class Recording:
             and asked.options == self._form.options
             and _columns(asked) == self._form.columns
             and make_room(asked.cache.layers)
-            and self._storage == [storage_of(part) for part in _parts(asked.cache)]
             and self.holds()
+            and self._finds(asked.cache)
         )
+
+    def _finds(self, cache: Cache) -> bool:
+        """Find the parts of a cache, and tell whether their pairs are where the tables say."""
+        self._parts = parts_of(cache.layers)
+        if self._storage == [storage_of(part) for part in chain(*self._parts)]:
+            return True
+        self._parts = []  # Nothing of the cache stays here.
+        return False
 
     def holds(self) -> bool:
         """Tell whether the model is still the one that was recorded."""
@@ -155,7 +164,8 @@ class Recording:
 
     def bind(self, cache: Cache) -> None:
         """Write down in the tables where the pairs of a cache are, which steps are for from now."""
-        parts = _parts(cache)
+        self._parts = parts_of(cache.layers)
+        parts = list(chain(*self._parts))
         found = [plan_of_part(part) for part in parts]
         if len({since for _, since in found}) > 1:
             for part in parts:
@@ -210,7 +220,7 @@ class Recording:
 
     def _write(self, asked: Asked) -> None:
         """Write the inputs of a step."""
-        self._parts, seen = parts_of(asked.cache.layers), self._seen
+        seen = self._seen
         self._ids.copy_(asked.ids)
         if asked.positions is None:
             self._positions.fill_(seen)
@@ -253,12 +263,13 @@ class Recording:
         self, index: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule
     ) -> Tensor:
         """Append a token of a layer, and attend, one part of the batch after the other."""
-        place, first, outputs = sum(map(len, self._form.layers[:index])), 0, []
+        first, outputs = 0, []
         for i, form in enumerate(self._form.layers[index]):
             some = slice(first, first + form.batch)
             token = _Token(query[some], keys[some], values[some], rule)
             if reads_tables(query):
-                outputs.append(self._launched(form, self._tables[place + i], some, token))
+                place = sum(map(len, self._form.layers[:index])) + i
+                outputs.append(self._launched(form, self._tables[place], some, token))
             else:
                 held = with_token(self._parts[index][i], token.keys, token.values)
                 mask = TextMask(self._given_mask, 1).of_sequences(some.start, some.stop)
@@ -296,11 +307,6 @@ class Recording:
 def reads_tables(query: Tensor) -> bool:
     """Tell whether a recorded step finds pairs by the tables: by what the host knows, otherwise."""
     return query.is_cuda
-
-
-def _parts(cache: Cache) -> list[CompressedLayer]:
-    """List the parts of all layers of a cache."""
-    return [part for parts in parts_of(cache.layers) for part in parts]
 
 
 def _method(call: Call, compiled: bool) -> Callable[[], Method]:

@@ -26,7 +26,7 @@ from cachepress.hf.attention import Selection, deselect, select
 from cachepress.hf.blocks import unobserved
 from cachepress.hf.hooks import unhooked
 from cachepress.hf.steps import stand_around
-from cachepress.limits import shown
+from cachepress.limits import described
 from cachepress.ops import wait
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -53,8 +53,8 @@ def text_decoder(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, nn.Module):
         has_one = isinstance(getattr(model, "model", None), PreTrainedModel)  # A pipeline has.
         inside = ", such as its .model" if has_one else ""
-        got = f"the class {model.__name__}" if isinstance(model, type) else shown(model)
-        raise UnsupportedError(f"model: got {got}, wanted a transformers PreTrainedModel{inside}")
+        wanted = f"wanted a transformers PreTrainedModel{inside}"
+        raise UnsupportedError(f"model: got {described(model)}, {wanted}")
     path = _DECODERS.get(model)
     if path is None:
         path = _DECODERS[model] = _path_to_decoder(model)

@@ -144,6 +144,11 @@ def cache_home() -> Path:
     return Path(user_cache_dir("cachepress"))
 
 
+def learned_home() -> Path:
+    """Return the folder of what presses learned of models."""
+    return cache_home() / "learned"
+
+
 def _locked(path: Path) -> AbstractContextManager[object]:
     from filelock import FileLock, Timeout
 

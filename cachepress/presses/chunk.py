@@ -11,7 +11,7 @@ from cachepress.ops import known_counts, wide_dtype
 from cachepress.press import WrapperPress
 from cachepress.presses._checks import check_by_layer
 from cachepress.ranks import choose
-from cachepress.view import EVERY, LayerView, Moments, Needs
+from cachepress.view import EVERY, NUMBERS, LayerView, Moments, Needs
 
 _BYTES = 1 << 24
 """Bytes of the chunks that are copied at once."""
@@ -120,21 +120,18 @@ class _Chunks:
         if moments is not None:
             both = moments.mean, moments.covariance
             moments = Moments(*(x.expand(n, *x.shape[1:]) for x in both))
+        columns = {name: _or_none(getattr(pairs, name), self.split) for name in NUMBERS}
+        own = replace(pairs, **columns)
         view = replace(
-            pairs,
+            own,
             keys=self.split(pairs.keys),
             values=self.split(pairs.values),
-            positions=self.split(pairs.positions),
-            index=self.split(pairs.index) - starts[:-1, None, None].to(pairs.index),
-            rope=self.split(pairs.rope),
-            valid=self.split(pairs.valid) & self.own,
+            index=own.index - starts[:-1, None, None].to(own.index),
+            valid=own.valid & self.own,
             n_seen=limits.diff(),
             n_kept=kept.diff(),
             next_position=pairs.next_position.expand(n),
             moments=moments,
-            token_state=_or_none(pairs.token_state, self.split),
-            pair_bias=_or_none(pairs.pair_bias, self.split),
-            hidden_feature=_or_none(pairs.hidden_feature, self.split),
             n_question=_or_none(pairs.n_question, lambda x: x.expand(n)),
             n_columns=self.length,
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 from cachepress.budgets import TopK
 from cachepress.checks import check_count
 from cachepress.errors import CachepressError
-from cachepress.ops import attention_column_peaks, attention_column_sums, wide, wide_dtype
+from cachepress.ops import attention_column_peaks, attention_column_sums, norms, wide, wide_dtype
 from cachepress.press import ScorerPress
 from cachepress.presses._reconstructing import reconstructed_or_state
 from cachepress.presses._scores import mean_of_token, nan_as_average
@@ -146,7 +146,7 @@ class KVComposePress(ScorerPress, alias="kvcompose"):
         """Score each pair for its own head, ``[B, H, T]``."""
         scores = nan_as_average(self.token_state(view), view.valid)
         if self.add_v_norm:
-            scores = scores * wide(view.values).norm(dim=-1)
+            scores = scores * norms(view.values)
         return scores + mean_of_token(scores, view) if self.add_mean_across_heads else scores
 
 

@@ -7,15 +7,13 @@ import torch
 from torch import Tensor
 
 from cachepress.budgets import check_fraction, floor_of
-from cachepress.ops import known_counts, most_similar, valid_last, wide
+from cachepress.ops import blocks, known_counts, most_similar, norms, valid_last, wide
 from cachepress.press import WrapperPress
 from cachepress.ranks import best
 from cachepress.view import LayerView
 
 _BLOCK = 1024
 """Evicted tokens whose values are blended at once."""
-_NUMBERS = 1 << 22
-"""Numbers of a head's blended values that are in memory at once, in full."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class MergingPress(WrapperPress, alias="merging"):
 
 def _blended(values: Tensor, cosine: Tensor, target: Tensor, some: Tensor) -> Tensor:
     """Blend the values ``[B, H, T, E]`` of ``some [B, H, T]`` into those of their ``target``."""
-    norm = torch.cat([x.norm(dim=-1) for x in map(wide, values.split(_BLOCK, dim=2))], dim=-1)
+    norm = norms(values)
     both = norm + norm.gather(-1, target)
     share = norm / both.clamp(min=torch.finfo(torch.float32).tiny)
     weight = torch.where(some, cosine * share, 0)
@@ -72,14 +70,14 @@ def _blended(values: Tensor, cosine: Tensor, target: Tensor, some: Tensor) -> Te
     rows, counts = valid_last(~some), known_counts(some.sum(-1), t)
     for (b, h), n in zip(product(*map(range, some.shape[:2])), counts, strict=True):
         # Some channels at a time, which bounds the memory of a long text.
-        for part in range(0, values.shape[3], width := max(1, _NUMBERS // t)):
-            own = values[b, h, :, part : part + width]
+        for part in blocks(values.shape[3], t):
+            own = values[b, h, :, part]
             sums = wide(own).clone()
             for row in rows[b, h, :n].split(_BLOCK):
                 # Where nothing is merged the weight is 0, but a value may not be finite.
                 lost = some[b, h, row].unsqueeze(-1)
                 added = (wide(own[row]) * weight[b, h, row].unsqueeze(-1)).masked_fill(~lost, 0)
                 sums.index_add_(0, target[b, h, row], added)
-            blended[b, h, :, part : part + width] = sums / total[b, h].unsqueeze(-1)
+            blended[b, h, :, part] = sums / total[b, h].unsqueeze(-1)
     # Merged once: a wrapper around this press finds nothing left to merge a second time.
     return blended.masked_fill_(some.unsqueeze(-1), 0)

@@ -86,16 +86,16 @@ class RKVPress(ScorerPress, alias="rkv"):
 
 def _total_cosines(keys: Tensor, valid: Tensor) -> Tensor:
     """Sum the cosines of each of ``keys [B, H, T, D]`` to all others, ``[B, H, T]``, in doubles."""
-    blocks = list(zip(keys.split(_BLOCK, dim=2), valid.split(_BLOCK, dim=2), strict=True))
     # The cosines of a key to all others sum to one product with the sum of all: no T x T.
     everything = torch.zeros_like(keys[:, :, 0], dtype=torch.double)
-    for block in blocks:
+    for block in zip(keys.split(_BLOCK, dim=2), valid.split(_BLOCK, dim=2), strict=True):
         everything += finite_directions(*block).double().sum(2)
-    totals = []
-    for block in blocks:
-        exact = finite_directions(*block).double()
-        totals.append((exact @ everything.unsqueeze(-1)).squeeze(-1) - exact.square().sum(-1))
-    return torch.cat(totals, dim=-1)
+
+    def total(keys: Tensor, valid: Tensor) -> Tensor:
+        exact = finite_directions(keys, valid).double()
+        return (exact @ everything.unsqueeze(-1)).squeeze(-1) - exact.square().sum(-1)
+
+    return by_token(total, keys, valid)
 
 
 def _group_logits(view: LayerView, queries: Tensor, free: Tensor) -> Tensor:

@@ -157,9 +157,10 @@ def plan(
     Raises:
         UnplannedError: if there are too many, or quantized ones of several forms.
     """
-    form = replace(_form(parts), window=max(part.window for part in parts))
+    form = _form(parts)
     groups = _groups(parts, shape, form, cores, appends)
-    form = replace(form, tile=_tile(max(group.rows for group in groups)))
+    tile, window = _tile(max(group.rows for group in groups)), max(part.window for part in parts)
+    form = replace(form, tile=tile, window=window)
     ordered = [part for group in groups for part in group.parts]
     if len(groups) > MOST_GROUPS or len(ordered) > MOST_PARTS:
         raise UnplannedError(f"{len(groups)} groups of {len(ordered)} parts")
