@@ -1,6 +1,7 @@
 """Small helpers of the tests: run a forward, read a cache."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -36,6 +37,16 @@ def kept(cache: Cache) -> list[list[list[list[int]]]]:
         [[[p for p in head if p >= 0] for head in row] for row in store.positions.tolist()]
         for store in compressed_layers(cache)
     ]
+
+
+@contextmanager
+def recorded_as(recorded: bool) -> Iterator[None]:
+    """Record decoded steps within the block, or do not; they are recorded after it."""
+    cp.configure(recorded=recorded)
+    try:
+        yield
+    finally:
+        cp.configure(recorded=True)
 
 
 def go_on(model: PreTrainedModel, cache: Cache, ids: Tensor) -> list[Tensor]:

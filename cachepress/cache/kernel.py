@@ -69,7 +69,12 @@ class Plans:
 
 def is_usable(query: Tensor) -> bool:
     """Tell whether the kernel can run for such queries."""
-    return query.is_cuda and _HAS_TRITON and query.dtype != torch.float64
+    return query.is_cuda and can_compute(query.dtype)
+
+
+def can_compute(dtype: torch.dtype) -> bool:
+    """Tell whether the kernel can be launched for numbers of a type."""
+    return _HAS_TRITON and dtype != torch.float64
 
 
 def attend(held: "Snapshot", query: Tensor, mask: TextMask, rule: AttentionRule) -> Tensor | None:
@@ -78,9 +83,7 @@ def attend(held: "Snapshot", query: Tensor, mask: TextMask, rule: AttentionRule)
     Returns:
         None where the kernel does not go: gradients, keys of some channels, pairs of several types.
     """
-    if held.records_gradients(query, rule) or any(
-        segment.key_channels is not None for segment in held.segments
-    ):
+    if held.records_gradients(query, rule):
         return None
     from cachepress.ops.paged_attention.triton import triton_attention
 
@@ -157,7 +160,12 @@ def spans_of(segment: Segment, pages: Tensor | None = None, lengths: Tensor | No
         pages: ``[X, pages]`` int32, those that are read, for each sequence of a batch and head;
             None for all.
         lengths: ``[X]`` int32, pairs in these pages.
+
+    Raises:
+        UnplannedError: if its keys are stored in some channels only.
     """
+    if segment.key_channels is not None:
+        raise UnplannedError("keys of some channels")
     layout, even = segment.layout, segment.layout.even
     uneven = pages is None and even is None
     return Spans(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
+from cachepress.cache.kernel import can_compute
 from cachepress.cache.layer import CompressedLayer
 from cachepress.cache.masks import TextMask
 from cachepress.cache.stepping import (
@@ -279,10 +280,12 @@ class Recording:
 
     def _launched(self, form: PartForm, table: Tensor, some: slice, token: _Token) -> Tensor:
         """Append a token of some sequences, and attend, where a table says that their pairs are."""
-        from cachepress.ops.paged_attention.triton import NewToken, triton_attention
-
+        if not can_compute(token.query.dtype):
+            raise UnrecordableError("the kernel needs Triton, and has no float64")
         if token.query.shape[1] != form.heads * form.queries:
             raise UnrecordableError("its layers differ in their number of attention heads")
+        from cachepress.ops.paged_attention.triton import NewToken, triton_attention
+
         return triton_attention(
             token.query,
             RecordedPlan(table, form.kernel, form.programs, form.partials, MOST_SPLITS),

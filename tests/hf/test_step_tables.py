@@ -9,10 +9,10 @@ import cachepress as cp
 from cachepress.cache.joined import join
 from cachepress.hf import recording
 from cachepress.ops.paged_attention import triton as launched
-from tests.bounds import near
+from tests.bounds import close, near
 from tests.hf.test_steps import PRESS, stepped
-from tests.tiny import tiny, tokens
-from tests.tiny_cache import forward
+from tests.tiny import exact_tiny, tiny, tokens
+from tests.tiny_cache import forward, recorded_as
 from tests.waiting import Waits
 
 LAYERS = 4
@@ -67,13 +67,12 @@ def test_padding_in_a_window_is_hidden(tables, replays):
         mask = torch.ones(2, 20, dtype=torch.long)
         mask[0, :9] = 0
         cache = cp.prefill(model, tokens(20, 2), PRESS, attention_mask=mask)
-        cp.configure(recorded=recorded)
-        for x in tokens(8, 2, seed=3).split(1, dim=1):
-            mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
-            at = (mask.cumsum(-1) - 1)[:, -1:]
-            given = {"input_ids": x, "attention_mask": mask, "position_ids": at}
-            found.append(forward(model, cache, **given).logits)
-        cp.configure(recorded=True)
+        with recorded_as(recorded):
+            for x in tokens(8, 2, seed=3).split(1, dim=1):
+                mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+                at = (mask.cumsum(-1) - 1)[:, -1:]
+                given = {"input_ids": x, "attention_mask": mask, "position_ids": at}
+                found.append(forward(model, cache, **given).logits)
     near(torch.cat(found[8:]), torch.cat(found[:8]), torch.float32, 300, depth=LAYERS)
     assert len(replays) == 3
 
@@ -98,3 +97,14 @@ def test_a_recorded_step_asks_the_device_for_nothing(name, monkeypatch, replays)
         stepped(model, cache, 80)  # Tails and windows outgrow their buffers meanwhile.
     assert waits.found == []
     assert len(replays) == before + 80
+
+
+@pytest.mark.usefixtures("tables")
+def test_what_the_kernel_cannot_compute_is_decoded_as_it_is(replays, caplog):
+    model = exact_tiny()
+    cache = cp.prefill(model, tokens(40), PRESS)
+    wanted = stepped(model, cp.fork(cache), 6, False)
+    close(stepped(model, cache, 6), wanted)
+    assert replays == []
+    (said,) = [x.getMessage() for x in caplog.records if x.name.startswith("cachepress")]
+    assert said.endswith("the kernel needs Triton, and has no float64")

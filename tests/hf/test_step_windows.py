@@ -11,11 +11,11 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import cachepress as cp
 from cachepress.cache import window
-from cachepress.hf import steps
+from cachepress.hf import cache_argument, steps
 from tests.bounds import close
-from tests.hf.test_steps import PRESS, answered, both, cache_name, stepped
+from tests.hf.test_steps import PRESS, answered, both, stepped
 from tests.tiny import exact_tiny, tokens
-from tests.tiny_cache import forward
+from tests.tiny_cache import forward, recorded_as
 
 SLIDING = ["gemma2", "gemma3", "gpt_oss"]
 SIZE = 16
@@ -75,19 +75,16 @@ def padded(model, recorded, n=40):
     """Logits of further tokens of a batch that is padded on the left, and within its question."""
     mask = torch.ones(2, n, dtype=torch.long)
     mask[0, :9] = 0
-    places = (mask.cumsum(-1) - 1).clamp(min=0)
-    given = {"attention_mask": mask, "position_ids": places}
     cache, logits = cp.prefill(model, tokens(n, batch=2), PRESS, attention_mask=mask), []
-    cp.configure(recorded=recorded)
-    for i, x in enumerate([tokens(3, 2, seed=1), *tokens(20, 2, seed=3).split(1, dim=1)]):
-        new = torch.ones(2, x.shape[1], dtype=torch.long)
-        if i == 0:
-            new[1, 1] = 0
-        mask = torch.cat([mask, new], dim=1)
-        at = (mask.cumsum(-1) - 1)[:, -x.shape[1] :]
-        given = {"input_ids": x, "attention_mask": mask, "position_ids": at}
-        logits.append(forward(model, cache, **given).logits)
-    cp.configure(recorded=True)
+    with recorded_as(recorded):
+        for i, x in enumerate([tokens(3, 2, seed=1), *tokens(20, 2, seed=3).split(1, dim=1)]):
+            new = torch.ones(2, x.shape[1], dtype=torch.long)
+            if i == 0:
+                new[1, 1] = 0
+            mask = torch.cat([mask, new], dim=1)
+            at = (mask.cumsum(-1) - 1)[:, -x.shape[1] :]
+            given = {"input_ids": x, "attention_mask": mask, "position_ids": at}
+            logits.append(forward(model, cache, **given).logits)
     return torch.cat(logits[1:], dim=1)
 
 
@@ -106,10 +103,9 @@ def test_steps_after_prompt_lookup(name, n, replays):
     model, found = exact_tiny(name), []
     for recorded in (False, True):
         cache = cp.prefill(model, tokens(n), PRESS)
-        lookup = {cache_name(model): cache, "prompt_lookup_num_tokens": 2, "max_new_tokens": 12}
-        cp.configure(recorded=recorded)
-        answer = model.generate(tokens(n + 3), do_sample=False, eos_token_id=None, **lookup)
-        cp.configure(recorded=True)
+        lookup = {cache_argument(model): cache, "prompt_lookup_num_tokens": 2, "max_new_tokens": 12}
+        with recorded_as(recorded):
+            answer = model.generate(tokens(n + 3), do_sample=False, eos_token_id=None, **lookup)
         found.append([answer, stepped(model, cache, 8, recorded), cache])
     (wanted, logits, eager), (ours, our_logits, cache) = found
     assert torch.equal(ours, wanted)

@@ -12,11 +12,11 @@ from transformers import DynamicCache
 import cachepress as cp
 from cachepress.cache.batch import compressed_layers
 from cachepress.cache.joined import join
-from cachepress.hf import steps
+from cachepress.hf import cache_argument, steps
 from tests.bounds import close
 from tests.counting import CountingPress
 from tests.tiny import ARCHITECTURES, exact_tiny, tokens
-from tests.tiny_cache import forward
+from tests.tiny_cache import forward, recorded_as
 
 PRESS = cp.AdaKVPress(cp.KnormPress(0.5))
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 12}
@@ -27,18 +27,9 @@ def answered(model, ids, recorded, copies=1, **options):
     """What ``generate`` answers after a compressed text, with or without recorded steps."""
     cache = cp.fork(cp.prefill(model, ids, PRESS), copies)
     question = torch.cat([ids, tokens(3, batch=len(ids), seed=7)], dim=1)
-    cp.configure(recorded=recorded)
-    try:
-        given = {cache_name(model): cache, **GREEDY, **options}
+    given = {cache_argument(model): cache, **GREEDY, **options}
+    with recorded_as(recorded):
         return model.generate(question, attention_mask=torch.ones_like(question), **given)
-    finally:
-        cp.configure(recorded=True)
-
-
-def cache_name(model):
-    from cachepress.hf import cache_argument
-
-    return cache_argument(model)
 
 
 @pytest.mark.usefixtures("clear_answers")
@@ -96,12 +87,9 @@ def test_one_recording_serves_every_cache_of_its_form(replays):
 
 def stepped(model, cache, n, recorded=True, **inputs):
     """Logits of further tokens, one by one."""
-    cp.configure(recorded=recorded)
-    try:
-        ids = tokens(n, batch=compressed_layers(cache)[0].batch_size, seed=3).split(1, dim=1)
+    ids = tokens(n, batch=compressed_layers(cache)[0].batch_size, seed=3).split(1, dim=1)
+    with recorded_as(recorded):
         return torch.cat([forward(model, cache, input_ids=x, **inputs).logits for x in ids], dim=1)
-    finally:
-        cp.configure(recorded=True)
 
 
 def both(model, cache, n=8, **inputs):
@@ -158,17 +146,25 @@ def test_padding_in_a_question_is_hidden(replays):
     mask[1, 40:42] = 0
     found = []
     for recorded in (False, True):
-        cp.configure(recorded=recorded)
         held, seen = cp.fork(cache), mask
-        logits = [forward(model, held, input_ids=tokens(3, 2, seed=1), attention_mask=seen).logits]
-        for x in tokens(8, batch=2, seed=3).split(1, dim=1):
-            seen = torch.cat([seen, torch.ones(2, 1, dtype=torch.long)], dim=1)
-            at = (seen.cumsum(-1) - 1)[:, -1:]
-            given = {"input_ids": x, "attention_mask": seen, "position_ids": at}
-            logits.append(forward(model, held, **given).logits)
+        given = {"input_ids": tokens(3, 2, seed=1), "attention_mask": seen}
+        with recorded_as(recorded):
+            logits = [forward(model, held, **given).logits]
+            for x in tokens(8, batch=2, seed=3).split(1, dim=1):
+                seen = torch.cat([seen, torch.ones(2, 1, dtype=torch.long)], dim=1)
+                at = (seen.cumsum(-1) - 1)[:, -1:]
+                given = {"input_ids": x, "attention_mask": seen, "position_ids": at}
+                logits.append(forward(model, held, **given).logits)
         found.append(torch.cat(logits[1:], dim=1))
     close(*found)
     assert len(replays) == 4
+
+
+def test_keys_of_some_channels_are_not_read_by_tables(replays):
+    model = exact_tiny()
+    press = cp.ThinKPress(0.5, window_size=6)
+    close(*both(model, cp.prefill(model, tokens(40), press)))
+    assert replays == []
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4", "int2"])
@@ -260,7 +256,7 @@ def test_a_model_that_reads_the_length_elsewhere_is_not_recorded(replays, caplog
 
     def longer(*args, **kwargs):
         out = own(*args, **kwargs)
-        cache = kwargs[cache_name(model)]
+        cache = kwargs[cache_argument(model)]
         out.last_hidden_state = out.last_hidden_state * cache.get_seq_length()
         return out
 
@@ -347,9 +343,8 @@ def test_steps_are_compiled_before_they_are_recorded(replays, caplog):
     question = tokens(3, batch=2, seed=7)
     cache = cp.prefill(model, ids, PRESS)
     caches = [cp.fork(cache) for _ in range(3)]
-    cp.configure(recorded=False)
-    wanted = cp.decode(model, cache, question, 12, eos_token_id=[])
-    cp.configure(recorded=True)
+    with recorded_as(False):
+        wanted = cp.decode(model, cache, question, 12, eos_token_id=[])
     graphs = torch._dynamo.utils.counters["stats"]
     graphs.clear()
     for one in caches:
