@@ -140,23 +140,17 @@ def copy_of(lab: Lab) -> Values:
 
 def measured(lab: Lab, step: Step) -> Values:
     """Measure steps: milliseconds of one, and the limit of its bytes."""
-    if step.mode == PLAIN:
-        return _measured(lab, step)
-    with stepping(step.mode):
-        return _measured(lab, step)
-
-
-def _measured(lab: Lab, step: Step) -> Values:
     model, cache = lab.model(), lab.cache(step.kind, step.length, step.batch)
     size = cp.size_of(cache)
     limit = bytes_of_step(model, cache) / lab.copy
     again, before, ids = _again(cache, step), replays(), lab.ids(step.length)
-    if step.way == LOOP:
-        token = ids[:, :1].expand(step.batch, 1)
-        seconds = loop_seconds(model, again(), token, lab.sizes.steps)
-    else:
-        ids = torch.cat([ids, ids[:, :1]], dim=1).expand(step.batch, -1)
-        seconds = generate_seconds(model, ids, again, lab.sizes.steps)
+    with stepping(step.mode):
+        if step.way == LOOP:
+            token = ids[:, :1].expand(step.batch, 1)
+            seconds = loop_seconds(model, again(), token, lab.sizes.steps)
+        else:
+            ids = torch.cat([ids, ids[:, :1]], dim=1).expand(step.batch, -1)
+            seconds = generate_seconds(model, ids, again, lab.sizes.steps)
     again()
     return {
         "batch": step.batch,

@@ -51,7 +51,7 @@ class Shape:
     @property
     def name(self) -> str:
         """The name of its cell."""
-        kept = f"{'evenly' if self.even else 'unevenly'}"
+        kept = "evenly" if self.even else "unevenly"
         stored = "" if self.storage == "full" else f", {self.storage}"
         return f"{self.batch} x {self.length}, {self.ratio:.0%} evicted {kept}{stored}"
 

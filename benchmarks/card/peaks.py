@@ -6,7 +6,7 @@ from functools import partial
 from transformers.cache_utils import Cache
 
 import cachepress as cp
-from benchmarks.card.lab import DYNAMIC, KVZIP, QUEST, Cells, Kind, Lab, press_options
+from benchmarks.card.lab import ADA_90, DYNAMIC, KVZIP, QUEST, Cells, Kind, Lab, press_options
 from benchmarks.card.records import Values
 from cachepress.measure import Stopwatch, peak_memory
 
@@ -66,7 +66,7 @@ TARGETED = tuple(PRESSES)[:7]
 WHOLE_MODEL = (
     DYNAMIC,
     Kind("SnapKV 0.5", "SnapKVPress(0.5)"),
-    Kind("AdaKV(SnapKV) 0.9", "AdaKVPress(SnapKVPress(0.9))"),
+    ADA_90,
     Kind("SnapKV 0.5, int4", "SnapKVPress(0.5)", "int4"),
     QUEST,
     KVZIP,

@@ -47,11 +47,8 @@ def of_kind(lab: Lab, kind: Kind, mode: str, length: int) -> Values:
     model = lab.model(lab.sizes.some_layers)
     cache, token = lab.prefill(kind, length, lab.sizes.some_layers), lab.ids(length)[:, :1]
     limit = bytes_of_step(model, cache) / lab.copy
-    if mode == PLAIN:
+    with stepping(mode):
         seconds = loop_seconds(model, cache, token, lab.sizes.steps)
-    else:
-        with stepping(mode):
-            seconds = loop_seconds(model, cache, token, lab.sizes.steps)
     return _values(kind.name, mode, length, seconds, limit)
 
 

@@ -41,7 +41,6 @@ ONE_A_LAYER = {
 """Presses that ask whether a factorisation succeeded, or share out whole numbers of the model."""
 ASKED_OF = ("score", "token_state", "merge", "pair_bias", "key_channels", "reconstructed")
 """What a press computes of a layer."""
-INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 NOT_COUNTED = ("ops/device.py", "artefacts/reading.py")
 """Copies from pinned memory, which nobody waits for, and of what is read once for a model."""
 CHECKED = {
@@ -81,7 +80,7 @@ def waits(name, args, given):
         return torch.device(given.get("device") or first) != first
     if first != DEVICE:
         return False
-    if name in INDEXING:
+    if name in placed.INDEXED:
         return any(i is not None and i.dtype == torch.bool for i in args[1])
     if name == "aten::repeat_interleave":
         return given.get("output_size") is None
